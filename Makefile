@@ -1,0 +1,81 @@
+# The verbs of the project; `make` alone lists them. Nothing is configured here that pyproject.toml can say.
+#
+#   PYTHON=python3.12   another interpreter, with a virtual environment and pins of its own
+#   VENV=folder         where the virtual environment lies
+#   ARGS="..."          arguments of `make run` and `make test`
+
+DEFAULT_PYTHON := python3.11
+ifndef PYTHON
+# An interpreter that starts, not one that is merely on the path: version managers leave dead shims.
+PYTHON := $(shell $(DEFAULT_PYTHON) -c pass 2>/dev/null && echo $(DEFAULT_PYTHON) || echo python3)
+DEFAULT_PYTHON := $(PYTHON)
+endif
+VENV ?= .venv$(if $(filter-out $(DEFAULT_PYTHON),$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
+
+# Pins follow the interpreter that will run: the one in the environment once there is one.
+INTERPRETER := $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
+PINS := $(or $(shell $(INTERPRETER) -c 'import sys; print("py%d%d" % sys.version_info[:2])'),none)
+CONSTRAINTS := constraints/$(PINS).txt
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime
+TOOLS := $(VENV)/.tools
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install run test test-fast check fmt parity bench clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(TOOLS) ## the project and its development tools, into .venv
+
+run: $(RUNTIME) ## install what is missing, then train, export and sample a small model on this CPU
+	$(BIN)/python -m roll_sft.demo $(ARGS)
+
+test: $(TOOLS) ## the whole test suite; needs no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(TOOLS) ## the tests of a few seconds each, before a commit
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(TOOLS) ## format, lint, types, and the floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+fmt: $(TOOLS) ## rewrite the code in the house format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+parity: $(TOOLS) ## the loss on every parallel layout against one process
+	$(BIN)/python -m pytest -q tests/engine/test_parity.py --all-layouts
+
+bench: $(RUNTIME) ## every benchmark, one JSON line for each measure
+	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$benchmark || status=$$?; \
+	done; exit $$status
+
+clean: ## remove what tools leave behind; keeps outputs/ and the virtual environment
+	rm -rf build dist roll_sft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is the last thing `venv` writes, so an interrupted creation is begun again.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+	@echo "installing roll_sft into $(VENV) with $(CONSTRAINTS); some minutes the first time"
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(TOOLS): $(RUNTIME)
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+constraints/%.txt:
+	@echo "PYTHON=$(PYTHON) does not start or has no pins; pins exist for" \
+		"$(basename $(notdir $(wildcard constraints/*.txt))), so choose for example PYTHON=python3.11" >&2
+	@exit 2

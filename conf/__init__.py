@@ -1,0 +1,1 @@
+"""The shipped configuration, packaged so that an installed copy finds it."""

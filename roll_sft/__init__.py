@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of large language models on Ray and Megatron-Core."""

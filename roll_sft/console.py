@@ -1,0 +1,164 @@
+"""What the driver shows: the plan before, one progress display during, the files after.
+
+On a terminal a single live line carries loss, speed and time left; elsewhere one plain line per
+`logging_steps`. Nothing here is read by programs: they read `steps.jsonl`.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from roll_sft.memory import MemoryEstimate, estimate
+from roll_sft.metrics import StepRecord
+from roll_sft.preflight import Job
+
+LOG = logging.getLogger(__name__)
+CONSOLE = Console(stderr=True, highlight=False)
+
+
+def set_up_logging() -> None:
+    """Send the package's log to the console: through Rich on a terminal, plain elsewhere."""
+    handler: logging.Handler
+    if CONSOLE.is_terminal:
+        handler = RichHandler(console=CONSOLE, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("roll_sft")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def show_plan(job: Job) -> None:
+    """The layout, the model, the data and the memory that a run will have, as tables."""
+    console = Console(highlight=False)
+    for table in (_layout_table(job), _model_table(job), _data_table(job), _steps_table(job)):
+        console.print(table)
+
+
+class StepDisplay:
+    """One line for the step in hand."""
+
+    def __init__(self, progress: Progress | None, total_steps: int, logging_steps: int) -> None:
+        self._progress, self._logging_steps = progress, logging_steps
+        self._total = total_steps
+        if progress is not None:
+            self._task = progress.add_task("training", total=total_steps, text="")
+
+    def show(self, record: StepRecord) -> None:
+        """Report one finished step; speaks every `logging_steps` and on the last."""
+        due = record.step % self._logging_steps == 0 or record.step == self._total
+        text = (
+            f"loss {record.train_loss:.4f}  grad {record.grad_norm:.3f}"
+            f"  lr {record.learning_rate:.2e}  {record.per_device_tps:,.0f} tok/s/device"
+            f"  {record.step_time_s:.2f} s"
+        )
+        if self._progress is None:
+            if due:
+                LOG.info("step %d/%d  %s", record.step, self._total, text)
+            return
+        self._progress.advance(self._task)
+        if due:
+            self._progress.update(self._task, text=text)
+
+
+@contextmanager
+def step_display(total_steps: int, *, logging_steps: int) -> Iterator[StepDisplay]:
+    """The run's only progress display."""
+    if not CONSOLE.is_terminal:
+        yield StepDisplay(None, total_steps, logging_steps)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=CONSOLE) as progress:
+        yield StepDisplay(progress, total_steps, logging_steps)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _layout_table(job: Job) -> Table:
+    layout = job.layout
+    table = _table("Layout", "workers", "TP", "PP", "CP", "DP", "SP", "pack of tokens at most")
+    table.add_row(
+        *map(
+            str,
+            (
+                layout.world_size,
+                layout.tensor_size,
+                layout.pipeline_size,
+                layout.context_size,
+                layout.data_size,
+                "on" if layout.sequence_parallel else "off",
+                job.pack_tokens,
+            ),
+        )
+    )
+    return table
+
+
+def _model_table(job: Job) -> Table:
+    shape = job.source.shape
+    table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
+    table.add_row(
+        shape.architecture,
+        f"{shape.num_parameters:,}",
+        str(shape.num_layers),
+        str(shape.hidden_size),
+        job.config.model.dtype,
+    )
+    return table
+
+
+def _data_table(job: Job) -> Table:
+    table = _table("Data", "source", "rows", "kept", "dropped", "tokens", "supervised")
+    for kind, reports in job.reports.items():
+        for report in reports:
+            dropped = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()) or "0"
+            table.add_row(
+                f"{report.name} ({kind})",
+                f"{report.rows:,}",
+                f"{report.kept:,}",
+                dropped,
+                f"{report.tokens:,}",
+                f"{report.supervised_tokens:,}",
+            )
+    return table
+
+
+def _steps_table(job: Job) -> Table:
+    train, per_epoch = job.config.train, job.planner.steps_per_epoch
+    memory: MemoryEstimate = estimate(job)
+    table = _table("Plan", "what", "value")
+    tokens = sum(report.tokens for report in job.reports["train"])
+    epochs = job.total_steps / per_epoch
+    rows = {
+        "optimizer steps": f"{job.total_steps:,} ({per_epoch:,} per epoch, {epochs:.3g} epochs)",
+        "samples per step": f"{train.global_batch_size:,}",
+        "tokens per epoch": f"{tokens:,}",
+        "tokens in the run": f"{round(tokens * epochs):,}",
+        "weights, gradients, optimizer": f"{memory.state_gib:.1f} GiB per GPU",
+        "activations (estimate)": f"{memory.activations_gib:.1f} GiB per GPU",
+        "logits (estimate)": f"{memory.logits_gib:.1f} GiB per GPU",
+        "in all (estimate)": f"{memory.total_gib:.1f} GiB per GPU",
+        "host memory of a save": f"{memory.save_host_gib:.1f} GiB per worker",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

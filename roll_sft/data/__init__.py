@@ -1,0 +1,1 @@
+"""Rows to token ids to step plans to packed batches."""

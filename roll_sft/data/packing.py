@@ -1,0 +1,170 @@
+"""Which samples share a rank and a micro-batch: cost model, dealing to ranks, best-fit packing.
+
+Pure functions of lengths. A sample is named by its index into `lengths`; every tie is broken by
+that index and then by the number of the bin, so the same lengths give the same bins on every
+machine.
+
+Assumes positive lengths, already padded to the layout's sample alignment (`padded_lengths` alone
+takes raw ones). Invariants: every index is in exactly one bin; a capacity is never exceeded (the
+ceiling of `assign_to_ranks` is a wish); `balance_bins` keeps the number of bins and never raises
+the largest cost.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
+
+from roll_sft.layout import ParallelLayout, round_up
+
+Bin = tuple[int, ...]
+"""Indices of the samples that share a rank or a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Relative time of one sample of s tokens: `linear * s + s**2`.
+
+    Training FLOPs with causal attention inside each document are 6*N*T + 6*L*h*sum(s**2): the 6*N
+    of every token (PaLM, appendix B) plus half of its 12*L*h*s, the half that a causal mask
+    leaves. Divided by 6*L*h the linear weight is N / (L*h) tokens: about 70,000 for a 7B, 23,000
+    for a 0.5B model.
+    """
+
+    linear: float
+
+    @classmethod
+    def of(cls, num_matmul_parameters: int, *, num_layers: int, hidden_size: int) -> "CostModel":
+        """Model of a transformer; count the LM head as a matmul, not the input embedding."""
+        return cls(linear=num_matmul_parameters / (num_layers * hidden_size))
+
+    def __call__(self, length: int) -> float:
+        """Cost of a sample of `length` tokens, in units of 6*L*h FLOPs."""
+        return self.linear * length + float(length) ** 2
+
+
+def padded_lengths(lengths: Sequence[int], *, layout: ParallelLayout) -> list[int]:
+    """Tokens of each sequence of one pack as it is run; their sum is what the pack costs.
+
+    Each sample grows to the sample alignment, then the last one so that the pack divides by the
+    pack alignment. A pack without samples still runs: it is one sequence of padding, of at least
+    two tokens.
+    """
+    if not lengths:
+        return [round_up(2, layout.pack_alignment)]
+    # A sample of no tokens would be a zero-length segment, which breaks attention kernels.
+    assert min(lengths) > 0, f"length {min(lengths)}: a sample has at least one token"
+    padded = [round_up(length, layout.sample_alignment) for length in lengths]
+    padded[-1] += -sum(padded) % layout.pack_alignment
+    return padded
+
+
+def assign_to_ranks(
+    lengths: Sequence[int], *, num_ranks: int, cost: CostModel, token_ceiling: int
+) -> list[Bin]:
+    """Samples of each rank: the costliest first, each to the least loaded rank with room.
+
+    `token_ceiling` bounds a rank's tokens while it can: when no rank has room, the least loaded
+    takes the sample. A rank may stay empty.
+    """
+    return _deal(lengths, num_bins=num_ranks, cost=cost, ceiling=token_ceiling, must_fit=False)
+
+
+def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[Bin]:
+    """Bins of at most `capacity` tokens: longest first, each into the fullest bin with room.
+
+    Among equally full bins the one filled last is taken. Near O(n log n): bins are grouped by the
+    room they have left, so a look-up bisects over the distinct values of it, of which there are
+    few.
+    """
+    assert max(lengths, default=0) <= capacity, f"length {max(lengths)} > capacity {capacity}"
+    bins: list[list[int]] = []
+    bins_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of bins_by_room, ascending
+    for index in _longest_first(lengths):
+        position = bisect_left(rooms, lengths[index])
+        if position == len(rooms):
+            room, number = capacity, len(bins)
+            bins.append([])
+        else:
+            room = rooms[position]
+            number = bins_by_room[room].pop()
+            if not bins_by_room[room]:
+                del bins_by_room[room], rooms[position]
+        bins[number].append(index)
+        room -= lengths[index]
+        if room not in bins_by_room:
+            bins_by_room[room] = []
+            insort(rooms, room)
+        bins_by_room[room].append(number)
+    return [tuple(members) for members in bins]
+
+
+def balance_bins(
+    bins: Sequence[Bin], lengths: Sequence[int], *, cost: CostModel, capacity: int
+) -> list[Bin]:
+    """The same samples in as many bins of nearly equal cost, each of at most `capacity` tokens.
+
+    Best-fit bins are equal in tokens, not in cost, and the last one is a remainder. Where dealing
+    anew would break the capacity or make the costliest bin costlier, the bins come back as they
+    were.
+    """
+    members = sorted(index for one_bin in bins for index in one_bin)
+    own_lengths = [lengths[index] for index in members]
+    dealt = _deal(own_lengths, num_bins=len(bins), cost=cost, ceiling=capacity, must_fit=True)
+    balanced = [tuple(members[position] for position in one_bin) for one_bin in dealt]
+
+    def largest_cost(candidates: Sequence[Bin]) -> float:
+        return max((bin_cost(one, lengths, cost=cost) for one in candidates), default=0.0)
+
+    return balanced if dealt and largest_cost(balanced) <= largest_cost(bins) else list(bins)
+
+
+def order_for_pipeline(
+    bins: Sequence[Bin], lengths: Sequence[int], *, cost: CostModel
+) -> list[Bin]:
+    """The same bins, cheap ones at both ends and the costliest in the middle.
+
+    While a pipeline fills and drains most of its stages wait for one micro-batch, so the first
+    and the last should be short.
+    """
+    ascending = sorted(bins, key=lambda one_bin: bin_cost(one_bin, lengths, cost=cost))
+    return ascending[0::2] + ascending[1::2][::-1]
+
+
+def bin_cost(one_bin: Bin, lengths: Sequence[int], *, cost: CostModel) -> float:
+    """Summed cost of a bin's samples."""
+    return sum(cost(lengths[index]) for index in one_bin)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """Indices by falling length, and equal lengths by rising index (a reversed sort is stable)."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
+
+def _deal(
+    lengths: Sequence[int], *, num_bins: int, cost: CostModel, ceiling: int, must_fit: bool
+) -> list[Bin]:
+    """Longest processing time first, under a ceiling of tokens per bin.
+
+    Cost rises with length, so the longest sample is the costliest. Where no bin has room for a
+    sample the cheapest takes it or, if all must fit, there are no bins to return.
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    rooms = [ceiling] * num_bins
+    heap = [(0.0, number) for number in range(num_bins)]  # (cost so far, bin), cheapest first
+    for index in _longest_first(lengths):
+        length, passed_over = lengths[index], []
+        while heap and rooms[heap[0][1]] < length:
+            passed_over.append(heappop(heap))
+        if not heap and must_fit:
+            return []
+        if not heap:
+            heap, passed_over = passed_over, []  # popped in order, so the list is a heap again
+        load, number = heap[0]
+        bins[number].append(index)
+        rooms[number] -= length
+        heapreplace(heap, (load + cost(length), number))
+        for entry in passed_over:
+            heappush(heap, entry)
+    return [tuple(members) for members in bins]

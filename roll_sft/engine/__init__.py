@@ -1,0 +1,1 @@
+"""One rank of training on Megatron-Core, free of Ray."""

@@ -1,0 +1,43 @@
+"""Sharded checkpoints in Megatron-Core's `torch_dist` format, written from all ranks.
+
+`save` is collective. It writes into a folder that is not yet a checkpoint; `engine/publish.py`
+makes it one, and `engine/reader.py` reads it.
+"""
+
+import queue
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from roll_sft.errors import CheckpointError
+
+# Optimizer state in a form that any layout can read back; it gathers each model-parallel shard on
+# the host (12 bytes per parameter / (TP x PP)), which the plan's memory estimate includes.
+OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(folder: Path, *, model: GPTModel, optimizer: MegatronOptimizer | None) -> None:
+    """Write this rank's shards of the model, and of the optimizer if given, into empty `folder`.
+
+    Raises `CheckpointError` where any rank's write fails (a full disk, say).
+    """
+    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            {"model": state["model"]}, metadata=OPTIMIZER_METADATA
+        )
+    # Megatron starts a manager process for this queue, which a killed rank would leave behind. A
+    # synchronous save puts and gets in this very process, so an ordinary queue serves.
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(state, str(folder))
+    # CheckpointException derives from BaseException and slips past every other handler.
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be written: {reason}") from error

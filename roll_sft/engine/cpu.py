@@ -1,0 +1,106 @@
+"""Lets Megatron-Core run without CUDA, on gloo; installed only when no GPU is used.
+
+Megatron-Core asks for CUDA in a handful of places: factory calls with `device="cuda"`, streams, the
+CUDA random state, and a test of parameter types. `install` answers those with their CPU meaning, in
+this process, once. Everything else runs as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Replace the CUDA calls of this process. Not reversible; safe to call again."""
+    cuda: Any = torch.cuda
+    if getattr(cuda.current_device, "roll_sft_stand_in", False):
+        return
+    cuda.current_device = _current_device
+    cuda.synchronize = _nothing
+    cuda.empty_cache = _nothing
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
+    cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
+    cuda.current_stream = NullStream
+    cuda.Stream = cuda.Event = NullStream
+    cuda.stream = _same
+    torch.Tensor.cuda = _same  # type: ignore[assignment]
+    torch.nn.Module.cuda = _same  # type: ignore[assignment,method-assign]
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    CudaToCpu().__enter__()
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Factory calls that name a CUDA device get the CPU; `tensor.type()` answers as on CUDA."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if device is not None and (isinstance(device, int) or torch.device(device).type == "cuda"):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DistributedOptimizer accepts only "torch.cuda.*Tensor" parameter types.
+            return func(args[0]).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class NullStream:
+    """Stands for streams and events: work on a CPU is already in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> "NullStream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> "NullStream":
+        return NullStream()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, *_: Any) -> float:
+        return 0.0
+
+
+def _current_device() -> torch.device:
+    return CPU
+
+
+_current_device.roll_sft_stand_in = True  # type: ignore[attr-defined]
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _same(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)

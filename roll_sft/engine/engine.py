@@ -1,0 +1,174 @@
+"""`Engine`: one rank's `train_step`, `evaluate` and `save`; the only caller of mcore's schedules.
+
+Assumes it runs inside `parallel.process_groups`. All ranks make the same calls in the same order;
+each gets the micro-batches of its data rank. Promises: the loss and the gradient are those of the
+global batch, whatever the layout; a call returns metrics on the reporting rank and None elsewhere.
+"""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.data.batch import PackedBatch, build_batch
+from roll_sft.data.cache import TokenSet
+from roll_sft.data.plan import RankWork
+from roll_sft.engine import checkpoint, setup
+from roll_sft.engine.inputs import ModelSource, TokenData
+from roll_sft.engine.loss import loss_arguments, supervised_rows
+from roll_sft.metrics import EvalMetrics, StepMetrics
+
+
+class Engine:
+    """A rank's model, optimizer and data. Not thread-safe."""
+
+    def __init__(self, config: RunConfig, *, source: ModelSource, data: TokenData) -> None:
+        self._config = config
+        self._layout = layout_of(config.parallel)
+        self._shape = source.shape
+        self._data = data
+        self._device = torch.device(torch.cuda.current_device())
+        dtype = setup.DTYPES[config.model.dtype]
+        transformer = setup.transformer_config(source.shape, self._layout, dtype=dtype)
+        self.model = setup.build_model(source.shape, transformer)
+        setup.load_weights(self.model, source.family, source.shape, source=source.tensors)
+        self.wrapped = setup.wrap_model(
+            self.model,
+            transformer,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        )
+        self.optimizer = setup.build_optimizer(config, self.wrapped)
+        self._is_reporter = dist.get_rank() == self._layout.reporting_rank
+
+    def train_step(self, work: RankWork) -> StepMetrics | None:
+        """One optimizer step over the global batch that `work` is this rank's share of."""
+        started = time.perf_counter()
+        batches = self._build(self._data.train, work.micro_batches)
+        data_wait_s = time.perf_counter() - started
+        self.accumulate_gradients(batches)
+        loss_sum, supervised = self._reduce_losses()
+        setup.set_learning_rate(self.optimizer, work.learning_rate)
+        _updated, grad_norm, _zeros = self.optimizer.step()
+        if not self._is_reporter:
+            return None
+        assert supervised == work.supervised_tokens, (
+            f"step {work.step}: {supervised} tokens carried a label, the plan has"
+            f" {work.supervised_tokens}"
+        )
+        return StepMetrics(
+            step=work.step,
+            loss_sum=loss_sum,
+            supervised_tokens=supervised,
+            grad_norm=float(grad_norm),
+            learning_rate=work.learning_rate,
+            step_time_s=time.perf_counter() - started,
+            data_wait_s=data_wait_s,
+            peak_memory_gib=self._peak_memory_gib(),
+        )
+
+    def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
+        """Loss of this rank's share of one chunk of validation set `name`; changes no state."""
+        batches = self._build(self._data.validation[name], micro_batches)
+        self.wrapped.eval()
+        with torch.no_grad():
+            self._run_schedule(batches, forward_only=True)
+        self.wrapped.train()
+        loss_sum, supervised = self._reduce_losses()
+        return EvalMetrics(loss_sum, supervised) if self._is_reporter else None
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards into the empty `folder`, which is not yet a checkpoint."""
+        optimizer = self.optimizer if self._config.checkpoint.save_optimizer else None
+        checkpoint.save(folder, model=self.model, optimizer=optimizer)
+
+    def accumulate_gradients(self, batches: Sequence[PackedBatch]) -> None:
+        """Forward and backward over `batches`; leaves reduced, scaled gradients in `main_grad`."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run_schedule(batches, forward_only=False)
+
+    def _build(
+        self, tokens: TokenSet, micro_batches: tuple[tuple[int, ...], ...]
+    ) -> list[PackedBatch]:
+        context_rank = parallel_state.get_context_parallel_rank()
+        return [
+            build_batch(
+                [tokens.sample(index) for index in ids],
+                layout=self._layout,
+                context_rank=context_rank,
+            )
+            for ids in micro_batches
+        ]
+
+    def _run_schedule(self, batches: Sequence[PackedBatch], *, forward_only: bool) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._num_supervised = 0
+        get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(batches),
+            model=self.wrapped,
+            num_microbatches=len(batches),
+            seq_length=1,  # unused: packs differ in length and send their shape ahead
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> Any:
+        batch = next(batches)
+        shards = self._layout.tensor_size if self._layout.sequence_parallel else 1
+        rows = supervised_rows(
+            batch.rows,
+            batch.row_labels,
+            num_tokens=batch.tokens_T.shape[1],
+            vocab_size=self._shape.vocab_size,
+            sequence_shards=shards,
+            shard_rank=parallel_state.get_tensor_model_parallel_rank() if shards > 1 else 0,
+        )
+        boundaries = batch.cu_seqlens.to(self._device)
+        loss_sum = model(
+            batch.tokens_T.to(self._device),
+            batch.positions_T.to(self._device),
+            None,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=boundaries,
+                cu_seqlens_kv=boundaries,
+                max_seqlen_q=batch.max_seqlen,
+                max_seqlen_kv=batch.max_seqlen,
+            ),
+            **loss_arguments(rows.to(self._device)),
+        )
+
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            # No collective here: data ranks may differ in their number of micro-batches.
+            self._losses.append(output.detach())
+            self._num_supervised += batch.num_supervised
+            count = torch.tensor(batch.num_supervised, dtype=torch.int, device=output.device)
+            return output, count, output.detach()
+
+        return loss_sum, loss
+
+    def _reduce_losses(self) -> tuple[float, int]:
+        """Loss sum and supervised tokens over the global batch, on the last pipeline stage."""
+        if not parallel_state.is_pipeline_last_stage():
+            return 0.0, 0
+        total = torch.stack(self._losses).double().sum()
+        report = torch.stack([total, total.new_tensor(self._num_supervised)])
+        dist.all_reduce(
+            report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        loss_sum, supervised = report.tolist()
+        return loss_sum, round(supervised)
+
+    def _peak_memory_gib(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,104 @@
+"""How a written folder becomes a checkpoint: manifest last, then one rename, then `latest`.
+
+Imports no Megatron, so the driver can publish while the workers go on. Promise: a folder named
+`step_*` is complete; a run killed at any point leaves at most a `.staging_*` folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roll_sft.errors import CheckpointError
+from roll_sft.layout import ParallelLayout
+
+MANIFEST = "manifest.json"
+ASSETS = "hf_assets"
+LATEST = "latest"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run stands at a checkpoint: what a later run needs to go on, or to refuse."""
+
+    step: int
+    epoch: int
+    samples_seen_in_epoch: int
+    seed: int
+    global_batch_size: int
+    sequence_length: int
+    sources: dict[str, str]  # source name -> address of its token cache
+    layout: ParallelLayout
+    dtype: str
+
+
+def staging_folder(checkpoints: Path, step: int) -> Path:
+    """An empty folder to write step `step` into; what an earlier attempt left there is removed."""
+    folder = checkpoints / f".staging_{step:08d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(staging: Path, *, state: RunState, versions: dict[str, str]) -> Path:
+    """Add the manifest to a written `staging`, give it its final name, point `latest` to it."""
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        **dataclasses.asdict(state),
+        "versions": versions,
+        "files": {
+            str(path.relative_to(staging)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        },
+    }
+    _write_durably(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    final = staging.with_name(f"step_{state.step:08d}")
+    staging.rename(final)
+    _write_durably(staging.with_name(LATEST), final.name + "\n")
+    return final
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `CheckpointError` unless `folder` has a manifest and every file at its size."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: no readable {MANIFEST} ({error}), so this is not a complete checkpoint;"
+            " give a folder such as checkpoints/step_00000010"
+        ) from error
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["size"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(
+                f"{path}: {found}, and the manifest says {facts['size']} bytes; the checkpoint is"
+                " damaged, take another"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replace `path` by `text` atomically, on disk before this returns."""
+    staging = path.with_name(f".{path.name}.tmp")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

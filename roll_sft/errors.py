@@ -1,0 +1,49 @@
+"""Errors that reach the user, and the exit code each one ends the run with.
+
+Every message names the value, the rule and the remedy in one line. The doors print that line and no
+traceback; anything that is not a `RollSftError` is a fault of ours and keeps its traceback.
+"""
+
+from typing import ClassVar
+
+
+class RollSftError(Exception):
+    """Base of the errors a user can cause or must act on."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(RollSftError):
+    """A configuration value, or a combination of values, that cannot run."""
+
+    exit_code = 2
+
+
+class DataError(RollSftError):
+    """Training or validation data that is missing, malformed or unusable."""
+
+    exit_code = 3
+
+
+class ResourceError(RollSftError):
+    """The cluster does not have what the layout asks for."""
+
+    exit_code = 4
+
+
+class DivergedError(RollSftError):
+    """The loss or the gradient norm is no longer finite."""
+
+    exit_code = 5
+
+
+class CheckpointError(RollSftError):
+    """A checkpoint or an export that is damaged, incomplete or cannot be written."""
+
+    exit_code = 6
+
+
+class WorkerError(RollSftError):
+    """A worker died, hung past its deadline, or raised an error of ours."""
+
+    exit_code = 7

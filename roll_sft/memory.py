@@ -1,0 +1,62 @@
+"""What a rank needs in memory, from the plan alone; estimates say so."""
+
+from dataclasses import dataclass
+
+from roll_sft.preflight import Job
+
+GIB = 2**30
+# Bytes of activations kept per token, layer and hidden unit for the backward, in bf16 units of two
+# bytes, attention scores not stored: Korthikanti et al. 2022 (arXiv:2205.05198), table 2, gives
+# 34 bytes with sequence parallelism, of which 10 are not cut by tensor parallelism without it.
+ACTIVATION_BYTES = 34
+REPLICATED_ACTIVATION_BYTES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Peak memory of the fullest rank; the parts are of device memory but the last."""
+
+    state_gib: float  # weights, fp32 gradients, master weights and Adam moments
+    activations_gib: float
+    logits_gib: float
+    save_host_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        """Device memory in all."""
+        return self.state_gib + self.activations_gib + self.logits_gib
+
+
+def estimate(job: Job) -> MemoryEstimate:
+    """Of the first pipeline stage: it holds the embedding and the most micro-batches in flight."""
+    shape, layout, parallel = job.source.shape, job.layout, job.config.parallel
+    is_bf16 = job.config.model.dtype == "bf16"
+    shards = layout.tensor_size * layout.pipeline_size
+    embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
+    heads = 1 if shape.tie_word_embeddings else 2
+    layers = shape.num_parameters - heads * shape.vocab_size * shape.hidden_size
+    ends = heads if layout.pipeline_size == 1 else 1
+    parameters = layers / shards + ends * embedding / layout.tensor_size
+    # The distributed optimizer cuts masters and moments over data x context ranks.
+    replicas = layout.data_size * layout.context_size if parallel.use_distributed_optimizer else 1
+    weight_bytes, master_bytes = (2, 4) if is_bf16 else (4, 0)
+    state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
+    tokens = job.pack_tokens / layout.context_size
+    width = 1 if is_bf16 else 2  # in units of bf16
+    if layout.sequence_parallel:
+        per_unit = ACTIVATION_BYTES / layout.tensor_size
+    else:
+        split = ACTIVATION_BYTES - REPLICATED_ACTIVATION_BYTES
+        per_unit = REPLICATED_ACTIVATION_BYTES + split / layout.tensor_size
+    # 1F1B holds as many micro-batches on the first stage as there are stages.
+    in_flight = layout.pipeline_size
+    stage_layers = -(-shape.num_layers // layout.pipeline_size)
+    activations = tokens * shape.hidden_size * per_unit * width * stage_layers * in_flight
+    # Logits, their fp32 copy and the softmax kept for the backward, on supervised rows; all may be.
+    logits = tokens * embedding / shape.hidden_size / layout.tensor_size * (4 + 4 + 2 * width)
+    return MemoryEstimate(
+        state_gib=state / GIB,
+        activations_gib=activations / GIB,
+        logits_gib=logits / GIB,
+        save_host_gib=12 * shape.num_parameters / shards / GIB,
+    )

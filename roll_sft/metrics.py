@@ -1,0 +1,82 @@
+"""What a step reports, and the arithmetic of tokens and FLOPs, with units in the names.
+
+`StepMetrics` and `EvalMetrics` come up from the reporting rank; `StepRecord` is one line of
+`steps.jsonl`, made by the driver from a step's plan and its metrics.
+"""
+
+from dataclasses import dataclass
+
+# Dense bf16 peak in FLOP/s by device-name prefix, from the vendors' datasheets (no sparsity).
+PEAK_FLOPS_BF16 = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimizer step, as the reporting rank saw it; sums are over the whole global batch."""
+
+    step: int
+    loss_sum: float  # nats over all supervised tokens
+    supervised_tokens: int
+    grad_norm: float  # before clipping
+    learning_rate: float
+    step_time_s: float
+    data_wait_s: float
+    peak_memory_gib: float  # device memory, or resident memory of the process on CPU
+
+
+@dataclass(frozen=True, slots=True)
+class EvalMetrics:
+    """Loss of one chunk of a validation set, summed over its supervised tokens."""
+
+    loss_sum: float
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One line of `steps.jsonl`; the field names are public."""
+
+    step: int
+    epoch: float
+    train_loss: float
+    grad_norm: float
+    learning_rate: float
+    supervised_tokens: int
+    total_tokens: int
+    total_tokens_including_padding: int
+    per_device_tps: float
+    per_device_tps_including_padding: float
+    step_time_s: float
+    data_wait_s: float
+    mfu: float | None
+    peak_memory_gib: float
+    dp_imbalance: float
+    sample_ids_sha256: str
+
+
+def flops_per_step(
+    *, num_matmul_parameters: int, num_layers: int, hidden_size: int, lengths: list[int]
+) -> float:
+    """Model FLOPs of forward and backward over samples of `lengths` real tokens.
+
+    6NT for the matmuls (N with the LM head, without the input embedding) and 6 L h s^2 for causal
+    attention inside each document, so neither padding nor packing counts.
+    """
+    tokens = sum(lengths)
+    squares = sum(length * length for length in lengths)
+    return 6.0 * num_matmul_parameters * tokens + 6.0 * num_layers * hidden_size * squares
+
+
+def peak_flops(device_name: str | None) -> float | None:
+    """Datasheet bf16 peak of a device in FLOP/s; None for a CPU or a device not in the table."""
+    names = sorted(PEAK_FLOPS_BF16, key=len, reverse=True)
+    match = next((n for n in names if device_name and device_name.startswith(n)), None)
+    return PEAK_FLOPS_BF16[match] if match else None

@@ -1,0 +1,1 @@
+"""Model families: shapes, weight tables, HuggingFace files."""

@@ -1,0 +1,57 @@
+"""Which architectures there are, and how a model's configuration is opened."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roll_sft.errors import ConfigError
+from roll_sft.models.qwen import QWEN2
+from roll_sft.models.spec import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FAMILIES: tuple[Family, ...] = (QWEN2,)
+
+
+def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
+    """Configuration of the model in the local folder `path`; never touches the network.
+
+    Raises `ConfigError` if the folder or its config.json is missing, or if transformers refuses it.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"model.path: '{path}' is not a folder; hub ids are not available in this version; "
+            "download the model and give its local folder"
+        )
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: '{path}' has no config.json; give the folder of a Hugging Face model"
+        )
+    # Slow: paid by whoever opens a model, not on import.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    # Everything transformers is known to raise for a bad value in the file.
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model.path: transformers cannot read '{path}/config.json': {reason}; correct the file"
+        ) from error
+    return config
+
+
+def family_of(config: "PreTrainedConfig") -> Family:
+    """The family that implements `config`; `ConfigError` lists what there is if none does."""
+    architectures = config.architectures or []
+    for family in FAMILIES:
+        if architectures == [family.architecture]:
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise ConfigError(
+        f"model.path: config.json names architectures {architectures}; this version supports one "
+        f"of: {supported}; choose such a model"
+    )

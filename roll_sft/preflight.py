@@ -1,0 +1,246 @@
+"""Everything that is decided before a worker exists: checks, tokens, plan, steps, memory.
+
+Assumes a configuration that passed `checks.check_config`. Promises that what `prepare` returns can
+run, given the resources; nothing here starts Ray or writes into the run's folder.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from roll_sft import checks
+from roll_sft.config import RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.data.cache import TokenCache, TokenSet
+from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.packing import CostModel
+from roll_sft.data.plan import Planner, PlanOptions
+from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
+from roll_sft.data.sources import ColumnKeys
+from roll_sft.engine.inputs import ModelSource, TokenData
+from roll_sft.errors import ConfigError
+from roll_sft.layout import ParallelLayout, round_up
+from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource, save_assets
+from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.spec import Family, ModelShape
+from roll_sft.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that can start."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    source: ModelSource
+    data: TokenData
+    reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
+    planner: Planner
+    validation: dict[str, Planner]
+    schedule: Schedule
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.schedule.total_steps
+
+    @property
+    def pack_tokens(self) -> int:
+        """Padded tokens that a pack holds at most."""
+        return micro_batch_tokens(self.config, self.layout)
+
+    @property
+    def source_addresses(self) -> dict[str, str]:
+        """Train source -> address of its tokens, which changes with data, tokenizer and options."""
+        train = self.data.train
+        return {n: cache.folder.name for n, cache in zip(train.names, train.caches, strict=True)}
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an answer: the last one that a sample is supervised on."""
+        tokens, label_mask = self.data.train.sample(0)
+        return int(tokens[int(label_mask.nonzero()[0][-1]) + 1])
+
+    def save_assets(self, folder: Path) -> None:
+        """Write what an export needs beside the weights into `folder`."""
+        assert self.config.model.path is not None, "check_config refuses a missing model.path"
+        save_assets(
+            self.config.model.path,
+            tokenizer=self.tokenizer,
+            output=folder,
+            end_of_turn_id=self.end_of_turn_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+
+def prepare(config: RunConfig) -> Job:
+    """Check the layout against the model, tokenise (or find the cache), plan.
+
+    Raises `ConfigError` (all layout problems at once) and `DataError`.
+    """
+    source, tokenizer = load_model_facts(config)
+    layout = layout_of(config.parallel)
+    chat = ChatTokenizer(tokenizer)
+    train, train_reports = _tokenise(config, config.data.train, chat)
+    validation, validation_reports = {}, []
+    for entry in config.data.validation:
+        tokens, reports = _tokenise(config, [entry], chat)
+        validation[source_name(entry)] = tokens
+        validation_reports += reports
+    options = _plan_options(config, layout, source.shape)
+    planner = _planner(train, options)
+    return Job(
+        config=config,
+        layout=layout,
+        source=source,
+        data=TokenData(train, validation),
+        reports={"train": tuple(train_reports), "validation": tuple(validation_reports)},
+        planner=planner,
+        validation={name: _planner(tokens, options) for name, tokens in validation.items()},
+        schedule=_schedule(config, planner.steps_per_epoch),
+        tokenizer=tokenizer,
+    )
+
+
+def load_model_facts(config: RunConfig) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """The model's family, shape and tensors, and its tokenizer, checked against the layout."""
+    path = config.model.path
+    assert path is not None, "check_config refuses a missing model.path"
+    problems = list(checks.layout_problems(config.parallel))
+    try:
+        hf_config = load_hf_config(path, trust_remote_code=config.model.trust_remote_code)
+        family = family_of(hf_config)
+        shape = family.shape(hf_config)
+    except ConfigError as error:
+        checks.refuse([*problems, str(error)])
+        raise
+    checks.refuse([*problems, *_model_problems(config, shape)])
+    tokenizer = _load_tokenizer(config)
+    if len(tokenizer) > shape.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer_path: the tokenizer has {len(tokenizer)} tokens but the model's"
+            f" embedding {shape.vocab_size} rows; use the model's own tokenizer or resize the model"
+        )
+    return ModelSource(family, shape, _tensors(config, family, shape)), tokenizer
+
+
+def _tensors(config: RunConfig, family: Family, shape: ModelShape) -> TensorSource:
+    """The weights: random ones if asked, else the model's own, checked for completeness.
+
+    A dry run says what a job would need, which may be wanted before the weights are there.
+    """
+    if config.model.random_init or config.dry_run:
+        return RandomSource(
+            family.hf_shapes(shape),
+            seed=config.seed,
+            initializer_range=shape.initializer_range,
+        )
+    tensors = SafetensorsSource(config.model.path or "")
+    family.check_source(shape, source=tensors)
+    return tensors
+
+
+def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:
+    """The cap on padded tokens of a pack: as asked, and room for the longest sample."""
+    asked = max(config.train.micro_batch_tokens or 0, config.data.sequence_length)
+    return round_up(asked, layout.pack_alignment)
+
+
+def _load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    path = config.model.tokenizer_path or config.model.path
+    assert path is not None, "check_config refuses a missing model.path"
+    if not Path(path).is_dir():
+        raise ConfigError(f"model.tokenizer_path: {path!r} is not a folder; give a local one")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"model.tokenizer_path: {path!r} holds no tokenizer that transformers can load"
+            f" ({str(error).splitlines()[0]}); give a folder with tokenizer.json"
+        ) from error
+    return tokenizer
+
+
+def _tokenise(
+    config: RunConfig, entries: list[SourceConfig], chat: ChatTokenizer
+) -> tuple[TokenSet, list[SourceReport]]:
+    data = config.data
+    options = SourceOptions(
+        keys=ColumnKeys(
+            prompt=data.prompt_key,
+            query=data.query_key,
+            response=data.response_key,
+            system=data.system_key,
+            messages=data.messages_key,
+        ),
+        sequence_length=data.sequence_length,
+        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    cache = Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft"
+    names, folders, reports = [], [], []
+    for entry in entries:
+        name = source_name(entry)
+        folder, report = prepare_source(
+            Path(entry.path or ""), name=name, options=options, tokenizer=chat, cache_dir=cache
+        )
+        names.append(name)
+        folders.append(folder)
+        reports.append(report)
+    return TokenSet(names, [TokenCache(folder) for folder in folders]), reports
+
+
+def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -> PlanOptions:
+    return PlanOptions(
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        shuffle=config.data.shuffle,
+        packing=config.data.packing,
+        micro_batch_tokens=micro_batch_tokens(config, layout),
+        layout=layout,
+        cost=CostModel.of(
+            shape.num_matmul_parameters,
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+        ),
+    )
+
+
+def _planner(tokens: TokenSet, options: PlanOptions) -> Planner:
+    return Planner(tokens.lengths, tokens.supervised, options=options)
+
+
+def _schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
+    train = config.train
+    total_steps = train.max_steps or train.num_train_epochs * steps_per_epoch
+    return Schedule.of(train, total_steps=total_steps)
+
+
+def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    parallel, length = config.parallel, config.data.sequence_length
+    tensor_size = parallel.tensor_model_parallel_size
+    key = "parallel.tensor_model_parallel_size"
+    divided = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "intermediate_size": shape.ffn_hidden_size,
+    }
+    for name, value in divided.items():
+        if tensor_size >= 1 and value % tensor_size:
+            rule = f"does not divide the model's {name} {value}"
+            yield f"{key}: {tensor_size} {rule}; choose a divisor"
+    stages = parallel.pipeline_model_parallel_size
+    if stages > shape.num_layers:
+        yield (
+            f"parallel.pipeline_model_parallel_size: {stages} stages exceed the model's"
+            f" {shape.num_layers} layers; choose at most {shape.num_layers}"
+        )
+    if length > shape.max_position_embeddings:
+        yield (
+            f"data.sequence_length: {length} exceeds the model's max_position_embeddings"
+            f" {shape.max_position_embeddings}; lower it"
+        )

@@ -1,0 +1,1 @@
+"""The Ray side: placement, actors, the worker group."""

@@ -1,0 +1,98 @@
+"""The learning rate of every optimizer step, as a pure function of the step.
+
+The rate of step k (from 1) is `peak * min(1, k / warmup_steps)`, then what the kind says. The
+first step after the warm-up still has the full rate, and so the last step is not spent at the
+minimum: the rate would only reach it at the step after the last. This is the curve of Hugging
+Face's schedulers, which count completed steps, except that their warm-up starts with one step at
+rate 0 and this one does not.
+
+Invariants: within `total_steps` the rate is positive if `peak` is, and never above it; it rises
+during the warm-up and never after.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+KINDS = ("cosine", "linear", "constant", "wsd")
+
+
+class ScheduleOptions(Protocol):
+    """What the `train` section of a configuration says about the learning rate."""
+
+    @property
+    def lr_scheduler_type(self) -> str:
+        """One of KINDS."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest rate."""
+
+    @property
+    def min_learning_rate(self) -> float:
+        """The rate that the decay heads for."""
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of warm-up; if given, it wins over the ratio."""
+
+    @property
+    def warmup_ratio(self) -> float:
+        """Steps of warm-up as a share of all steps, rounded up."""
+
+    @property
+    def wsd_decay_ratio(self) -> float:
+        """Steps of the final decay of `wsd` as a share of all steps, rounded up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A learning-rate curve over `total_steps` steps; `decay_steps` only counts for `wsd`.
+
+    `wsd` (warm-up, stable, decay) stays at the peak until the last `decay_steps` steps and then
+    falls linearly; a decay that would reach into the warm-up starts when the warm-up ends.
+    """
+
+    kind: str
+    peak: float
+    minimum: float
+    warmup_steps: int
+    total_steps: int
+    decay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS, f"kind {self.kind!r} is not one of {KINDS}"
+        assert 0 <= self.minimum <= self.peak, f"need 0 <= {self.minimum} <= {self.peak}"
+        steps = (self.warmup_steps, self.total_steps, self.decay_steps)
+        assert min(steps) >= 0, f"steps (warm-up, total, decay) {steps} must not be negative"
+
+    @classmethod
+    def of(cls, options: ScheduleOptions, *, total_steps: int) -> "Schedule":
+        """The curve that a configuration asks for."""
+        warmup_steps = options.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = math.ceil(total_steps * options.warmup_ratio)
+        return cls(
+            kind=options.lr_scheduler_type,
+            peak=options.learning_rate,
+            minimum=options.min_learning_rate,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+            decay_steps=math.ceil(total_steps * options.wsd_decay_ratio),
+        )
+
+    def at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, from 1."""
+        assert step >= 1, f"step {step}: steps count from 1"
+        if step <= self.warmup_steps:
+            return self.peak * (step / self.warmup_steps)
+        if self.kind == "constant":
+            return self.peak
+        start = self.warmup_steps
+        if self.kind == "wsd":
+            start = max(start, self.total_steps - self.decay_steps)
+        progress = (step - 1 - start) / max(1, self.total_steps - start)
+        progress = min(1.0, max(0.0, progress))
+        if self.kind == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.peak + (self.minimum - self.peak) * progress

@@ -1,0 +1,21 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests.pool import RankPool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-layouts",
+        action="store_true",
+        help="parity at every layout, tied and untied, packed or not, at both micro-batch sizes",
+    )
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four ranks, started once: importing Megatron-Core costs more than most tests."""
+    ranks = RankPool(4)
+    yield ranks
+    ranks.close()

@@ -1,0 +1,400 @@
+"""Conversations as token ids and loss masks, checked id by id against the rendered text."""
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
+from roll_sft.data.sources import Conversation, Message
+from roll_sft.errors import DataError
+from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
+
+END = "<|im_end|>"
+DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+# Writes an empty think block before the last answer and drops reasoning from earlier ones.
+REASONING_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last and '</think>' not in message.content %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+    {%- if message.role == 'assistant' and not loop.last %}
+        {{- message.content.split('</think>')[-1] }}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+TRIMMING_TEMPLATE = CHATML_TEMPLATE.replace("message.content +", "message.content | trim +")
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}{{- message.role + ': ' + message.content + '\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}
+"""
+
+
+def with_template(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*turns: str, system: str | None = None) -> Conversation:
+    """User and assistant in turn, beginning with the user."""
+    messages = [] if system is None else [Message("system", system)]
+    roles = ("user", "assistant")
+    messages += [Message(roles[index % 2], content) for index, content in enumerate(turns)]
+    return Conversation(tuple(messages), row=0, line=1)
+
+
+def supervised(
+    sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast | None = None
+) -> list[str]:
+    """The text of each run of supervised tokens, decoded from ids alone."""
+    assert len(sample.token_ids) == len(sample.label_mask)
+    assert sample.label_mask[-1] is False
+    runs: list[list[int]] = []
+    previous = False
+    for target, mask in zip(sample.token_ids[1:], sample.label_mask, strict=False):
+        if mask and not previous:
+            runs.append([])
+        if mask:
+            runs[-1].append(target)
+        previous = mask
+    return [(tokenizer or tiny_tokenizer()).decode(run) for run in runs]
+
+
+def answers(*contents: str) -> list[str]:
+    return [content + END for content in contents]
+
+
+TEXTS = [
+    "4",
+    "The answer is the sum of two numbers.",
+    " leading and trailing  ",
+    "tail\n\n",
+    "\ttab",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 caf\u00e9 e\u0301",
+    "I am {{name}}, {% if x %} by {{author}}",
+    "NUL \x00 and \x1b and \ufeff",
+    "def f():\n    return 1\n",
+    "<think>\nhm\n</think>\n\nyes",
+    "1234567890",
+    "a\r\nb\u2028c",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_exactly_the_answer_and_its_end_of_turn_are_supervised(text: str) -> None:
+    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation(text, text))
+    assert supervised(sample) == answers(text)
+    expected = (
+        f"{DEFAULT_SYSTEM}<|im_start|>user\n{text}<|im_end|>\n"
+        f"<|im_start|>assistant\n{text}<|im_end|>\n"
+    )
+    assert tiny_tokenizer().decode(sample.token_ids) == expected
+
+
+def test_the_mask_lies_on_the_predicting_token() -> None:
+    tokenizer = tiny_tokenizer()
+    sample = ChatTokenizer(tokenizer).tokenize(conversation("Q", "A"))
+    tail = tokenizer.convert_ids_to_tokens(sample.token_ids)[-6:]
+    assert tail == ["<|im_start|>", "assistant", "\u010a", "A", END, "\u010a"]
+    assert sample.label_mask[-6:] == [False, False, True, True, False, False]
+    assert not any(sample.label_mask[:-6])
+
+
+@pytest.mark.parametrize("system", [None, "", "Be brief.", " \u4f60 {{x}} "])
+def test_every_turn_is_supervised_and_the_system_message_never(system: str | None) -> None:
+    turns = [text for text in TEXTS for _ in range(2)]
+    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation(*turns, system=system))
+    assert supervised(sample) == answers(*TEXTS)
+    text = tiny_tokenizer().decode(sample.token_ids)
+    assert text.count("<|im_start|>system\n") == 1
+    assert (DEFAULT_SYSTEM in text) == (system is None)
+
+
+def test_an_empty_answer_still_ends_and_a_last_question_is_context() -> None:
+    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation("a", "", "b", "c", "d"))
+    assert supervised(sample) == answers("", "c")
+
+
+def test_ids_are_those_of_the_tokenizer_itself() -> None:
+    tokenizer = tiny_tokenizer()
+    row = conversation(*TEXTS[:6])
+    turns = [{"role": message.role, "content": message.content} for message in row.messages]
+    expected = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert ChatTokenizer(tokenizer).tokenize(row).token_ids == expected
+
+
+def test_a_template_that_trims_is_followed() -> None:
+    chat = ChatTokenizer(with_template(TRIMMING_TEMPLATE))
+    sample = chat.tokenize(conversation(" q ", "\n\n one \n", "q", " two"))
+    assert supervised(sample) == answers("one", "two")
+
+
+def test_a_template_with_generation_marks_is_masked_like_any_other() -> None:
+    marked = CHATML_TEMPLATE.replace(
+        "{{- '<|im_start|>' + message.role",
+        "{% generation %}{% endgeneration %}{{- '<|im_start|>' + message.role",
+    )
+    assert marked != CHATML_TEMPLATE
+    sample = ChatTokenizer(with_template(marked)).tokenize(conversation("q", "a"))
+    assert supervised(sample) == answers("a")
+
+
+def test_what_the_template_adds_after_the_generation_prompt_is_supervised() -> None:
+    chat = ChatTokenizer(with_template(REASONING_TEMPLATE))
+    assert supervised(chat.tokenize(conversation("q", "a"))) == answers("<think>\n\n</think>\n\na")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    chat = ChatTokenizer(with_template(REASONING_TEMPLATE))
+    with pytest.raises(UnusableRow, match=r"rewrites earlier turns, so the answer in message 1"):
+        chat.tokenize(conversation("q", "a", "q", "a"))
+    with pytest.raises(UnusableRow, match=r"rewrites earlier turns"):
+        chat.tokenize(conversation("q", "<think>x</think>a", "q", "<think>x</think>a"))
+
+
+def test_a_closing_token_after_the_end_of_turn_is_not_supervised() -> None:
+    closing = (
+        CHATML_TEMPLATE + "{%- if not add_generation_prompt %}{{- '<|endoftext|>' }}{% endif %}"
+    )
+    chat = ChatTokenizer(with_template(closing))
+    assert supervised(chat.tokenize(conversation("q", "a"))) == answers("a")
+
+
+def test_a_template_that_drops_a_message_is_refused() -> None:
+    no_system = CHATML_TEMPLATE.replace("messages[0]['content']", "'You are.'")
+    with pytest.raises(UnusableRow, match=r"drops or rewrites the text of message 0 \(system\)"):
+        ChatTokenizer(with_template(no_system)).tokenize(conversation("q", "a", system="Be brief."))
+    loud = CHATML_TEMPLATE.replace("message.content +", "message.content | upper +")
+    with pytest.raises(UnusableRow, match=r"the text of message 1 \(assistant\)"):
+        ChatTokenizer(with_template(loud)).tokenize(conversation("Q", "a"))
+
+
+def test_a_template_without_end_of_turn_is_refused_with_the_remedy() -> None:
+    chat = ChatTokenizer(with_template(PLAIN_TEMPLATE))
+    with pytest.raises(
+        DataError, match=r"without an end-of-turn token .*'the answer\\n'.*eos_token"
+    ):
+        chat.tokenize(conversation("q", "the answer"))
+
+
+def test_a_template_without_generation_prompt_is_refused() -> None:
+    chat = ChatTokenizer(with_template(CHATML_TEMPLATE.replace("add_generation_prompt", "false")))
+    with pytest.raises(DataError, match=r"ignores add_generation_prompt and writes '<\|im_start"):
+        chat.tokenize(conversation("q", "a"))
+
+
+def test_a_template_whose_answers_need_no_header_is_accepted() -> None:
+    bare = (
+        "{%- for message in messages %}{{- '[' + message.content + ']' if message.role == 'user' "
+        "else ' ' + message.content + eos_token }}{%- endfor %}"
+    )
+    chat = ChatTokenizer(with_template(bare))
+    assert supervised(chat.tokenize(conversation("q", "a", "q", "b"))) == answers(" a", " b")
+
+
+def test_a_template_that_objects_refuses_the_row_with_its_words() -> None:
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UnusableRow, match=r"refuses the conversation: roles must alternate"):
+        ChatTokenizer(with_template(strict)).tokenize(conversation("q", "a"))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("{% if %}", "chat template is broken at its line 1"), (None, "no default chat template")],
+)
+def test_a_missing_or_broken_template_is_a_data_error(template: str | None, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        ChatTokenizer(with_template(template)).tokenize(conversation("q", "a"))
+
+
+def test_several_templates_without_a_default_are_listed() -> None:
+    tokenizer = with_template(None)
+    tokenizer.chat_template = {"rag": CHATML_TEMPLATE, "tool_use": CHATML_TEMPLATE}
+    with pytest.raises(DataError, match=r"found: rag, tool_use"):
+        ChatTokenizer(tokenizer)
+    tokenizer.chat_template["default"] = CHATML_TEMPLATE
+    assert supervised(ChatTokenizer(tokenizer).tokenize(conversation("q", "a"))) == answers("a")
+
+
+def test_a_token_across_the_border_is_refused_with_the_text_around() -> None:
+    expected = r"one token spans .*'\|>assistant\\n' .*'\\n\\nfour<\|im_e' in message 1"
+    with pytest.raises(UnusableRow, match=expected):
+        ChatTokenizer(tiny_tokenizer()).tokenize(conversation("q", "\n\nfour"))
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_control_tokens_in_the_text_are_refused(role: int) -> None:
+    turns = ["q", "a"]
+    turns[role] = "x<|im_end|>\n<|im_start|>system\ny"
+    with pytest.raises(UnusableRow, match=rf"message {role} .*<\|im_end\|>.* control token"):
+        ChatTokenizer(tiny_tokenizer()).tokenize(conversation(*turns))
+
+
+def test_a_conversation_that_begins_with_an_answer_is_refused() -> None:
+    row = Conversation((Message("assistant", "hello"), Message("user", "q")), row=0, line=1)
+    with pytest.raises(UnusableRow, match=r"begins with an assistant message"):
+        ChatTokenizer(tiny_tokenizer()).tokenize(row)
+
+
+def test_no_assistant_message_means_nothing_supervised() -> None:
+    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation("q"))
+    assert not any(sample.label_mask)
+
+
+def test_many_at_once_give_what_one_by_one_gives() -> None:
+    chat = ChatTokenizer(tiny_tokenizer())
+    rows = [conversation("q", text) for text in ("a", "\n\nb", "c<|im_end|>", "\U0001f600", "d")]
+    results = chat.tokenize_many(rows)
+    assert [isinstance(result, UnusableRow) for result in results] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    for row, result in zip(rows, results, strict=True):
+        if isinstance(result, TokenizedSample):
+            assert result == chat.tokenize(row)
+    assert chat.tokenize_many([]) == []
+
+
+# Tokenizers
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(DataError, match=r"is not a fast one .*tokenizer\.json"):
+        ChatTokenizer(object())  # type: ignore[arg-type]
+
+
+def test_trimmed_offsets_and_left_over_state_change_nothing() -> None:
+    rows = [conversation("a  b", text) for text in TEXTS]
+    plain = ChatTokenizer(tiny_tokenizer()).tokenize_many(rows)
+    tokenizer = with_template(CHATML_TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
+    assert ChatTokenizer(tokenizer).tokenize_many(rows) == plain
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_trimmed_offsets_do_not_hide_a_token_across_the_border(trim: bool) -> None:
+    spaced = PLAIN_TEMPLATE.replace("message.content + '", "message.content + eos_token + '")
+    tokenizer = with_template(spaced)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    with pytest.raises(UnusableRow, match=r"one token spans .*'\\nassistant: ' .*'the<"):
+        ChatTokenizer(tokenizer).tokenize(conversation("q", "the"))
+
+
+def test_a_tokenizer_that_adds_a_beginning_does_not_double_it() -> None:
+    tokenizer = with_template("{{- '<|endoftext|>' }}" + CHATML_TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert tokenizer("a").input_ids[0] == 0
+    sample = ChatTokenizer(tokenizer).tokenize(conversation("q", "a"))
+    assert sample.token_ids[:2] == [0, 1]
+    assert supervised(sample) == answers("a")
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Llama 2's way: a normalizer that prepends a space mark, byte tokens for rare characters."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    pieces += [chr(code) for code in range(33, 127)]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in pieces[:3]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=(
+            "{%- for message in messages %}{{- bos_token + '[' + message.content + ']' if "
+            "message.role == 'user' else ' ' + message.content + eos_token }}{%- endfor %}"
+        ),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def test_byte_fallback_tokens_are_supervised_as_a_whole() -> None:
+    tokenizer = sentencepiece_like()
+    texts = ["plain", "\u4f60\U0001f600", "tab\t", "  two"]
+    sample = ChatTokenizer(tokenizer).tokenize(conversation(*[t for t in texts for _ in range(2)]))
+    assert supervised(sample, tokenizer) == [f" {text}</s>" for text in texts]
+
+
+def test_a_control_token_that_takes_the_spaces_after_it_is_exact_or_refused() -> None:
+    tokenizer = with_template(
+        CHATML_TEMPLATE.replace("|>assistant\\n'", "|><|bot|>\\n'").replace(
+            "message.role + '\\n'", "('<|bot|>' if message.role == 'assistant' else 'user') + '\\n'"
+        )
+    )
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|bot|>", rstrip=True, special=True)]}
+    )
+    chat = ChatTokenizer(tokenizer)
+    assert supervised(chat.tokenize(conversation("q", "a")), tokenizer) == answers("a")
+    with pytest.raises(UnusableRow, match=r"one token spans"):
+        chat.tokenize(conversation("q", "  a"))
+
+
+def test_the_fingerprint_follows_what_changes_a_sample() -> None:
+    base = ChatTokenizer(tiny_tokenizer()).fingerprint
+    assert ChatTokenizer(copy.deepcopy(tiny_tokenizer())).fingerprint == base
+    padded = with_template(CHATML_TEMPLATE)
+    padded(["a", "b c"], padding=True)
+    assert ChatTokenizer(padded).fingerprint == base
+
+    changed: Sequence[PreTrainedTokenizerFast] = [with_template(CHATML_TEMPLATE) for _ in range(3)]
+    changed[0].chat_template = CHATML_TEMPLATE + " "
+    changed[1].add_tokens(["<new>"])
+    changed[2].bos_token = "<|im_start|>"
+    fingerprints = {ChatTokenizer(tokenizer).fingerprint for tokenizer in changed}
+    assert len(fingerprints | {base}) == 4
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), normalise=st.booleans())
+@example(turns=[("\u0301", "\u0301a"), (" ", " \n")], normalise=True)
+@example(turns=[("", "\u1100\u1161\u11a8 e\u0323\u0307")], normalise=True)
+def test_any_text_is_masked_exactly_or_refused(
+    turns: list[tuple[str, str]], normalise: bool
+) -> None:
+    tokenizer = with_template(CHATML_TEMPLATE)
+    if normalise:
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    row = conversation(*[text for turn in turns for text in turn])
+    (result,) = ChatTokenizer(tokenizer).tokenize_many([row])
+    if isinstance(result, UnusableRow):
+        # The pattern joins line breaks, and NFC an accent, with what the header ends with.
+        assert "one token spans" in str(result)
+        return
+    nfc = normalizers.NFC().normalize_str if normalise else str
+    assert supervised(result, tokenizer) == answers(*[nfc(answer) for _, answer in turns])

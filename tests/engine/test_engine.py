@@ -1,0 +1,165 @@
+"""What the parity runs do not reach: uneven stages, idle ranks, evaluation, bf16, the rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.preflight import prepare
+from tests import parity
+from tests.pool import RankPool
+
+PP2 = {"num_workers": 2, "pipeline_model_parallel_size": 2}
+PP3 = {"num_workers": 3, "pipeline_model_parallel_size": 3}
+DP2 = {"num_workers": 2}
+TP2_PP2 = {**PP2, "num_workers": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("engine")
+    parity.write_model(root / "model", tied=True, num_layers=5)
+    parity.write_rows(root / "rows.jsonl")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "global_batch_size"),
+    [
+        pytest.param(PP2, 7, id="five layers on two stages"),
+        pytest.param(PP3, 7, id="five layers on three stages"),
+        pytest.param(DP2, 1, id="a data rank without samples"),
+        pytest.param({**PP2, "num_workers": 4}, 1, id="a pipeline without samples"),
+        pytest.param({**DP2, "num_workers": 3}, 4, id="micro-batch counts differ"),
+    ],
+)
+def test_gradients_equal_transformers_where_the_work_is_uneven(
+    layout: dict[str, Any], global_batch_size: int, folder: Path, pool: RankPool
+) -> None:
+    config = parity.parity_config(
+        folder,
+        parallel={**layout, "use_distributed_optimizer": False},
+        train={"global_batch_size": global_batch_size, "micro_batch_tokens": 200},
+        data={"packing": False},
+    )
+    wanted, gradients = parity.reference_gradients(prepare(config))
+    ranks = pool.run(parity.engine_gradient_errors, layout_of(config.parallel), config, gradients)
+    losses = [loss for loss, _ in ranks if loss is not None]
+    assert losses
+    assert all(abs(loss / wanted - 1) < 1e-6 for loss in losses)
+    assert max(error for _, errors in ranks for error in errors.values()) < 1e-5
+
+
+def evaluation_between_steps(config: RunConfig) -> tuple[Any, list[Any]]:
+    """Metrics of an evaluation, and of step 2 with and without an evaluation before it."""
+    import torch.distributed as dist
+
+    from roll_sft.engine.engine import Engine
+
+    job = prepare(config)
+    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    results, evaluation = [], None
+    for evaluates in (False, True):
+        engine = Engine(config, source=job.source, data=job.data)
+        for step in (1, 2):
+            if step == 2 and evaluates:
+                (chunk,) = job.validation["held_out"].evaluation()
+                evaluation = engine.evaluate("held_out", chunk.ranks[data_rank])
+            work = job.planner.step(step).work_for(data_rank, learning_rate=1e-3)
+            metrics = engine.train_step(work)
+        if metrics is not None:
+            results.append((metrics.loss_sum, metrics.grad_norm))
+    return evaluation, results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [DP2, TP2_PP2], ids=["DP2", "TP2xPP2+SP"])
+def test_an_evaluation_is_weighted_by_tokens_and_changes_nothing(
+    layout: dict[str, Any], folder: Path, pool: RankPool
+) -> None:
+    held_out = {"path": str(folder / "rows.jsonl"), "name": "held_out"}
+    config = parity.parity_config(
+        folder,
+        parallel=layout,
+        data={"validation": [held_out]},
+        train={"global_batch_size": 24},
+    )
+    ranks = pool.run(evaluation_between_steps, layout_of(config.parallel), config)
+    ((evaluation, (without, with_evaluation)),) = [rank for rank in ranks if rank[0] is not None]
+    assert with_evaluation == without
+    job = prepare(config)
+    assert evaluation.supervised_tokens == int(job.data.train.supervised.sum())
+    # Step 1's samples are all rows here, so its loss is that of the untrained model on them; the
+    # evaluation comes one step later and must lie below it.
+    before, _ = parity.reference_gradients(job)
+    assert evaluation.loss_sum / evaluation.supervised_tokens < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"num_workers": 1}, TP2_PP2], ids=["1", "TP2xPP2+SP"])
+def test_bf16_stays_within_one_percent_of_fp32(
+    layout: dict[str, Any], folder: Path, pool: RankPool
+) -> None:
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        config = parity.parity_config(folder, parallel=layout, model={"dtype": dtype})
+        ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, None)
+        (steps,) = [rank for rank in ranks if rank is not None]
+        losses.append([step["loss"] for step in steps])
+    assert all(abs(half / full - 1) < 0.01 for full, half in zip(*losses, strict=True))
+    assert losses[0] != losses[1]
+
+
+def test_stages_hold_every_layer_once_and_spare_the_ends() -> None:
+    from roll_sft.engine.setup import uneven_stages
+
+    assert uneven_stages(8, 4) is None
+    for num_layers, size in ((5, 2), (7, 3), (29, 4), (3, 2)):
+        stages = uneven_stages(num_layers, size)
+        assert stages is not None
+        counts = [stage.count("decoder") for stage in stages]
+        assert sum(counts) == num_layers
+        assert max(counts) - min(counts) == 1
+        assert counts[-1] == min(counts)  # the head is the heaviest end
+        assert stages[0][0] == "embedding"
+        assert stages[-1][-1] == "loss"
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_each_row_reaches_the_head_once_with_its_label(shards: int) -> None:
+    from roll_sft.engine.loss import supervised_rows
+
+    rows, labels = torch.tensor([1, 2, 3, 9, 14]), torch.tensor([11, 12, 13, 19, 24])
+    parts = [
+        supervised_rows(
+            rows,
+            labels,
+            num_tokens=16,
+            vocab_size=30,
+            sequence_shards=shards,
+            shard_rank=rank,
+        )
+        for rank in range(shards)
+    ]
+    # The output layer gathers the shards' rows in order of the tensor rank.
+    width = 16 // shards
+    gathered = torch.cat([part.index + rank * width for rank, part in enumerate(parts)])
+    kept = parts[0].weights > 0
+    assert gathered[kept].tolist() == rows.tolist()
+    assert all(torch.equal(part.labels[kept], labels) for part in parts)
+    assert len({len(part.index) for part in parts}) == 1
+
+
+def test_a_micro_batch_without_labels_still_has_a_row_of_weight_zero() -> None:
+    from roll_sft.engine.loss import supervised_rows
+
+    none = torch.empty(0, dtype=torch.int64)
+    for shards in (1, 2):
+        rows = supervised_rows(
+            none, none, num_tokens=8, vocab_size=30, sequence_shards=shards, shard_rank=0
+        )
+        assert len(rows.index) == 1
+        assert rows.weights.sum() == 0

@@ -1,0 +1,303 @@
+"""The oracle: a plain transformers + AdamW loop over the same samples, and our engine beside it.
+
+The model is small but telling: norms and biases away from their initial values, weights large
+enough that attention matters, a RoPE base and an epsilon that are not the defaults.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from roll_sft.config import RunConfig, build_config
+from roll_sft.preflight import Job, prepare
+from tests.tiny import tiny_tokenizer
+
+NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
+
+
+def write_model(folder: Path, *, tied: bool, num_layers: int = 4) -> Path:
+    """A tiny Qwen2 with telling weights and its tokenizer, saved as transformers saves models."""
+    torch.manual_seed(7)
+    config = Qwen2Config(
+        vocab_size=403,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=3e-5,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 70_000.0},
+    )
+    model = Qwen2ForCausalLM(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, *, num_rows: int = NUM_ROWS) -> Path:
+    """Rows of very different lengths, one and several turns."""
+    generator = np.random.default_rng(5)
+    words = [
+        "the",
+        "sum",
+        "of",
+        "two",
+        "numbers",
+        "is",
+        "given",
+        "in",
+        "this",
+        "list",
+        "and",
+        "returns",
+        "largest",
+        "value",
+        "item",
+    ]
+    lines = []
+    for row in range(num_rows):
+        lengths = (3 + 17 * row % 40, 2 + 29 * row % 50)
+        question, answer = (" ".join(generator.choice(words, size=n)) for n in lengths)
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        if row % 3 == 0:
+            messages += [
+                {"role": "user", "content": "one more"},
+                {"role": "assistant", "content": f"row {row}"},
+            ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def parity_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """The run of the parity test; `sections` override keys section by section."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "train": [{"path": str(folder / "rows.jsonl")}],
+            "sequence_length": 200,
+            "cache_dir": str(folder / "cache"),
+        },
+        "train": {
+            "num_train_epochs": EPOCHS,
+            "global_batch_size": SAMPLES_PER_STEP,
+            "learning_rate": 5e-4,
+            "min_learning_rate": 5e-5,
+            "warmup_steps": 2,
+            "weight_decay": 0.1,
+            "log_samples": True,
+        },
+        "tracking": {"backends": ["jsonl"]},
+        "parallel": {"device": "cpu"},
+    }
+    for name, values in sections.items():
+        base.setdefault(name, {}).update(values)
+    return build_config(base)
+
+
+def reference_run(
+    job: Job, dtype: torch.dtype = torch.float32
+) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """Loss and gradient norm of each step, and logits after the last, from transformers alone."""
+    path, train = job.config.model.path, job.config.train
+    model = Qwen2ForCausalLM.from_pretrained(path, attn_implementation="eager").to(dtype)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": train.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_eps,
+    )
+    steps = []
+    for step in range(1, job.total_steps + 1):
+        plan = job.planner.step(step)
+        optimizer.zero_grad()
+        total = 0.0
+        for index in plan.sample_ids:
+            loss_sum = sample_loss_sum(model, *job.data.train.sample(index))
+            (loss_sum / plan.supervised_tokens).backward()
+            total += loss_sum.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = job.schedule.at(step)
+        optimizer.step()
+        steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
+    return steps, model_logits(model)
+
+
+def sample_loss_sum(
+    model: torch.nn.Module, tokens: np.ndarray, label_mask: np.ndarray
+) -> torch.Tensor:
+    """Sum of the cross-entropies at supervised positions of one unpadded sample."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    logits = model(ids[None]).logits[0]
+    rows = torch.from_numpy(np.flatnonzero(label_mask))
+    return torch.nn.functional.cross_entropy(logits[rows], ids[rows + 1], reduction="sum")
+
+
+def model_logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits [32, V] of a fixed input."""
+    ids = torch.arange(32)[None] * 11 % 400
+    with torch.no_grad():
+        return model(ids).logits[0]
+
+
+def engine_run(config: RunConfig, checkpoint: Path | None) -> list[dict[str, float]] | None:
+    """All steps of `config` on this rank's engine; metrics on the reporting rank. In a pool."""
+    from roll_sft.engine.engine import Engine
+
+    job = prepare(config)
+    import torch.distributed as dist
+
+    engine = Engine(config, source=job.source, data=job.data)
+    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    steps = []
+    for step in range(1, job.total_steps + 1):
+        plan = job.planner.step(step)
+        work = plan.work_for(data_rank, learning_rate=job.schedule.at(step))
+        metrics = engine.train_step(work)
+        if metrics is not None:
+            loss = metrics.loss_sum / metrics.supervised_tokens
+            steps.append({"loss": loss, "grad_norm": metrics.grad_norm})
+    if checkpoint is not None:
+        engine.save(checkpoint)
+    return steps or None
+
+
+def export_run(job: Job, staging: Path, output: Path) -> torch.nn.Module:
+    """Publish what `engine_run` saved in `staging`, convert it, load it with transformers."""
+    from roll_sft.engine.export import export
+    from roll_sft.engine.publish import ASSETS, RunState, publish
+
+    job.save_assets(staging / ASSETS)
+    state = RunState(
+        step=job.total_steps,
+        epoch=EPOCHS - 1,
+        samples_seen_in_epoch=NUM_ROWS,
+        seed=job.config.seed,
+        global_batch_size=SAMPLES_PER_STEP,
+        sequence_length=job.config.data.sequence_length,
+        sources=job.source_addresses,
+        layout=job.layout,
+        dtype=job.config.model.dtype,
+    )
+    export(publish(staging, state=state, versions={}), output, dtype=None, replace=False)
+    return Qwen2ForCausalLM.from_pretrained(output, attn_implementation="eager")
+
+
+class Gradients:
+    """Reference gradients as a `TensorSource`, so that the weight words cut them like weights."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
+        return self._tensors[name].narrow(dim, start, stop - start)
+
+
+def reference_gradients(job: Job) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss over step 1's supervised tokens and its gradients, from transformers alone."""
+    model = Qwen2ForCausalLM.from_pretrained(job.config.model.path, attn_implementation="eager")
+    plan = job.planner.step(1)
+    total = 0.0
+    for index in plan.sample_ids:
+        loss_sum = sample_loss_sum(model, *job.data.train.sample(index))
+        (loss_sum / plan.supervised_tokens).backward()
+        total += loss_sum.item()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return total / plan.supervised_tokens, gradients
+
+
+def engine_gradient_errors(
+    config: RunConfig, reference: dict[str, torch.Tensor], mistake: str | None = None
+) -> tuple[float | None, dict[str, float]]:
+    """(loss on the last stage, parameter -> largest |difference| / largest |reference|). In a pool.
+
+    `mistake` plants one of the faults that the comparison must see.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from roll_sft.engine.engine import Engine
+    from roll_sft.engine.setup import global_name
+
+    restore = _plant(mistake)
+    try:
+        job = prepare(config)
+        engine = Engine(config, source=job.source, data=job.data)
+        plan = job.planner.step(1)
+        shares = plan.ranks[job.layout.coordinate(dist.get_rank()).data_rank]
+        engine.accumulate_gradients(engine._build(job.data.train, shares))
+        loss_sum, supervised = engine._reduce_losses()
+    finally:
+        restore()
+    words = job.source.family.weights(job.source.shape)
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    errors = {}
+    for name, parameter in engine.model.named_parameters():
+        key = global_name(name, engine.model)
+        wanted = words[key].local(
+            Gradients(reference), tensor_rank=tensor_rank, tensor_size=tensor_size
+        )
+        largest = wanted.abs().max().clamp(min=1e-20)
+        errors[key] = float((parameter.main_grad - wanted).abs().max() / largest)
+    return (loss_sum / supervised if supervised else None), errors
+
+
+def _plant(mistake: str | None) -> Any:
+    """Put `mistake` into the loss; returns what takes it out again."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from roll_sft.engine import loss
+
+    originals = (loss.mask_padded_vocabulary, loss.supervised_loss_sum)
+
+    def no_reduction(
+        *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Any, **_: Any
+    ) -> torch.Tensor:
+        weight = output_layer.weight if output_weight is None else output_weight
+        logits = torch.nn.functional.linear(hidden_states[context.index], weight)
+        masked = loss.mask_padded_vocabulary(logits, context.vocab_size)
+        per_row = vocab_parallel_cross_entropy(masked, context.labels[:, None])
+        return (per_row[:, 0] * context.weights).sum()
+
+    if mistake == "padded vocabulary in the softmax":
+        loss.mask_padded_vocabulary = lambda logits, vocab_size: logits
+    elif mistake == "hidden gradient not reduced over the tensor group":
+        loss.supervised_loss_sum = no_reduction
+    else:
+        assert mistake is None, mistake
+
+    def restore() -> None:
+        loss.mask_padded_vocabulary, loss.supervised_loss_sum = originals
+
+    return restore

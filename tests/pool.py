@@ -1,0 +1,91 @@
+"""Processes with torch and Megatron-Core imported once, reused by every test that needs ranks.
+
+`RankPool.run(function, layout, *args)` runs an importable function on each rank of `layout`, inside
+its process groups, and returns the results by rank. An error on any rank is raised with its
+traceback.
+"""
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from roll_sft.layout import ParallelLayout
+
+TIMEOUT_S = 120.0
+
+
+class RankPool:
+    """Up to `size` ranks."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            # Not a daemon: Megatron forks writers. It ends when our end of the pipe closes.
+            process = context.Process(target=_serve, args=(theirs,))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run_alone(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function` in one process, without process groups."""
+        self._pipes[0].send((function, None, 0, "", args))
+        text, value = self._answer(0, function)
+        if text:
+            raise AssertionError(text)
+        return value
+
+    def run(self, function: Callable[..., Any], layout: ParallelLayout, *args: Any) -> list[Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            pipes = self._pipes[: layout.world_size]
+            for rank, pipe in enumerate(pipes):
+                pipe.send((function, layout, rank, store, args))
+            answers = [self._answer(rank, function) for rank in range(layout.world_size)]
+        errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [value for _, value in answers]
+
+    def _answer(self, rank: int, function: Callable[..., Any]) -> tuple[str | None, Any]:
+        if not self._pipes[rank].poll(TIMEOUT_S):
+            raise TimeoutError(f"rank {rank} did not answer {function}")
+        answer: tuple[str | None, Any] = self._pipes[rank].recv()
+        return answer
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from roll_sft.engine.parallel import Rendezvous, process_groups
+
+    while True:
+        try:
+            function, layout, rank, store, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if layout is None:
+                value = function(*args)
+            else:
+                rendezvous = Rendezvous("", 0, rank, layout.world_size, 60.0, 60.0)
+                file_store = dist.FileStore(store, layout.world_size)
+                with process_groups(rendezvous, layout, device="cpu", store=file_store):
+                    value = function(*args)
+            pipe.send((None, value))
+        except BaseException:  # noqa: BLE001 -- reported to the test, which raises
+            pipe.send((traceback.format_exc(), None))

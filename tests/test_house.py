@@ -1,0 +1,62 @@
+"""What pyproject.toml and constraints/ say, against what is in the tree."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONSTRAINTS = sorted((ROOT / "constraints").glob("py3*.txt"))
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+@pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
+def test_every_requirement_is_pinned_inside_its_range(path):
+    pinned = pins(path)
+    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, wanted):
+        version = pinned.get(canonicalize_name(requirement.name), "no pin")
+        assert version != "no pin", f"{path.name}: {requirement.name} has no pin"
+        assert version in requirement.specifier, f"{path.name}: {version} is not in {requirement}"
+
+
+def test_pins_of_every_python_differ_in_megatron_core_only():
+    first, *others = [set(pins(path).items()) for path in CONSTRAINTS]
+    for other in others:
+        assert {name for name, _ in first ^ other} == {"megatron-core"}
+
+
+def test_every_package_folder_is_declared():
+    folders = [path.parent for path in (ROOT / "roll_sft").rglob("__init__.py")]
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"roll_sft.conf"}
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_every_configuration_file(tmp_path):
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("roll_sft", "conf"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    pip = [sys.executable, "-m", "pip", "-qq", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tree)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "roll_sft").rglob("*.py")}
+    settings = {f"roll_sft/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert modules | settings <= packed
