@@ -4,6 +4,7 @@ All problems are reported at once, one line each: value, rule, remedy. Keys rese
 built; `AVAILABLE` holds what works today, and the rest is refused by name.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,6 @@ CHOICES = {
 
 # The values that work today, for keys that reserve more than is built.
 AVAILABLE: dict[str, tuple[object, ...]] = {
-    "deterministic": (False,),
     "resume": ("auto", "none"),
     "model.dtype": ("fp32", "bf16"),
     "model.attention_backend": ("auto", "sdpa"),
@@ -36,9 +36,7 @@ AVAILABLE: dict[str, tuple[object, ...]] = {
     "data.overlong": ("drop",),
     "data.train_on": ("assistant",),
     "data.num_proc": (1,),
-    "parallel.virtual_pipeline_model_parallel_size": (None, 1),
     "parallel.expert_model_parallel_size": (1,),
-    "train.recompute": ("none",),
     "checkpoint.async_save": (False,),
     "checkpoint.keep_last": (None,),
     "checkpoint.keep_best": (None,),
@@ -50,6 +48,14 @@ AVAILABLE: dict[str, tuple[object, ...]] = {
     "evaluation.metric_fn": (None,),
     "cluster.max_restarts": (0,),
 }
+# Parts of what is not available, which would change nothing in silence.
+DEFAULT_ONLY = (
+    "lora.alpha",
+    "lora.dropout",
+    "lora.target_modules",
+    "evaluation.max_new_tokens",
+    "evaluation.temperature",
+)
 AVAILABLE_BACKENDS = ("jsonl", "mlflow")
 RESERVED_BACKENDS = ("tensorboard", "wandb")
 
@@ -61,6 +67,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "parallel.num_workers": (1, True),
     "parallel.tensor_model_parallel_size": (1, True),
     "parallel.pipeline_model_parallel_size": (1, True),
+    "parallel.virtual_pipeline_model_parallel_size": (1, True),
     "parallel.context_parallel_size": (1, True),
     "parallel.cpus_per_worker": (1, True),
     "parallel.placement_timeout_s": (0, False),
@@ -86,6 +93,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "cluster.checkpoint_timeout_s": (0, False),
 }
 UPPER_BOUNDS = {  # exclusive for the betas, see below
+    "seed": 2**32 - 1,  # what random generators take everywhere
     "data.max_bad_fraction": 1.0,
     "train.warmup_ratio": 1.0,
     "train.wsd_decay_ratio": 1.0,
@@ -121,14 +129,25 @@ def _value_problems(config: RunConfig) -> Iterator[str]:
         value = _value(config, key)
         if value not in available and value in CHOICES.get(key, (value,)):
             yield f"{key}: {value!r} is not available in this version; use {available[0]!r}"
+    for key in DEFAULT_ONLY:
+        if (value := _value(config, key)) != (default := _value(RunConfig(), key)):
+            yield f"{key}: {value!r} is not available in this version; leave it at {default!r}"
+    yield from _bound_problems(config)
+    yield from _other_problems(config)
+
+
+def _bound_problems(config: RunConfig) -> Iterator[str]:
     for key, (bound, inclusive) in LOWER_BOUNDS.items():
         value = _value(config, key)
-        if value is not None and not (value >= bound if inclusive else value > bound):
+        if value is None:
+            continue
+        if not (value >= bound if inclusive else value > bound):
             yield f"{key}: {value} must be {'at least' if inclusive else 'above'} {bound:g}"
+        elif math.isinf(value):
+            yield f"{key}: {value} must be finite"
     for key, bound in UPPER_BOUNDS.items():
         if (value := _value(config, key)) > bound:
-            yield f"{key}: {value} must be at most {bound:g}"
-    yield from _other_problems(config)
+            yield f"{key}: {value} must be at most {bound}"
 
 
 def _other_problems(config: RunConfig) -> Iterator[str]:
@@ -202,4 +221,10 @@ def layout_problems(parallel: ParallelConfig) -> Iterator[str]:
         yield (
             "parallel.sequence_parallel: true needs tensor_model_parallel_size above 1, which is 1;"
             " raise it or set sequence_parallel=false"
+        )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and virtual > 1 and degrees["pp"] == 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size: {virtual} interleaves the stages of a"
+            " pipeline, and pipeline_model_parallel_size is 1; raise it or set the virtual one null"
         )

@@ -1,9 +1,9 @@
 """The configuration of a run: frozen dataclasses and a strict build from a composed mapping.
 
 Each key has one owner dataclass and one default, here; YAML overrides it and code never supplies
-another. `build_config` merges a composed mapping into the dataclasses, refuses unknown keys at
-every level with the nearest real name, and refuses wrong types. What the values may be, alone and
-together, is in `checks.py`.
+another. `build_config` puts a composed mapping into the dataclasses; it refuses unknown keys at
+every level with the nearest real name, and wrong types, all of them at once. What the values may
+be, alone and together, is in `checks.py`.
 """
 
 import dataclasses
@@ -13,11 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from roll_sft.errors import ConfigError
 from roll_sft.layout import ParallelLayout
+
+# What people call some keys -> the key; too short for a search by likeness.
+ABBREVIATIONS = {
+    "lr": "train.learning_rate",
+    "gbs": "train.global_batch_size",
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "world_size": "parallel.num_workers",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,27 +198,23 @@ class RunConfig:
 
 
 def schema() -> DictConfig:
-    """The dataclasses as a mutable OmegaConf node: types and defaults, open to merging."""
-    node: DictConfig = OmegaConf.structured(RunConfig)
-    _unfreeze(node)
+    """Every key with its default, for Hydra to compose on.
+
+    Without types: Hydra would stop at the first wrong one, and forgets where in a list it is.
+    """
+    node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
     return node
 
 
 def build_config(composed: DictConfig | dict[str, Any]) -> RunConfig:
-    """Merge `composed` into the dataclasses.
+    """The dataclasses with the values of `composed`, interpolations resolved.
 
-    Raises `ConfigError` for unknown keys and wrong types.
+    Raises one `ConfigError` with a line for each unknown key and each wrong type.
     """
-    mapping = composed if isinstance(composed, DictConfig) else OmegaConf.create(composed)
-    unknown = list(_unknown_keys(mapping))
-    if unknown:
-        raise ConfigError("; ".join(unknown))
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema(), mapping))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "configuration"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, RunConfig), f"merge gave {type(config)}"
+    problems: list[str] = []
+    config: RunConfig = _build(RunConfig, _resolved(composed), prefix="", problems=problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
     return config
 
 
@@ -220,6 +226,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
         pipeline_size=parallel.pipeline_model_parallel_size,
         context_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        virtual_size=parallel.virtual_pipeline_model_parallel_size or 1,
     )
 
 
@@ -232,52 +239,112 @@ def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
 
 
 def nearest_key(key: str) -> str:
-    """`; did you mean ...` for an unknown dotted key, or an empty string."""
+    """What to write instead of an unknown dotted key: the nearest real one, if any is near."""
+    section, _, leaf = key.rpartition(".")
+    if leaf in ABBREVIATIONS:
+        return f"; did you mean `{ABBREVIATIONS[leaf]}`?"
+    within = re.sub(r"\[\d+\]", "", section)  # all entries of a list have the same keys
     known = list(all_keys())
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if not matches:  # right name in the wrong section, or a typo in the last part alone
-        leaf = key.rsplit(".", 1)[-1]
-        leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        matches = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
-    return f"; did you mean `{matches[0]}`?" if matches else ""
+    siblings = [name for name in known if name.rpartition(".")[0] == within]
+    # Where the section is right, a long one must not outweigh the part that is wrong.
+    nearby = (leaf, _by_leaf(siblings)) if siblings else (key, {name: name for name in known})
+    for word, candidates in (nearby, (leaf, _by_leaf(known))):
+        if matches := difflib.get_close_matches(word, candidates, n=1, cutoff=0.5):
+            found = candidates[matches[0]]
+            is_sibling = found.startswith(f"{within}.")
+            shown = f"{section}{found.removeprefix(within)}" if is_sibling else found
+            return f"; did you mean `{shown}`?"
+    return "; `--cfg job` prints all keys"
+
+
+def _by_leaf(names: list[str]) -> dict[str, str]:
+    """Last part of each dotted name -> the first name that ends with it."""
+    return {name.rpartition(".")[2]: name for name in reversed(names)}
 
 
 def _fields(cls: Any) -> Iterator[tuple[str, Any]]:
     """(name, nested dataclass or None) of each field; a list of dataclasses counts as nested."""
     for item in dataclasses.fields(cls):
         kind: Any = item.type
-        inner = getattr(kind, "__args__", (None,))[0] if not isinstance(kind, type) else kind
-        if getattr(kind, "__origin__", None) is list:
-            inner = kind.__args__[0]
+        inner = kind.__args__[0] if _is_list(kind) else kind
         yield item.name, inner if dataclasses.is_dataclass(inner) else None
 
 
-def _unfreeze(node: Any) -> None:
-    # OmegaConf makes a frozen dataclass a read-only node, which then refuses the merge itself.
-    if isinstance(node, DictConfig | ListConfig):
-        OmegaConf.set_readonly(node, None)
-        if isinstance(node, DictConfig) and not node._is_none():
-            for key in node:
-                _unfreeze(node._get_node(key))
+def _is_list(kind: Any) -> bool:
+    return getattr(kind, "__origin__", None) is list
 
 
-def _unknown_keys(node: DictConfig, cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    known = dict(_fields(cls))
-    for key in node:
-        name = str(key)
+def _resolved(composed: DictConfig | dict[str, Any]) -> Any:
+    """Plain values with interpolations resolved, over all defaults, which they may refer to."""
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(composed)
+    given: Any = OmegaConf.to_container(node, resolve=False)
+    try:
+        full = OmegaConf.create(_over(dataclasses.asdict(RunConfig()), given))
+        return OmegaConf.to_container(full, resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}: {reason}; mend the reference or write the value") from error
+
+
+def _over(defaults: Any, values: Any) -> Any:
+    """`values` over `defaults`, section by section; anything that is no section replaces."""
+    if not (isinstance(defaults, dict) and isinstance(values, dict)):
+        return values
+    return {**defaults, **{key: _over(defaults.get(key), values[key]) for key in values}}
+
+
+def _build(cls: Any, values: dict[Any, Any], *, prefix: str, problems: list[str]) -> Any:
+    """An instance of `cls` with `values` over its defaults; adds what is wrong to `problems`."""
+    node = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(node, False)  # OmegaConf makes a frozen dataclass read-only
+    kinds: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(cls)}
+    known, nested = dict(_fields(cls)), {}
+    for name, value in values.items():
         full = f"{prefix}{name}"
         if name not in known:
-            yield f"{full}: no such key{nearest_key(full)}"
-            continue
-        nested, child = known[name], node._get_node(key)
-        if nested is None:
-            continue
-        if isinstance(child, DictConfig) and not child._is_none():
-            yield from _unknown_keys(child, nested, f"{full}.")
-        elif isinstance(child, ListConfig):
-            for entry in child._iter_ex(resolve=False):
-                if isinstance(entry, DictConfig):
-                    yield from _unknown_keys(entry, nested, f"{full}.")
+            problems.append(f"{full}: no such key{nearest_key(full)}")
+        elif known[name] is None:
+            if not _fits(node, name, value=value, kind=kinds[name]):
+                problems.append(f"{full}: {value!r} is not {_wanted(kinds[name])}")
+        elif not _is_list(kinds[name]):
+            nested[name] = _section(known[name], value, full=full, problems=problems)
+        elif isinstance(value, list):
+            nested[name] = [
+                _section(known[name], entry, full=f"{full}[{index}]", problems=problems)
+                for index, entry in enumerate(value)
+            ]
+        else:
+            problems.append(f"{full}: {value!r} is not a list such as [{{path: my.jsonl}}]")
+    built: Any = OmegaConf.to_object(node)
+    return dataclasses.replace(built, **nested)
+
+
+def _fits(node: DictConfig, name: str, *, value: object, kind: Any) -> bool:
+    """Put `value` into the typed `node`, if its type is right or can be read as the right one."""
+    if value == "???" or (kind is bool and isinstance(value, int) and value not in (0, 1)):
+        return False  # a blank to fill in, and a number that OmegaConf would read as true
+    try:
+        node[name] = value
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def _section(cls: Any, value: Any, *, full: str, problems: list[str]) -> Any:
+    if isinstance(value, dict):
+        return _build(cls, value, prefix=f"{full}.", problems=problems)
+    keys = ", ".join(name for name, _ in _fields(cls))
+    problems.append(f"{full}: {value!r} is not a mapping; its keys are {keys}")
+    return cls()
+
+
+def _wanted(kind: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    parts = getattr(kind, "__args__", (kind,))
+    if _is_list(kind):
+        return f"a list of {names[parts[0]]}"
+    return " or ".join(names.get(part, "null") for part in parts)
 
 
 def source_name(source: SourceConfig) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from roll_sft.memory import MemoryEstimate, estimate
 from roll_sft.metrics import StepRecord
-from roll_sft.preflight import Job
+from roll_sft.preflight import Plan
 
 LOG = logging.getLogger(__name__)
 CONSOLE = Console(stderr=True, highlight=False)
@@ -36,10 +36,10 @@ def set_up_logging() -> None:
     logger.propagate = False
 
 
-def show_plan(job: Job) -> None:
+def show_plan(plan: Plan) -> None:
     """The layout, the model, the data and the memory that a run will have, as tables."""
     console = Console(highlight=False)
-    for table in (_layout_table(job), _model_table(job), _data_table(job), _steps_table(job)):
+    for table in (_layout_table(plan), _model_table(plan), _data_table(plan), _steps_table(plan)):
         console.print(table)
 
 
@@ -93,8 +93,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _layout_table(job: Job) -> Table:
-    layout = job.layout
+def _layout_table(plan: Plan) -> Table:
+    layout = plan.layout
     table = _table("Layout", "workers", "TP", "PP", "CP", "DP", "SP", "pack of tokens at most")
     table.add_row(
         *map(
@@ -106,29 +106,30 @@ def _layout_table(job: Job) -> Table:
                 layout.context_size,
                 layout.data_size,
                 "on" if layout.sequence_parallel else "off",
-                job.pack_tokens,
+                plan.pack_tokens,
             ),
         )
     )
     return table
 
 
-def _model_table(job: Job) -> Table:
-    shape = job.source.shape
+def _model_table(plan: Plan) -> Table:
+    shape = plan.shape
     table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
     table.add_row(
         shape.architecture,
         f"{shape.num_parameters:,}",
         str(shape.num_layers),
         str(shape.hidden_size),
-        job.config.model.dtype,
+        plan.config.model.dtype,
     )
     return table
 
 
-def _data_table(job: Job) -> Table:
-    table = _table("Data", "source", "rows", "kept", "dropped", "tokens", "supervised")
-    for kind, reports in job.reports.items():
+def _data_table(plan: Plan) -> Table:
+    guessed = " (estimate)" if plan.is_rough else ""
+    table = _table(f"Data{guessed}", "source", "rows", "kept", "dropped", "tokens", "supervised")
+    for kind, reports in plan.reports.items():
         for report in reports:
             dropped = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()) or "0"
             table.add_row(
@@ -142,17 +143,19 @@ def _data_table(job: Job) -> Table:
     return table
 
 
-def _steps_table(job: Job) -> Table:
-    train, per_epoch = job.config.train, job.planner.steps_per_epoch
-    memory: MemoryEstimate = estimate(job)
+def _steps_table(plan: Plan) -> Table:
+    train, per_epoch = plan.config.train, plan.steps_per_epoch
+    memory: MemoryEstimate = estimate(plan)
     table = _table("Plan", "what", "value")
-    tokens = sum(report.tokens for report in job.reports["train"])
-    epochs = job.total_steps / per_epoch
+    tokens = sum(report.tokens for report in plan.reports["train"])
+    epochs = plan.total_steps / per_epoch
+    steps = f"{plan.total_steps:,} ({per_epoch:,} per epoch, {epochs:.3g} epochs)"
+    guessed = " (estimate)" if plan.is_rough else ""
     rows = {
-        "optimizer steps": f"{job.total_steps:,} ({per_epoch:,} per epoch, {epochs:.3g} epochs)",
+        f"optimizer steps{guessed}": steps,
         "samples per step": f"{train.global_batch_size:,}",
-        "tokens per epoch": f"{tokens:,}",
-        "tokens in the run": f"{round(tokens * epochs):,}",
+        f"tokens per epoch{guessed}": f"{tokens:,}",
+        f"tokens in the run{guessed}": f"{round(tokens * epochs):,}",
         "weights, gradients, optimizer": f"{memory.state_gib:.1f} GiB per GPU",
         "activations (estimate)": f"{memory.activations_gib:.1f} GiB per GPU",
         "logits (estimate)": f"{memory.logits_gib:.1f} GiB per GPU",

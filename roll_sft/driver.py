@@ -21,10 +21,11 @@ from roll_sft.config import RunConfig
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.publish import ASSETS, RunState, publish, staging_folder
 from roll_sft.errors import CheckpointError, DivergedError
-from roll_sft.preflight import Job, prepare
+from roll_sft.preflight import Job, dry_plan, prepare
 from roll_sft.records import Records, open_records
-from roll_sft.runtime import placement
+from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
+from roll_sft.runtime.placement import Slots, reserved
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -38,19 +39,20 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
     """
     folder = outputs.output_folder(config)
     if config.dry_run:
-        console.show_plan(prepare(config))
+        console.show_plan(dry_plan(config))
         return
     with outputs.claimed(folder) as folder:
         job = prepare(config)
         (folder / "config.yaml").write_text(composed_yaml, encoding="utf-8")
         outputs.write_json(folder / "data_report.json", _data_report(job))
-        console.show_plan(job)
+        console.show_plan(job.plan)
         if config.prepare_only:
             return
         with (
-            placement.connected(config),
+            connected(config),
+            reserved(config) as slots,
             open_records(job, folder) as records,
-            _workers(job, folder) as group,
+            _workers(job, folder, slots=slots) as group,
         ):
             records.device_name = group.device_name
             _train(job, group, records, folder=folder)
@@ -129,21 +131,17 @@ def _export(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _workers(job: Job, folder: Path) -> Iterator[WorkerGroup]:
-    """Started workers; ended, and their resources given back, however the block ends."""
-    slots = placement.reserve(job.config)
+def _workers(job: Job, folder: Path, *, slots: Slots) -> Iterator[WorkerGroup]:
+    """Started workers, ended however the block ends."""
+    group = WorkerGroup(job.config, slots=slots, logs=folder / "logs")
     try:
-        group = WorkerGroup(job.config, slots=slots, logs=folder / "logs")
-        try:
-            group.start(job.source, job.data)
-            yield group
-        except BaseException:
-            # Ranks no longer agree on what comes next, so no collective teardown.
-            group.kill()
-            raise
-        group.close()
-    finally:
-        placement.release(slots)
+        group.start(job.source, job.data)
+        yield group
+    except BaseException:
+        # Ranks no longer agree on what comes next, so no collective teardown.
+        group.kill()
+        raise
+    group.close()
 
 
 def _data_report(job: Job) -> dict[str, list[dict[str, object]]]:

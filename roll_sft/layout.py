@@ -31,6 +31,7 @@ class ParallelLayout:
     pipeline_size: int = 1
     context_size: int = 1
     sequence_parallel: bool = False
+    virtual_size: int = 1  # model chunks that each pipeline stage holds
 
     def __post_init__(self) -> None:
         degrees = self.tensor_size * self.pipeline_size * self.context_size
@@ -54,6 +55,11 @@ class ParallelLayout:
         if not self.sequence_parallel:
             return self.sample_alignment
         return math.lcm(self.sample_alignment, self.context_size * self.tensor_size)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """A rank's micro-batches come in multiples of this: interleaved stages take turns."""
+        return self.pipeline_size if self.virtual_size > 1 else 1
 
     def coordinate(self, rank: int) -> Coordinate:
         """Place of global `rank` on every axis."""

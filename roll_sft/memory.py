@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from roll_sft.preflight import Job
+from roll_sft.preflight import Plan
 
 GIB = 2**30
 # Bytes of activations kept per token, layer and hidden unit for the backward, in bf16 units of two
@@ -27,10 +27,10 @@ class MemoryEstimate:
         return self.state_gib + self.activations_gib + self.logits_gib
 
 
-def estimate(job: Job) -> MemoryEstimate:
+def estimate(plan: Plan) -> MemoryEstimate:
     """Of the first pipeline stage: it holds the embedding and the most micro-batches in flight."""
-    shape, layout, parallel = job.source.shape, job.layout, job.config.parallel
-    is_bf16 = job.config.model.dtype == "bf16"
+    shape, layout, parallel = plan.shape, plan.layout, plan.config.parallel
+    is_bf16 = plan.config.model.dtype == "bf16"
     shards = layout.tensor_size * layout.pipeline_size
     embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
     heads = 1 if shape.tie_word_embeddings else 2
@@ -41,7 +41,7 @@ def estimate(job: Job) -> MemoryEstimate:
     replicas = layout.data_size * layout.context_size if parallel.use_distributed_optimizer else 1
     weight_bytes, master_bytes = (2, 4) if is_bf16 else (4, 0)
     state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
-    tokens = job.pack_tokens / layout.context_size
+    tokens = plan.pack_tokens / layout.context_size
     width = 1 if is_bf16 else 2  # in units of bf16
     if layout.sequence_parallel:
         per_unit = ACTIVATION_BYTES / layout.tensor_size

@@ -4,6 +4,8 @@ Assumes a configuration that passed `checks.check_config`. Promises that what `p
 run, given the resources; nothing here starts Ray or writes into the run's folder.
 """
 
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from roll_sft import checks
-from roll_sft.config import RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.config import DataConfig, RunConfig, SourceConfig, layout_of, source_name
 from roll_sft.data.cache import TokenCache, TokenSet
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.packing import CostModel
@@ -24,7 +26,28 @@ from roll_sft.layout import ParallelLayout, round_up
 from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource, save_assets
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.spec import Family, ModelShape
+from roll_sft.rough import TOKEN_BYTES, rough_report
 from roll_sft.schedule import Schedule
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, for people to read."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    shape: ModelShape
+    reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
+    steps_per_epoch: int
+    total_steps: int
+    is_rough: bool = False  # rows and tokens are guessed from the text, for want of a tokenizer
+
+    @property
+    def pack_tokens(self) -> int:
+        """Padded tokens that a pack holds at most."""
+        return micro_batch_tokens(self.config, self.layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +70,16 @@ class Job:
         return self.schedule.total_steps
 
     @property
-    def pack_tokens(self) -> int:
-        """Padded tokens that a pack holds at most."""
-        return micro_batch_tokens(self.config, self.layout)
+    def plan(self) -> Plan:
+        """What there is to show of it."""
+        return Plan(
+            config=self.config,
+            layout=self.layout,
+            shape=self.source.shape,
+            reports=self.reports,
+            steps_per_epoch=self.planner.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
 
     @property
     def source_addresses(self) -> dict[str, str]:
@@ -80,7 +110,8 @@ def prepare(config: RunConfig) -> Job:
 
     Raises `ConfigError` (all layout problems at once) and `DataError`.
     """
-    source, tokenizer = load_model_facts(config)
+    source = _load_model(config)
+    tokenizer = _load_tokenizer(config, source.shape)
     layout = layout_of(config.parallel)
     chat = ChatTokenizer(tokenizer)
     train, train_reports = _tokenise(config, config.data.train, chat)
@@ -99,13 +130,41 @@ def prepare(config: RunConfig) -> Job:
         reports={"train": tuple(train_reports), "validation": tuple(validation_reports)},
         planner=planner,
         validation={name: _planner(tokens, options) for name, tokens in validation.items()},
-        schedule=_schedule(config, planner.steps_per_epoch),
+        schedule=Schedule.of(
+            config.train, total_steps=_total_steps(config, planner.steps_per_epoch)
+        ),
         tokenizer=tokenizer,
     )
 
 
-def load_model_facts(config: RunConfig) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """The model's family, shape and tensors, and its tokenizer, checked against the layout."""
+def dry_plan(config: RunConfig) -> Plan:
+    """The plan of a dry run; a rough one where the model's folder has no tokenizer yet.
+
+    Raises what `prepare` raises.
+    """
+    try:
+        return prepare(config).plan
+    except _NoTokenizerError as error:
+        _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
+    reports = {
+        kind: tuple(_rough_report(entry, config.data) for entry in entries)
+        for kind, entries in (("train", config.data.train), ("validation", config.data.validation))
+    }
+    kept = sum(report.kept for report in reports["train"])
+    steps_per_epoch = math.ceil(kept / config.train.global_batch_size)
+    return Plan(
+        config=config,
+        layout=layout_of(config.parallel),
+        shape=_load_model(config).shape,
+        reports=reports,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=_total_steps(config, steps_per_epoch),
+        is_rough=True,
+    )
+
+
+def _load_model(config: RunConfig) -> ModelSource:
+    """The model's family, shape and tensors, checked against the layout."""
     path = config.model.path
     assert path is not None, "check_config refuses a missing model.path"
     problems = list(checks.layout_problems(config.parallel))
@@ -117,13 +176,7 @@ def load_model_facts(config: RunConfig) -> tuple[ModelSource, PreTrainedTokenize
         checks.refuse([*problems, str(error)])
         raise
     checks.refuse([*problems, *_model_problems(config, shape)])
-    tokenizer = _load_tokenizer(config)
-    if len(tokenizer) > shape.vocab_size:
-        raise ConfigError(
-            f"model.tokenizer_path: the tokenizer has {len(tokenizer)} tokens but the model's"
-            f" embedding {shape.vocab_size} rows; use the model's own tokenizer or resize the model"
-        )
-    return ModelSource(family, shape, _tensors(config, family, shape)), tokenizer
+    return ModelSource(family, shape, _tensors(config, family, shape))
 
 
 def _tensors(config: RunConfig, family: Family, shape: ModelShape) -> TensorSource:
@@ -148,20 +201,34 @@ def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:
     return round_up(asked, layout.pack_alignment)
 
 
-def _load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+class _NoTokenizerError(ConfigError):
+    """The folder is there and holds no tokenizer."""
+
+
+def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizerBase:
     path = config.model.tokenizer_path or config.model.path
     assert path is not None, "check_config refuses a missing model.path"
     if not Path(path).is_dir():
         raise ConfigError(f"model.tokenizer_path: {path!r} is not a folder; give a local one")
+    remedy = "give a folder with tokenizer.json and tokenizer_config.json"
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.model.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.tokenizer_path: {path!r} holds no tokenizer that transformers can load"
-            f" ({str(error).splitlines()[0]}); give a folder with tokenizer.json"
+            f"model.tokenizer_path: transformers cannot load a tokenizer from {path!r} ({reason});"
+            f" {remedy}"
         ) from error
+    # Without the files, transformers makes one that knows a special token or two and no text.
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise _NoTokenizerError(f"model.tokenizer_path: {path!r} holds no tokenizer; {remedy}")
+    if len(tokenizer) > shape.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer_path: the tokenizer has {len(tokenizer)} tokens but the model's"
+            f" embedding {shape.vocab_size} rows; use the model's own tokenizer or resize the model"
+        )
     return tokenizer
 
 
@@ -170,13 +237,7 @@ def _tokenise(
 ) -> tuple[TokenSet, list[SourceReport]]:
     data = config.data
     options = SourceOptions(
-        keys=ColumnKeys(
-            prompt=data.prompt_key,
-            query=data.query_key,
-            response=data.response_key,
-            system=data.system_key,
-            messages=data.messages_key,
-        ),
+        keys=_column_keys(data),
         sequence_length=data.sequence_length,
         on_bad_row="skip" if data.on_bad_row == "skip" else "error",
         max_bad_fraction=data.max_bad_fraction,
@@ -192,6 +253,25 @@ def _tokenise(
         folders.append(folder)
         reports.append(report)
     return TokenSet(names, [TokenCache(folder) for folder in folders]), reports
+
+
+def _rough_report(entry: SourceConfig, data: DataConfig) -> SourceReport:
+    return rough_report(
+        Path(entry.path or ""),
+        name=source_name(entry),
+        keys=_column_keys(data),
+        is_strict=data.on_bad_row == "error",
+    )
+
+
+def _column_keys(data: DataConfig) -> ColumnKeys:
+    return ColumnKeys(
+        prompt=data.prompt_key,
+        query=data.query_key,
+        response=data.response_key,
+        system=data.system_key,
+        messages=data.messages_key,
+    )
 
 
 def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -> PlanOptions:
@@ -214,30 +294,43 @@ def _planner(tokens: TokenSet, options: PlanOptions) -> Planner:
     return Planner(tokens.lengths, tokens.supervised, options=options)
 
 
-def _schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
-    train = config.train
-    total_steps = train.max_steps or train.num_train_epochs * steps_per_epoch
-    return Schedule.of(train, total_steps=total_steps)
+def _total_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    return config.train.max_steps or config.train.num_train_epochs * steps_per_epoch
 
 
 def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     parallel, length = config.parallel, config.data.sequence_length
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
     tensor_size = parallel.tensor_model_parallel_size
     key = "parallel.tensor_model_parallel_size"
     divided = {
         "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
         "intermediate_size": shape.ffn_hidden_size,
     }
+    groups = shape.num_key_value_heads
+    # Fewer key heads than tensor ranks are shared between ranks; their norm, if one spans all
+    # heads of the projection, cannot be.
+    if groups > tensor_size or tensor_size % groups or shape.qk_norm == "projection":
+        divided["num_key_value_heads"] = groups
+    elif groups < tensor_size:  # Megatron then cuts the rows of the fused projection evenly
+        fused = (shape.num_attention_heads + 2 * groups) * shape.head_dim
+        divided["rows of the fused query, key and value projection"] = fused
     for name, value in divided.items():
         if tensor_size >= 1 and value % tensor_size:
             rule = f"does not divide the model's {name} {value}"
             yield f"{key}: {tensor_size} {rule}; choose a divisor"
     stages = parallel.pipeline_model_parallel_size
-    if stages > shape.num_layers:
+    if stages * virtual > shape.num_layers:
+        chunks = f"{stages} stages" + (f" x {virtual} virtual ones" if virtual > 1 else "")
         yield (
-            f"parallel.pipeline_model_parallel_size: {stages} stages exceed the model's"
-            f" {shape.num_layers} layers; choose at most {shape.num_layers}"
+            f"parallel.pipeline_model_parallel_size: {chunks} exceed the model's"
+            f" {shape.num_layers} layers; choose at most {shape.num_layers} in all"
+        )
+    if shape.sliding_window is not None and length > shape.sliding_window:
+        yield (
+            f"data.sequence_length: {length} exceeds the model's sliding_window"
+            f" {shape.sliding_window}, and attention over a window is not available in this"
+            " version; lower it"
         )
     if length > shape.max_position_embeddings:
         yield (

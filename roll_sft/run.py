@@ -5,23 +5,28 @@ the exit code of the contract. The last line on stderr names the cause; only fau
 traceback.
 """
 
+import argparse
+import dataclasses
+import difflib
 import os
+import re
 import signal
 import sys
 import traceback
+from importlib.resources import files
+from pathlib import Path
 from types import FrameType
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from roll_sft.checks import check_config
-from roll_sft.config import build_config, nearest_key, schema
-from roll_sft.errors import RollSftError
+from roll_sft.config import RunConfig, build_config, nearest_key, schema
+from roll_sft.errors import ConfigError, RollSftError
 
-CONFIG_ERROR = 2
 FAULT = 1
 INTERRUPTED = 130
 
@@ -32,6 +37,8 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_OFFLINE": "1",
+    # Ray says this, in a long paragraph and late, of every worker whose end the run has explained.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
 }
 
 
@@ -39,15 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run with `arguments` (default: the command line's) and return the exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # Hydra then raises instead of printing a traceback and leaving with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    ConfigStore.instance().store(name="schema", node=schema())
     signal.signal(signal.SIGTERM, _leave)
-    program, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        refusal = _compose_and_run()
-    except (HydraException, OmegaConfBaseException) as error:
-        return _report(_hydra_message(error), CONFIG_ERROR)
+        composed = compose(sys.argv[1:] if arguments is None else arguments)
+        if composed is not None:
+            _run(*composed)
+    except RollSftError as error:
+        return _report(error, error.exit_code)
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
     except SystemExit as leaving:
@@ -55,47 +60,112 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         traceback.print_exc()
         return _report(f"{type(error).__name__}: {error}", FAULT)
-    finally:
-        sys.argv = program
-    return _report(refusal, refusal.exit_code) if refusal else 0
+    return 0
 
 
-def _compose_and_run() -> RollSftError | None:
-    """Let Hydra read the command line and run what it composed; an error of the user's, if any."""
-    refusals: list[RollSftError] = []
+def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
+    """The checked configuration that `arguments` ask for, and its text with interpolations.
+
+    None where they ask Hydra to show something. Raises `ConfigError`, also for Hydra's errors.
+    """
+    flags = _flags(arguments)
+    if flags.multirun:
+        raise ConfigError("--multirun: not available in this version; start each run by itself")
+    ConfigStore.instance().store(name="schema", node=schema())
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of a traceback and exit code 1
+    outcome: list[tuple[RunConfig, str] | ConfigError] = []
+    is_composed = False
 
     @hydra.main(version_base="1.3", config_path="pkg://roll_sft.conf", config_name="base")
     def task(composed: DictConfig) -> None:
+        nonlocal is_composed
+        is_composed = True
         try:
-            _run(composed)
-        except RollSftError as error:  # kept from Hydra, which would add lines of its own
-            refusals.append(error)
+            outcome.append((_checked(composed), OmegaConf.to_yaml(composed, resolve=False)))
+        except ConfigError as error:  # kept from Hydra, which would add lines of its own
+            outcome.append(error)
 
-    task()
-    return refusals[0] if refusals else None
+    program, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        task()
+    except SystemExit as leaving:  # Hydra has said why, sometimes with the exit code of a fault
+        raise SystemExit(ConfigError.exit_code if leaving.code == FAULT else leaving.code) from None
+    except Exception as error:
+        if is_composed:
+            raise
+        # Hydra's own errors, and those that it lets through: of YAML, of files, of values.
+        raise ConfigError(_hydra_message(error, flags.config_dir)) from error
+    finally:
+        sys.argv = program
+    for result in outcome:
+        if isinstance(result, ConfigError):
+            raise result
+        return result
+    return None
 
 
-def _run(composed: DictConfig) -> None:
+def _checked(composed: DictConfig) -> RunConfig:
+    absent = [field.name for field in dataclasses.fields(RunConfig) if field.name not in composed]
+    if absent:
+        raise ConfigError(
+            f"--config-name: the configuration lacks {absent[0]!r}, so it does not build on base;"
+            " begin its file with `defaults: [base, _self_]`"
+        )
     config = build_config(composed)
     check_config(config)
+    return config
+
+
+def _run(config: RunConfig, composed_yaml: str) -> None:
     # Heavy imports after composition, so that a typo is reported in half a second.
     from roll_sft.console import set_up_logging
     from roll_sft.driver import run
 
     set_up_logging()
-    run(config, composed_yaml=OmegaConf.to_yaml(composed, resolve=False))
+    run(config, composed_yaml=composed_yaml)
 
 
-def _hydra_message(error: Exception) -> str:
-    """One line of what Hydra or OmegaConf refused, with the nearest key where it is a name."""
-    cause = error.__cause__
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        return f"{cause.full_key}: no such key{nearest_key(str(cause.full_key))}"
-    texts = [str(error), str(cause or "")]
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+def _flags(arguments: list[str]) -> argparse.Namespace:
+    """The flags of Hydra's that matter here."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    return parser.parse_known_args(arguments)[0]
+
+
+def _hydra_message(error: Exception, config_dir: str | None) -> str:
+    """One line of what Hydra refused, with the nearest real name where a name is wrong."""
+    text, cause = str(error), error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        override = re.search(r"Could not override '([^']+)'", text)
+        key = override.group(1) if override else str(cause.full_key)
+        return f"{key}: no such key{nearest_key(key)}"
+    if isinstance(error, MissingConfigException):
+        return _missing_config(error, config_dir)
+    lines = [line.strip() for line in [*text.splitlines(), *str(cause or "").splitlines()]]
     noise = ("full_key:", "object_type=", "reference_type=", "See https:")
-    lines = [line for line in lines if not line.startswith(noise)]
-    return " ".join(dict.fromkeys(lines)) or type(error).__name__
+    shown = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r}: {shown}; write key=value, in quotes where a shell needs them"
+    if not isinstance(error, HydraException):
+        return f"--config-name: the file cannot be read: {shown}; correct it"
+    return shown or type(error).__name__
+
+
+def _missing_config(error: MissingConfigException, config_dir: str | None) -> str:
+    """Which file there is not, and those that there are."""
+    text = " ".join(str(error).partition("Config search path:")[0].split())
+    if error.options or not error.missing_cfg_file:
+        return text
+    folders = [files("roll_sft.conf"), *([Path(config_dir)] if config_dir else [])]
+    paths = [path.name for folder in folders for path in folder.iterdir()]
+    names = sorted({path.removesuffix(".yaml") for path in paths if path.endswith(".yaml")})
+    nearest = difflib.get_close_matches(error.missing_cfg_file, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    if text.startswith("Cannot find primary config"):
+        text = f"--config-name: there is no configuration {error.missing_cfg_file!r}"
+    names_shown = ", ".join(names)
+    return f"{text.rstrip('.')}; {hint}there are {names_shown}; --config-dir adds a folder of yours"
 
 
 def _report(error: object, code: int) -> int:

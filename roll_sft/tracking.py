@@ -1,23 +1,32 @@
 """MLflow, with the driver as its only writer and off the critical path.
 
-A thread owns the client: the database's first migration, every request and every retry are there.
-Promise: losing the tracker never loses or slows a run; the loss of it is said once, with its cause.
-`steps.jsonl` is written by the driver whatever happens here.
+A thread owns the client: the import, the database's first migration, every request and every retry
+are there. Promises: losing the tracker never loses or slows a run, and is said once, with its
+cause; `close` is bounded. `steps.jsonl` is written by the driver whatever happens here.
 """
 
+import contextlib
 import logging
 import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 LOG = logging.getLogger(__name__)
 # Limits of MLflow's own validation.
 MAX_PARAMS_PER_BATCH = 100
+MAX_METRICS_PER_BATCH = 1000
 MAX_PARAM_LENGTH = 6000
-CLOSE_TIMEOUT_S = 60.0
+MAX_WAITING_METRICS = 100_000  # 20 MB of them; beyond, the newest are not recorded
+RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries, of a minute or so
+CLOSE_TIMEOUT_S = 30.0
+CLOSE_AFTER_FAILURE_TIMEOUT_S = 5.0
+SQLITE, SHELF = "sqlite:///", ".mlflow_artifacts"
 
 
 class MlflowTracker:
@@ -26,86 +35,65 @@ class MlflowTracker:
     def __init__(self, *, uri: str, experiment: str, run_name: str, folder: Path) -> None:
         self._uri, self._experiment = uri, experiment
         self._run_name, self._folder = run_name, folder
-        self._jobs: queue.Queue[Callable[[Any, str], None] | None] = queue.Queue()
+        self._client: Any = None
+        self._run_id = ""
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._metrics: queue.Queue[tuple[str, float, int, int]] = queue.Queue(MAX_WAITING_METRICS)
         self._status = "FAILED"
+        self._has_failed = False  # a request, which is tried again or was the last
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record `params`; values past MLflow's length limit are cut, with a mark."""
-        items = [(key, _shortened(str(value))) for key, value in params.items()]
-
-        def job(client: Any, run_id: str) -> None:
-            from mlflow.entities import Param
-
-            for first in range(0, len(items), MAX_PARAMS_PER_BATCH):
-                batch = items[first : first + MAX_PARAMS_PER_BATCH]
-                client.log_batch(run_id, params=[Param(key, value) for key, value in batch])
-
-        self._jobs.put(job)
+        items = [(key, _shortened(without_password(str(value)))) for key, value in params.items()]
+        self._put(lambda: self._send_params(items))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record `metrics` at `step`."""
         now_ms = int(time.time() * 1000)
-
-        def job(client: Any, run_id: str) -> None:
-            from mlflow.entities import Metric
-
-            entries = [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
-            client.log_batch(run_id, metrics=entries)
-
-        self._jobs.put(job)
+        with contextlib.suppress(queue.Full):
+            for key, value in metrics.items():
+                self._metrics.put_nowait((key, float(value), now_ms, step))
+        self._put(self._send_metrics)
 
     def log_file(self, path: Path) -> None:
         """Keep a copy of `path` among the run's artifacts."""
-        self._jobs.put(lambda client, run_id: client.log_artifact(run_id, str(path)))
+        self._put(lambda: self._try(lambda: self._client.log_artifact(self._run_id, str(path))))
 
     def close(self, *, succeeded: bool) -> None:
         """Finish the run's record; waits at most `CLOSE_TIMEOUT_S`."""
         self._status = "FINISHED" if succeeded else "FAILED"
+        self._closing.set()
         self._jobs.put(None)
-        self._thread.join(CLOSE_TIMEOUT_S)
+        is_hopeless = self._has_failed or not succeeded
+        timeout_s = CLOSE_AFTER_FAILURE_TIMEOUT_S if is_hopeless else CLOSE_TIMEOUT_S
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
-            LOG.warning("MLflow at %s did not finish in %g s", self._uri, CLOSE_TIMEOUT_S)
+            self._warn(f"did not finish within {timeout_s:g} s")
+
+    def _put(self, job: Callable[[], None]) -> None:
+        if self._thread.is_alive():
+            self._jobs.put(job)
 
     def _work(self) -> None:
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
         try:
-            client, run_id = self._open_run()
-            while (job := self._jobs.get()) is not None:
-                job(client, run_id)
-            client.set_terminated(run_id, status=self._status)
-        except (MlflowException, SQLAlchemyError, OSError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            LOG.warning("MLflow at %s stopped recording: %s; the run goes on", self._uri, reason)
+            with _quiet_mlflow():
+                self._try(self._open_run)
+                while (job := self._jobs.get()) is not None:
+                    job()
+                self._try(lambda: self._client.set_terminated(self._run_id, status=self._status))
+        except self._errors() as error:
+            self._warn(_first_line(error))
 
-    def _open_run(self) -> tuple[Any, str]:
-        # Slow to import (seconds), so in this thread and only when MLflow is asked for.
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=self._uri)
-        found = client.get_experiment_by_name(self._experiment)
-        artifacts = self._folder / "mlflow"
-        if found is not None:
-            experiment_id = found.experiment_id
-        elif self._uri.startswith("sqlite:///"):
-            shelf = Path(self._uri.removeprefix("sqlite:///")).parent / ".mlflow_artifacts"
-            experiment_id = client.create_experiment(self._experiment, str(shelf))
-        else:
-            experiment_id = client.create_experiment(self._experiment)
-        tags = {"output_dir": str(self._folder)}
-        run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)
-        place = Path(run.info.artifact_uri)
-        if place.is_absolute() and ".mlflow_artifacts" in place.parts:
-            # MLflow derives a run's artifact folder from its experiment, which all runs share to
-            # be compared; a link puts the files where they belong, in the run's own folder.
-            artifacts.mkdir(parents=True, exist_ok=True)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(artifacts)
-        return client, run.info.run_id
-
-
-def _shortened(value: str) -> str:
-    return value if len(value) <= MAX_PARAM_LENGTH else value[: MAX_PARAM_LENGTH - 4] + " ..."
+    def _try(self, request: Callable[[], None]) -> None:
+        """Make a request, again after each pause; raises what the last attempt does."""
+        for pause_s in RETRY_PAUSES_S:
+            try:
+                return request()
+            except self._errors() as error:
+                self._warn(f"{_first_line(error)}; trying again")
+            if self._closing.wait(pause_s):
+                break
+        return request()

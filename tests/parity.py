@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from roll_sft.config import RunConfig, build_config
 from roll_sft.preflight import Job, prepare
@@ -19,23 +27,52 @@ from tests.tiny import tiny_tokenizer
 NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
 
 
-def write_model(folder: Path, *, tied: bool, num_layers: int = 4) -> Path:
-    """A tiny Qwen2 with telling weights and its tokenizer, saved as transformers saves models."""
+def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
+    """Configuration of a tiny model; `kind` is a family, `-tied`, or what else is special."""
+    family, _, variant = kind.partition("-")
+    shared: dict[str, Any] = {
+        "vocab_size": 403,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1 if variant == "one_kv_head" else 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 3e-5,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": variant == "tied",
+        "pad_token_id": None,  # transformers would not train that row, which text may use here
+        "rope_parameters": {"rope_type": "default", "rope_theta": 70_000.0},
+    }
+    if family == "llama3":  # an original length that Megatron's own scaling would take for 8192
+        shared["rope_parameters"] = {
+            "rope_type": "llama3",
+            "rope_theta": 70_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    if family == "qwen3":
+        shared["head_dim"] = 24
+    if family == "mistral":
+        shared["sliding_window"] = None
+    classes: dict[str, type[PreTrainedConfig]] = {
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "llama": LlamaConfig,
+        "llama3": LlamaConfig,
+        "mistral": MistralConfig,
+        "olmo2": Olmo2Config,
+    }
+    return classes[family](**shared)
+
+
+def write_model(folder: Path, *, kind: str = "qwen2", num_layers: int = 4) -> Path:
+    """A tiny model with telling weights and its tokenizer, saved as transformers saves models."""
     torch.manual_seed(7)
-    config = Qwen2Config(
-        vocab_size=403,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rms_norm_eps=3e-5,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 70_000.0},
-    )
-    model = Qwen2ForCausalLM(config).float()
+    config = model_config(kind, num_layers=num_layers)
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -85,9 +122,12 @@ def write_rows(path: Path, *, num_rows: int = NUM_ROWS) -> Path:
     return path
 
 
-def parity_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+def parity_config(
+    folder: Path, *, deterministic: bool = False, **sections: dict[str, Any]
+) -> RunConfig:
     """The run of the parity test; `sections` override keys section by section."""
-    base: dict[str, dict[str, Any]] = {
+    base: dict[str, Any] = {
+        "deterministic": deterministic,
         "model": {"path": str(folder / "model")},
         "data": {
             "train": [{"path": str(folder / "rows.jsonl")}],
@@ -116,7 +156,7 @@ def reference_run(
 ) -> tuple[list[dict[str, float]], torch.Tensor]:
     """Loss and gradient norm of each step, and logits after the last, from transformers alone."""
     path, train = job.config.model.path, job.config.train
-    model = Qwen2ForCausalLM.from_pretrained(path, attn_implementation="eager").to(dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").to(dtype)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -201,7 +241,7 @@ def export_run(job: Job, staging: Path, output: Path) -> torch.nn.Module:
         dtype=job.config.model.dtype,
     )
     export(publish(staging, state=state, versions={}), output, dtype=None, replace=False)
-    return Qwen2ForCausalLM.from_pretrained(output, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")
 
 
 class Gradients:
@@ -225,7 +265,7 @@ class Gradients:
 
 def reference_gradients(job: Job) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss over step 1's supervised tokens and its gradients, from transformers alone."""
-    model = Qwen2ForCausalLM.from_pretrained(job.config.model.path, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(job.config.model.path, attn_implementation="eager")
     plan = job.planner.step(1)
     total = 0.0
     for index in plan.sample_ids:
@@ -247,7 +287,7 @@ def engine_gradient_errors(
     from megatron.core import parallel_state
 
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.setup import global_name
+    from roll_sft.engine.setup import named_parameters
 
     restore = _plant(mistake)
     try:
@@ -263,8 +303,7 @@ def engine_gradient_errors(
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     errors = {}
-    for name, parameter in engine.model.named_parameters():
-        key = global_name(name, engine.model)
+    for key, parameter in named_parameters(engine.chunks):
         wanted = words[key].local(
             Gradients(reference), tensor_rank=tensor_rank, tensor_size=tensor_size
         )

@@ -101,9 +101,9 @@ def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[Bin]:
 
 
 def balance_bins(
-    bins: Sequence[Bin], lengths: Sequence[int], *, cost: CostModel, capacity: int
+    bins: Sequence[Bin], lengths: Sequence[int], *, num_bins: int, cost: CostModel, capacity: int
 ) -> list[Bin]:
-    """The same samples in as many bins of nearly equal cost, each of at most `capacity` tokens.
+    """The same samples in `num_bins` bins of nearly equal cost, each of at most `capacity` tokens.
 
     Best-fit bins are equal in tokens, not in cost, and the last one is a remainder. Where dealing
     anew would break the capacity or make the costliest bin costlier, the bins come back as they
@@ -111,7 +111,7 @@ def balance_bins(
     """
     members = sorted(index for one_bin in bins for index in one_bin)
     own_lengths = [lengths[index] for index in members]
-    dealt = _deal(own_lengths, num_bins=len(bins), cost=cost, ceiling=capacity, must_fit=True)
+    dealt = _deal(own_lengths, num_bins=num_bins, cost=cost, ceiling=capacity, must_fit=True)
     balanced = [tuple(members[position] for position in one_bin) for one_bin in dealt]
 
     def largest_cost(candidates: Sequence[Bin]) -> float:

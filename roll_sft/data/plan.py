@@ -6,7 +6,8 @@ where a sample runs, never which step it is in, and to resume is to ask for the 
 is no iterator to restore.
 
 Invariants: every sample is in exactly one step of an epoch; a batch never crosses epochs and the
-last, short one is kept; every rank has at least one micro-batch; no micro-batch exceeds the cap;
+last, short one is kept; every rank has at least one micro-batch, and a multiple of the layout's
+`micro_batch_multiple`, empty ones filling up; no micro-batch exceeds the cap;
 asking for a step twice gives equal plans, whatever was asked in between.
 
 Assumes the set is not empty, `supervised` counts the labels each sample contributes, and no
@@ -185,16 +186,19 @@ class Planner:
         return [self._micro_batches(rank, aligned) for rank in ranks], imbalance
 
     def _micro_batches(self, rank: Bin, aligned: Sequence[int]) -> list[Bin]:
-        if not rank:
-            return [()]
         own, cost = [aligned[i] for i in rank], self._options.cost
+        multiple = self._options.layout.micro_batch_multiple
         if self._options.packing:
             bins = packing.best_fit_decreasing(own, capacity=self._capacity)
-            bins = packing.balance_bins(bins, own, cost=cost, capacity=self._capacity)
+            num_bins = min(round_up(len(bins), multiple), len(own))
+            bins = packing.balance_bins(
+                bins, own, num_bins=num_bins, cost=cost, capacity=self._capacity
+            )
         else:
             bins = [(position,) for position in range(len(own))]
         ordered = packing.order_for_pipeline(bins, own, cost=cost)
-        return [tuple(rank[position] for position in members) for members in ordered]
+        batches = [tuple(rank[position] for position in members) for members in ordered]
+        return batches + [()] * (round_up(max(1, len(batches)), multiple) - len(batches))
 
     def _token_ceiling(self, tokens: int) -> int:
         """Tokens a rank may hold: the fewest micro-batches that can run `tokens`, and one more.

@@ -3,9 +3,8 @@
 Legend: T tokens of this context rank, P tokens of the whole pack, H query heads and G key/value
 groups of this tensor rank, E head dimension.
 
-Megatron's local layer spec leaves two gaps, filled here: a core attention that takes packed
-sequences and context parallelism, and an RMSNorm that tells the optimizer it is replicated under
-sequence parallelism.
+Megatron's local core attention takes neither packed sequences nor context parallelism; this one
+takes both.
 
 Context parallelism uses the zig-zag split: of 2 x CP chunks of each sample, context rank r holds
 chunks r and 2 x CP - 1 - r, so every rank does the same share of a causal triangle. Keys and values
@@ -23,17 +22,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from roll_sft.data.batch import zigzag_inverse
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked as replicated over sequence-parallel shards."""
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps)
-        # finalize_model_grads sums the gradients of marked parameters over the tensor group.
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
 
 
 class PackedAttention(MegatronModule):

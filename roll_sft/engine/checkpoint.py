@@ -22,16 +22,18 @@ from roll_sft.errors import CheckpointError
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(folder: Path, *, model: GPTModel, optimizer: MegatronOptimizer | None) -> None:
+def save(folder: Path, *, chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> None:
     """Write this rank's shards of the model, and of the optimizer if given, into empty `folder`.
 
     Raises `CheckpointError` where any rank's write fails (a full disk, say).
     """
-    state: dict[str, Any] = {"model": model.sharded_state_dict()}
+    # Shards are named by global layer, so the number of chunks leaves no trace in the files.
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)
+    }
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            {"model": state["model"]}, metadata=OPTIMIZER_METADATA
-        )
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=OPTIMIZER_METADATA)
     # Megatron starts a manager process for this queue, which a killed rank would leave behind. A
     # synchronous save puts and gets in this very process, so an ordinary queue serves.
     filesystem_async._results_queue = queue.Queue()

@@ -36,16 +36,16 @@ class Engine:
         self._shape = source.shape
         self._data = data
         self._device = torch.device(torch.cuda.current_device())
-        dtype = setup.DTYPES[config.model.dtype]
-        transformer = setup.transformer_config(source.shape, self._layout, dtype=dtype)
-        self.model = setup.build_model(source.shape, transformer)
-        setup.load_weights(self.model, source.family, source.shape, source=source.tensors)
-        self.wrapped = setup.wrap_model(
-            self.model,
+        torch.use_deterministic_algorithms(config.deterministic)
+        transformer = setup.transformer_config(source.shape, self._layout, config=config)
+        self.chunks = setup.build_model(source.shape, transformer)
+        setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
+        self._wrapped = setup.wrap_model(
+            self.chunks,
             transformer,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.optimizer = setup.build_optimizer(config, self.wrapped)
+        self.optimizer = setup.build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
@@ -77,23 +77,28 @@ class Engine:
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
         """Loss of this rank's share of one chunk of validation set `name`; changes no state."""
         batches = self._build(self._data.validation[name], micro_batches)
-        self.wrapped.eval()
+        self._set_training(training=False)
         with torch.no_grad():
             self._run_schedule(batches, forward_only=True)
-        self.wrapped.train()
+        self._set_training(training=True)
         loss_sum, supervised = self._reduce_losses()
         return EvalMetrics(loss_sum, supervised) if self._is_reporter else None
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards into the empty `folder`, which is not yet a checkpoint."""
         optimizer = self.optimizer if self._config.checkpoint.save_optimizer else None
-        checkpoint.save(folder, model=self.model, optimizer=optimizer)
+        checkpoint.save(folder, chunks=self.chunks, optimizer=optimizer)
 
     def accumulate_gradients(self, batches: Sequence[PackedBatch]) -> None:
         """Forward and backward over `batches`; leaves reduced, scaled gradients in `main_grad`."""
-        self.wrapped.zero_grad_buffer()
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run_schedule(batches, forward_only=False)
+
+    def _set_training(self, *, training: bool) -> None:
+        for chunk in self._wrapped:
+            chunk.train(training)
 
     def _build(
         self, tokens: TokenSet, micro_batches: tuple[tuple[int, ...], ...]
@@ -113,8 +118,8 @@ class Engine:
         self._num_supervised = 0
         get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=iter(batches),
-            model=self.wrapped,
+            data_iterator=[iter(batches) for _ in self._wrapped],
+            model=self._wrapped,
             num_microbatches=len(batches),
             seq_length=1,  # unused: packs differ in length and send their shape ahead
             micro_batch_size=1,

@@ -75,6 +75,7 @@ def process_groups(
         parallel_state.initialize_model_parallel(
             layout.tensor_size,
             layout.pipeline_size,
+            layout.virtual_size if layout.virtual_size > 1 else None,
             context_parallel_size=layout.context_size,
             distributed_timeout_minutes=max(1, round(rendezvous.collective_timeout_s / 60)),
         )

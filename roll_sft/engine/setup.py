@@ -5,6 +5,7 @@ because the distributed optimizer copies them into its own fp32 shards.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from roll_sft.config import RunConfig
-from roll_sft.engine.attention import PackedAttention, RMSNorm
+from roll_sft.engine.attention import PackedAttention
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
+from roll_sft.engine.norms import RMSNorm, layer_spec
 from roll_sft.layout import ParallelLayout
 from roll_sft.models.hf_io import TensorSource
 from roll_sft.models.spec import Family, ModelShape
@@ -36,9 +37,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(
-    shape: ModelShape, layout: ParallelLayout, *, dtype: torch.dtype
+    shape: ModelShape, layout: ParallelLayout, *, config: RunConfig
 ) -> TransformerConfig:
     """Megatron's configuration of `shape` on `layout`; what a flag costs is said beside it."""
+    dtype, recompute = DTYPES[config.model.dtype], config.train.recompute
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -48,6 +50,9 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         layernorm_epsilon=shape.rms_norm_eps,
         add_qkv_bias=shape.qkv_bias,
+        # Also makes finalize_model_grads sum these norms over the tensor group, by their names. A
+        # norm over the whole projection is cut over that group instead, and must not be summed.
+        qk_layernorm=shape.qk_norm == "head",
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -56,12 +61,26 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
-        pipeline_model_parallel_layout=uneven_stages(shape.num_layers, layout.pipeline_size),
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_size if layout.virtual_size > 1 else None
+        ),
+        pipeline_model_parallel_layout=uneven_stages(
+            shape.num_layers, layout.pipeline_size * layout.virtual_size
+        ),
+        # With two stages the next and the previous rank are one peer, and batched sends then cross
+        # activations with gradients under interleaving: a wrong loss, without an error.
+        overlap_p2p_comm=layout.virtual_size > 1,
+        batch_p2p_comm=layout.virtual_size == 1,
         context_parallel_size=layout.context_size,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        # Selective recomputes attention's core, full every layer from its input.
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        deterministic_mode=config.deterministic,
         # Every parameter is loaded, so drawing random ones first would be lost time. Not
         # perform_initialization=False: it also skips the marks by which the gradient norm knows a
         # tensor-parallel parameter from a replicated one (a third of the norm lost at TP 2).
@@ -88,18 +107,18 @@ def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def uneven_stages(num_layers: int, pipeline_size: int) -> list[list[str]] | None:
-    """Stage contents where `pipeline_size` does not divide `num_layers`; None where it does.
+def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
+    """Stage contents where `num_stages` does not divide `num_layers`; None where it does.
 
     Surplus layers go to the middle stages first, then to the first: the ends hold the embedding and
     the head, and the head is the heavier.
     """
-    base, surplus = divmod(num_layers, pipeline_size)
+    base, surplus = divmod(num_layers, num_stages)
     if surplus == 0:
         return None
-    last = pipeline_size - 1
+    last = num_stages - 1
     order = [*range(1, last), 0, last]
-    counts = [base] * pipeline_size
+    counts = [base] * num_stages
     for stage in order[:surplus]:
         counts[stage] += 1
     stages = [["decoder"] * count for count in counts]
@@ -108,13 +127,17 @@ def uneven_stages(num_layers: int, pipeline_size: int) -> list[list[str]] | None
     return stages
 
 
-def build_model(shape: ModelShape, config: TransformerConfig) -> GPTModel:
-    """This rank's part of the model, parameters uninitialised."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+def build_model(shape: ModelShape, config: TransformerConfig) -> list[GPTModel]:
+    """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
+    virtual_size = config.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual_size is None else range(virtual_size)
+    return [_build_chunk(shape, config, stage) for stage in stages]
+
+
+def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
+    layer = layer_spec(shape, core_attention=PackedAttention)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=RMSNorm
     )
     model_class = GPTModel if HAS_OUTPUT_PROCESSOR else SupervisedGPTModel
     model = model_class(
@@ -122,8 +145,13 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> GPTModel:
         block,
         vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=shape.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=stage is None, vp_stage=stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=stage is None, vp_stage=stage
+        ),
+        vp_stage=stage,
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="rope",
     )
@@ -136,15 +164,15 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> GPTModel:
 
 
 def load_weights(
-    model: GPTModel, family: Family, shape: ModelShape, *, source: TensorSource
+    chunks: list[GPTModel], family: Family, shape: ModelShape, *, source: TensorSource
 ) -> None:
     """Fill every parameter of this rank from HuggingFace tensors, reading only its slices."""
     words = family.weights(shape)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            word = words[global_name(name, model)]
+        for name, parameter in named_parameters(chunks):
+            word = words[name]
             value = word.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
             assert value.shape == parameter.shape, (
                 f"{name}: HuggingFace gives {tuple(value.shape)}, Megatron has"
@@ -153,34 +181,38 @@ def load_weights(
             parameter.copy_(value)
 
 
-def global_name(name: str, model: GPTModel) -> str:
-    """`name` with the layer's index in its stage replaced by its index in the model."""
-    prefix, dot, rest = name.partition("decoder.layers.")
-    if not dot:
-        return name
-    index, _, tail = rest.partition(".")
-    layer_number: Any = model.decoder.layers[int(index)].layer_number  # from 1, over all stages
-    return f"{prefix}{dot}{int(layer_number) - 1}.{tail}"
+def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Every parameter of this rank, named by its layer's index in the model, not in its stage."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            prefix, dot, rest = name.partition("decoder.layers.")
+            if dot:
+                index, _, tail = rest.partition(".")
+                layer: Any = chunk.decoder.layers[int(index)]
+                name = f"{prefix}{dot}{int(layer.layer_number) - 1}.{tail}"  # counts from 1
+            yield name, parameter
 
 
 def wrap_model(
-    model: GPTModel, config: TransformerConfig, *, use_distributed_optimizer: bool
-) -> DistributedDataParallel:
-    """The model with its gradient buffers (fp32) and its data-parallel reduction."""
-    module = Float16Module(config, model) if config.bf16 else model
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=use_distributed_optimizer, grad_reduce_in_fp32=True
-        ),
-        module,
+    chunks: list[GPTModel], config: TransformerConfig, *, use_distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """The model's chunks with gradient buffers (fp32) and data-parallel reduction."""
+    buffers = DistributedDataParallelConfig(
+        use_distributed_optimizer=use_distributed_optimizer, grad_reduce_in_fp32=True
     )
+    wrapped = [
+        DistributedDataParallel(
+            config, buffers, Float16Module(config, chunk) if config.bf16 else chunk
+        )
+        for chunk in chunks
+    ]
     # Ranks may run different numbers of micro-batches, so only the last may reduce.
-    config.no_sync_func = wrapped.no_sync
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
-def build_optimizer(config: RunConfig, wrapped: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm."""
     train = config.train
     optimizer = get_megatron_optimizer(
@@ -197,7 +229,7 @@ def build_optimizer(config: RunConfig, wrapped: DistributedDataParallel) -> Mega
             # Megatron computes no norm when clipping is off; an infinite bound never clips.
             clip_grad=train.max_grad_norm or math.inf,
         ),
-        [wrapped],
+        wrapped,
     )
     for group in optimizer.param_groups:
         group["weight_decay"] = train.weight_decay * group["wd_mult"]

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roll_sft.errors import ConfigError
-from roll_sft.models.qwen import QWEN2
+from roll_sft.models.llama import LLAMA
+from roll_sft.models.mistral import MISTRAL
+from roll_sft.models.olmo2 import OLMO2
+from roll_sft.models.qwen import QWEN2, QWEN3
 from roll_sft.models.spec import Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES: tuple[Family, ...] = (QWEN2,)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3)
 
 
 def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
@@ -36,7 +39,14 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     # Everything transformers is known to raise for a bad value in the file.
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.path: transformers cannot read '{path}/config.json': {reason}; correct the file"

@@ -1,32 +1,29 @@
-"""What a model family is: its shape, and how its weights read in both directions.
+"""What a model family is: its shape, and the table of its weights.
 
-A family maps a Hugging Face configuration to a `ModelShape` and declares one `Word` for each
-parameter of Megatron's `GPTModel` (local spec). A word is the only place that knows how the two
-sides differ: it cuts one tensor-parallel rank's tensor out of a `TensorSource`, and takes the
-merged Megatron tensor apart again.
+A family maps a Hugging Face configuration to a `ModelShape` and declares one word of
+`models/words.py` for each parameter of Megatron's `GPTModel` (local spec).
 
-Invariants: for every word and tensor-parallel size, merging the local tensors of all ranks and
-calling `to_hf` gives back the source's tensors to the last bit; the words of one table name every
-Hugging Face tensor of the family, and each is written by exactly one word.
-
-Shape letters: V vocab, P padded vocab, D hidden, F feed-forward, H heads, G key-value groups,
-K head dimension. *Full* is the tensor-parallel-merged form, as Megatron's distributed checkpoint
-stores it.
+Invariant: the words of one table name every Hugging Face tensor of the family, and each is written
+by exactly one word.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from roll_sft.errors import ConfigError
 from roll_sft.layout import round_up
 from roll_sft.models.hf_io import Shape, TensorSource
+from roll_sft.models.words import TiedHead, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+QKNorm: TypeAlias = Literal["none", "head", "projection"]
+NormPlacement: TypeAlias = Literal["pre", "post"]
 
 _NAMES_SHOWN = 3
 _ROWS_COMPARED_AT_ONCE = 8192
@@ -36,7 +33,11 @@ _ROWS_COMPARED_AT_ONCE = 8192
 class ModelShape:
     """All the numbers of a dense decoder that the engine, the planner and the weight words need.
 
-    `rotary_inv_freq` holds K/2 frequencies, exact float32 values of transformers' own function.
+    `rotary_inv_freq` holds K/2 frequencies, exact float32 values of transformers' own function, for
+    K = `head_dim`. `qk_norm` is an RMSNorm on queries and keys: over each head alone, or over all
+    heads of the projection at once. `norm_placement` says whether a layer's two norms come before
+    attention and MLP, or after them and before the residual addition. `sliding_window` is how many
+    tokens a query sees, itself included; None if never fewer than all.
     """
 
     architecture: str
@@ -53,6 +54,9 @@ class ModelShape:
     qkv_bias: bool
     rotary_inv_freq: tuple[float, ...]
     initializer_range: float
+    qk_norm: QKNorm = "none"
+    norm_placement: NormPlacement = "pre"
+    sliding_window: int | None = None
 
     @property
     def num_matmul_parameters(self) -> int:
@@ -63,7 +67,8 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Every trained number once: embedding, head (unless tied), matrices, biases and norms."""
         num_biases = self._qkv_width if self.qkv_bias else 0
-        per_layer = self._num_layer_matmul_parameters + num_biases + 2 * self.hidden_size
+        num_norms = 2 * self.hidden_size + self._num_qk_norm_parameters
+        per_layer = self._num_layer_matmul_parameters + num_biases + num_norms
         num_vocab_matrices = 1 if self.tie_word_embeddings else 2
         return (
             self.num_layers * per_layer
@@ -80,6 +85,15 @@ class ModelShape:
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     @property
+    def _num_qk_norm_parameters(self) -> int:
+        num_heads = {
+            "none": 0,
+            "head": 2,  # all query heads share one, all key heads another
+            "projection": self.num_attention_heads + self.num_key_value_heads,
+        }
+        return num_heads[self.qk_norm] * self.head_dim
+
+    @property
     def _num_layer_matmul_parameters(self) -> int:
         projection_width = self.num_attention_heads * self.head_dim
         width = self._qkv_width + projection_width + 3 * self.ffn_hidden_size
@@ -88,222 +102,6 @@ class ModelShape:
     @property
     def _num_embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
-
-
-class Word(Protocol):
-    """How one Megatron parameter reads in Hugging Face's tensors."""
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """Name and shape of each Hugging Face tensor this word owns, in the order of `to_hf`."""
-        ...
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """Megatron's tensor of one tensor-parallel rank, in the source's dtype.
-
-        Reads only the slices that rank holds. May share memory with the source: copy before
-        writing into it.
-        """
-        ...
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The Hugging Face tensors inside `full`, any dtype and device. May be views of `full`."""
-        ...
-
-
-WeightTable: TypeAlias = dict[str, Word]
-"""Megatron parameter name, with the global layer index, to its word."""
-
-
-@dataclass(frozen=True, slots=True)
-class Replicated:
-    """The whole tensor on every rank: norms."""
-
-    name: str
-    shape: Shape
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """The one tensor."""
-        return {self.name: self.shape}
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """The tensor itself."""
-        return source.read(self.name)
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensor itself."""
-        return {self.name: full}
-
-
-@dataclass(frozen=True, slots=True)
-class VocabSplit:
-    """[V, D] cut along V after zero rows are added to reach P: embedding and LM head."""
-
-    name: str
-    vocab_size: int
-    hidden_size: int
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """[V, D], without padding: a model that ships padded keeps the rows it ships."""
-        return {self.name: (self.vocab_size, self.hidden_size)}
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """[P / tensor_size, D]; a rank past the vocabulary holds zeros alone."""
-        num_rows = round_up(self.vocab_size, tensor_size) // tensor_size
-        start = min(tensor_rank * num_rows, self.vocab_size)
-        stop = min(start + num_rows, self.vocab_size)
-        rows = source.read_slice(self.name, start=start, stop=stop, dim=0)
-        num_padding_rows = num_rows - (stop - start)
-        if num_padding_rows == 0:
-            return rows
-        return torch.cat([rows, rows.new_zeros(num_padding_rows, self.hidden_size)])
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[P, D] -> [V, D], whatever the padded rows hold."""
-        return {self.name: full[: self.vocab_size]}
-
-
-@dataclass(frozen=True, slots=True)
-class TiedHead:
-    """The last pipeline stage's copy of the embedding.
-
-    Owns no Hugging Face tensor, so it is loaded from the embedding and never exported. `name` is
-    what a checkpoint may store all the same; `Family.check_source` compares it with the embedding.
-    """
-
-    name: str
-    embedding: VocabSplit
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """Nothing: the embedding's word owns the tensor."""
-        return {}
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """The embedding's rows of this rank."""
-        return self.embedding.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Nothing: the embedding's word writes the tensor."""
-        return {}
-
-
-@dataclass(frozen=True, slots=True)
-class RowSplit:
-    """[D, inputs] cut along the inputs: attention's output projection and fc2."""
-
-    name: str
-    shape: Shape
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """The one tensor."""
-        return {self.name: self.shape}
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """[D, inputs / tensor_size]."""
-        width = _share(self.shape[1], tensor_size, what=self.name)
-        start = tensor_rank * width
-        return source.read_slice(self.name, start=start, stop=start + width, dim=1)
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensor itself."""
-        return {self.name: full}
-
-
-@dataclass(frozen=True, slots=True)
-class QKV:
-    """Query, key and value fused: for each of G groups its H/G query heads, its key, its value.
-
-    `columns` is (D,) for the weights and () for the biases, which follow the same order of rows.
-    """
-
-    query: str
-    key: str
-    value: str
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    columns: Shape
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """[H*K, D], [G*K, D], [G*K, D], or the same without D."""
-        return {
-            name: (self.num_groups * rows, *self.columns)
-            for name, rows in self._rows_per_group.items()
-        }
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """[(H + 2G) * K / tensor_size, D]: whole groups."""
-        num_groups = _share(self.num_groups, tensor_size, what=f"key-value groups of {self.key}")
-        parts = []
-        for name, rows_per_group in self._rows_per_group.items():
-            num_rows = num_groups * rows_per_group
-            start = tensor_rank * num_rows
-            part = source.read_slice(name, start=start, stop=start + num_rows, dim=0)
-            parts.append(part.reshape(num_groups, rows_per_group, *self.columns))
-        return torch.cat(parts, dim=1).flatten(0, 1)
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[(H + 2G) * K, D] -> query, key, value."""
-        rows_per_group = self._rows_per_group
-        groups = full.reshape(self.num_groups, sum(rows_per_group.values()), *self.columns)
-        parts = torch.split(groups, list(rows_per_group.values()), dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(rows_per_group, parts, strict=True)}
-
-    @property
-    def _rows_per_group(self) -> dict[str, int]:
-        num_query_rows = self.num_heads // self.num_groups * self.head_dim
-        return {self.query: num_query_rows, self.key: self.head_dim, self.value: self.head_dim}
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMLP:
-    """Gate and up projections, [F, D] each, fused in fc1.
-
-    Each rank holds cat(its gate rows, its up rows), but the full form is cat(all gate, all up):
-    Megatron's checkpoint stores it so, and it is not the ranks' tensors one after the other.
-    """
-
-    gate: str
-    up: str
-    ffn_hidden_size: int
-    hidden_size: int
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """[F, D] each."""
-        return dict.fromkeys((self.gate, self.up), (self.ffn_hidden_size, self.hidden_size))
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """[2F / tensor_size, D]."""
-        num_rows = _share(self.ffn_hidden_size, tensor_size, what=f"rows of {self.gate}")
-        start = tensor_rank * num_rows
-        return torch.cat(
-            [
-                source.read_slice(name, start=start, stop=start + num_rows, dim=0)
-                for name in (self.gate, self.up)
-            ]
-        )
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[2F, D] -> gate, up."""
-        assert full.shape[0] == 2 * self.ffn_hidden_size, f"{self.gate}: {full.shape[0]} rows"
-        return {
-            self.gate: full[: self.ffn_hidden_size],
-            self.up: full[self.ffn_hidden_size :],
-        }
-
-
-def _share(whole: int, tensor_size: int, *, what: str) -> int:
-    """`whole / tensor_size`. Layouts that do not divide it are refused long before."""
-    assert whole % tensor_size == 0, (
-        f"tensor parallel size {tensor_size} does not divide {whole}, {what}"
-    )
-    return whole // tensor_size
 
 
 @dataclass(frozen=True, slots=True)

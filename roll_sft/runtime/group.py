@@ -1,35 +1,47 @@
 """`WorkerGroup`: one actor per rank behind one typed method per verb.
 
-`train_step` returns at once with references, so that the driver can queue the next step; `wait`
-collects them. One message goes to each worker per verb. Promise: whatever goes wrong, the first
-true cause surfaces with its rank and host, and nothing waits past a deadline.
+`train_step` returns at once with references, so that the driver can queue the next step;
+`wait_step` collects them. One message goes to each worker per verb, and plans cross the wire, never
+tokens. Promises: whatever goes wrong, the first true cause surfaces with its rank and host; nothing
+waits past a deadline; after `close` or `kill` no worker is left, stopped ones included.
 """
 
+import contextlib
 import logging
-import re
-import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.errors import CheckpointError, ConfigError, DataError, RollSftError, WorkerError
 from roll_sft.metrics import EvalMetrics, StepMetrics
+from roll_sft.runtime.diagnosis import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
-from roll_sft.runtime.worker import RankError, Worker, WorkerAddress, WorkerSpec, log_path
+from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec
 
 LOG = logging.getLogger(__name__)
-CAUSE_GRACE_S = 3.0  # after the first error, how long another rank may still name the true cause
-DEADLINE_GRACE_S = 5.0  # a worker writes its stack at the deadline; leave it time to
+DEADLINE_GRACE_S = 3.0  # a worker writes its stack at the deadline; leave it time to
 CLOSE_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 1.0
+NO_OP_TIMEOUT_S = 60.0
+CHUNKS_AHEAD = 2  # of an evaluation, queued at the workers
 
-Pending = tuple[str, float, list[Any]]  # phase, deadline in seconds from now, one reference a rank
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A verb under way on every rank, one reference a rank; the deadline runs from the wait on."""
+
+    phase: str
+    deadline_s: float
+    references: list[Any]
 
 
 class WorkerGroup:
@@ -44,27 +56,25 @@ class WorkerGroup:
             actor.options(
                 num_cpus=slots.cpus_per_worker,
                 num_gpus=1 if slots.device == "cuda" else 0,
-                name=f"{config.run_name}-rank-{rank}",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     slots.group, placement_group_bundle_index=bundle
                 ),
             ).remote(WorkerSpec(config, rank, slots.device, logs))
             for rank, bundle in enumerate(slots.bundle_of_rank)
         ]
-        self.addresses: list[WorkerAddress] = []
+        self.addresses: tuple[WorkerAddress, ...] = ()
         self.device_name: str | None = None
 
     def start(self, source: ModelSource, data: TokenData) -> None:
         """Build process groups and engines on all ranks."""
-        deadline_s = self._config.cluster.setup_timeout_s
-        phase = "start of the workers"
-        self.addresses = self._collect(
-            (phase, deadline_s, [actor.address.remote() for actor in self._actors])
-        )
-        store = self._collect((phase, deadline_s, [self._actors[0].serve_store.remote()]))[0]
+        deadline_s, first = self._config.cluster.setup_timeout_s, self._actors[0]
+        started = [actor.start.remote() for actor in self._actors]
+        self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
+        store = [first.serve_store.remote()]
+        (store_address,) = self._collect(Pending("rendezvous", deadline_s, store))
         inputs = ray.put((source, data))
-        references = [actor.setup.remote(store, inputs) for actor in self._actors]
-        self.device_name = self._collect(("setup", deadline_s, references))[0]
+        ready = [actor.setup.remote(store_address, inputs) for actor in self._actors]
+        self.device_name = self._collect(Pending("setup", deadline_s, ready))[0]
 
     def train_step(self, plan: StepPlan, *, learning_rate: float) -> Pending:
         """Queue one optimizer step; each rank gets its data rank's micro-batches."""
@@ -76,7 +86,7 @@ class WorkerGroup:
             actor.train_step.remote(works[self._layout.coordinate(rank).data_rank])
             for rank, actor in enumerate(self._actors)
         ]
-        return f"step {plan.step}", self._config.cluster.step_timeout_s, references
+        return Pending(f"step {plan.step}", self._config.cluster.step_timeout_s, references)
 
     def wait_step(self, pending: Pending) -> StepMetrics:
         """The metrics of a queued step, once every rank has finished it."""
@@ -84,105 +94,74 @@ class WorkerGroup:
         return metrics
 
     def evaluate(self, name: str, plans: Sequence[StepPlan]) -> EvalMetrics:
-        """Loss over a whole validation set, its chunks queued together."""
-        pending = [
-            [
-                actor.evaluate.remote(name, plan.ranks[self._layout.coordinate(rank).data_rank])
-                for rank, actor in enumerate(self._actors)
-            ]
-            for plan in plans
-        ]
-        deadline_s = self._config.cluster.step_timeout_s
-        chunks: list[EvalMetrics] = [
-            self._collect((f"evaluation of {name}", deadline_s, references))[
-                self._layout.reporting_rank
-            ]
-            for references in pending
-        ]
-        return EvalMetrics(
-            sum(chunk.loss_sum for chunk in chunks),
-            sum(chunk.supervised_tokens for chunk in chunks),
-        )
+        """Loss over a whole validation set, chunk by chunk, a few of them queued ahead."""
+        total, pending, waiting = EvalMetrics(0.0, 0), deque[Pending](), deque(plans)
+        while pending or waiting:
+            while waiting and len(pending) <= CHUNKS_AHEAD:
+                pending.append(self._evaluate_chunk(name, waiting.popleft()))
+            chunk = self._collect(pending.popleft())[self._layout.reporting_rank]
+            total = EvalMetrics(
+                total.loss_sum + chunk.loss_sum, total.supervised_tokens + chunk.supervised_tokens
+            )
+        return total
 
     def save(self, folder: Path) -> None:
         """Write all shards into `folder`."""
         references = [actor.save.remote(folder) for actor in self._actors]
-        self._collect(("checkpoint", self._config.cluster.checkpoint_timeout_s, references))
+        deadline_s = self._config.cluster.checkpoint_timeout_s
+        self._collect(Pending("checkpoint", deadline_s, references))
 
     def no_op(self) -> None:
         """A round trip to every worker and back."""
-        self._collect(("no-op", 60.0, [actor.no_op.remote() for actor in self._actors]))
+        references = [actor.no_op.remote() for actor in self._actors]
+        self._collect(Pending("no-op", NO_OP_TIMEOUT_S, references))
 
     def close(self) -> None:
         """Let the workers leave their groups, then end them. Bounded; never raises for a worker."""
         references = [actor.close.remote() for actor in self._actors]
-        _ready, late = ray.wait(references, num_returns=len(references), timeout=CLOSE_TIMEOUT_S)
-        if late:
-            LOG.warning("%d workers did not close within %g s", len(late), CLOSE_TIMEOUT_S)
+        try:
+            ray.get(references, timeout=CLOSE_TIMEOUT_S)
+        except RayError as error:  # the work is done and saved, so this is no reason to fail
+            LOG.warning("the workers did not close in order: %s", str(error).splitlines()[-1])
         self.kill()
 
     def kill(self) -> None:
-        """End the workers now."""
+        """End the workers now; those of this node are gone when it returns."""
         for actor in self._actors:
             ray.kill(actor)
+        here = ray.get_runtime_context().get_node_id()
+        pids = [address.pid for address in self.addresses if address.node_id == here]
+        # A stopped process hears of nothing but SIGKILL, which Ray sends after five seconds; a
+        # cluster of our own is gone by then.
+        _gone, stopped = psutil.wait_procs(_processes(pids), timeout=KILL_TIMEOUT_S)
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _evaluate_chunk(self, name: str, plan: StepPlan) -> Pending:
+        references = [
+            actor.evaluate.remote(name, plan.ranks[self._layout.coordinate(rank).data_rank])
+            for rank, actor in enumerate(self._actors)
+        ]
+        deadline_s = self._config.cluster.step_timeout_s
+        return Pending(f"evaluation of {name}", deadline_s, references)
 
     def _collect(self, pending: Pending) -> list[Any]:
         """Results of all ranks; the first true cause as an error of ours, or a missed deadline."""
-        phase, deadline_s, references = pending
-        waiting, ends = list(references), time.monotonic() + deadline_s + DEADLINE_GRACE_S
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=max(0.0, ends - time.monotonic()))
-            if not ready:
-                raise self._missed_deadline(phase, deadline_s, references, waiting)
-            try:
-                ray.get(ready)
-            except (RayActorError, RayTaskError):
-                raise self._first_cause(phase, references) from None
-        results: list[Any] = ray.get(references)
+        references, ranks = pending.references, Ranks(self.addresses, self._logs)
+        try:
+            # Raises at the first error, though the others may be waiting for ever.
+            results: list[Any] = ray.get(references, timeout=pending.deadline_s + DEADLINE_GRACE_S)
+        except GetTimeoutError:
+            raise missed_deadline(
+                pending.phase, references, deadline_s=pending.deadline_s, ranks=ranks
+            ) from None
+        except RayError:
+            raise first_cause(pending.phase, references, ranks) from None
         return results
 
-    def _missed_deadline(
-        self, phase: str, deadline_s: float, references: list[Any], waiting: list[Any]
-    ) -> WorkerError:
-        late = [rank for rank, reference in enumerate(references) if reference in waiting]
-        logs = ", ".join(str(log_path(self._logs, rank)) for rank in late[:4])
-        hosts = sorted({self.addresses[rank].host for rank in late}) if self.addresses else []
-        return WorkerError(
-            f"{phase} did not finish within {deadline_s:g} s on rank {', '.join(map(str, late))}"
-            f"{' on ' + ', '.join(hosts) if hosts else ''}; their stacks are at the end of {logs}"
-        )
 
-    def _first_cause(self, phase: str, references: list[Any]) -> RollSftError:
-        """The error that explains the others: a dead rank, or one that is no lost connection."""
-        ray.wait(references, num_returns=len(references), timeout=CAUSE_GRACE_S)
-        errors: list[tuple[int, Exception]] = []
-        for rank, reference in enumerate(references):
-            try:
-                ray.get(reference, timeout=0)
-            except (RayActorError, RayTaskError) as error:
-                errors.append((rank, error))
-            except GetTimeoutError:
-                continue
-        for rank, failure in errors:
-            if isinstance(failure, RayActorError):
-                return WorkerError(self._describe_death(rank, phase, failure))
-        causes = [each.cause for _, each in errors if isinstance(each, RayTaskError)]
-        ours = [cause for cause in causes if isinstance(cause, RankError)]
-        ours.sort(key=lambda cause: (cause.is_collateral, cause.address.rank))
-        if not ours:
-            return WorkerError(f"{phase} failed: {errors[0][1]}")
-        LOG.error("%s", ours[0].details)
-        kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError)}
-        return kinds.get(ours[0].exit_code or 0, WorkerError)(str(ours[0]))
-
-    def _describe_death(self, rank: int, phase: str, error: RayActorError) -> str:
-        where = f"rank {rank}"
-        if self.addresses:
-            address = self.addresses[rank]
-            where += f" on {address.host} (pid {address.pid})"
-        detail = re.search(r"Worker exit detail: (.*)", str(error))
-        reason = detail.group(1).strip() if detail else str(error).strip().splitlines()[0]
-        return (
-            f"{where} died during {phase}: its process was killed or crashed ({reason}); its log is"
-            f" {log_path(self._logs, rank)}"
-        )
+def _processes(pids: Iterable[int]) -> Iterator[psutil.Process]:
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield psutil.Process(pid)

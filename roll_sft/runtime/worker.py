@@ -2,13 +2,16 @@
 
 The only module that touches the process environment of a worker, and the one place where the engine
 is imported late, so that a head node without CUDA can hold the driver. Every verb adds rank, host
-and phase to what goes wrong and re-raises.
+and phase to what goes wrong and re-raises. Promises: past a phase's deadline the stack of every
+thread is in the rank's log; after an error the rank works no more, so that it cannot meet its peers
+in the wrong collective.
 """
 
 import contextlib
 import faulthandler
 import logging
 import os
+import re
 import socket
 import traceback
 from collections.abc import Iterator
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from roll_sft.engine.inputs import ModelSource, TokenData
 
 LOG = logging.getLogger(__name__)
+# What gloo says of a peer that left. Other libraries say it with a type, see `_is_collateral`.
+PEER_IS_GONE = re.compile(r"gloo/|connection (closed|reset) by peer", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,64 +47,89 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker runs."""
+    """Where a worker runs. `host` is for people, `ip` for sockets, `node_id` for Ray."""
 
     rank: int
     host: str
+    ip: str
+    node_id: str
     pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} ({self.ip}, pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class RankFault:
+    """What went wrong on one rank.
+
+    `is_collateral` marks an error that only says that a peer is gone or late: the cause is there.
+    `exit_code` is that of an error of `roll_sft.errors`, None for any other.
+    """
+
+    address: WorkerAddress
+    phase: str
+    summary: str
+    is_collateral: bool
+    exit_code: int | None
+    details: str
+
+    def __str__(self) -> str:
+        return f"{self.address} failed during {self.phase}: {self.summary}"
 
 
 class RankError(Exception):
-    """What went wrong on one rank, in a form that survives the wire.
+    """A `RankFault` on its way to the driver."""
 
-    `is_collateral` marks errors of a collective: another rank left, and its error is the cause.
-    """
-
-    def __init__(
-        self, address: WorkerAddress, phase: str, summary: str, details: str, exit_code: int | None
-    ) -> None:
-        super().__init__(address, phase, summary, details, exit_code)
-        self.address, self.phase, self.summary = address, phase, summary
-        self.details, self.exit_code = details, exit_code
-
-    @property
-    def is_collateral(self) -> bool:
-        """Whether the error only says that a peer is gone."""
-        signs = ("gloo", "Connection closed", "Connection reset", "NCCL", "DistBackendError")
-        return self.exit_code is None and any(sign in self.summary for sign in signs)
-
-    def __str__(self) -> str:
-        where = f"rank {self.address.rank} on {self.address.host} (pid {self.address.pid})"
-        return f"{where} failed during {self.phase}: {self.summary}"
+    def __init__(self, fault: RankFault) -> None:
+        super().__init__(fault)
+        self.fault = fault
 
 
 class Worker:
-    """One rank. Methods run one at a time, in the order of the calls."""
+    """One rank. Methods run one at a time, in the order of the calls; `start` comes first."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._address = WorkerAddress(spec.rank, ray.util.get_node_ip_address(), os.getpid())
-        self._log = _open_log(spec)
+        self._address = WorkerAddress(
+            rank=spec.rank,
+            host=socket.gethostname(),
+            ip=ray.util.get_node_ip_address(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+        )
         self._resources = contextlib.ExitStack()
+        self._fault: RankFault | None = None
         self._store: Any = None
-        # Megatron's tensor parallelism relies on one hardware queue to order its kernels.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def address(self) -> WorkerAddress:
-        """Where this worker runs."""
+    def __repr__(self) -> str:
+        """What Ray's own tools call this worker."""
+        return f"{self._spec.config.run_name}, rank {self._spec.rank}"
+
+    def start(self) -> WorkerAddress:
+        """Open the log and set the environment, before the engine is imported."""
+        with self._errors_of("start"):
+            self._log = _open_log(self._spec, self._address)
+            # Megatron's tensor parallelism relies on one hardware queue to order its kernels.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            if self._spec.config.deterministic:
+                # cuBLAS needs a fixed workspace to repeat itself, and reads this when it starts.
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return self._address
 
     def serve_store(self) -> tuple[str, int]:
         """Rank 0: serve the rendezvous store; returns its host and port."""
-        with self._phase("rendezvous", self._spec.config.cluster.setup_timeout_s):
+        cluster = self._spec.config.cluster
+        with self._phase("rendezvous", cluster.setup_timeout_s):
             from roll_sft.engine.parallel import serve_store
 
-            host = self._address.host
-            timeout_s = self._spec.config.cluster.setup_timeout_s
-            world_size = self._spec.config.parallel.num_workers
-            self._store = serve_store(host, world_size=world_size, timeout_s=timeout_s)
-            return host, self._store.port
+            self._store = serve_store(
+                self._address.ip,
+                world_size=self._spec.config.parallel.num_workers,
+                timeout_s=cluster.setup_timeout_s,
+            )
+            return self._address.ip, self._store.port
 
     def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> str | None:
         """Join the process groups and build the engine; returns the GPU's name, if there is one."""
@@ -151,19 +181,26 @@ class Worker:
 
     @contextlib.contextmanager
     def _phase(self, phase: str, deadline_s: float) -> Iterator[None]:
-        """Name the phase in errors; past its deadline, write every thread's stack to the log."""
-        faulthandler.dump_traceback_later(deadline_s, file=self._log)
+        """`_errors_of`, and past the deadline every thread's stack to the log."""
+        with self._errors_of(phase):
+            # A thread outside the interpreter, so a rank that holds the GIL for ever is seen too.
+            faulthandler.dump_traceback_later(deadline_s, file=self._log)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+    @contextlib.contextmanager
+    def _errors_of(self, phase: str) -> Iterator[None]:
+        """Name rank, host and phase in what goes wrong, and fail for good."""
+        if self._fault is not None:
+            raise RankError(self._fault)
         try:
             yield
-        except Exception as error:  # noqa: BLE001 -- a catch point: adds where and re-raises
-            details = traceback.format_exc()
-            LOG.error("%s\n%s", phase, details)
-            lines = str(error).strip().splitlines() or [""]
-            code = error.exit_code if isinstance(error, RollSftError) else None
-            summary = f"{type(error).__name__}: {lines[0]}" if code is None else str(error)
-            raise RankError(self._address, phase, summary, details, code) from None
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        except Exception as error:  # a catch point: adds where and re-raises
+            LOG.exception("%s", phase)
+            self._fault = _fault_of(error, self._address, phase=phase)
+            raise RankError(self._fault) from None
 
 
 def log_path(logs: Path, rank: int) -> Path:
@@ -171,13 +208,40 @@ def log_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank:02d}.log"
 
 
-def _open_log(spec: WorkerSpec) -> TextIO:
+def started_line(address: WorkerAddress) -> str:
+    """The line with which a worker begins its part of the log, which other runs may share."""
+    return f"{address} started"
+
+
+def _fault_of(error: Exception, address: WorkerAddress, *, phase: str) -> RankFault:
+    """Describe `error`, which is being handled on the rank at `address`."""
+    code = error.exit_code if isinstance(error, RollSftError) else None
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return RankFault(
+        address,
+        phase=phase,
+        summary=str(error) if code is not None else f"{type(error).__name__}: {first_line}",
+        is_collateral=_is_collateral(error),
+        exit_code=code,
+        details=traceback.format_exc(),
+    )
+
+
+def _is_collateral(error: Exception) -> bool:
+    # By name, because torch may be what could not be imported. All errors of torch.distributed
+    # derive from DistError, NCCL's too; those of gloo are bare RuntimeErrors.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or PEER_IS_GONE.search(str(error)) is not None
+
+
+def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     """The rank's own log; also what its libraries print, and the stack of a crash."""
     spec.logs.mkdir(parents=True, exist_ok=True)
     log = log_path(spec.logs, spec.rank).open("a", buffering=1, encoding="utf-8")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     faulthandler.enable(file=log)
-    form = f"%(asctime)s {socket.gethostname()} rank {spec.rank} %(levelname)s %(message)s"
+    form = f"%(asctime)s {address.host} rank {spec.rank} %(levelname)s %(message)s"
     logging.basicConfig(stream=log, level=logging.INFO, format=form, force=True)
+    LOG.info("%s", started_line(address))
     return log

@@ -177,7 +177,7 @@ def test_balancing_keeps_the_number_of_bins_the_capacity_and_never_costs_more(
     lengths: list[int],
 ) -> None:
     bins = best_fit_decreasing(lengths, capacity=CAPACITY)
-    balanced = balance_bins(bins, lengths, cost=COST, capacity=CAPACITY)
+    balanced = balance_bins(bins, lengths, num_bins=len(bins), cost=COST, capacity=CAPACITY)
     assert len(balanced) == len(bins)
     assert indices_of(balanced) == list(range(len(lengths)))
     assert all(0 < tokens <= CAPACITY for tokens in tokens_of(balanced, lengths))
@@ -192,7 +192,7 @@ def test_balancing_evens_out_a_remainder() -> None:
     lengths = [10] * 12
     bins = best_fit_decreasing(lengths, capacity=100)
     assert tokens_of(bins, lengths) == [100, 20]
-    balanced = balance_bins(bins, lengths, cost=COST, capacity=100)
+    balanced = balance_bins(bins, lengths, num_bins=len(bins), cost=COST, capacity=100)
     assert tokens_of(balanced, lengths) == [60, 60]
 
 
@@ -200,7 +200,7 @@ def test_balancing_returns_bins_that_cannot_be_dealt_anew() -> None:
     lengths = [5, 5, 4, 4, 2]  # longest first would end with 5 + 4 twice and no room for the 2
     bins = best_fit_decreasing(lengths, capacity=10)
     assert bins == [(0, 1), (2, 3, 4)]
-    assert balance_bins(bins, lengths, cost=COST, capacity=10) == bins
+    assert balance_bins(bins, lengths, num_bins=len(bins), cost=COST, capacity=10) == bins
 
 
 def test_balancing_returns_bins_that_dealing_would_make_costlier() -> None:
@@ -210,7 +210,7 @@ def test_balancing_returns_bins_that_dealing_would_make_costlier() -> None:
         8,
         9,
     ]  # the least possible; longest first ends with 7 and 10
-    assert balance_bins(bins, lengths, cost=cost, capacity=10) == bins
+    assert balance_bins(bins, lengths, num_bins=len(bins), cost=cost, capacity=10) == bins
 
 
 @FEW

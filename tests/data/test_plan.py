@@ -34,6 +34,8 @@ LAYOUTS = [
     ParallelLayout(12, tensor_size=3, context_size=2, sequence_parallel=True),
     ParallelLayout(8, tensor_size=4, sequence_parallel=True),
     ParallelLayout(4, context_size=4),
+    ParallelLayout(4, pipeline_size=2, virtual_size=2),
+    ParallelLayout(4, pipeline_size=4, virtual_size=2),
 ]
 
 
@@ -113,8 +115,12 @@ def test_every_rank_has_a_micro_batch_and_only_an_idle_rank_an_empty_one(
 ) -> None:
     for plan in epoch_of(planner(lengths, options=options)):
         assert len(plan.ranks) == options.layout.data_size
+        multiple = options.layout.micro_batch_multiple
         for rank in plan.ranks:
-            assert rank == ((),) or (rank and all(rank))
+            assert rank
+            assert len(rank) % multiple == 0
+            # Empty ones only fill up the last turn of interleaved stages, or an idle rank.
+            assert sum(not pack for pack in rank) < multiple or not any(rank)
 
 
 @FEW

@@ -20,7 +20,7 @@ TP2_PP2 = {**PP2, "num_workers": 4, "tensor_model_parallel_size": 2, "sequence_p
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engine")
-    parity.write_model(root / "model", tied=True, num_layers=5)
+    parity.write_model(root / "model", kind="qwen2-tied", num_layers=5)
     parity.write_rows(root / "rows.jsonl")
     return root
 
@@ -111,6 +111,31 @@ def test_bf16_stays_within_one_percent_of_fp32(
         losses.append([step["loss"] for step in steps])
     assert all(abs(half / full - 1) < 0.01 for full, half in zip(*losses, strict=True))
     assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [{"num_workers": 2, "context_parallel_size": 2}, TP2_PP2],
+    ids=["CP2", "TP2xPP2+SP"],
+)
+def test_recompute_and_deterministic_change_nothing_to_the_last_bit(
+    layout: dict[str, Any], folder: Path, pool: RankPool
+) -> None:
+    def steps(recompute: str, deterministic: bool) -> list[dict[str, float]]:
+        config = parity.parity_config(
+            folder,
+            parallel=layout,
+            train={"recompute": recompute, "max_steps": 3},
+            deterministic=deterministic,
+        )
+        ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, None)
+        (reported,) = [rank for rank in ranks if rank is not None]
+        return reported
+
+    plain = steps("none", False)
+    assert steps("selective", False) == plain
+    assert steps("full", True) == plain
 
 
 def test_stages_hold_every_layer_once_and_spare_the_ends() -> None:

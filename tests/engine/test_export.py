@@ -60,7 +60,7 @@ def test_a_killed_attempt_is_cleared_and_never_named_a_step(tmp_path: Path) -> N
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Path:
     """A published checkpoint of TP2 x PP2, model and optimizer."""
     root = tmp_path_factory.mktemp("export")
-    parity.write_model(root / "model", tied=False)
+    parity.write_model(root / "model")
     parity.write_rows(root / "rows.jsonl")
     layout = {"num_workers": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     config = parity.parity_config(root, parallel=layout, train={"max_steps": 1})

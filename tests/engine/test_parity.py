@@ -1,5 +1,6 @@
 """Our engine against transformers + AdamW, step by step, at every layout."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sequence_parallel": True,
     },
     "PP2xDP2": {"num_workers": 4, "pipeline_model_parallel_size": 2},
+    "PP2x2": {
+        "num_workers": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+    },
+    "TP2xPP2x2+SP": {
+        "num_workers": 4,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
 }
 LOSS_TOLERANCE, NORM_TOLERANCE, LOGIT_TOLERANCE = 1e-6, 5e-5, 2e-5
 GRADIENT_TOLERANCE = 1e-5
@@ -42,26 +55,36 @@ GRADIENT_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
+    kind: str
     layout: str
-    tied: bool
     packing: bool
     capacity: int  # micro_batch_tokens in units of sequence_length
 
     @property
     def name(self) -> str:
-        tied, packing = "tied" if self.tied else "untied", "packed" if self.packing else "single"
-        return f"{self.layout}-{tied}-{packing}-{self.capacity}x"
+        packing = "packed" if self.packing else "single"
+        return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x"
+
+
+MAIN_KINDS = ("qwen2", "qwen2-tied")
+OTHER_KINDS = ("qwen2-one_kv_head", "qwen3", "qwen3-tied", "llama", "llama3", "mistral", "olmo2")
+KINDS = (*MAIN_KINDS, *OTHER_KINDS)
+
+
+def in_turns(kinds: tuple[str, ...], layouts: Iterable[str]) -> list[Case]:
+    """Every kind at every layout; packing and capacity take turns."""
+    return [
+        Case(kind, layout, packing=(row + column) % 3 != 0, capacity=1 if (row + column) % 2 else 4)
+        for row, layout in enumerate(layouts)
+        for column, kind in enumerate(kinds)
+    ]
 
 
 ALL = [
-    Case(n, t, p, c) for n in LAYOUTS for t in (False, True) for p in (True, False) for c in (1, 4)
+    *(Case(k, n, p, c) for k in MAIN_KINDS for n in LAYOUTS for p in (True, False) for c in (1, 4)),
+    *in_turns(OTHER_KINDS, LAYOUTS),
 ]
-# Every layout tied and untied; packing and capacity take turns.
-SUBSET = [
-    Case(name, tied, packing=(index + tied) % 3 != 0, capacity=1 if (index + tied) % 2 else 4)
-    for index, name in enumerate(LAYOUTS)
-    for tied in (False, True)
-]
+SUBSET = [*in_turns(MAIN_KINDS, LAYOUTS), *in_turns(OTHER_KINDS, ["TP2xPP2x2+SP"])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,9 +97,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model of each kind, and the rows."""
     root = tmp_path_factory.mktemp("parity")
-    for kind, tied in (("tied", True), ("untied", False)):
+    for kind in KINDS:
         (root / kind).mkdir()
-        parity.write_model(root / kind / "model", tied=tied)
+        parity.write_model(root / kind / "model", kind=kind)
         parity.write_rows(root / kind / "rows.jsonl")
     return root
 
@@ -94,7 +117,7 @@ def gradient_reference(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
 def test_every_step_equals_transformers_and_so_does_the_exported_model(
     case: Case, folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    home = folder / ("tied" if case.tied else "untied")
+    home = folder / case.kind
     config = parity.parity_config(
         home,
         parallel=LAYOUTS[case.layout],
@@ -121,10 +144,15 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     assert errors["logits"] < LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *((kind, layout) for kind in MAIN_KINDS for layout in LAYOUTS),
+        *((kind, layout) for kind in OTHER_KINDS for layout in ("TP2", "TP2xPP2+SP", "TP2xCP2+SP")),
+    ],
+)
 def test_the_gradient_of_every_parameter_equals_transformers(
-    layout: str, kind: str, folder: Path, pool: RankPool
+    kind: str, layout: str, folder: Path, pool: RankPool
 ) -> None:
     loss, errors = _gradient_errors(folder / kind, pool, layout)
     worst = max(errors, key=lambda name: errors[name])
@@ -137,14 +165,14 @@ def test_a_gradient_that_is_not_reduced_is_seen_although_the_loss_is_right(
     folder: Path, pool: RankPool
 ) -> None:
     mistake = "hidden gradient not reduced over the tensor group"
-    loss, errors = _gradient_errors(folder / "untied", pool, "TP2", mistake)
+    loss, errors = _gradient_errors(folder / "qwen2", pool, "TP2", mistake)
     assert loss < LOSS_TOLERANCE
     assert max(errors.values()) > 0.1
 
 
 def test_a_padded_vocabulary_in_the_softmax_is_seen(folder: Path, pool: RankPool) -> None:
     mistake = "padded vocabulary in the softmax"
-    loss, _ = _gradient_errors(folder / "untied", pool, "TP2", mistake)
+    loss, _ = _gradient_errors(folder / "qwen2", pool, "TP2", mistake)
     assert loss > 10 * LOSS_TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""Weight words against hand-made tensors, the sizes of a shape, and the check of a whole source."""
+"""The sizes of a shape, and the check of a whole source."""
 
 from dataclasses import replace
 
@@ -6,18 +6,9 @@ import pytest
 import torch
 
 from roll_sft.errors import ConfigError
-from roll_sft.models.hf_io import Shape
-from roll_sft.models.spec import (
-    QKV,
-    Family,
-    GatedMLP,
-    ModelShape,
-    Replicated,
-    RowSplit,
-    TiedHead,
-    VocabSplit,
-    Word,
-)
+from roll_sft.models.spec import Family, ModelShape
+from roll_sft.models.words import GatedMLP, TiedHead, VocabSplit, Word
+from tests.models.helpers import MemorySource
 
 QWEN25_7B = ModelShape(
     architecture="Qwen2ForCausalLM",
@@ -37,149 +28,39 @@ QWEN25_7B = ModelShape(
 )
 
 
-class MemorySource:
-    """Tensors from a dictionary; counts the bytes it hands out."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-        self.num_bytes_read = 0
-
-    def __str__(self) -> str:
-        return "somewhere"
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self.tensors)
-
-    def shape(self, name: str) -> Shape:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        self.num_bytes_read += self.tensors[name].nbytes
-        return self.tensors[name]
-
-    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
-        assert 0 <= start <= stop <= self.tensors[name].shape[dim], (name, start, stop)
-        part = self.tensors[name].narrow(dim, start, stop - start)
-        self.num_bytes_read += part.nbytes
-        return part
-
-
-def source_of(word: Word) -> MemorySource:
-    """Tensors for `word` in which no two numbers are equal."""
-    tensors, first = {}, 1
-    for name, shape in word.hf_shapes.items():
-        count = torch.Size(shape).numel()
-        tensors[name] = torch.arange(first, first + count, dtype=torch.float64).reshape(shape)
-        first += count
-    return MemorySource(tensors)
-
-
-def locals_of(word: Word, source: MemorySource, tensor_size: int) -> list[torch.Tensor]:
-    return [
-        word.local(source, tensor_rank=rank, tensor_size=tensor_size) for rank in range(tensor_size)
-    ]
-
-
-def merge(word: Word, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The global tensor as Megatron's distributed checkpoint stores it."""
-    match word:
-        case Replicated():
-            return parts[0]
-        case RowSplit():
-            return torch.cat(parts, dim=1)
-        case GatedMLP():
-            halves = [part.chunk(2) for part in parts]
-            return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-        case _:
-            return torch.cat(parts)
-
-
-WORDS = [
-    Replicated("norm", (6,)),
-    VocabSplit("embed", 13, 3),
-    RowSplit("o", (3, 8)),
-    QKV("q", "k", "v", num_heads=8, num_groups=4, head_dim=2, columns=(3,)),
-    QKV("q", "k", "v", num_heads=8, num_groups=4, head_dim=2, columns=()),
-    QKV("q", "k", "v", num_heads=4, num_groups=4, head_dim=6, columns=(3,)),
-    GatedMLP("gate", "up", ffn_hidden_size=8, hidden_size=3),
-]
-
-
-@pytest.mark.parametrize("tensor_size", [1, 2, 4])
-@pytest.mark.parametrize("word", WORDS, ids=lambda word: type(word).__name__)
-def test_merged_local_tensors_give_back_the_source_bit_for_bit(word: Word, tensor_size: int):
-    source = source_of(word)
-    back = word.to_hf(merge(word, locals_of(word, source, tensor_size)))
-    assert list(back) == list(word.hf_shapes)
-    for name, tensor in source.tensors.items():
-        assert torch.equal(back[name], tensor), name
-
-
-@pytest.mark.parametrize("word", WORDS[1:], ids=lambda word: type(word).__name__)
-def test_all_ranks_together_read_each_byte_once(word: Word):
-    source = source_of(word)
-    locals_of(word, source, 4)
-    assert source.num_bytes_read == sum(tensor.nbytes for tensor in source.tensors.values())
-
-
-def test_qkv_rows_are_query_heads_key_value_for_each_group():
-    # With head dimension 1 every number is one head: [q0 q1 k0 v0] [q2 q3 k1 v1].
-    word = QKV("q", "k", "v", num_heads=4, num_groups=2, head_dim=1, columns=())
-    source = MemorySource(
-        {
-            "q": torch.tensor([0.0, 1.0, 2.0, 3.0]),
-            "k": torch.tensor([10.0, 11.0]),
-            "v": torch.tensor([20.0, 21.0]),
-        }
-    )
-    both = word.local(source, tensor_rank=0, tensor_size=1)
-    assert both.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert word.local(source, tensor_rank=1, tensor_size=2).tolist() == [2, 3, 11, 21]
-
-
-def test_each_rank_of_a_gated_mlp_holds_its_gate_then_its_up():
-    word = GatedMLP("gate", "up", ffn_hidden_size=2, hidden_size=1)
-    source = MemorySource(
-        {"gate": torch.tensor([[1.0], [2.0]]), "up": torch.tensor([[3.0], [4.0]])}
-    )
-    parts = locals_of(word, source, 2)
-    assert [part.flatten().tolist() for part in parts] == [[1, 3], [2, 4]]
-
-
-def test_padded_vocabulary_rows_are_zero_on_load_and_trimmed_on_export():
-    word = VocabSplit("embed", 5, 2)
-    source = source_of(word)
-    parts = locals_of(word, source, 4)  # 5 rows padded to 8: the last rank holds padding alone
-    assert [tuple(part.shape) for part in parts] == [(2, 2)] * 4
-    full = torch.cat(parts)
-    assert full.dtype == torch.float64
-    assert full[5:].eq(0).all()
-    full[5:] = 7.0
-    assert torch.equal(word.to_hf(full)["embed"], source.tensors["embed"])
-
-
-@pytest.mark.parametrize("word", [WORDS[2], WORDS[3], WORDS[6]], ids=lambda w: type(w).__name__)
-def test_a_tensor_size_that_does_not_divide_is_our_own_mistake(word: Word):
-    with pytest.raises(AssertionError, match="tensor parallel size 3 does not divide"):
-        word.local(source_of(word), tensor_rank=0, tensor_size=3)
-
-
-def test_a_tied_head_loads_the_embedding_and_exports_nothing():
-    embedding = VocabSplit("embed", 5, 2)
-    head, source = TiedHead("head", embedding), source_of(embedding)
-    for rank in range(2):
-        ours = head.local(source, tensor_rank=rank, tensor_size=2)
-        assert torch.equal(ours, embedding.local(source, tensor_rank=rank, tensor_size=2))
-    assert head.to_hf(torch.ones(6, 2)) == {}
-    assert head.hf_shapes == {}
-
-
 def test_qwen25_7b_has_its_published_parameter_counts():
     assert QWEN25_7B.num_parameters == 7_615_616_512
     assert QWEN25_7B.num_matmul_parameters == 7_070_285_824
     tied = replace(QWEN25_7B, tie_word_embeddings=True)
     assert tied.num_parameters == 7_615_616_512 - 152064 * 3584
     assert tied.num_matmul_parameters == QWEN25_7B.num_matmul_parameters
+
+
+def test_other_norms_and_no_biases_give_the_published_counts_too():
+    llama31_8b = replace(
+        QWEN25_7B,
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        ffn_hidden_size=14336,
+        vocab_size=128256,
+        qkv_bias=False,
+    )
+    qwen3_8b = replace(
+        llama31_8b, num_layers=36, ffn_hidden_size=12288, vocab_size=151936, qk_norm="head"
+    )
+    olmo2_7b = replace(
+        llama31_8b,
+        num_key_value_heads=32,
+        ffn_hidden_size=11008,
+        vocab_size=100352,
+        qk_norm="projection",
+        norm_placement="post",
+    )
+    shapes = (llama31_8b, qwen3_8b, olmo2_7b)
+    published = [8_030_261_248, 8_190_735_360, 7_298_617_344]
+    assert [shape.num_parameters for shape in shapes] == published
 
 
 @pytest.mark.parametrize(("tensor_size", "padded"), [(1, 2053), (2, 2054), (4, 2056), (7, 2058)])

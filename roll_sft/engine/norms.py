@@ -1,0 +1,145 @@
+"""The norms that Megatron's local layer spec lacks, and where a family puts them.
+
+Legend: N tokens (of the sequence-parallel shard where there is one), H heads of this tensor rank,
+E head dimension, D hidden size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from roll_sft.models.spec import ModelShape
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is marked as replicated over sequence-parallel shards."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # finalize_model_grads sums the gradients of marked parameters over the tensor group.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint entry: the same on every tensor rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
+
+
+class ProjectionNorm(torch.nn.Module):
+    """RMSNorm over all heads of a query or key projection at once, its heads cut over tensor ranks.
+
+    The weight holds this rank's heads, [H * E]; the mean square is over the heads of all ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__()
+        self._eps = eps
+        self._width = self._heads_in(config) * hidden_size
+        local = self._width // parallel_state.get_tensor_model_parallel_world_size()
+        self.weight = torch.nn.Parameter(torch.ones(local, dtype=config.params_dtype))
+        # By these marks the gradient norm counts every rank's part.
+        for mark, value in (
+            ("tensor_model_parallel", True),
+            ("partition_dim", 0),
+            ("partition_stride", 1),
+        ):
+            setattr(self.weight, mark, value)
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """[N, 1, H, E] -> the same shape and dtype."""
+        values = heads.float().flatten(-2)
+        squares = values.square().sum(-1, keepdim=True)
+        # Every rank's output depends on every rank's heads: the sum is reduced on the way there,
+        # and so is its gradient on the way back.
+        total = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(squares)
+        )
+        normed = values * torch.rsqrt(total / self._width + self._eps)
+        return (self.weight * normed).to(heads.dtype).view_as(heads)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint entry: cut along the heads."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+    def _heads_in(self, config: TransformerConfig) -> int:
+        raise AssertionError("use QueryNorm or KeyNorm")
+
+
+class QueryNorm(ProjectionNorm):
+    """Over all query heads."""
+
+    def _heads_in(self, config: TransformerConfig) -> int:
+        return config.num_attention_heads
+
+
+class KeyNorm(ProjectionNorm):
+    """Over all key heads."""
+
+    def _heads_in(self, config: TransformerConfig) -> int:
+        assert config.num_query_groups is not None, "the number of key heads is always given"
+        return config.num_query_groups
+
+
+class PostNormAttention(SelfAttention):
+    """Self-attention whose output is normed before the residual addition."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `SelfAttention`: [N, 1, D] and no bias."""
+        output, bias = super().forward(*args, **kwargs)
+        return self.post_layernorm(output), bias
+
+
+class PostNormMLP(MLP):
+    """MLP whose output is normed before the residual addition."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `MLP`: [N, 1, D] and no bias."""
+        output, bias = super().forward(*args, **kwargs)
+        return self.post_layernorm(output), bias
+
+
+def layer_spec(shape: ModelShape, *, core_attention: type) -> ModuleSpec:
+    """Megatron's local layer with the norms that `shape` has, and `core_attention`."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm == "head")
+    attention = layer.submodules.self_attention
+    attention.submodules.core_attention = core_attention
+    if shape.qk_norm == "head":
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    elif shape.qk_norm == "projection":
+        attention.submodules.q_layernorm = QueryNorm
+        attention.submodules.k_layernorm = KeyNorm
+    if shape.norm_placement == "pre":
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    else:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+        attention.module = PostNormAttention
+        layer.submodules.mlp.module = PostNormMLP
+    return layer

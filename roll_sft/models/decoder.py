@@ -1,0 +1,210 @@
+"""What the families share: how a configuration becomes a shape, and the parts of a weight table.
+
+A family is plain functions over these. Its shape starts from `decoder_shape`, which is Llama's, and
+states what differs. Its table is `pre_norm_weights`, or lists other parts of a layer, in the order
+of the forward pass.
+
+Promises that what a configuration asks for and no family builds is refused by name, never ignored:
+other activations, attention dropout, quantized weights, layers that differ from each other, and
+what `models/rotary.py` refuses.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+
+from roll_sft.errors import ConfigError
+from roll_sft.models.rotary import rotary_inv_freq, rotary_problems
+from roll_sft.models.spec import ModelShape
+from roll_sft.models.words import (
+    QKV,
+    GatedMLP,
+    Replicated,
+    RowSplit,
+    TiedHead,
+    VocabSplit,
+    WeightTable,
+)
+
+if TYPE_CHECKING:
+    from transformers import (
+        LlamaConfig,
+        MistralConfig,
+        Olmo2Config,
+        PreTrainedConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    DecoderConfig: TypeAlias = LlamaConfig | MistralConfig | Olmo2Config | Qwen2Config | Qwen3Config
+    Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+class LayerPart(Protocol):
+    """Some of the parameters of layer `layer`, which counts from 0 over the whole model."""
+
+    def __call__(self, shape: ModelShape, *, layer: int) -> WeightTable:
+        """Megatron names, with that index, to words."""
+        ...
+
+
+def own_config(
+    config: "PreTrainedConfig", expected: "type[Config]", *, architecture: str
+) -> "Config":
+    """`config` as transformers' own class: a class out of the model's folder may mean anything."""
+    if not isinstance(config, expected):
+        raise ConfigError(
+            f"model.path: {architecture} comes with configuration class {type(config).__name__}; "
+            f"only transformers' own {expected.__name__} is available; choose another model, or "
+            "correct model_type and auto_map in config.json"
+        )
+    return config
+
+
+def decoder_shape(
+    config: "DecoderConfig", *, architecture: str, problems: Sequence[str] = ()
+) -> ModelShape:
+    """The shape of a decoder with norms before attention and MLP, and without biases.
+
+    Raises `ConfigError` with the family's own `problems`, each a value and its rule, and all others
+    that `config` has.
+    """
+    problems = [*problems, *_problems(config), *rotary_problems(dict(config.rope_parameters or {}))]
+    if problems:
+        raise ConfigError(
+            f"model.path: config.json of {architecture} asks for what this version does not "
+            f"implement: {'; '.join(problems)}; choose another model or correct config.json"
+        )
+    return ModelShape(
+        architecture=architecture,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=_num_key_value_heads(config),
+        head_dim=_head_dim(config),
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        qkv_bias=False,
+        rotary_inv_freq=rotary_inv_freq(config),
+        initializer_range=config.initializer_range,
+    )
+
+
+def decoder_weights(shape: ModelShape, *, layer_parts: Sequence[LayerPart]) -> WeightTable:
+    """Every parameter of Megatron's GPTModel whose layers consist of `layer_parts`."""
+    embedding = VocabSplit("model.embed_tokens.weight", shape.vocab_size, shape.hidden_size)
+    table: WeightTable = {"embedding.word_embeddings.weight": embedding}
+    for layer in range(shape.num_layers):
+        for part in layer_parts:
+            table |= part(shape, layer=layer)
+    table["decoder.final_layernorm.weight"] = Replicated("model.norm.weight", (shape.hidden_size,))
+    table["output_layer.weight"] = (
+        TiedHead("lm_head.weight", embedding)
+        if shape.tie_word_embeddings
+        else VocabSplit("lm_head.weight", shape.vocab_size, shape.hidden_size)
+    )
+    return table
+
+
+def pre_norm_weights(shape: ModelShape) -> WeightTable:
+    """Every parameter of Megatron's GPTModel for the layer that most families have."""
+    parts = (pre_attention_norm, attention, pre_mlp_norm, mlp)
+    return decoder_weights(shape, layer_parts=parts)
+
+
+def pre_attention_norm(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The norm before attention."""
+    name = f"model.layers.{layer}.input_layernorm.weight"
+    return {
+        f"decoder.layers.{layer}.input_layernorm.weight": Replicated(name, (shape.hidden_size,))
+    }
+
+
+def attention(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The projections of attention; biases, if any, on query, key and value alone."""
+    hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
+    width = shape.num_attention_heads * shape.head_dim
+    table: WeightTable = {f"{ours}.linear_qkv.weight": _qkv(shape, hf=hf, kind="weight")}
+    if shape.qkv_bias:
+        table[f"{ours}.linear_qkv.bias"] = _qkv(shape, hf=hf, kind="bias")
+    table[f"{ours}.linear_proj.weight"] = RowSplit(
+        f"{hf}.o_proj.weight", (shape.hidden_size, width)
+    )
+    return table
+
+
+def pre_mlp_norm(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The norm before the MLP; Hugging Face names it after the attention that it follows."""
+    name = f"model.layers.{layer}.post_attention_layernorm.weight"
+    return {
+        f"decoder.layers.{layer}.pre_mlp_layernorm.weight": Replicated(name, (shape.hidden_size,))
+    }
+
+
+def mlp(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The gated MLP."""
+    hf, ours = f"model.layers.{layer}.mlp", f"decoder.layers.{layer}.mlp"
+    return {
+        f"{ours}.linear_fc1.weight": GatedMLP(
+            gate=f"{hf}.gate_proj.weight",
+            up=f"{hf}.up_proj.weight",
+            ffn_hidden_size=shape.ffn_hidden_size,
+            hidden_size=shape.hidden_size,
+        ),
+        f"{ours}.linear_fc2.weight": RowSplit(
+            f"{hf}.down_proj.weight", (shape.hidden_size, shape.ffn_hidden_size)
+        ),
+    }
+
+
+def _qkv(shape: ModelShape, *, hf: str, kind: str) -> QKV:
+    return QKV(
+        query=f"{hf}.q_proj.{kind}",
+        key=f"{hf}.k_proj.{kind}",
+        value=f"{hf}.v_proj.{kind}",
+        num_heads=shape.num_attention_heads,
+        num_groups=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        columns=(shape.hidden_size,) if kind == "weight" else (),
+    )
+
+
+def _num_key_value_heads(config: "DecoderConfig") -> int:
+    """Key-value groups; transformers fills in an absent value with the number of heads."""
+    assert config.num_key_value_heads is not None, f"{config.model_type}: num_key_value_heads unset"
+    return config.num_key_value_heads
+
+
+def _head_dim(config: "DecoderConfig") -> int:
+    """Width of a head. Not a field of every class, but transformers obeys it if the file has it."""
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _problems(config: "DecoderConfig") -> list[str]:
+    """What no family builds: value and rule of each."""
+    problems = []
+    layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
+    if layer_types not in ([], ["full_attention"]):
+        problems.append(f"layer_types {layer_types} (only full_attention)")
+    if config.hidden_act != "silu":
+        problems.append(f"hidden_act {config.hidden_act} (only silu)")
+    if config.attention_dropout:
+        problems.append(f"attention_dropout {config.attention_dropout} (only 0)")
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append("quantization_config (only unquantized weights)")
+    num_heads, num_groups = config.num_attention_heads, _num_key_value_heads(config)
+    if num_groups < 1 or num_heads % num_groups:
+        problems.append(
+            f"num_key_value_heads {num_groups} (must divide num_attention_heads {num_heads})"
+        )
+    if getattr(config, "head_dim", None) is None and config.hidden_size % num_heads:
+        problems.append(
+            f"num_attention_heads {num_heads} (must divide hidden_size {config.hidden_size} "
+            "where head_dim is absent)"
+        )
+    elif _head_dim(config) % 2:
+        problems.append(f"head_dim {_head_dim(config)} (must be even for rotary embeddings)")
+    return problems

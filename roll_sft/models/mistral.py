@@ -1,0 +1,31 @@
+"""Mistral dense text models: Llama's layer, with a sliding window in the first release.
+
+A window that a sample could outgrow is not refused here but stated in the shape: samples within it
+attend to everything, so whoever knows the length of samples decides.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from roll_sft.models.decoder import decoder_shape, own_config, pre_norm_weights
+from roll_sft.models.spec import Family, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_ARCHITECTURE = "MistralForCausalLM"
+
+
+def mistral_shape(config: "PreTrainedConfig") -> ModelShape:
+    """Shape of a Mistral model; `ConfigError` lists all that `config` asks for in vain."""
+    from transformers import MistralConfig  # slow: paid by whoever opens a model, not on import
+
+    config = own_config(config, MistralConfig, architecture=_ARCHITECTURE)
+    shape = decoder_shape(config, architecture=_ARCHITECTURE)
+    window = config.sliding_window
+    if window is None or window >= shape.max_position_embeddings:
+        return shape
+    return replace(shape, sliding_window=window)
+
+
+MISTRAL = Family(architecture=_ARCHITECTURE, shape=mistral_shape, weights=pre_norm_weights)

@@ -1,0 +1,70 @@
+"""OLMo 2 dense models, tied and untied.
+
+Its two norms come after attention and MLP, before the residual addition, and nothing is normed
+before them; queries and keys are normed over all heads of their projection at once. The post norms
+have names of our own, because Megatron's layer has no such norms.
+Refused by name, beside what no family builds: biases in attention, and clipped projections.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from roll_sft.models.decoder import attention, decoder_shape, decoder_weights, mlp, own_config
+from roll_sft.models.spec import Family, ModelShape
+from roll_sft.models.words import HeadSplit, Replicated, WeightTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_ARCHITECTURE = "Olmo2ForCausalLM"
+
+
+def olmo2_shape(config: "PreTrainedConfig") -> ModelShape:
+    """Shape of an OLMo 2 model; `ConfigError` lists all that `config` asks for in vain."""
+    from transformers import Olmo2Config  # slow: paid by whoever opens a model, not on import
+
+    config = own_config(config, Olmo2Config, architecture=_ARCHITECTURE)
+    problems = []
+    if config.attention_bias:  # it would bias the output projection too
+        problems.append("attention_bias true (only false)")
+    clip_qkv: float | None = getattr(config, "clip_qkv", None)  # of the first OLMo
+    if clip_qkv is not None:
+        problems.append(f"clip_qkv {clip_qkv} (only null)")
+    shape = decoder_shape(config, architecture=_ARCHITECTURE, problems=problems)
+    return replace(shape, qk_norm="projection", norm_placement="post")
+
+
+def olmo2_weights(shape: ModelShape) -> WeightTable:
+    """Every parameter of Megatron's GPTModel for `shape`, with the layer's global index."""
+    parts = (attention, _projection_norms, _post_attention_norm, mlp, _post_mlp_norm)
+    return decoder_weights(shape, layer_parts=parts)
+
+
+def _projection_norms(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The norms over all query heads and over all key heads."""
+    hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
+    return {
+        f"{ours}.q_layernorm.weight": HeadSplit(
+            f"{hf}.q_norm.weight", shape.num_attention_heads, shape.head_dim
+        ),
+        f"{ours}.k_layernorm.weight": HeadSplit(
+            f"{hf}.k_norm.weight", shape.num_key_value_heads, shape.head_dim
+        ),
+    }
+
+
+def _post_attention_norm(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The norm after attention, before the residual addition."""
+    name = f"model.layers.{layer}.post_attention_layernorm.weight"
+    ours = f"decoder.layers.{layer}.self_attention.post_layernorm.weight"
+    return {ours: Replicated(name, (shape.hidden_size,))}
+
+
+def _post_mlp_norm(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The norm after the MLP, before the residual addition."""
+    name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
+    ours = f"decoder.layers.{layer}.mlp.post_layernorm.weight"
+    return {ours: Replicated(name, (shape.hidden_size,))}
+
+
+OLMO2 = Family(architecture=_ARCHITECTURE, shape=olmo2_shape, weights=olmo2_weights)

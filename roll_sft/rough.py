@@ -1,0 +1,47 @@
+"""What a source holds, guessed without a tokenizer: the rows counted, the tokens from the bytes.
+
+For a dry run before the model is on the machine. Nothing is dropped for its length, since that is
+not known; what a template adds is left out.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from roll_sft.data.prepare import EMPTY, MALFORMED, SourceReport
+from roll_sft.data.rows import BadRow
+from roll_sft.data.sources import ColumnKeys, read_conversations
+from roll_sft.errors import DataError
+
+TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
+
+
+def rough_report(path: Path, *, name: str, keys: ColumnKeys, is_strict: bool) -> SourceReport:
+    """The report of `path`; `is_strict`: a malformed row is a `DataError`, as it will be."""
+    dropped = Counter[str]()
+    kept = num_bytes = num_answer_bytes = 0
+    for row in read_conversations(path, keys):
+        if isinstance(row, BadRow):
+            if is_strict and not row.is_empty:
+                raise DataError(f"{path}:{row.line}: {row.reason}")
+            dropped[EMPTY if row.is_empty else MALFORMED] += 1
+            continue
+        kept += 1
+        sizes = [(message.role, len(message.content.encode())) for message in row.messages]
+        num_bytes += sum(size for _, size in sizes)
+        num_answer_bytes += sum(size for role, size in sizes if role == "assistant")
+    if kept == 0:
+        raise DataError(f"{path}: none of its rows can be trained on ({dict(dropped)}); mend them")
+    return SourceReport(
+        name=name,
+        path=str(path),
+        rows=kept + dropped.total(),
+        kept=kept,
+        dropped=dropped,
+        dropped_places={},
+        truncated=0,
+        tokens=num_bytes // TOKEN_BYTES,
+        supervised_tokens=num_answer_bytes // TOKEN_BYTES,
+        supervised_share=num_answer_bytes / num_bytes,
+        length={},
+        cached=False,
+    )

@@ -1,0 +1,151 @@
+"""What holds for every family, against transformers' own models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from roll_sft.models.hf_io import SafetensorsSource
+from roll_sft.models.registry import FAMILIES, family_of
+from roll_sft.models.spec import Family, ModelShape
+from roll_sft.models.words import Replicated
+from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource, tiny_model
+
+ROPE = {"rope_parameters": DEFAULT_ROPE}
+SCALED = {"rope_parameters": LLAMA3_ROPE}
+TIED = {"tie_word_embeddings": True}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, **SCALED),
+    "llama-tied": LlamaConfig(**SIZES, **ROPE, **TIED, head_dim=24),
+    "mistral": MistralConfig(**SIZES, **ROPE, head_dim=24),
+    "mistral-tied": MistralConfig(**SIZES, **SCALED, **TIED),
+    "olmo2": Olmo2Config(**{**SIZES, "num_key_value_heads": 4}, **ROPE),
+    "olmo2-tied": Olmo2Config(**SIZES, **SCALED, **TIED),
+    "qwen2": Qwen2Config(**SIZES, **ROPE),
+    "qwen2-tied": Qwen2Config(**SIZES, **SCALED, **TIED),
+    "qwen3": Qwen3Config(**SIZES, **ROPE, head_dim=24),
+    "qwen3-tied": Qwen3Config(**SIZES, **SCALED, **TIED, head_dim=16),
+}
+# A norm over a whole projection has no part for a rank without a key head of its own.
+TENSOR_SIZES = {name: (1, 2, 4) for name in CONFIGS} | {"olmo2-tied": (1, 2)}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> PreTrainedModel:
+    return tiny_model(CONFIGS[name])
+
+
+@pytest.fixture(scope="module")
+def family(model: PreTrainedModel) -> Family:
+    return next(family for family in FAMILIES if family.architecture == type(model).__name__)
+
+
+@pytest.fixture(scope="module")
+def shape(family: Family, model: PreTrainedModel) -> ModelShape:
+    return family.shape(model.config)
+
+
+@pytest.fixture(scope="module")
+def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path, max_shard_size="300KB")
+    return path
+
+
+def merge(name: str, parts: list[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    """The global tensor of a Megatron parameter, as its distributed checkpoint stores it."""
+    is_qk_norm = name.endswith((".q_layernorm.weight", ".k_layernorm.weight"))
+    if name.endswith("layernorm.weight") and not (is_qk_norm and shape.qk_norm == "projection"):
+        assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
+        return parts[0]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return torch.cat(parts, dim=1)
+    if name.endswith("linear_fc1.weight"):
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+    return torch.cat(parts)
+
+
+def test_every_family_is_tested_here():
+    tested = {f"{type(config).__name__.removesuffix('Config')}" for config in CONFIGS.values()}
+    assert {f"{name}ForCausalLM" for name in tested} == {f.architecture for f in FAMILIES}
+
+
+def test_every_weight_survives_the_way_to_megatron_and_back(
+    name: str, model: PreTrainedModel, shape: ModelShape, family: Family, folder: Path
+):
+    source = SafetensorsSource(folder)
+    assert family_of(model.config) is family
+    family.check_source(shape, source=source)
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key in source.names()}
+    for tensor_size in TENSOR_SIZES[name]:
+        back: dict[str, torch.Tensor] = {}
+        for key, word in family.weights(shape).items():
+            parts = [
+                word.local(source, tensor_rank=rank, tensor_size=tensor_size)
+                for rank in range(tensor_size)
+            ]
+            tensors = word.to_hf(merge(key, parts, shape))
+            assert back.keys().isdisjoint(tensors), key
+            back |= tensors
+        assert back.keys() == weights.keys() == source.names()
+        for key, tensor in weights.items():
+            assert torch.equal(back[key], tensor), f"{key} at tensor parallel size {tensor_size}"
+
+
+def test_a_rank_reads_only_its_share(
+    name: str, model: PreTrainedModel, shape: ModelShape, family: Family
+):
+    words = [word for word in family.weights(shape).values() if word.hf_shapes]
+    norms = [word.shape[0] for word in words if isinstance(word, Replicated)]
+    for tensor_size in TENSOR_SIZES[name]:
+        num_bytes = []
+        for rank in range(tensor_size):
+            source = MemorySource(dict(model.named_parameters()))
+            for word in words:
+                word.local(source, tensor_rank=rank, tensor_size=tensor_size)
+            num_bytes.append(source.num_bytes_read)
+        assert sum(num_bytes) == 4 * (shape.num_parameters + (tensor_size - 1) * sum(norms))
+        rows_apart = tensor_size * (1 if shape.tie_word_embeddings else 2)  # vocabulary 2053
+        assert max(num_bytes) - min(num_bytes) <= 4 * shape.hidden_size * rows_apart
+
+
+def test_the_table_names_every_tensor_of_transformers_model(
+    model: PreTrainedModel, shape: ModelShape, family: Family
+):
+    parameters = {key: tuple(tensor.shape) for key, tensor in model.named_parameters()}
+    assert family.hf_shapes(shape) == parameters
+    assert family.hf_names(shape) == parameters.keys()
+
+
+def test_parameters_are_counted_as_transformers_counts_them(
+    model: PreTrainedModel, shape: ModelShape
+):
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert shape.num_parameters == model.num_parameters()
+    assert shape.num_matmul_parameters == sum(linear.weight.numel() for linear in linears)
+
+
+def test_rotary_frequencies_are_those_of_transformers_model(
+    name: str, model: PreTrainedModel, shape: ModelShape
+):
+    ours, theirs = torch.tensor(shape.rotary_inv_freq), model.model.rotary_emb.inv_freq
+    assert torch.equal(ours, theirs)
+    assert len(ours) == shape.head_dim // 2
+    theta = CONFIGS[name].rope_parameters["rope_theta"]
+    is_scaled = CONFIGS[name].rope_parameters["rope_type"] == "llama3"
+    assert (ours[-1] < 0.2 * theta ** (2 / shape.head_dim - 1)) == is_scaled

@@ -1,0 +1,64 @@
+"""How a model's configuration is opened, and which family it is given to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from roll_sft.errors import ConfigError
+from roll_sft.models.registry import FAMILIES, family_of, load_hf_config
+from roll_sft.models.spec import Family
+from tests.models.helpers import LLAMA3_ROPE, SIZES
+
+ON_DISK = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES}
+
+
+@pytest.mark.parametrize("path", ["Qwen/Qwen2.5-7B", "/no/such/folder"])
+def test_a_path_that_is_no_folder_is_refused_with_its_value(path: str):
+    with pytest.raises(ConfigError, match=f"'{path}' is not a folder.*not available in this"):
+        load_hf_config(path, trust_remote_code=False)
+
+
+def test_a_folder_without_configuration_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        load_hf_config(str(tmp_path), trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{broken",
+        json.dumps({**ON_DISK, "hidden_size": "wide"}),
+        json.dumps({**ON_DISK, "model_type": "unheard_of"}),
+        json.dumps({**ON_DISK, "torch_dtype": "unheard_of"}),
+        json.dumps({**ON_DISK, "rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": None}}),
+    ],
+    ids=["json", "type", "model", "dtype", "rope"],
+)
+def test_a_file_that_transformers_cannot_read_is_refused_in_one_line(tmp_path: Path, text: str):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="transformers cannot read") as caught:
+        load_hf_config(str(tmp_path), trust_remote_code=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], None])
+def test_an_unknown_architecture_is_refused_with_what_is_supported(architectures: Any):
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    with pytest.raises(ConfigError, match=f"supports one of: {supported}; choose"):
+        family_of(Qwen2Config(**SIZES, architectures=architectures))
+
+
+def test_each_architecture_has_one_family():
+    for family in FAMILIES:
+        assert family_of(PreTrainedConfig(architectures=[family.architecture])) is family
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_a_configuration_of_another_class_is_refused(family: Family):
+    config = Qwen2Config if family.architecture.startswith("Llama") else LlamaConfig
+    message = f"{family.architecture} comes with configuration class {config.__name__}; only"
+    with pytest.raises(ConfigError, match=message):
+        family.shape(config(**SIZES))

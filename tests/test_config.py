@@ -1,0 +1,402 @@
+"""Keys, types and values of a configuration: what is refused, in which words, all at once."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+import roll_sft.run
+from roll_sft.checks import check_config, layout_problems
+from roll_sft.config import ParallelConfig, RunConfig, all_keys, build_config, layout_of, schema
+from roll_sft.errors import ConfigError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+# The public keys, as documented: "" is the top.
+KEYS = {
+    "": "output_dir run_name seed dry_run prepare_only deterministic resume",
+    "model.": "path tokenizer_path dtype random_init trust_remote_code attention_backend",
+    "data.": "train validation prompt_key query_key response_key system_key messages_key text_key"
+    " tools_key chat_template sequence_length overlong train_on packing num_proc cache_dir"
+    " on_bad_row max_bad_fraction shuffle",
+    "data.train.": "path name split weight samples",
+    "data.validation.": "path name split weight samples",
+    "parallel.": "num_workers tensor_model_parallel_size pipeline_model_parallel_size"
+    " virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size"
+    " sequence_parallel use_distributed_optimizer device cpus_per_worker placement_timeout_s",
+    "train.": "num_train_epochs max_steps global_batch_size micro_batch_tokens learning_rate"
+    " min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio weight_decay"
+    " adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps logging_steps"
+    " log_samples",
+    "checkpoint.": "save async_save keep_last keep_best verify save_optimizer hf_export",
+    "lora.": "rank alpha dropout target_modules quantize_base",
+    "evaluation.": "prompts metric_fn max_new_tokens temperature",
+    "tracking.": "backends mlflow_uri experiment",
+    "cluster.": "address max_restarts step_timeout_s setup_timeout_s checkpoint_timeout_s",
+}
+SECTIONS = [section.removesuffix(".") for section in KEYS if section.count(".") == 1]
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composing sets a variable of Hydra's."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", ""))
+
+
+def given(overrides: dict[str, Any]) -> dict[str, Any]:
+    """A minimal configuration with values at dotted keys over it."""
+    minimal = {"model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+    node = OmegaConf.create(minimal)
+    for key, value in overrides.items():
+        OmegaConf.update(node, key, value, merge=False, force_add=True)
+    plain: Any = OmegaConf.to_container(node)
+    return plain
+
+
+def problems(overrides: dict[str, Any]) -> list[str]:
+    """The lines of what is refused."""
+    with pytest.raises(ConfigError) as refused:
+        check_config(build_config(given(overrides)))
+    return str(refused.value).splitlines()
+
+
+def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(item.type):
+            yield from leaves(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{item.name}", item
+
+
+# Keys
+
+
+def test_the_documented_keys_are_the_keys() -> None:
+    documented = {f"{section}{name}" for section, names in KEYS.items() for name in names.split()}
+    assert set(all_keys()) == documented | set(SECTIONS)
+
+
+def test_every_key_has_one_default_and_base_adds_none() -> None:
+    for key, item in leaves():
+        assert {item.default, item.default_factory} != {dataclasses.MISSING}, key
+    text = OmegaConf.load(CONF / "base.yaml")
+    assert set(text) == {"defaults", "hydra"}
+    composed = composition("base", [])
+    assert OmegaConf.to_container(composed) == dataclasses.asdict(RunConfig())
+
+
+def test_the_defaults_build_and_cannot_be_changed() -> None:
+    config = build_config({})
+    assert config == RunConfig() == build_config(schema())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.max_steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("typo", "real"),
+    [
+        ("typo", "model.dtype"),
+        ("outputdir", "output_dir"),
+        ("run_nam", "run_name"),
+        ("prepare", "prepare_only"),
+        ("learning_rate", "train.learning_rate"),
+        ("modle", "model"),
+        ("trainn", "train"),
+        ("train.epochs", "train.num_train_epochs"),
+        ("model.pth", "model.path"),
+        ("model.tokeniser_path", "model.tokenizer_path"),
+        ("data.trian", "data.train"),
+        ("data.seq_len", "data.sequence_length"),
+        ("data.max_bad_fractoin", "data.max_bad_fraction"),
+        ("data.train[0].pth", "data.train[0].path"),
+        ("data.train[0].wieght", "data.train[0].weight"),
+        ("data.validation[1].nme", "data.validation[1].name"),
+        ("parallel.tp", "parallel.tensor_model_parallel_size"),
+        ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("parallel.world_size", "parallel.num_workers"),
+        ("train.lr", "train.learning_rate"),
+        ("train.max_step", "train.max_steps"),
+        ("train.batch_size", "train.global_batch_size"),
+        ("checkpoint.save_optimiser", "checkpoint.save_optimizer"),
+        ("lora.dropuot", "lora.dropout"),
+        ("evaluation.max_tokens", "evaluation.max_new_tokens"),
+        ("tracking.backend", "tracking.backends"),
+        ("cluster.adress", "cluster.address"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_real_one(typo: str, real: str) -> None:
+    values = {"data.validation": [{"path": "b"}, {"path": "c"}], typo: 1}
+    assert problems(values) == [f"{typo}: no such key; did you mean `{real}`?"]
+
+
+@pytest.mark.parametrize("key", ["zzz", "checkpoint.zzz", "data.train[0].zzz"])
+def test_an_unknown_key_like_no_other_is_refused_with_where_to_look(key: str) -> None:
+    assert problems({key: 1}) == [f"{key}: no such key; `--cfg job` prints all keys"]
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("seed", None, "None is not an integer"),
+        ("train.max_steps", "abc", "'abc' is not an integer or null"),
+        ("train.max_steps", 1.5, "1.5 is not an integer or null"),
+        ("train.max_steps", True, "True is not an integer or null"),
+        ("train.learning_rate", "1e-5x", "'1e-5x' is not a number"),
+        ("train.learning_rate", [1e-5], "[1e-05] is not a number"),
+        ("data.packing", "sometimes", "'sometimes' is not true or false"),
+        ("data.packing", 4096, "4096 is not true or false"),
+        ("model.path", ["m"], "['m'] is not text or null"),
+        ("model.path", "???", "'???' is not text or null"),
+        ("model", "m", "'m' is not a mapping; its keys are path, tokenizer_path, dtype,"),
+        ("lora", None, "None is not a mapping; its keys are rank, alpha,"),
+        ("data.train", "a.jsonl", "'a.jsonl' is not a list such as [{path: my.jsonl}]"),
+        ("data.train", {"path": "a"}, "{'path': 'a'} is not a list such as [{path: my.jsonl}]"),
+        ("data.train", None, "None is not a list such as [{path: my.jsonl}]"),
+        ("data.train[0]", "a.jsonl", "'a.jsonl' is not a mapping; its keys are path, name,"),
+        ("data.train[0].weight", "much", "'much' is not a number"),
+        ("tracking.backends", "jsonl", "'jsonl' is not a list of text"),
+        ("tracking.backends", [["jsonl"]], "[['jsonl']] is not a list of text"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_the_right_one(
+    key: str, value: object, wanted: str
+) -> None:
+    (problem,) = problems({key: value})
+    assert problem.startswith(f"{key}: {wanted}")
+
+
+def test_what_a_command_line_writes_as_text_is_read_as_its_type() -> None:
+    config = build_config(
+        given({"train.max_steps": "7", "train.learning_rate": "1e-3", "data.packing": "no"})
+    )
+    assert (config.train.max_steps, config.train.learning_rate) == (7, 1e-3)
+    assert config.data.packing is False
+    assert build_config(given({"run_name": 7})).run_name == "7"
+
+
+def test_unknown_keys_and_wrong_types_are_listed_at_once() -> None:
+    wrong = {"data.train[0].pth": "x", "data.train[0].weight": "x", "seed": "x", "trian": {"a": 1}}
+    found = problems(wrong)
+    assert {problem.partition(":")[0] for problem in found} == set(wrong)
+
+
+# Interpolation
+
+
+def test_a_value_may_refer_to_another() -> None:
+    values = {"output_dir": "/runs/${run_name}", "run_name": "first"}
+    assert build_config(given(values)).output_dir == "/runs/first"
+    assert build_config(given({"output_dir": "/runs/${run_name}"})).output_dir == "/runs/sft"
+    assert build_config(given({"train.warmup_steps": "${seed}"})).train.warmup_steps == 42
+
+
+@pytest.mark.parametrize(
+    "reference", ["${nope}", "${run_name}", "${oc.env:NO_SUCH_VARIABLE}", "${now}", "${no:1}"]
+)
+def test_a_reference_that_leads_nowhere_is_refused(reference: str) -> None:
+    (problem,) = problems({"run_name": reference})
+    assert problem.startswith("run_name: ")
+    assert problem.endswith("; mend the reference or write the value")
+
+
+def test_the_text_that_is_kept_has_references_and_no_values_of_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKER", "sqlite:///secret")
+    arguments = ["model.path=m", "data.train=[{path: a}]", "output_dir=/runs/${run_name}"]
+    result = roll_sft.run.compose([*arguments, "tracking.mlflow_uri=${oc.env:TRACKER}"])
+    assert result is not None
+    config, text = result
+    assert (config.output_dir, config.tracking.mlflow_uri) == ("/runs/sft", "sqlite:///secret")
+    assert "output_dir: /runs/${run_name}" in text
+    assert "secret" not in text
+    assert build_config(OmegaConf.create(text)) == config
+
+
+# Values
+
+
+def test_every_value_that_cannot_run_is_listed_at_once() -> None:
+    wrong = {
+        "seed": -1,
+        "run_name": "a/b",
+        "model.dtype": "fp8",
+        "data.overlong": "cut",
+        "data.max_bad_fraction": 1.5,
+        "data.sequence_length": 1,
+        "parallel.num_workers": 0,
+        "parallel.device": "tpu",
+        "train.max_steps": 0,
+        "train.learning_rate": 0.0,
+        "train.adam_beta2": 1.0,
+        "train.lr_scheduler_type": "step",
+        "train.warmup_ratio": 2,
+        "train.weight_decay": float("nan"),
+        "train.adam_eps": float("inf"),
+        "cluster.step_timeout_s": 0,
+    }
+    found = problems({**wrong, "train.min_learning_rate": 1e-9})
+    assert {problem.partition(":")[0] for problem in found} == {*wrong, "train.min_learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"seed": 2**32}, "seed: 4294967296 must be at most 4294967295"),
+        ({"model.dtype": "fp8"}, "model.dtype: 'fp8' is not one of fp32, bf16, fp16"),
+        ({"train.max_steps": 0}, "train.max_steps: 0 must be at least 1"),
+        ({"train.learning_rate": 0}, "train.learning_rate: 0.0 must be above 0"),
+        ({"train.learning_rate": float("inf")}, "train.learning_rate: inf must be finite"),
+        (
+            {"train.micro_batch_tokens": 9},
+            "train.micro_batch_tokens: 9 is below data.sequence_length",
+        ),
+        ({"model.path": None}, "model.path: missing; give a local folder"),
+        (
+            {"data.train": []},
+            "data.train: empty; give a list such as data.train=[{path: my.jsonl}]",
+        ),
+        ({"data.train": [{"path": "a"}, {"path": "b/a"}]}, "data.train[1].name: 'a' is used twice"),
+        ({"data.validation": [{"name": "x"}]}, "data.validation[0].path: missing; give a .json"),
+        ({"tracking.backends": ["mlfow"]}, "tracking.backends: 'mlfow' is not one of jsonl, mlf"),
+    ],
+)
+def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: str) -> None:
+    (found,) = problems(overrides)
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("resume", "outputs/sft/checkpoints/step_00000010"),
+        ("model.dtype", "fp16"),
+        ("model.attention_backend", "te"),
+        ("model.attention_backend", "flash"),
+        ("data.train[0].split", "train"),
+        ("data.train[0].weight", 0.5),
+        ("data.train[0].samples", 10),
+        ("data.text_key", "text"),
+        ("data.tools_key", "tools"),
+        ("data.chat_template", "x"),
+        ("data.overlong", "truncate"),
+        ("data.train_on", "last_assistant"),
+        ("data.train_on", "all"),
+        ("data.num_proc", 4),
+        ("parallel.expert_model_parallel_size", 2),
+        ("checkpoint.async_save", True),
+        ("checkpoint.keep_last", 3),
+        ("checkpoint.keep_best", "loss"),
+        ("checkpoint.verify", True),
+        ("checkpoint.hf_export", "every_save"),
+        ("lora.rank", 8),
+        ("lora.alpha", 32.0),
+        ("lora.dropout", 0.1),
+        ("lora.target_modules", ["linear_qkv"]),
+        ("lora.quantize_base", "nf4"),
+        ("evaluation.prompts", "p.jsonl"),
+        ("evaluation.metric_fn", "mine.score"),
+        ("evaluation.max_new_tokens", 5),
+        ("evaluation.temperature", 0.7),
+        ("tracking.backends", ["tensorboard"]),
+        ("cluster.max_restarts", 2),
+    ],
+)
+def test_a_reserved_value_is_refused_as_not_available(key: str, value: object) -> None:
+    (problem,) = problems({key: value})
+    shown = value[0] if key == "tracking.backends" and isinstance(value, list) else value
+    assert problem.startswith(f"{key}: {shown!r} is not available in this version")
+
+
+# Layout
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "degrees", "wrong"),
+    [
+        (8, (2, 2, 2), ""),
+        (8, (2, 2, 1), ""),
+        (12, (3, 1, 2), ""),
+        (8, (3, 1, 1), "tp*pp*cp = 3 does not divide num_workers 8"),
+        (2, (2, 2, 1), "tp*pp*cp = 4 does not divide num_workers 2"),
+        (0, (1, 1, 1), ""),  # below its bound, which says so
+    ],
+)
+def test_degrees_must_divide_the_world(
+    num_workers: int, degrees: tuple[int, int, int], wrong: str
+) -> None:
+    tensor_size, pipeline_size, context_size = degrees
+    parallel = ParallelConfig(
+        num_workers=num_workers,
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+        context_parallel_size=context_size,
+    )
+    found = list(layout_problems(parallel))
+    assert len(found) == bool(wrong)
+    assert all(wrong in problem and "choose degrees" in problem for problem in found)
+    if not wrong and num_workers:
+        layout = layout_of(parallel)
+        sizes = (layout.tensor_size, layout.pipeline_size, layout.context_size)
+        assert sizes == degrees
+        assert layout.data_size * tensor_size * pipeline_size * context_size == num_workers
+
+
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    (problem,) = layout_problems(ParallelConfig(sequence_parallel=True))
+    assert problem.startswith("parallel.sequence_parallel: true needs tensor_model_parallel_size")
+
+
+@pytest.mark.parametrize(("pipeline_size", "is_wrong"), [(1, True), (2, False)])
+def test_virtual_stages_need_a_pipeline(pipeline_size: int, is_wrong: bool) -> None:
+    parallel = ParallelConfig(
+        num_workers=2,
+        pipeline_model_parallel_size=pipeline_size,
+        virtual_pipeline_model_parallel_size=2,
+    )
+    found = list(layout_problems(parallel))
+    assert len(found) == is_wrong
+    assert all("virtual_pipeline_model_parallel_size: 2 interleaves" in each for each in found)
+
+
+# The shipped configurations
+
+
+def composition(name: str, overrides: list[str]) -> Any:
+    ConfigStore.instance().store(name="schema", node=schema())
+    with initialize_config_module("roll_sft.conf", version_base="1.3"):
+        return compose(name, overrides=overrides)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_a_shipped_configuration_runs_once_model_and_data_are_given(name: str) -> None:
+    overrides = ["model.path=m", "data.train=[{path: a.jsonl}]"]
+    config = build_config(composition(name, overrides))
+    check_config(config)
+    assert list(layout_problems(config.parallel)) == []
+    assert (config.model.path, config.data.train[0].path) == ("m", "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_a_shipped_part_changes_its_section_alone(path: Path) -> None:
+    section = path.parent.name
+    config = build_config(composition("base", [f"+{section}={path.stem}"]))
+    changed = {name for name in SECTIONS if getattr(config, name) != getattr(RunConfig(), name)}
+    assert changed == {section}
+
+
+def test_no_shipped_configuration_names_columns() -> None:
+    for path in CONF.rglob("*.yaml"):
+        assert "_key:" not in path.read_text(encoding="utf-8"), path

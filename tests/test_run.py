@@ -1,0 +1,280 @@
+"""The door `python -m roll_sft.run`: exit codes, last lines, and what is written or left alone.
+
+What needs no process of its own is called in this one, which then pays for transformers once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+import roll_sft.run
+from roll_sft import driver, errors
+from roll_sft.config import RunConfig, build_config
+from tests import doors
+from tests.doors import Door, alpaca, contents, process, refused, write_rows
+
+door, assets, arguments = doors.door, doors.assets, doors.arguments
+
+
+# What the command line may say
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["+typo=1"], ["typo: no such key; did you mean `model.dtype`?"]),
+        (["model.pth=x"], ["model.pth: no such key; did you mean `model.path`?"]),
+        (["--config-name", "nope"], ["no configuration 'nope'", "base, demo, qwen7b_sft"]),
+        (["train.max_steps=abc"], ["train.max_steps: 'abc' is not an integer or null"]),
+    ],
+)
+def test_a_process_refuses_what_is_not_known(
+    tmp_path: Path, given: list[str], parts: list[str]
+) -> None:
+    refused(process(tmp_path, *given), 2, *parts)
+    assert contents(tmp_path) == {}
+
+
+def test_a_refusal_does_not_wait_for_the_heavy_libraries(tmp_path: Path) -> None:
+    script = (
+        "import sys, roll_sft.run\n"
+        "code = roll_sft.run.main(['train.max_steps=abc'])\n"
+        "heavy = {'torch', 'transformers', 'ray', 'mlflow', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {sorted(heavy)}' if code != 2 or heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["--config-name", "dmeo"], ["no configuration 'dmeo'; did you mean 'demo'?"]),
+        (["--config-name=qwen7b_sft", "train=nope"], ["'train/nope'", "full_finetune"]),
+        (["modle.path=x"], ["modle.path: no such key; did you mean `model.path`?"]),
+        (["++train.lr=1"], ["train.lr: no such key; did you mean `train.learning_rate`?"]),
+        (["data.train=[{pth: x}]"], ["data.train[0].pth", "did you mean `data.train[0].path`?"]),
+        (["data.train={path: x}"], ["data.train={path: x}"]),
+        (["data.train=[{"], ["'data.train=[{': ", "; write key=value, in quotes"]),
+        (["a b c="], ["'a b c=': ", "; write key=value, in quotes"]),
+        (["run_name=${nope}"], ["run_name: Interpolation key 'nope' not found; mend"]),
+        (["output_dir=${oc.env:NOPE}"], ["output_dir: ", "'NOPE' not found"]),
+        (["model=null"], ["Config group override must be a string"]),
+        (["~model"], ["Could not delete 'model'"]),
+        (["--config-dir", "nowhere"], ["nowhere' not found"]),
+        (["--multirun", "seed=1,2"], ["--multirun: not available in this version; start each"]),
+        (["-m", "seed=1,2"], ["--multirun: not available in this version; start each"]),
+        (["--no-such-flag"], ["error: unrecognized arguments: --no-such-flag"]),
+        (["--cfg", "jobs"], ["error: argument --cfg/-c: invalid choice: 'jobs'"]),
+        (["--cfg=job", "--package=nope"], ["package 'nope' not found"]),
+        ([], ["data.train: empty; give a list such as data.train=[{path: my.jsonl}]"]),
+        (["--config-name=demo", "model.dtype=fp16"], ["'fp16' is not available in this version"]),
+    ],
+)
+def test_every_error_of_the_command_line_is_code_2_without_a_traceback(
+    door: Door, tmp_path: Path, given: list[str], parts: list[str]
+) -> None:
+    refused(door(*given), 2, *parts)
+    assert contents(tmp_path) == {}
+
+
+def test_all_values_that_cannot_run_are_shown_at_once(door: Door) -> None:
+    wrong = ["seed=-1", "model.dtype=fp8", "train.max_steps=0", "lora.rank=8"]
+    outcome = door(*wrong, "model.path=m", "data.train=[{path: a}]")
+    refused(outcome, 2)
+    shown = {line.partition(":")[0] for line in outcome.stderr.splitlines()}
+    assert shown == {override.partition("=")[0] for override in wrong}
+
+
+def test_cfg_job_prints_every_key(door: Door, tmp_path: Path) -> None:
+    outcome = door("--cfg", "job")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert build_config(yaml.safe_load(outcome.stdout)) == RunConfig()
+    assert contents(tmp_path) == {}
+
+
+# The user's own YAML
+
+
+def own(folder: Path, text: str | bytes) -> list[str]:
+    (folder / "mine").mkdir()
+    content = text.encode() if isinstance(text, str) else text
+    (folder / "mine" / "job.yaml").write_bytes(content)
+    return ["--config-dir", "mine", "--config-name", "job"]
+
+
+def test_a_folder_of_the_users_builds_on_ours(door: Door, tmp_path: Path) -> None:
+    text = (
+        "defaults: [base, parallel: gpus_8_tp2_pp2_cp2, _self_]\n"
+        "run_name: mine\noutput_dir: /runs/${run_name}\n"
+        "model: {path: m}\ndata:\n  train:\n    - path: a.jsonl\n"
+    )
+    outcome = door(*own(tmp_path, text), "--cfg", "job", "train.max_steps=5")
+    assert outcome.code == 0
+    config = build_config(yaml.safe_load(outcome.stdout))
+    assert (config.output_dir, config.train.max_steps) == ("/runs/mine", 5)
+    assert config.parallel.num_workers == 8
+    assert [source.path for source in config.data.train] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("defaults: [base, _self_]\nmodle: {path: x}\n", ["modle: no such key", "`model`"]),
+        (
+            "defaults: [base, _self_]\ndata:\n  train:\n    - pth: x\n",
+            ["data.train[0].pth: no such key; did you mean `data.train[0].path`?"],
+        ),
+        (
+            "defaults: [base, _self_]\nmodel: {path: m}\ntrain: {max_steps: few}\n",
+            ["train.max_steps: 'few' is not an integer or null"],
+        ),
+        (
+            "defaults: [bass, _self_]\n",
+            ["Could not load 'bass'; did you mean 'base'?", "job, qwen"],
+        ),
+        ("model: {path: m}\n", ["lacks 'output_dir'", "begin its file with `defaults: [base,"]),
+        ("- a\n- b\n", ["primary config 'job' must be a DictConfig"]),
+        ("a: [\n", ["the file cannot be read: ", 'mine/job.yaml", line 2', "; correct it"]),
+        (b"a: \xff\n", ["the file cannot be read: ", "0xff in position 3", "; correct it"]),
+    ],
+)
+def test_a_mistake_in_the_users_file_is_code_2_without_a_traceback(
+    door: Door, tmp_path: Path, text: str | bytes, parts: list[str]
+) -> None:
+    refused(door(*own(tmp_path, text)), 2, *parts)
+
+
+# The folder
+
+
+def test_a_relative_output_dir_is_refused_under_a_ray_job(
+    door: Door, tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for given in ([], ["output_dir=out"]):
+        refused(door(*arguments, *given), 2, "output_dir: ", "is relative", "an absolute path")
+    assert contents(tmp_path) == {}
+    absolute = f"output_dir={tmp_path / 'out'}"
+    assert door(*arguments, absolute, "prepare_only=true").code == 0
+
+
+def test_a_folder_that_another_run_holds_is_refused(
+    door: Door, tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        before = contents(tmp_path)
+        outcome = door(*arguments, "output_dir=out", "prepare_only=true")
+        refused(outcome, 2, "output_dir: 'out' is in use by another run", "choose another")
+        assert contents(tmp_path) == before
+    assert door(*arguments, "output_dir=out", "prepare_only=true").code == 0
+
+
+def test_a_folder_with_checkpoints_is_never_written_over(
+    door: Door, tmp_path: Path, arguments: list[str]
+) -> None:
+    step = tmp_path / "outputs" / "sft" / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    (tmp_path / "outputs" / "sft" / "steps.jsonl").write_text("precious")
+    before = contents(tmp_path)
+    refused(door(*arguments), 2, "'outputs/sft' already holds checkpoints up to step_00000001")
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) <= {"outputs/sft/.lock"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    door: Door, tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    refused(door(*arguments), 2, "output_dir: cannot write to 'outputs/sft'", "choose another")
+
+
+def test_prepare_only_fills_the_cache_and_writes_the_report_without_ray(
+    door: Door, assets: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    rows = [alpaca(1), alpaca(2), {"instruction": "p", "output": ""}, alpaca(3)]
+    path = write_rows(tmp_path / "few.jsonl", rows)
+    validation = f"data.validation=[{{path: {assets / 'rows.jsonl'}, name: other}}]"
+    train = f"data.train=[{{path: {path}}}]"
+    outcome = door(*arguments, train, validation, "prepare_only=true")
+    assert outcome.code == 0, outcome.stderr
+    folder = tmp_path / "outputs" / "sft"
+    written = {path.name for path in folder.iterdir()}
+    assert written == {".lock", "config.yaml", "data_report.json"}
+    report = json.loads((folder / "data_report.json").read_text())
+    (source,) = report["sources"]
+    assert (source["name"], source["path"]) == ("few", str(path))
+    assert (source["rows"], source["kept"], source["dropped"]) == (4, 3, {"empty_response": 1})
+    assert source["tokens"] > source["supervised_tokens"] > 0
+    assert [each["name"] for each in report["validation"]] == ["other"]
+    config = build_config(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert (config.prepare_only, config.data.train[0].path) == (True, str(path))
+    assert any((tmp_path / "cache").glob("*/tokens.bin"))
+    again = door(*arguments, train, validation, "prepare_only=true")
+    assert again.code == 0, "a folder without checkpoints can be prepared again"
+    assert json.loads((folder / "data_report.json").read_text())["sources"][0]["cached"]
+
+
+# How a run ends
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("why"), 2),
+        (errors.DataError("why"), 3),
+        (errors.ResourceError("why"), 4),
+        (errors.DivergedError("why"), 5),
+        (errors.CheckpointError("why"), 6),
+        (errors.WorkerError("why"), 7),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(143), 143),
+    ],
+)
+def test_each_error_has_its_code_and_no_traceback(
+    door: Door, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(driver, "run", end)
+    outcome = door("model.path=m", "data.train=[{path: a}]")
+    last = {130: "interrupted", 143: ""}.get(code, "why")
+    refused(outcome, code)
+    assert outcome.stderr.strip() == last
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_ends_with_its_cause(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(driver, "run", end)
+    outcome = door("model.path=m", "data.train=[{path: a}]")
+    assert outcome.code == 1
+    assert "Traceback" in outcome.stderr
+    assert outcome.last_line == "ValueError: ours"
+    monkeypatch.setattr(roll_sft.run, "build_config", end)
+    outcome = door("model.path=m")
+    assert (outcome.code, outcome.last_line) == (1, "ValueError: ours")
+    assert "Traceback" in outcome.stderr
+
+
+def test_nothing_is_reported_to_anyone_unless_asked_for(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in roll_sft.run.QUIET:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DO_NOT_TRACK", "asked for")
+    door("--cfg", "job")
+    values = {name: os.environ[name] for name in roll_sft.run.QUIET}
+    assert values == {**roll_sft.run.QUIET, "DO_NOT_TRACK": "asked for"}
