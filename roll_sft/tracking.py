@@ -6,16 +6,14 @@ cause; `close` is bounded. `steps.jsonl` is written by the driver whatever happe
 """
 
 import contextlib
+import functools
 import logging
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 LOG = logging.getLogger(__name__)
 # Limits of MLflow's own validation.
@@ -25,8 +23,8 @@ MAX_PARAM_LENGTH = 6000
 MAX_WAITING_METRICS = 100_000  # 20 MB of them; beyond, the newest are not recorded
 RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries, of a minute or so
 CLOSE_TIMEOUT_S = 30.0
-CLOSE_AFTER_FAILURE_TIMEOUT_S = 5.0
-SQLITE, SHELF = "sqlite:///", ".mlflow_artifacts"
+CLOSE_IN_TROUBLE_TIMEOUT_S = 5.0  # of the run or of MLflow
+SQLITE = "sqlite:///"
 
 
 class MlflowTracker:
@@ -40,7 +38,8 @@ class MlflowTracker:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._metrics: queue.Queue[tuple[str, float, int, int]] = queue.Queue(MAX_WAITING_METRICS)
         self._status = "FAILED"
-        self._has_failed = False  # a request, which is tried again or was the last
+        self._errors: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, ImportError)
+        self._has_warned = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
@@ -67,11 +66,10 @@ class MlflowTracker:
         self._status = "FINISHED" if succeeded else "FAILED"
         self._closing.set()
         self._jobs.put(None)
-        is_hopeless = self._has_failed or not succeeded
-        timeout_s = CLOSE_AFTER_FAILURE_TIMEOUT_S if is_hopeless else CLOSE_TIMEOUT_S
-        self._thread.join(timeout_s)
+        is_patient = succeeded and not self._has_warned
+        self._thread.join(CLOSE_TIMEOUT_S if is_patient else CLOSE_IN_TROUBLE_TIMEOUT_S)
         if self._thread.is_alive():
-            self._warn(f"did not finish within {timeout_s:g} s")
+            self._warn("not all is recorded, and the run does not wait longer")
 
     def _put(self, job: Callable[[], None]) -> None:
         if self._thread.is_alive():
@@ -79,21 +77,100 @@ class MlflowTracker:
 
     def _work(self) -> None:
         try:
-            with _quiet_mlflow():
-                self._try(self._open_run)
-                while (job := self._jobs.get()) is not None:
-                    job()
-                self._try(lambda: self._client.set_terminated(self._run_id, status=self._status))
-        except self._errors() as error:
+            self._prepare_client()
+            self._try(self._open_run)
+            while (job := self._jobs.get()) is not None:
+                job()
+            self._try(lambda: self._client.set_terminated(self._run_id, status=self._status))
+        except self._errors as error:
             self._warn(_first_line(error))
 
-    def _try(self, request: Callable[[], None]) -> None:
-        """Make a request, again after each pause; raises what the last attempt does."""
+    def _try(self, request: Callable[[], Any]) -> None:
+        """Make `request`, again after each pause; raises what the last attempt raises."""
         for pause_s in RETRY_PAUSES_S:
             try:
-                return request()
-            except self._errors() as error:
-                self._warn(f"{_first_line(error)}; trying again")
+                request()
+                return
+            except self._errors as error:
+                self._warn(_first_line(error))
             if self._closing.wait(pause_s):
                 break
-        return request()
+        request()
+
+    def _warn(self, reason: str) -> None:
+        if not self._has_warned:
+            LOG.warning("MLflow at %s: %s; the run goes on", without_password(self._uri), reason)
+        self._has_warned = True
+
+    def _prepare_client(self) -> None:
+        # Slow to import (seconds), so in this thread and only when MLflow is asked for.
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        self._errors += (MlflowException, SQLAlchemyError)
+        for chatty in ("mlflow", "alembic"):  # they announce every table of a new database
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+        if self._uri.startswith(SQLITE):
+            database = Path(self._uri.removeprefix(SQLITE))
+            database.open("ab").close()  # MLflow itself would try for minutes
+        self._client = MlflowClient(tracking_uri=self._uri)
+
+    def _open_run(self) -> None:
+        with self._alone():
+            found = self._client.get_experiment_by_name(self._experiment)
+            shelf = str(self._shelf()) if self._uri.startswith(SQLITE) else None
+            experiment_id = (
+                found.experiment_id
+                if found is not None
+                else self._client.create_experiment(self._experiment, shelf)
+            )
+        tags = {"output_dir": str(self._folder)}
+        run = self._client.create_run(experiment_id, run_name=self._run_name, tags=tags)
+        self._run_id = run.info.run_id
+        place = Path(run.info.artifact_uri)
+        if self._uri.startswith(SQLITE) and place.is_relative_to(self._shelf()):
+            # MLflow derives a run's artifact folder from its experiment, which all runs share to
+            # be compared; a link puts the files where they belong, in the run's own folder.
+            artifacts = self._folder / "mlflow"
+            artifacts.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(artifacts)
+
+    def _shelf(self) -> Path:
+        return Path(self._uri.removeprefix(SQLITE)).parent / ".mlflow_artifacts"
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Two runs that start together would both make the database, and the experiment."""
+        if not self._uri.startswith(SQLITE):
+            return contextlib.nullcontext()
+        return FileLock(Path(self._uri.removeprefix(SQLITE)).parent / ".mlflow.lock")
+
+    def _send_params(self, items: list[tuple[str, str]]) -> None:
+        from mlflow.entities import Param
+
+        for first in range(0, len(items), MAX_PARAMS_PER_BATCH):
+            batch = [Param(*item) for item in items[first : first + MAX_PARAMS_PER_BATCH]]
+            self._try(functools.partial(self._client.log_batch, self._run_id, params=batch))
+
+    def _send_metrics(self) -> None:
+        """All metrics that wait: where MLflow is slower than the steps, many of them at once."""
+        from mlflow.entities import Metric
+
+        while not self._metrics.empty():
+            size = min(self._metrics.qsize(), MAX_METRICS_PER_BATCH)
+            batch = [Metric(*self._metrics.get_nowait()) for _ in range(size)]
+            self._try(functools.partial(self._client.log_batch, self._run_id, metrics=batch))
+
+
+def without_password(text: str) -> str:
+    """`text` with the user and password of every URL in it masked."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= MAX_PARAM_LENGTH else value[: MAX_PARAM_LENGTH - 4] + " ..."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
