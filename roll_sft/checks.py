@@ -29,7 +29,6 @@ CHOICES = {
 AVAILABLE: dict[str, tuple[object, ...]] = {
     "resume": ("auto", "none"),
     "model.dtype": ("fp32", "bf16"),
-    "model.attention_backend": ("auto", "sdpa"),
     "data.text_key": (None,),
     "data.tools_key": (None,),
     "data.chat_template": (None,),
@@ -171,6 +170,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
         )
     if not re.fullmatch(r"[\w][\w.\-]*", config.run_name):
         yield f"run_name: {config.run_name!r} must be letters, digits, dot, dash and underscore"
+    yield from _backend_problems(config)
     yield from _source_problems(data)
     yield from _tracking_problems(config.tracking.backends)
 
@@ -181,6 +181,21 @@ def _tracking_problems(backends: list[str]) -> Iterator[str]:
             yield f"tracking.backends: {name!r} is not available in this version; use 'mlflow'"
         elif name not in AVAILABLE_BACKENDS:
             yield f"tracking.backends: {name!r} is not one of {', '.join(AVAILABLE_BACKENDS)}"
+
+
+def _backend_problems(config: RunConfig) -> Iterator[str]:
+    backend = config.model.attention_backend
+    if backend not in ("te", "flash", "varlen"):
+        return
+    for key, value, wanted in (
+        ("model.dtype", config.model.dtype, "bf16"),
+        ("parallel.device", config.parallel.device, "cuda"),
+    ):
+        if value in ("fp32", "cpu"):
+            yield (
+                f"model.attention_backend: {backend!r} does not run with {key}={value}; choose"
+                f" {key}={wanted}, or sdpa"
+            )
 
 
 def _source_problems(data: DataConfig) -> Iterator[str]:

@@ -39,6 +39,9 @@ QUIET = {
     "HF_DATASETS_OFFLINE": "1",
     # Ray says this, in a long paragraph and late, of every worker whose end the run has explained.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
+    # So that a dead server is known, and said, in seconds; the tracker tries again by itself.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 
 

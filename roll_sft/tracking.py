@@ -9,11 +9,14 @@ import contextlib
 import functools
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 LOG = logging.getLogger(__name__)
 # Limits of MLflow's own validation.
@@ -21,7 +24,7 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_METRICS_PER_BATCH = 1000
 MAX_PARAM_LENGTH = 6000
 MAX_WAITING_METRICS = 100_000  # 20 MB of them; beyond, the newest are not recorded
-RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries, of a minute or so
+RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_IN_TROUBLE_TIMEOUT_S = 5.0  # of the run or of MLflow
 SQLITE = "sqlite:///"
@@ -32,6 +35,8 @@ class MlflowTracker:
 
     def __init__(self, *, uri: str, experiment: str, run_name: str, folder: Path) -> None:
         self._uri, self._experiment = uri, experiment
+        # The file of an SQLite database, beside which its lock and its artifacts lie.
+        self._database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
         self._run_name, self._folder = run_name, folder
         self._client: Any = None
         self._run_id = ""
@@ -69,7 +74,7 @@ class MlflowTracker:
         is_patient = succeeded and not self._has_warned
         self._thread.join(CLOSE_TIMEOUT_S if is_patient else CLOSE_IN_TROUBLE_TIMEOUT_S)
         if self._thread.is_alive():
-            self._warn("not all is recorded, and the run does not wait longer")
+            self._warn("is too slow, so that not all is recorded")
 
     def _put(self, job: Callable[[], None]) -> None:
         if self._thread.is_alive():
@@ -99,7 +104,8 @@ class MlflowTracker:
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
-            LOG.warning("MLflow at %s: %s; the run goes on", without_password(self._uri), reason)
+            line = without_password(f"MLflow at {self._uri}: {reason}")
+            LOG.warning("%s; the run goes on without it", line)
         self._has_warned = True
 
     def _prepare_client(self) -> None:
@@ -109,27 +115,27 @@ class MlflowTracker:
         from sqlalchemy.exc import SQLAlchemyError
 
         self._errors += (MlflowException, SQLAlchemyError)
-        for chatty in ("mlflow", "alembic"):  # they announce every table of a new database
+        # These announce each table of a new database and each attempt of a request.
+        for chatty in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
-        if self._uri.startswith(SQLITE):
-            database = Path(self._uri.removeprefix(SQLITE))
-            database.open("ab").close()  # MLflow itself would try for minutes
+        if self._database is not None:
+            self._database.open("ab").close()  # where it cannot, MLflow would try for minutes
         self._client = MlflowClient(tracking_uri=self._uri)
 
     def _open_run(self) -> None:
+        shelf = self._database and self._database.parent / ".mlflow_artifacts"
         with self._alone():
             found = self._client.get_experiment_by_name(self._experiment)
-            shelf = str(self._shelf()) if self._uri.startswith(SQLITE) else None
             experiment_id = (
                 found.experiment_id
                 if found is not None
-                else self._client.create_experiment(self._experiment, shelf)
+                else self._client.create_experiment(self._experiment, shelf and str(shelf))
             )
         tags = {"output_dir": str(self._folder)}
         run = self._client.create_run(experiment_id, run_name=self._run_name, tags=tags)
         self._run_id = run.info.run_id
         place = Path(run.info.artifact_uri)
-        if self._uri.startswith(SQLITE) and place.is_relative_to(self._shelf()):
+        if shelf is not None and place.is_relative_to(shelf):
             # MLflow derives a run's artifact folder from its experiment, which all runs share to
             # be compared; a link puts the files where they belong, in the run's own folder.
             artifacts = self._folder / "mlflow"
@@ -137,14 +143,11 @@ class MlflowTracker:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(artifacts)
 
-    def _shelf(self) -> Path:
-        return Path(self._uri.removeprefix(SQLITE)).parent / ".mlflow_artifacts"
-
-    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+    def _alone(self) -> contextlib.AbstractContextManager[object]:
         """Two runs that start together would both make the database, and the experiment."""
-        if not self._uri.startswith(SQLITE):
+        if self._database is None:
             return contextlib.nullcontext()
-        return FileLock(Path(self._uri.removeprefix(SQLITE)).parent / ".mlflow.lock")
+        return FileLock(self._database.parent / ".mlflow.lock")
 
     def _send_params(self, items: list[tuple[str, str]]) -> None:
         from mlflow.entities import Param

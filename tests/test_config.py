@@ -281,8 +281,6 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
     [
         ("resume", "outputs/sft/checkpoints/step_00000010"),
         ("model.dtype", "fp16"),
-        ("model.attention_backend", "te"),
-        ("model.attention_backend", "flash"),
         ("data.train[0].split", "train"),
         ("data.train[0].weight", 0.5),
         ("data.train[0].samples", 10),
@@ -400,3 +398,15 @@ def test_a_shipped_part_changes_its_section_alone(path: Path) -> None:
 def test_no_shipped_configuration_names_columns() -> None:
     for path in CONF.rglob("*.yaml"):
         assert "_key:" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("backend", ["te", "flash", "varlen"])
+def test_a_cuda_attention_backend_names_what_stands_in_its_way(backend: str) -> None:
+    model = {"path": "m", "attention_backend": backend}
+    config = build_config(
+        {"model": model, "data": {"train": [{"path": "a"}]}, "parallel": {"device": "cpu"}}
+    )
+    with pytest.raises(ConfigError) as raised:
+        check_config(config)
+    assert "model.dtype=fp32" in str(raised.value)
+    assert "parallel.device=cpu" in str(raised.value)

@@ -1,71 +1,114 @@
-"""Packed (THD) core attention with context parallelism, on torch's scaled dot product.
+"""Packed (THD) core attention with context parallelism, on a choice of kernels.
 
-Legend: T tokens of this context rank, P tokens of the whole pack, H query heads and G key/value
-groups of this tensor rank, E head dimension.
+Legend: T tokens of this context rank, P tokens of the whole pack, K keys that the segments list, N
+segments, H query heads and G key/value groups of this tensor rank, E head dimension.
 
 Megatron's local core attention takes neither packed sequences nor context parallelism; this one
-takes both.
+takes both. A *segment* is a run of queries with the keys before and among them: a sample without
+context parallelism, and each of a rank's two zig-zag chunks of a sample with it. The last query of
+a segment sees all its keys (a causal triangle aligned to the bottom right), so every kernel for
+packed sequences computes segments, and which one does is the only difference between backends.
 
-Context parallelism uses the zig-zag split: of 2 x CP chunks of each sample, context rank r holds
-chunks r and 2 x CP - 1 - r, so every rank does the same share of a causal triangle. Keys and values
-are gathered (their gradient is reduce-scattered); queries stay where they are.
+Under context parallelism keys and values are gathered (their gradient is reduce-scattered) and
+queries stay where they are; rank r holds chunks r and 2 x CP - 1 - r of each sample, the same share
+of its triangle on every rank.
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from roll_sft.data.batch import zigzag_inverse
+from roll_sft.engine.kernels import Kernel
 
 
-class PackedAttention(MegatronModule):
-    """Causal attention inside each sample of a pack; Megatron's `core_attention` slot."""
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The segments of one pack on one context rank; made on the host, once for all layers."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__(config=config)
-        self.context_group = parallel_state.get_context_parallel_group()
+    query_lengths: tuple[int, ...]  # N
+    key_lengths: tuple[int, ...]  # N
+    query_bounds: torch.Tensor  # int32 [N + 1]
+    key_bounds: torch.Tensor  # int32 [N + 1]
+    key_index: torch.Tensor | None  # int64 [K] into the gathered keys; None: keys as they lie
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        packed_seq_params: PackedSeqParams,
-        **_: Any,
-    ) -> torch.Tensor:
-        """`query` [T, H, E], `key` and `value` [T, G, E] -> [T, H * E], same dtype and device."""
-        boundaries = packed_seq_params.cu_seqlens_q.tolist()
-        size, rank = self.context_group.size(), self.context_group.rank()
-        if size > 1:
-            back = zigzag_inverse(packed_seq_params.cu_seqlens_q, context_size=size)
-            key, value = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group)[back]
-                for x in (key, value)
-            )
-        outputs, taken = [], 0
-        for start, end in itertools.pairwise(boundaries):
-            for first, last in _query_chunks(end - start, size, rank):
-                count = last - first
-                outputs.append(
-                    _attend(
-                        query[taken : taken + count],
-                        key[start : start + last],
-                        value[start : start + last],
-                    )
+
+@dataclass
+class PackedSegments(PackedSeqParams):
+    """Megatron's description of a pack, with its segments."""
+
+    segments: Segments | None = None
+
+
+def segments_of(
+    cu_seqlens: torch.Tensor, *, context_size: int, context_rank: int, device: torch.device
+) -> Segments:
+    """`cu_seqlens` int32 [S + 1] on the CPU, of the whole pack -> this rank's segments.
+
+    The index of keys undoes the zig-zag order of the gather and lists every segment's keys.
+    """
+    bounds = cu_seqlens.tolist()
+    queries, keys, starts = [], [], []
+    for start, end in itertools.pairwise(bounds):
+        for first, last in _chunks(end - start, context_size, context_rank):
+            queries.append(last - first)
+            keys.append(last)
+            starts.append(start)
+    index = None
+    if context_size > 1:
+        places = [torch.arange(s, s + n) for s, n in zip(starts, keys, strict=True)]
+        index = zigzag_inverse(cu_seqlens, context_size=context_size)[torch.cat(places)].to(device)
+    return Segments(
+        query_lengths=tuple(queries),
+        key_lengths=tuple(keys),
+        query_bounds=_bounds(queries).to(device),
+        key_bounds=_bounds(keys).to(device),
+        key_index=index,
+    )
+
+
+def packed_attention(kernel: Kernel) -> type[MegatronModule]:
+    """The module for Megatron's `core_attention` slot, with `kernel` inside."""
+
+    class PackedAttention(MegatronModule):
+        """Causal attention inside each sample of a pack."""
+
+        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+            super().__init__(config=config)
+            self.context_group = parallel_state.get_context_parallel_group()
+
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            *,
+            packed_seq_params: PackedSegments,
+            **_: Any,
+        ) -> torch.Tensor:
+            """`query` [T, H, E], `key` and `value` [T, G, E] -> [T, H * E], same dtype, device."""
+            segments = packed_seq_params.segments
+            assert segments is not None, "the engine describes every pack by its segments"
+            if segments.key_index is not None:
+                key, value = (
+                    gather_from_sequence_parallel_region(
+                        states.contiguous(), group=self.context_group
+                    )[segments.key_index]
+                    for states in (key, value)
                 )
-                taken += count
-        return torch.cat(outputs).flatten(1)
+            return kernel(query, key, value, segments).flatten(1)
+
+    return PackedAttention
 
 
-def _query_chunks(length: int, size: int, rank: int) -> list[tuple[int, int]]:
+def _chunks(length: int, size: int, rank: int) -> list[tuple[int, int]]:
     """[first, last) of the query chunks that context `rank` holds of a sample of `length`."""
     if size == 1:
         return [(0, length)]
@@ -73,16 +116,5 @@ def _query_chunks(length: int, size: int, rank: int) -> list[tuple[int, int]]:
     return [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last `len(query)` positions of `key`: [t, H, E] over [P, G, E]."""
-    num_queries, num_keys = query.shape[0], key.shape[0]
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    mask = None
-    if num_queries < num_keys:
-        # is_causal aligns the triangle to the top left; a later chunk needs it at the bottom right.
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril(num_keys - num_queries)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-    return output[0].transpose(0, 1)
+def _bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_sft.config import RunConfig, layout_of
@@ -22,7 +21,9 @@ from roll_sft.data.batch import PackedBatch, build_batch
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.plan import RankWork
 from roll_sft.engine import checkpoint, setup
+from roll_sft.engine.attention import PackedSegments, segments_of
 from roll_sft.engine.inputs import ModelSource, TokenData
+from roll_sft.engine.kernels import choose_kernel
 from roll_sft.engine.loss import loss_arguments, supervised_rows
 from roll_sft.metrics import EvalMetrics, StepMetrics
 
@@ -38,7 +39,12 @@ class Engine:
         self._device = torch.device(torch.cuda.current_device())
         torch.use_deterministic_algorithms(config.deterministic)
         transformer = setup.transformer_config(source.shape, self._layout, config=config)
-        self.chunks = setup.build_model(source.shape, transformer)
+        kernel = choose_kernel(
+            config.model.attention_backend,
+            device=self._device,
+            dtype=setup.DTYPES[config.model.dtype],
+        )
+        self.chunks = setup.build_model(source.shape, transformer, kernel=kernel)
         setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
         self._wrapped = setup.wrap_model(
             self.chunks,
@@ -142,8 +148,14 @@ class Engine:
             batch.tokens_T.to(self._device),
             batch.positions_T.to(self._device),
             None,
-            packed_seq_params=PackedSeqParams(
+            packed_seq_params=PackedSegments(
                 qkv_format="thd",
+                segments=segments_of(
+                    batch.cu_seqlens,
+                    context_size=self._layout.context_size,
+                    context_rank=parallel_state.get_context_parallel_rank(),
+                    device=self._device,
+                ),
                 cu_seqlens_q=boundaries,
                 cu_seqlens_kv=boundaries,
                 max_seqlen_q=batch.max_seqlen,

@@ -18,7 +18,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,7 +26,8 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from roll_sft.config import RunConfig
-from roll_sft.engine.attention import PackedAttention
+from roll_sft.engine.attention import packed_attention
+from roll_sft.engine.kernels import Kernel
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
 from roll_sft.engine.norms import RMSNorm, layer_spec
 from roll_sft.layout import ParallelLayout
@@ -127,15 +128,17 @@ def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
     return stages
 
 
-def build_model(shape: ModelShape, config: TransformerConfig) -> list[GPTModel]:
+def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel) -> list[GPTModel]:
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
+    layer = layer_spec(shape, core_attention=packed_attention(kernel))
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual_size is None else range(virtual_size)
-    return [_build_chunk(shape, config, stage) for stage in stages]
+    return [_build_chunk(shape, config, layer, stage) for stage in stages]
 
 
-def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
-    layer = layer_spec(shape, core_attention=PackedAttention)
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, layer: ModuleSpec, stage: int | None
+) -> GPTModel:
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=RMSNorm
     )

@@ -1,0 +1,91 @@
+"""Segments say what attends to what; every kernel computes segments."""
+
+import pytest
+import torch
+
+from roll_sft.data.batch import zigzag_indices
+from roll_sft.engine.attention import Segments, segments_of
+from roll_sft.engine.kernels import choose_kernel, sdpa
+from roll_sft.errors import ConfigError
+
+CPU = torch.device("cpu")
+LENGTHS = (16, 8, 24)
+BOUNDS = torch.tensor([0, 16, 24, 48], dtype=torch.int32)
+
+
+def states(num_tokens: int, num_heads: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_tokens, num_heads, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention written out, sample by sample, in float64: [P, H, E]."""
+    outputs = []
+    repeats = query.shape[1] // key.shape[1]
+    for start, end in zip(BOUNDS[:-1].tolist(), BOUNDS[1:].tolist(), strict=True):
+        q = query[start:end].double()
+        k, v = (x[start:end].double().repeat_interleave(repeats, dim=1) for x in (key, value))
+        scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(~torch.ones(end - start, end - start).tril().bool(), -torch.inf)
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v))
+    return torch.cat(outputs).float()
+
+
+def packing_by_documentation(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """What flash-attn documents of `cu_seqlens` and a causal mask, from the bounds alone."""
+    outputs = []
+    bounds = zip(
+        segments.query_bounds[:-1].tolist(),
+        segments.query_bounds[1:].tolist(),
+        segments.key_bounds[:-1].tolist(),
+        segments.key_bounds[1:].tolist(),
+        strict=True,
+    )
+    repeats = query.shape[1] // key.shape[1]
+    for q0, q1, k0, k1 in bounds:
+        k, v = (x[k0:k1].repeat_interleave(repeats, dim=1) for x in (key, value))
+        scores = torch.einsum("qhe,khe->hqk", query[q0:q1], k) / query.shape[-1] ** 0.5
+        visible = torch.ones(q1 - q0, k1 - k0).tril((k1 - k0) - (q1 - q0)).bool()
+        scores = scores.masked_fill(~visible, -torch.inf)
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kernel", [sdpa, packing_by_documentation])
+@pytest.mark.parametrize("context_size", [1, 2, 4])
+def test_the_segments_of_all_context_ranks_make_plain_causal_attention(
+    context_size: int, kernel: object
+) -> None:
+    query, key, value = states(48, 4, 1), states(48, 2, 2), states(48, 2, 3)
+    wanted = dense(query, key, value)
+    slices = [
+        zigzag_indices(BOUNDS, context_size=context_size, context_rank=rank)
+        for rank in range(context_size)
+    ]
+    gathered = torch.cat(slices)  # the order in which a gather brings the keys
+    for rank, mine in enumerate(slices):
+        segments = segments_of(BOUNDS, context_size=context_size, context_rank=rank, device=CPU)
+        index = segments.key_index
+        keys, values = (x if index is None else x[gathered][index] for x in (key, value))
+        assert callable(kernel)
+        output = kernel(query[mine], keys, values, segments)
+        torch.testing.assert_close(output, wanted[mine], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_never_sees_another() -> None:
+    query, key, value = states(48, 4, 1), states(48, 2, 2), states(48, 2, 3)
+    segments = segments_of(BOUNDS, context_size=1, context_rank=0, device=CPU)
+    before = sdpa(query, key, value, segments)
+    key[16:24], value[16:24] = 9.0, -9.0
+    after = sdpa(query, key, value, segments)
+    assert torch.equal(before[:16], after[:16])
+    assert torch.equal(before[24:], after[24:])
+    assert not torch.equal(before[16:24], after[16:24])
+
+
+def test_auto_takes_what_runs_here_and_a_missing_backend_is_named() -> None:
+    assert choose_kernel("auto", device=CPU, dtype=torch.bfloat16) is sdpa
+    assert choose_kernel("auto", device=torch.device("cuda"), dtype=torch.float32) is sdpa
+    with pytest.raises(ConfigError, match=r"'flash' needs flash-attn.*roll_sft\[cuda\]"):
+        choose_kernel("flash", device=CPU, dtype=torch.bfloat16)
