@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from roll_sft.demo_data import Example, documentation_examples
 from roll_sft.errors import DataError, RollSftError
@@ -28,6 +29,7 @@ ASSETS = Path("outputs/demo_assets")  # conf/demo.yaml names the same folder
 NUM_TRAIN = 2400
 NUM_VALIDATION = 100
 MAX_NEW_TOKENS = 64
+REPETITION_PENALTY = 1.3  # a model this small falls into loops without it
 VOCAB_SIZE = 4096  # of the tokenizer and of the embedding, special tokens included
 MAX_POSITIONS = 512  # tokens; the longest example has fewer
 
@@ -166,11 +168,12 @@ def show_results(folder: Path, validation: Path, console: Console) -> None:
     """Print the loss, every file written under `folder`, and one answer of the exported model."""
     steps = read_jsonl(folder / "steps.jsonl")
     first, last = steps[0], steps[-1]
-    table = Table("file", "bytes", title=str(folder), title_justify="left", highlight=True)
+    table = Table("file", "bytes", title="files written", title_justify="left", highlight=True)
+    table.columns[0].overflow = "fold"
     table.columns[1].justify = "right"
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            table.add_row(str(path.relative_to(folder)), f"{path.stat().st_size:,}")
+    written = [*ASSETS.rglob("*"), *folder.rglob("*"), *folder.parent.glob("mlflow.db")]
+    for path in sorted(path for path in written if path.is_file()):
+        table.add_row(str(path), f"{path.stat().st_size:,}")
     console.print(table)
     console.print(
         f"loss {first['train_loss']:.4f} at step {first['step']} -> "
@@ -192,6 +195,7 @@ def show_results(folder: Path, validation: Path, console: Console) -> None:
 
 def generate(model_folder: Path, question: str) -> str:
     """The greedy answer of the model in `model_folder` to one user turn, without special tokens."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer: Any = AutoTokenizer.from_pretrained(str(model_folder))
     model: Any = AutoModelForCausalLM.from_pretrained(str(model_folder))
     prompt = tokenizer.apply_chat_template(
@@ -200,7 +204,12 @@ def generate(model_folder: Path, question: str) -> str:
         return_tensors="pt",
         return_dict=True,
     )
-    output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    output = model.generate(
+        **prompt,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        repetition_penalty=REPETITION_PENALTY,
+    )
     answer_ids = output[0, prompt["input_ids"].shape[1] :]
     return str(tokenizer.decode(answer_ids, skip_special_tokens=True))
 

@@ -49,7 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run with `arguments` (default: the command line's) and return the exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    signal.signal(signal.SIGTERM, _leave)
+    signals: list[int] = []
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+        raise SystemExit(128 + number)  # which Ray, while it waits, turns into another code
+
+    signal.signal(signal.SIGTERM, leave)
     try:
         composed = compose(sys.argv[1:] if arguments is None else arguments)
         if composed is not None:
@@ -59,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
     except SystemExit as leaving:
+        if signals:
+            return _report(f"ended by {signal.Signals(signals[0]).name}", 128 + signals[0])
         return leaving.code if isinstance(leaving.code, int) else FAULT
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         traceback.print_exc()
@@ -175,10 +183,6 @@ def _report(error: object, code: int) -> int:
     sys.stdout.flush()
     sys.stderr.write(f"{error}\n")
     return code
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ MAX_PARAM_LENGTH = 6000
 MAX_WAITING_METRICS = 100_000  # 20 MB of them; beyond, the newest are not recorded
 RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries
 CLOSE_TIMEOUT_S = 30.0
-CLOSE_IN_TROUBLE_TIMEOUT_S = 5.0  # of the run or of MLflow
+CLOSE_IN_TROUBLE_TIMEOUT_S = 3.0  # of the run or of MLflow
 SQLITE = "sqlite:///"
 
 

@@ -54,8 +54,10 @@ def _own_sigterm() -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
         yield
-    except SystemExit as leaving:  # Ray's handler, which ends with the signal's bare number
-        raise SystemExit(128 + signal.SIGTERM) from leaving
+    except SystemExit:  # from Ray's handler
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
     finally:
         if in_main_thread and handler is not None:
             signal.signal(signal.SIGTERM, handler)

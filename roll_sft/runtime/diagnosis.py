@@ -23,6 +23,7 @@ from roll_sft.runtime.worker import RankError, WorkerAddress, log_path, started_
 LOG = logging.getLogger(__name__)
 CAUSE_GRACE_S = 3.0  # after a peer's error, how long the rank that caused it may take to be heard
 LOG_TAIL_BYTES = 1 << 18
+SHOWN = 4  # ranks in one message
 EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|\n|$)")
 END_OF_FILE = "connection error code 2"  # the process is gone and nothing else is known
 KINDS = {
@@ -81,11 +82,11 @@ def missed_deadline(
         LOG.error(
             "%s is here, innermost call first:\n%s", ranks.name(rank), "\n".join(stacks[rank])
         )
-    found = [f"{ranks.name(rank)} {_state(stacks[rank])}" for rank in blamed[:4]]
-    if len(blamed) > len(found):
-        found.append(f"{len(blamed) - len(found)} more ranks do not answer either")
+    found = [f"{ranks.name(rank)} {_state(stacks[rank])}" for rank in blamed[:SHOWN]]
+    if blamed[SHOWN:]:
+        found.append(f"so do {_listed(blamed[SHOWN:])}")
     if blamed is not waiting and waiting:
-        found.append(f"{len(waiting)} other ranks wait for them")
+        found.append(f"{_listed(waiting)} waited for that")
     return WorkerError(
         f"{phase} did not finish within {deadline_s:g} s: {'; '.join(found)}; the stacks are at the"
         f" end of {log_path(ranks.logs, blamed[0])} and of the other logs beside it"
@@ -160,6 +161,11 @@ def _frames(thread: str) -> Iterator[str]:
 
 def _is_waiting(frames: Sequence[str]) -> bool:
     return any("torch/distributed/" in frame for frame in frames)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - SHOWN} more" if ranks[SHOWN:] else ""
+    return f"rank {', '.join(map(str, ranks[:SHOWN]))}{more}"
 
 
 def _state(frames: Sequence[str]) -> str:
