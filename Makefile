@@ -19,12 +19,13 @@ CONSTRAINTS := constraints/$(PINS).txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+GPU_PYTHON ?= python3
 RUNTIME := $(VENV)/.runtime
 TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast check fmt parity bench clean
+.PHONY: help install run test test-fast test-gpu check fmt parity bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +53,9 @@ fmt: $(TOOLS) ## rewrite the code in the house format
 
 parity: $(TOOLS) ## the loss on every parallel layout against one process
 	$(BIN)/python -m pytest -q tests/engine/test_parity.py --all-layouts
+
+test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron-core and transformers
+	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 tests/gpu/check.py $(ARGS)
 
 bench: $(RUNTIME) ## every benchmark, one JSON line for each measure
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from roll_sft.config import DataConfig, ParallelConfig, RunConfig, source_name
-from roll_sft.errors import ConfigError
+from roll_sft.errors import refuse
 
 CHOICES = {
     "model.dtype": ("fp32", "bf16", "fp16"),
@@ -105,12 +105,6 @@ def check_config(config: RunConfig) -> None:
     What degrees may be together is in `layout_problems`, which joins the model's own limits.
     """
     refuse(list(_value_problems(config)))
-
-
-def refuse(problems: list[str]) -> None:
-    """Raise all `problems` as one `ConfigError`, if there are any."""
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _value(config: RunConfig, key: str) -> Any:

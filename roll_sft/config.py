@@ -11,13 +11,13 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from roll_sft.errors import ConfigError
 from roll_sft.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # What people call some keys -> the key; too short for a search by likeness.
 ABBREVIATIONS = {
@@ -197,16 +197,18 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
-def schema() -> DictConfig:
+def schema() -> "DictConfig":
     """Every key with its default, for Hydra to compose on.
 
     Without types: Hydra would stop at the first wrong one, and forgets where in a list it is.
     """
+    from omegaconf import OmegaConf  # here and below: workers and GPU machines live without it
+
     node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
     return node
 
 
-def build_config(composed: DictConfig | dict[str, Any]) -> RunConfig:
+def build_config(composed: "DictConfig | dict[str, Any]") -> RunConfig:
     """The dataclasses with the values of `composed`, interpolations resolved.
 
     Raises one `ConfigError` with a line for each unknown key and each wrong type.
@@ -215,6 +217,16 @@ def build_config(composed: DictConfig | dict[str, Any]) -> RunConfig:
     config: RunConfig = _build(RunConfig, _resolved(composed), prefix="", problems=problems)
     if problems:
         raise ConfigError("\n".join(problems))
+    return config
+
+
+def plain_config(values: dict[str, Any]) -> RunConfig:
+    """`build_config` in plain Python, for values that it has accepted before.
+
+    They are those of `--cfg job --resolve`. Raises `ConfigError` for an unknown key; types are
+    taken as they are.
+    """
+    config: RunConfig = _plain(RunConfig, values)
     return config
 
 
@@ -257,6 +269,21 @@ def nearest_key(key: str) -> str:
     return "; `--cfg job` prints all keys"
 
 
+def _plain(cls: Any, values: Any) -> Any:
+    nested, known = dict(_fields(cls)), {}
+    kinds = {item.name: item.type for item in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in nested:
+            raise ConfigError(f"{name}: no such key{nearest_key(name)}")
+        if nested[name] is None:
+            known[name] = float(value) if kinds[name] is float else value  # YAML reads 1e-8 as text
+        elif isinstance(value, list):
+            known[name] = [_plain(nested[name], entry) for entry in value]
+        else:
+            known[name] = _plain(nested[name], value)
+    return cls(**known)
+
+
 def _by_leaf(names: list[str]) -> dict[str, str]:
     """Last part of each dotted name -> the first name that ends with it."""
     return {name.rpartition(".")[2]: name for name in reversed(names)}
@@ -274,8 +301,11 @@ def _is_list(kind: Any) -> bool:
     return getattr(kind, "__origin__", None) is list
 
 
-def _resolved(composed: DictConfig | dict[str, Any]) -> Any:
+def _resolved(composed: "DictConfig | dict[str, Any]") -> Any:
     """Plain values with interpolations resolved, over all defaults, which they may refer to."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(composed)
     given: Any = OmegaConf.to_container(node, resolve=False)
     try:
@@ -296,6 +326,8 @@ def _over(defaults: Any, values: Any) -> Any:
 
 def _build(cls: Any, values: dict[Any, Any], *, prefix: str, problems: list[str]) -> Any:
     """An instance of `cls` with `values` over its defaults; adds what is wrong to `problems`."""
+    from omegaconf import OmegaConf
+
     node = OmegaConf.structured(cls)
     OmegaConf.set_readonly(node, False)  # OmegaConf makes a frozen dataclass read-only
     kinds: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(cls)}
@@ -320,8 +352,10 @@ def _build(cls: Any, values: dict[Any, Any], *, prefix: str, problems: list[str]
     return dataclasses.replace(built, **nested)
 
 
-def _fits(node: DictConfig, name: str, *, value: object, kind: Any) -> bool:
+def _fits(node: "DictConfig", name: str, *, value: object, kind: Any) -> bool:
     """Put `value` into the typed `node`, if its type is right or can be read as the right one."""
+    from omegaconf.errors import OmegaConfBaseException
+
     if value == "???" or (kind is bool and isinstance(value, int) and value not in (0, 1)):
         return False  # a blank to fill in, and a number that OmegaConf would read as true
     try:

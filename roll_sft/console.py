@@ -13,9 +13,9 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from roll_sft.engine.preflight import Plan
 from roll_sft.memory import MemoryEstimate, estimate
 from roll_sft.metrics import StepRecord
-from roll_sft.preflight import Plan
 
 LOG = logging.getLogger(__name__)
 CONSOLE = Console(stderr=True, highlight=False)

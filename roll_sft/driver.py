@@ -13,15 +13,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 from roll_sft import console, outputs
 from roll_sft.config import RunConfig
 from roll_sft.data.plan import StepPlan
-from roll_sft.engine.publish import ASSETS, RunState, publish, staging_folder
+from roll_sft.engine.preflight import Job, dry_plan, prepare
+from roll_sft.engine.publish import publish_step, staging_folder
 from roll_sft.errors import CheckpointError, DivergedError
-from roll_sft.preflight import Job, dry_plan, prepare
 from roll_sft.records import Records, open_records
 from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
@@ -29,7 +28,6 @@ from roll_sft.runtime.placement import Slots, reserved
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
-PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers", "ray")
 
 
 def run(config: RunConfig, *, composed_yaml: str) -> None:
@@ -52,7 +50,7 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
             connected(config),
             reserved(config) as slots,
             open_records(job, folder) as records,
-            _workers(job, folder, slots=slots) as group,
+            workers(job, folder, slots=slots) as group,
         ):
             records.device_name = group.device_name
             _train(job, group, records, folder=folder)
@@ -96,24 +94,10 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> N
 
 
 def _save(job: Job, group: WorkerGroup, folder: Path, *, plan: StepPlan) -> None:
-    config = job.config
     checkpoints = folder / outputs.CHECKPOINTS
     staging = staging_folder(checkpoints, plan.step)
     group.save(staging)
-    state = RunState(
-        step=plan.step,
-        epoch=plan.epoch,
-        samples_seen_in_epoch=plan.samples_seen_in_epoch,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        sequence_length=config.data.sequence_length,
-        sources=job.source_addresses,
-        layout=job.layout,
-        dtype=config.model.dtype,
-    )
-    versions = {package: version(package) for package in PACKAGES}
-    job.save_assets(staging / ASSETS)
-    final = publish(staging, state=state, versions=versions)
+    final = publish_step(job, plan, staging=staging)
     LOG.info("step %d  checkpoint %s", plan.step, final)
 
 
@@ -131,7 +115,7 @@ def _export(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _workers(job: Job, folder: Path, *, slots: Slots) -> Iterator[WorkerGroup]:
+def workers(job: Job, folder: Path, *, slots: Slots) -> Iterator[WorkerGroup]:
     """Started workers, ended however the block ends."""
     group = WorkerGroup(job.config, slots=slots, logs=folder / "logs")
     try:

@@ -47,3 +47,9 @@ class WorkerError(RollSftError):
     """A worker died, hung past its deadline, or raised an error of ours."""
 
     exit_code = 7
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise all `problems` as one `ConfigError`, if there are any."""
+    if problems:
+        raise ConfigError("\n".join(problems))

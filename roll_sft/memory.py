@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from roll_sft.preflight import Plan
+from roll_sft.engine.preflight import Plan
 
 GIB = 2**30
 # Bytes of activations kept per token, layer and hidden unit for the backward, in bf16 units of two

@@ -1,10 +1,14 @@
 """What a step reports, and the arithmetic of tokens and FLOPs, with units in the names.
 
-`StepMetrics` and `EvalMetrics` come up from the reporting rank; `StepRecord` is one line of
-`steps.jsonl`, made by the driver from a step's plan and its metrics.
+`StepMetrics` and `EvalMetrics` come up from the reporting rank, `RankParity` from every rank;
+`StepRecord` is one line of `steps.jsonl`, made by the driver from a step's plan and its metrics.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+TensorKind: TypeAlias = Literal["output", "gradient", "missing"]
 
 # Dense bf16 peak in FLOP/s by device-name prefix, from the vendors' datasheets (no sparsity).
 PEAK_FLOPS_BF16 = {
@@ -41,6 +45,45 @@ class EvalMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorError:
+    """How far a parameter's gradient, or its module's output, is from that of transformers.
+
+    `error` is the largest |difference| of a rank / the largest |reference| of the whole tensor.
+    `name` is the parameter's, `hf_name` the one in which the largest difference lies, since one of
+    Megatron's can be several of theirs.
+    """
+
+    kind: TensorKind
+    name: str
+    hf_name: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenError:
+    """The token whose loss is farthest from transformers': |difference| / max(reference, 1)."""
+
+    sample: str  # "<name of the source>:<row>"
+    position: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankParity:
+    """What one rank measured of itself against transformers; only numbers leave a rank.
+
+    `loss` and `worst_token` are None away from the last pipeline stage. `num_tokens` counts each
+    token on one rank alone.
+    """
+
+    loss: float | None
+    grad_norm: float
+    num_tokens: int
+    worst_token: TokenError | None
+    tensors: tuple[TensorError, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One line of `steps.jsonl`; the field names are public."""
 
@@ -60,6 +103,11 @@ class StepRecord:
     peak_memory_gib: float
     dp_imbalance: float
     sample_ids_sha256: str
+
+
+def badness(error: float) -> float:
+    """An order of errors in which not-a-number is the worst."""
+    return math.inf if math.isnan(error) else error
 
 
 def flops_per_step(

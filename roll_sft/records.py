@@ -13,9 +13,9 @@ from pathlib import Path
 from roll_sft import metrics
 from roll_sft.console import StepDisplay, step_display
 from roll_sft.data.plan import StepPlan
+from roll_sft.engine.preflight import Job
 from roll_sft.metrics import EvalMetrics, StepMetrics, StepRecord
 from roll_sft.outputs import JsonLines
-from roll_sft.preflight import Job
 from roll_sft.tracking import MlflowTracker
 
 

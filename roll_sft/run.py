@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
@@ -45,8 +46,15 @@ QUIET = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run with `arguments` (default: the command line's) and return the exit code."""
+def main(
+    arguments: list[str] | None = None,
+    *,
+    action: Callable[[RunConfig, str], None] | None = None,
+) -> int:
+    """Run with `arguments` (default: the command line's) and return the exit code.
+
+    `action` is what to do with the configuration and its text instead of running it.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     signals: list[int] = []
@@ -59,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         composed = compose(sys.argv[1:] if arguments is None else arguments)
         if composed is not None:
-            _run(*composed)
+            (action or _run)(*composed)
     except RollSftError as error:
         return _report(error, error.exit_code)
     except KeyboardInterrupt:

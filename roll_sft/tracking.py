@@ -82,8 +82,8 @@ class MlflowTracker:
 
     def _work(self) -> None:
         try:
-            self._prepare_client()
-            self._try(self._open_run)
+            client_class = self._import_mlflow()
+            self._try(lambda: self._open_run(client_class))
             while (job := self._jobs.get()) is not None:
                 job()
             self._try(lambda: self._client.set_terminated(self._run_id, status=self._status))
@@ -108,7 +108,7 @@ class MlflowTracker:
             LOG.warning("%s; the run goes on without it", line)
         self._has_warned = True
 
-    def _prepare_client(self) -> None:
+    def _import_mlflow(self) -> Any:
         # Slow to import (seconds), so in this thread and only when MLflow is asked for.
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -118,13 +118,14 @@ class MlflowTracker:
         # These announce each table of a new database and each attempt of a request.
         for chatty in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
+        return MlflowClient
+
+    def _open_run(self, client_class: Any) -> None:
+        shelf = self._database and self._database.parent / ".mlflow_artifacts"
         if self._database is not None:
             self._database.open("ab").close()  # where it cannot, MLflow would try for minutes
-        self._client = MlflowClient(tracking_uri=self._uri)
-
-    def _open_run(self) -> None:
-        shelf = self._database and self._database.parent / ".mlflow_artifacts"
         with self._alone():
+            self._client = client_class(tracking_uri=self._uri)
             found = self._client.get_experiment_by_name(self._experiment)
             experiment_id = (
                 found.experiment_id
@@ -144,7 +145,7 @@ class MlflowTracker:
             place.symlink_to(artifacts)
 
     def _alone(self) -> contextlib.AbstractContextManager[object]:
-        """Two runs that start together would both make the database, and the experiment."""
+        """Two runs that start together would both make the tables, and the experiment."""
         if self._database is None:
             return contextlib.nullcontext()
         return FileLock(self._database.parent / ".mlflow.lock")

@@ -1,4 +1,4 @@
-"""The oracle: a plain transformers + AdamW loop over the same samples, and our engine beside it.
+"""A plain transformers + AdamW loop over the same samples, and our engine beside it.
 
 The model is small but telling: norms and biases away from their initial values, weights large
 enough that attention matters, a RoPE base and an epsilon that are not the defaults.
@@ -21,7 +21,13 @@ from transformers import (
 )
 
 from roll_sft.config import RunConfig, build_config
-from roll_sft.preflight import Job, prepare
+from roll_sft.engine.inputs import ParityTask
+from roll_sft.engine.oracle import Facts, read_facts, token_losses, write_reference
+from roll_sft.engine.preflight import Job, prepare
+from roll_sft.metrics import RankParity
+from roll_sft.verdict import Verdict, judge
+from tests.faults import planted
+from tests.pool import RankPool
 from tests.tiny import tiny_tokenizer
 
 NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
@@ -173,7 +179,7 @@ def reference_run(
         optimizer.zero_grad()
         total = 0.0
         for index in plan.sample_ids:
-            loss_sum = sample_loss_sum(model, *job.data.train.sample(index))
+            loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
             (loss_sum / plan.supervised_tokens).backward()
             total += loss_sum.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
@@ -182,16 +188,6 @@ def reference_run(
         optimizer.step()
         steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
     return steps, model_logits(model)
-
-
-def sample_loss_sum(
-    model: torch.nn.Module, tokens: np.ndarray, label_mask: np.ndarray
-) -> torch.Tensor:
-    """Sum of the cross-entropies at supervised positions of one unpadded sample."""
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    logits = model(ids[None]).logits[0]
-    rows = torch.from_numpy(np.flatnonzero(label_mask))
-    return torch.nn.functional.cross_entropy(logits[rows], ids[rows + 1], reduction="sum")
 
 
 def model_logits(model: torch.nn.Module) -> torch.Tensor:
@@ -226,117 +222,37 @@ def engine_run(config: RunConfig, checkpoint: Path | None) -> list[dict[str, flo
 def export_run(job: Job, staging: Path, output: Path) -> torch.nn.Module:
     """Publish what `engine_run` saved in `staging`, convert it, load it with transformers."""
     from roll_sft.engine.export import export
-    from roll_sft.engine.publish import ASSETS, RunState, publish
+    from roll_sft.engine.publish import publish_step
 
-    job.save_assets(staging / ASSETS)
-    state = RunState(
-        step=job.total_steps,
-        epoch=EPOCHS - 1,
-        samples_seen_in_epoch=NUM_ROWS,
-        seed=job.config.seed,
-        global_batch_size=SAMPLES_PER_STEP,
-        sequence_length=job.config.data.sequence_length,
-        sources=job.source_addresses,
-        layout=job.layout,
-        dtype=job.config.model.dtype,
-    )
-    export(publish(staging, state=state, versions={}), output, dtype=None, replace=False)
+    checkpoint = publish_step(job, job.planner.step(job.total_steps), staging=staging)
+    export(checkpoint, output, dtype=None, replace=False)
     return AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")
 
 
-class Gradients:
-    """Reference gradients as a `TensorSource`, so that the weight words cut them like weights."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
-        return self._tensors[name].narrow(dim, start, stop - start)
+def write_reference_of(job: Job, folder: Path) -> Facts:
+    """What the oracle makes of step 1, in the new `folder`."""
+    folder.mkdir(parents=True)
+    write_reference(_task(job, folder), device=torch.device("cpu"))
+    return read_facts(folder)
 
 
-def reference_gradients(job: Job) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over step 1's supervised tokens and its gradients, from transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(job.config.model.path, attn_implementation="eager")
-    plan = job.planner.step(1)
-    total = 0.0
-    for index in plan.sample_ids:
-        loss_sum = sample_loss_sum(model, *job.data.train.sample(index))
-        (loss_sum / plan.supervised_tokens).backward()
-        total += loss_sum.item()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return total / plan.supervised_tokens, gradients
+def compared(job: Job, pool: RankPool, reference: Path, fault: str | None = None) -> Verdict:
+    """Step 1 of `job` on all ranks of its layout, with `fault`, beside the oracle's `reference`."""
+    ranks = pool.run(measure, job.layout, job.config, reference, fault)
+    facts = read_facts(reference)
+    return judge(ranks, facts, source=job.source, dtype=job.config.model.dtype)
 
 
-def engine_gradient_errors(
-    config: RunConfig, reference: dict[str, torch.Tensor], mistake: str | None = None
-) -> tuple[float | None, dict[str, float]]:
-    """(loss on the last stage, parameter -> largest |difference| / largest |reference|). In a pool.
-
-    `mistake` plants one of the faults that the comparison must see.
-    """
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
+def measure(config: RunConfig, reference: Path, fault: str | None = None) -> RankParity:
+    """This rank's errors beside the oracle's `reference`, with `fault` planted. In a pool."""
+    from roll_sft.engine import parity
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.setup import named_parameters
 
-    restore = _plant(mistake)
-    try:
-        job = prepare(config)
+    job = prepare(config)
+    with planted(fault):
         engine = Engine(config, source=job.source, data=job.data)
-        plan = job.planner.step(1)
-        shares = plan.ranks[job.layout.coordinate(dist.get_rank()).data_rank]
-        engine.accumulate_gradients(engine._build(job.data.train, shares))
-        loss_sum, supervised = engine._reduce_losses()
-    finally:
-        restore()
-    words = job.source.family.weights(job.source.shape)
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-    errors = {}
-    for key, parameter in named_parameters(engine.chunks):
-        wanted = words[key].local(
-            Gradients(reference), tensor_rank=tensor_rank, tensor_size=tensor_size
-        )
-        largest = wanted.abs().max().clamp(min=1e-20)
-        errors[key] = float((parameter.main_grad - wanted).abs().max() / largest)
-    return (loss_sum / supervised if supervised else None), errors
+        return parity.measure(engine, _task(job, reference))
 
 
-def _plant(mistake: str | None) -> Any:
-    """Put `mistake` into the loss; returns what takes it out again."""
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    from roll_sft.engine import loss
-
-    originals = (loss.mask_padded_vocabulary, loss.supervised_loss_sum)
-
-    def no_reduction(
-        *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Any, **_: Any
-    ) -> torch.Tensor:
-        weight = output_layer.weight if output_weight is None else output_weight
-        logits = torch.nn.functional.linear(hidden_states[context.index], weight)
-        masked = loss.mask_padded_vocabulary(logits, context.vocab_size)
-        per_row = vocab_parallel_cross_entropy(masked, context.labels[:, None])
-        return (per_row[:, 0] * context.weights).sum()
-
-    if mistake == "padded vocabulary in the softmax":
-        loss.mask_padded_vocabulary = lambda logits, vocab_size: logits
-    elif mistake == "hidden gradient not reduced over the tensor group":
-        loss.supervised_loss_sum = no_reduction
-    else:
-        assert mistake is None, mistake
-
-    def restore() -> None:
-        loss.mask_padded_vocabulary, loss.supervised_loss_sum = originals
-
-    return restore
+def _task(job: Job, folder: Path) -> ParityTask:
+    return ParityTask(job.config, job.source, job.data.train, job.planner.step(1), folder)

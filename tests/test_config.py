@@ -13,7 +13,14 @@ from omegaconf import OmegaConf
 
 import roll_sft.run
 from roll_sft.checks import check_config, layout_problems
-from roll_sft.config import ParallelConfig, RunConfig, all_keys, build_config, layout_of, schema
+from roll_sft.config import (
+    ParallelConfig,
+    RunConfig,
+    all_keys,
+    build_config,
+    layout_of,
+    schema,
+)
 from roll_sft.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"

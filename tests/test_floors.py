@@ -20,8 +20,8 @@ MAX_PARAMETERS = 6
 
 # First match wins. A module imports its own floor or below.
 FLOORS = (
-    ("roll_sft/config.py", 0),
     ("roll_sft/checks.py", 0),  # the second half of config.py
+    ("roll_sft/config.py", 0),
     ("roll_sft/layout.py", 0),
     ("roll_sft/metrics.py", 0),
     ("roll_sft/errors.py", 0),

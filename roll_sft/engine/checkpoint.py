@@ -4,8 +4,9 @@
 makes it one, and `engine/reader.py` reads it.
 """
 
-import queue
+import multiprocessing.dummy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -34,9 +35,10 @@ def save(folder: Path, *, chunks: list[GPTModel], optimizer: MegatronOptimizer |
     }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=OPTIMIZER_METADATA)
-    # Megatron starts a manager process for this queue, which a killed rank would leave behind. A
-    # synchronous save puts and gets in this very process, so an ordinary queue serves.
-    filesystem_async._results_queue = queue.Queue()
+    # Megatron-Core 0.16 writes from forked processes, and all versions start one for the results.
+    # Where a rank is killed they wait for each other for ever. Threads, as 0.19 has for writing,
+    # end with the rank.
+    filesystem_async.mp = SimpleNamespace(get_context=lambda _method: multiprocessing.dummy)
     try:
         dist_checkpointing.save(state, str(folder))
     # CheckpointException derives from BaseException and slips past every other handler.

@@ -24,7 +24,7 @@ from roll_sft.engine import checkpoint, setup
 from roll_sft.engine.attention import PackedSegments, segments_of
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.kernels import choose_kernel
-from roll_sft.engine.loss import loss_arguments, supervised_rows
+from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
 from roll_sft.metrics import EvalMetrics, StepMetrics
 
 
@@ -57,10 +57,10 @@ class Engine:
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step over the global batch that `work` is this rank's share of."""
         started = time.perf_counter()
-        batches = self._build(self._data.train, work.micro_batches)
+        batches = self.build(self._data.train, work.micro_batches)
         data_wait_s = time.perf_counter() - started
         self.accumulate_gradients(batches)
-        loss_sum, supervised = self._reduce_losses()
+        loss_sum, supervised = self.reduce_losses()
         setup.set_learning_rate(self.optimizer, work.learning_rate)
         _updated, grad_norm, _zeros = self.optimizer.step()
         if not self._is_reporter:
@@ -82,12 +82,8 @@ class Engine:
 
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
         """Loss of this rank's share of one chunk of validation set `name`; changes no state."""
-        batches = self._build(self._data.validation[name], micro_batches)
-        self._set_training(training=False)
-        with torch.no_grad():
-            self._run_schedule(batches, forward_only=True)
-        self._set_training(training=True)
-        loss_sum, supervised = self._reduce_losses()
+        self.forward(self.build(self._data.validation[name], micro_batches))
+        loss_sum, supervised = self.reduce_losses()
         return EvalMetrics(loss_sum, supervised) if self._is_reporter else None
 
     def save(self, folder: Path) -> None:
@@ -95,20 +91,10 @@ class Engine:
         optimizer = self.optimizer if self._config.checkpoint.save_optimizer else None
         checkpoint.save(folder, chunks=self.chunks, optimizer=optimizer)
 
-    def accumulate_gradients(self, batches: Sequence[PackedBatch]) -> None:
-        """Forward and backward over `batches`; leaves reduced, scaled gradients in `main_grad`."""
-        for chunk in self._wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._run_schedule(batches, forward_only=False)
-
-    def _set_training(self, *, training: bool) -> None:
-        for chunk in self._wrapped:
-            chunk.train(training)
-
-    def _build(
+    def build(
         self, tokens: TokenSet, micro_batches: tuple[tuple[int, ...], ...]
     ) -> list[PackedBatch]:
+        """This context rank's slices of `micro_batches` of `tokens`, on the CPU."""
         context_rank = parallel_state.get_context_parallel_rank()
         return [
             build_batch(
@@ -119,8 +105,56 @@ class Engine:
             for ids in micro_batches
         ]
 
+    def forward(self, batches: Sequence[PackedBatch]) -> None:
+        """Forward alone over `batches`, for their losses; changes no state."""
+        self._set_training(training=False)
+        with torch.no_grad():
+            self._run_schedule(batches, forward_only=True)
+        self._set_training(training=True)
+
+    def accumulate_gradients(self, batches: Sequence[PackedBatch]) -> None:
+        """Forward and backward over `batches`; leaves reduced, scaled gradients in `main_grad`."""
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run_schedule(batches, forward_only=False)
+
+    def reduce_losses(self) -> tuple[float, int]:
+        """Loss sum and supervised tokens over the global batch, on the last pipeline stage."""
+        if not parallel_state.is_pipeline_last_stage():
+            return 0.0, 0
+        total = torch.stack([rows.sum() for rows in self.row_losses]).double().sum()
+        report = torch.stack([total, total.new_tensor(self._num_supervised)])
+        dist.all_reduce(
+            report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        loss_sum, supervised = report.tolist()
+        return loss_sum, round(supervised)
+
+    def gradient_norm(self) -> float:
+        """Norm over all parameters once of what `accumulate_gradients` left, before clipping."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def supervised_rows(self, batch: PackedBatch) -> SupervisedRows:
+        """What the head of this rank takes of `batch`, on the CPU."""
+        shards = self._layout.tensor_size if self._layout.sequence_parallel else 1
+        return supervised_rows(
+            batch.rows,
+            batch.row_labels,
+            num_tokens=batch.tokens_T.shape[1],
+            vocab_size=self._shape.vocab_size,
+            sequence_shards=shards,
+            shard_rank=parallel_state.get_tensor_model_parallel_rank() if shards > 1 else 0,
+        )
+
+    def _set_training(self, *, training: bool) -> None:
+        for chunk in self._wrapped:
+            chunk.train(training)
+
     def _run_schedule(self, batches: Sequence[PackedBatch], *, forward_only: bool) -> None:
-        self._losses: list[torch.Tensor] = []
+        # Of each micro-batch, on the last pipeline stage: float32 [R], as `supervised_rows` orders.
+        self.row_losses: list[torch.Tensor] = []
         self._num_supervised = 0
         get_forward_backward_func()(
             forward_step_func=self._forward_step,
@@ -134,17 +168,8 @@ class Engine:
 
     def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> Any:
         batch = next(batches)
-        shards = self._layout.tensor_size if self._layout.sequence_parallel else 1
-        rows = supervised_rows(
-            batch.rows,
-            batch.row_labels,
-            num_tokens=batch.tokens_T.shape[1],
-            vocab_size=self._shape.vocab_size,
-            sequence_shards=shards,
-            shard_rank=parallel_state.get_tensor_model_parallel_rank() if shards > 1 else 0,
-        )
         boundaries = batch.cu_seqlens.to(self._device)
-        loss_sum = model(
+        losses = model(
             batch.tokens_T.to(self._device),
             batch.positions_T.to(self._device),
             None,
@@ -161,29 +186,18 @@ class Engine:
                 max_seqlen_q=batch.max_seqlen,
                 max_seqlen_kv=batch.max_seqlen,
             ),
-            **loss_arguments(rows.to(self._device)),
+            **loss_arguments(self.supervised_rows(batch).to(self._device)),
         )
 
-        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def loss(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             # No collective here: data ranks may differ in their number of micro-batches.
-            self._losses.append(output.detach())
+            self.row_losses.append(rows.detach())
             self._num_supervised += batch.num_supervised
-            count = torch.tensor(batch.num_supervised, dtype=torch.int, device=output.device)
-            return output, count, output.detach()
+            count = torch.tensor(batch.num_supervised, dtype=torch.int, device=rows.device)
+            loss_sum = rows.sum()
+            return loss_sum, count, loss_sum.detach()
 
-        return loss_sum, loss
-
-    def _reduce_losses(self) -> tuple[float, int]:
-        """Loss sum and supervised tokens over the global batch, on the last pipeline stage."""
-        if not parallel_state.is_pipeline_last_stage():
-            return 0.0, 0
-        total = torch.stack(self._losses).double().sum()
-        report = torch.stack([total, total.new_tensor(self._num_supervised)])
-        dist.all_reduce(
-            report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
-        loss_sum, supervised = report.tolist()
-        return loss_sum, round(supervised)
+        return losses, loss
 
     def _peak_memory_gib(self) -> float:
         if self._device.type == "cuda":

@@ -46,9 +46,12 @@ def export(checkpoint: Path, output: Path, *, dtype: str | None, replace: bool) 
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code, the cause as the last line on stderr."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: list[str] | None = None, *, program: str | None = None) -> int:
+    """The command line; returns the exit code, the cause as the last line on stderr.
+
+    `program` is what the command is called in its own help.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step folder")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the source model's")

@@ -1,8 +1,14 @@
-"""What an engine is built from. Imports no Megatron, so the driver can make these and send them."""
+"""What an engine is built from, and what it is compared on.
+
+Imports no Megatron, so the driver can make these and send them.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from roll_sft.config import RunConfig
 from roll_sft.data.cache import TokenSet
+from roll_sft.data.plan import StepPlan
 from roll_sft.models.hf_io import TensorSource
 from roll_sft.models.spec import Family, ModelShape
 
@@ -22,3 +28,18 @@ class TokenData:
 
     train: TokenSet
     validation: dict[str, TokenSet]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityTask:
+    """One global batch to compute through transformers and through an engine, from `source`.
+
+    `plan` says which samples of `tokens`, and which rank runs them. What transformers makes of them
+    is kept in `folder`, which every rank sees.
+    """
+
+    config: RunConfig
+    source: ModelSource
+    tokens: TokenSet
+    plan: StepPlan
+    folder: Path

@@ -74,7 +74,7 @@ def supervised_rows(
     return SupervisedRows(index, all_labels, weights, vocab_size)
 
 
-def supervised_loss_sum(
+def supervised_losses(
     *,
     hidden_states: torch.Tensor,
     output_layer: torch.nn.Module,
@@ -82,7 +82,7 @@ def supervised_loss_sum(
     context: SupervisedRows,
     **_: Any,
 ) -> torch.Tensor:
-    """Sum of the rows' cross-entropies in nats, float32 scalar.
+    """Each row's cross-entropy in nats, float32 [R of all shards]; 0 for the filling.
 
     `hidden_states` is [T or T / TP, 1, D]. The signature is that of Megatron-Core's
     `output_processor`, which hands over the head with a tied weight already resolved.
@@ -91,7 +91,7 @@ def supervised_loss_sum(
     per_row = vocab_parallel_cross_entropy(
         mask_padded_vocabulary(logits.float(), context.vocab_size), context.labels[:, None]
     )
-    return (per_row[:, 0] * context.weights).sum()
+    return per_row[:, 0] * context.weights
 
 
 def mask_padded_vocabulary(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ class SupervisedGPTModel(GPTModel):
         if not self.post_process or not isinstance(labels, SupervisedRows):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         tied = self.share_embeddings_and_output_weights
-        return supervised_loss_sum(
+        return supervised_losses(
             hidden_states=hidden_states,
             output_layer=self.output_layer,
             output_weight=self.shared_embedding_or_output_weight() if tied else None,
@@ -125,7 +125,7 @@ class SupervisedGPTModel(GPTModel):
 
 
 def loss_arguments(rows: SupervisedRows) -> dict[str, Any]:
-    """Keyword arguments of the model's forward that make it return `supervised_loss_sum`."""
+    """Keyword arguments of the model's forward that make it return `supervised_losses`."""
     if HAS_OUTPUT_PROCESSOR:
-        return {"output_processor": supervised_loss_sum, "output_processor_context": rows}
+        return {"output_processor": supervised_losses, "output_processor_context": rows}
     return {"labels": rows}

@@ -27,6 +27,7 @@ class Rendezvous:
     world_size: int
     setup_timeout_s: float
     collective_timeout_s: float
+    local_device: int = 0  # of the GPUs this process sees; the runtime shows each worker its own
 
 
 def serve_store(host: str, *, world_size: int, timeout_s: float) -> dist.TCPStore:
@@ -55,7 +56,7 @@ def process_groups(
     if device == "cpu":
         cpu.install()
     else:
-        torch.cuda.set_device(0)  # the runtime shows each worker its own device alone
+        torch.cuda.set_device(rendezvous.local_device)
     if store is None:
         store = dist.TCPStore(
             rendezvous.host,

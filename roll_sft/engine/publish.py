@@ -4,15 +4,19 @@ Imports no Megatron, so the driver can publish while the workers go on. Promise:
 `step_*` is complete; a run killed at any point leaves at most a `.staging_*` folder.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from roll_sft.data.plan import StepPlan
+from roll_sft.engine.preflight import Job
 from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
 
@@ -20,6 +24,7 @@ MANIFEST = "manifest.json"
 ASSETS = "hf_assets"
 LATEST = "latest"
 SCHEMA_VERSION = 1
+PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers", "ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,23 @@ class RunState:
     sources: dict[str, str]  # source name -> address of its token cache
     layout: ParallelLayout
     dtype: str
+
+
+def publish_step(job: Job, plan: StepPlan, *, staging: Path) -> Path:
+    """Make what all ranks wrote into `staging` after the step of `plan` a checkpoint."""
+    job.save_assets(staging / ASSETS)
+    state = RunState(
+        step=plan.step,
+        epoch=plan.epoch,
+        samples_seen_in_epoch=plan.samples_seen_in_epoch,
+        seed=job.config.seed,
+        global_batch_size=job.config.train.global_batch_size,
+        sequence_length=job.config.data.sequence_length,
+        sources=job.source_addresses,
+        layout=job.layout,
+        dtype=job.config.model.dtype,
+    )
+    return publish(staging, state=state, versions=_versions())
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
@@ -82,6 +104,15 @@ def check_complete(folder: Path) -> None:
                 f"{path}: {found}, and the manifest says {facts['size']} bytes; the checkpoint is"
                 " damaged, take another"
             )
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what wrote the checkpoint; a package that runs from its sources has none."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _sha256(path: Path) -> str:

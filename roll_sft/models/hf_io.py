@@ -58,8 +58,9 @@ class TensorSource(Protocol):
 class SafetensorsSource:
     """The safetensors files of a model folder: one, or shards with an index.
 
-    Files are mapped when first needed and stay mapped until `close`. A missing folder or format is
-    a `ConfigError`; a missing or damaged file, or a tensor it does not hold, a `CheckpointError`.
+    Files are mapped when first needed. A missing folder or format is a `ConfigError`; a missing or
+    damaged file, or a tensor it does not hold, a `CheckpointError`. Travels between processes as
+    the path of its folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -69,6 +70,10 @@ class SafetensorsSource:
 
     def __str__(self) -> str:
         return str(self._folder)
+
+    def __reduce__(self) -> tuple[type["SafetensorsSource"], tuple[Path]]:
+        # Absolute: another process may have another current folder.
+        return SafetensorsSource, (Path(self._folder).absolute(),)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)
@@ -88,10 +93,6 @@ class SafetensorsSource:
         # A cut along dim 1 comes as a strided view of the mapped file.
         tensor: torch.Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
         return tensor.contiguous()
-
-    def close(self) -> None:
-        """Let go of the files. Tensors already read stay valid."""
-        self._handles.clear()
 
     def _find_tensors(self, folder: Path) -> dict[str, Path]:
         if not folder.is_dir():

@@ -285,6 +285,11 @@ class GatedMLP:
         }
 
 
+def hf_names(word: Word) -> list[str]:
+    """The Hugging Face tensors that `word` reads, in the order in which its rows begin."""
+    return [word.embedding.name] if isinstance(word, TiedHead) else list(word.hf_shapes)
+
+
 def _share(whole: int, tensor_size: int, *, what: str) -> int:
     """`whole / tensor_size`. Layouts that do not divide it are refused long before."""
     assert whole % tensor_size == 0, (

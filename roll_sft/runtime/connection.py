@@ -9,17 +9,21 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
+import psutil
 import ray
 from ray.exceptions import RayError
 
 from roll_sft.config import RunConfig
 from roll_sft.errors import ConfigError, ResourceError
+from roll_sft.runtime import reaper
 
 LOG = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 5.0
@@ -36,15 +40,47 @@ def connected(config: RunConfig) -> Iterator[None]:
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    with _local(config) if address == "local" else _joined(address):
+        yield
+
+
+@contextlib.contextmanager
+def _local(config: RunConfig) -> Iterator[None]:
+    with _reaper() as watch:
+        try:
+            with _own_sigterm():
+                _start(config)
+            watch(psutil.Process().children(recursive=True))
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
     try:
         with _own_sigterm():
-            if address == "local":
-                _start_local(config)
-            else:
-                _join(address)
+            _join(address)
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _reaper() -> Iterator[Callable[[list[psutil.Process]], None]]:
+    """A program that, after this process, kills those that it is given; see `reaper.py`."""
+    command = [sys.executable, "-I", reaper.__file__]
+    # In a session of its own: what a terminal sends to the driver's is not for it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as program:
+
+        def watch(processes: list[psutil.Process]) -> None:
+            assert program.stdin is not None, "the reaper is given a pipe"
+            pids = [process.pid for process in processes if process.pid != program.pid]
+            lines = [f"{pid} {reaper.start_time(pid)}\n" for pid in pids]
+            program.stdin.write("".join(lines).encode())
+            program.stdin.flush()
+
+        yield watch
 
 
 @contextlib.contextmanager
@@ -63,7 +99,7 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _start_local(config: RunConfig) -> None:
+def _start(config: RunConfig) -> None:
     cores = len(os.sched_getaffinity(0))
     wanted = config.parallel.num_workers * config.parallel.cpus_per_worker
     if wanted > cores:

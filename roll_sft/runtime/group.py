@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.plan import StepPlan
-from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.metrics import EvalMetrics, StepMetrics
+from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
+from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 from roll_sft.runtime.diagnosis import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec
@@ -110,6 +110,14 @@ class WorkerGroup:
         references = [actor.save.remote(folder) for actor in self._actors]
         deadline_s = self._config.cluster.checkpoint_timeout_s
         self._collect(Pending("checkpoint", deadline_s, references))
+
+    def compare(self, task: ParityTask) -> list[RankParity]:
+        """Every rank's errors over one batch, beside transformers."""
+        shared = ray.put(task)
+        references = [actor.compare.remote(shared) for actor in self._actors]
+        # A model's gradients pass through files here, so it may take what a checkpoint may.
+        deadline_s = self._config.cluster.checkpoint_timeout_s
+        return self._collect(Pending("parity", deadline_s, references))
 
     def no_op(self) -> None:
         """A round trip to every worker and back."""

@@ -24,11 +24,11 @@ import ray.util
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.errors import RollSftError
-from roll_sft.metrics import EvalMetrics, StepMetrics
+from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 
 if TYPE_CHECKING:
     from roll_sft.data.plan import RankWork
-    from roll_sft.engine.inputs import ModelSource, TokenData
+    from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
 
 LOG = logging.getLogger(__name__)
 # What gloo says of a peer that left. Other libraries say it with a type, see `_is_collateral`.
@@ -102,10 +102,6 @@ class Worker:
         self._fault: RankFault | None = None
         self._store: Any = None
 
-    def __repr__(self) -> str:
-        """What Ray's own tools call this worker."""
-        return f"{self._spec.config.run_name}, rank {self._spec.rank}"
-
     def start(self) -> WorkerAddress:
         """Open the log and set the environment, before the engine is imported."""
         with self._errors_of("start"):
@@ -170,6 +166,13 @@ class Worker:
         """Write this rank's shards into `folder`."""
         with self._phase("checkpoint", self._spec.config.cluster.checkpoint_timeout_s):
             self._engine.save(folder)
+
+    def compare(self, task: "ParityTask") -> RankParity:
+        """This rank's errors over one batch, beside transformers; rank 0 runs transformers too."""
+        with self._phase("parity", self._spec.config.cluster.checkpoint_timeout_s):
+            from roll_sft.engine.parity import compare
+
+            return compare(self._engine, task)
 
     def close(self) -> None:
         """Leave the process groups."""

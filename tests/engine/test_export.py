@@ -10,11 +10,11 @@ import torch
 
 from roll_sft.config import layout_of
 from roll_sft.engine import export
+from roll_sft.engine.preflight import prepare
 from roll_sft.engine.publish import MANIFEST, RunState, publish, staging_folder
 from roll_sft.engine.reader import Reader
 from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
-from roll_sft.preflight import prepare
 from tests import parity
 from tests.pool import RankPool
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,20 @@ def test_tensors_and_slices_are_read_as_they_were_stored(stored: Path):
     assert torch.equal(columns, TENSORS["a"][:, 1:3])
     assert columns.is_contiguous()
     assert nothing.shape == (0, 4)
-    source.close()
+    del source
     assert torch.equal(rows, TENSORS["a"][2:5])
+
+
+def test_a_folder_travels_by_its_path_also_when_its_files_are_mapped(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(stored.parent)
+    source = SafetensorsSource(stored.name)
+    source.read("a")
+    sent = pickle.dumps(source)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(pickle.loads(sent).read("b"), TENSORS["b"])
 
 
 def test_a_tensor_that_is_not_there_is_named(stored: Path):

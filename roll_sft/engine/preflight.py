@@ -1,7 +1,7 @@
 """Everything that is decided before a worker exists: checks, tokens, plan, steps, memory.
 
-Assumes a configuration that passed `checks.check_config`. Promises that what `prepare` returns can
-run, given the resources; nothing here starts Ray or writes into the run's folder.
+Assumes a configuration that passed `roll_sft.checks.check_config`. Promises that what `prepare`
+returns can run, given the resources; nothing here starts Ray or writes into the run's folder.
 """
 
 import logging
@@ -12,22 +12,28 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from roll_sft import checks
-from roll_sft.config import DataConfig, RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.checks import layout_problems
+from roll_sft.config import (
+    DataConfig,
+    RunConfig,
+    SourceConfig,
+    layout_of,
+    source_name,
+)
 from roll_sft.data.cache import TokenCache, TokenSet
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
+from roll_sft.data.rough import TOKEN_BYTES, rough_report
 from roll_sft.data.sources import ColumnKeys
 from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.errors import ConfigError
+from roll_sft.engine.schedule import Schedule
+from roll_sft.errors import ConfigError, refuse
 from roll_sft.layout import ParallelLayout, round_up
 from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource, save_assets
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.spec import Family, ModelShape
-from roll_sft.rough import TOKEN_BYTES, rough_report
-from roll_sft.schedule import Schedule
 
 _log = logging.getLogger(__name__)
 
@@ -167,15 +173,15 @@ def _load_model(config: RunConfig) -> ModelSource:
     """The model's family, shape and tensors, checked against the layout."""
     path = config.model.path
     assert path is not None, "check_config refuses a missing model.path"
-    problems = list(checks.layout_problems(config.parallel))
+    problems = list(layout_problems(config.parallel))
     try:
         hf_config = load_hf_config(path, trust_remote_code=config.model.trust_remote_code)
         family = family_of(hf_config)
         shape = family.shape(hf_config)
     except ConfigError as error:
-        checks.refuse([*problems, str(error)])
+        refuse([*problems, str(error)])
         raise
-    checks.refuse([*problems, *_model_problems(config, shape)])
+    refuse([*problems, *_model_problems(config, shape)])
     return ModelSource(family, shape, _tensors(config, family, shape))
 
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from roll_sft.schedule import KINDS, Schedule
+from roll_sft.engine.schedule import KINDS, Schedule
 
 PEAK = 3e-4
 

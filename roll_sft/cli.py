@@ -1,0 +1,110 @@
+"""`roll-sft COMMAND ...`: the console script, one word for each thing that can be done."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from roll_sft.config import RunConfig
+from roll_sft.errors import ConfigError
+
+USAGE_ERROR = ConfigError.exit_code
+CONFIGURATION = (
+    "Every other argument is one of `python -m roll_sft.run`: --config-name NAME, --config-dir"
+    " FOLDER, key=value, --cfg job. Exit codes are those of a run, see the README"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a word does: `main` takes the arguments after it and returns the exit code."""
+
+    summary: str
+    main: Callable[[list[str]], int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `arguments` (default: the command line's) and return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if not given or given[0] not in COMMANDS:
+        sys.stderr.write(f"{_refusal(given)}\n")
+        return USAGE_ERROR
+    try:
+        return COMMANDS[given[0]].main(given[1:])
+    except SystemExit as leaving:  # argparse has shown help, or said what is wrong
+        return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    usage = "usage: roll-sft COMMAND [arguments]; roll-sft COMMAND --help says more"
+    return "\n".join([usage, "", *lines]) + "\n"
+
+
+def _refusal(given: list[str]) -> str:
+    names = ", ".join(COMMANDS)
+    if not given:
+        return f"roll-sft: no command; there are {names}"
+    nearest = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"roll-sft: there is no command {given[0]!r}; {hint}there are {names}"
+
+
+def _plan(arguments: list[str]) -> int:
+    from roll_sft import run
+
+    _, rest = _parser("plan", "").parse_known_args(arguments)
+    return run.main([*rest, "dry_run=true"])
+
+
+def _parity(arguments: list[str]) -> int:
+    from roll_sft import run
+
+    parser = _parser(
+        "parity", ", except 1: what is computed differs, and the last line names where"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="of the first batch; default: 8 at most"
+    )
+    options, rest = parser.parse_known_args(arguments)
+
+    def action(config: RunConfig, _composed_yaml: str) -> None:
+        # Heavy imports after composition, so that a typo is reported in half a second.
+        from roll_sft import parity
+        from roll_sft.console import set_up_logging
+
+        set_up_logging()
+        parity.run(config, samples=options.samples)
+
+    return run.main(rest, action=action)
+
+
+def _convert(arguments: list[str]) -> int:
+    from roll_sft.engine import export
+
+    return export.main(arguments, program="roll-sft convert")
+
+
+def _parser(name: str, exit_codes: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"roll-sft {name}",
+        description=COMMANDS[name].summary,
+        epilog=f"{CONFIGURATION}{exit_codes}.",
+        allow_abbrev=False,
+    )
+
+
+COMMANDS = {
+    "plan": Command("what a run would do, without starting it", _plan),
+    "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
+    "convert": Command("a checkpoint to a folder that transformers loads", _convert),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

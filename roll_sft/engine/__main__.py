@@ -1,0 +1,111 @@
+"""A door without Ray: `torchrun --nproc-per-node N -m roll_sft.engine --config run.yaml`.
+
+For debugging one rank at a time and for machines with GPUs and little else: needs torch,
+megatron-core, transformers and safetensors. `run.yaml` is a whole configuration, as
+`python -m roll_sft.run ... --cfg job --resolve` prints it; `parallel.num_workers` follows torchrun.
+It trains and prints one line for each step; it writes no folder but the one of `--save`.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from roll_sft.checks import check_config
+from roll_sft.config import RunConfig, layout_of, plain_config
+from roll_sft.engine.engine import Engine
+from roll_sft.engine.parallel import Rendezvous, process_groups
+from roll_sft.engine.preflight import Job, prepare
+from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.errors import RollSftError
+
+FAULT = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of one rank; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="a whole configuration, YAML")
+    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--save", type=Path, help="write a checkpoint into this folder at the end")
+    options = parser.parse_args(arguments)
+    try:
+        config = _config(options.config)
+        check_config(config)
+        _run(prepare(config), steps=options.steps, checkpoints=options.save)
+    except RollSftError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
+        traceback.print_exc()
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return FAULT
+    return 0
+
+
+def _config(path: Path) -> RunConfig:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = plain_config({key: value for key, value in values.items() if key != "hydra"})
+    device = config.parallel.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world_size = int(os.environ["WORLD_SIZE"])
+    parallel = dataclasses.replace(config.parallel, num_workers=world_size, device=device)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def _run(job: Job, *, steps: int | None, checkpoints: Path | None) -> None:
+    cluster, parallel = job.config.cluster, job.config.parallel
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    rendezvous = Rendezvous(
+        host="",
+        port=0,
+        rank=rank,
+        world_size=world_size,
+        setup_timeout_s=cluster.setup_timeout_s,
+        collective_timeout_s=max(cluster.step_timeout_s, cluster.checkpoint_timeout_s),
+        local_device=int(os.environ["LOCAL_RANK"]),
+    )
+    torch.set_num_threads(parallel.cpus_per_worker)
+    layout = layout_of(parallel)
+    with process_groups(rendezvous, layout, device=parallel.device, store=store):
+        engine = Engine(job.config, source=job.source, data=job.data)
+        data_rank = layout.coordinate(rank).data_rank
+        last = min(steps or job.total_steps, job.total_steps)
+        for step in range(1, last + 1):
+            plan = job.planner.step(step)
+            metrics = engine.train_step(
+                plan.work_for(data_rank, learning_rate=job.schedule.at(step))
+            )
+            if metrics is not None:
+                loss = metrics.loss_sum / metrics.supervised_tokens
+                speed = plan.total_tokens / metrics.step_time_s / world_size
+                sys.stdout.write(
+                    f"step {step}/{last}  loss {loss:.6f}  grad {metrics.grad_norm:.6f}"
+                    f"  {speed:,.0f} tok/s/device  {metrics.peak_memory_gib:.2f} GiB\n"
+                )
+                sys.stdout.flush()
+        if checkpoints is not None:
+            _save(job, engine, checkpoints=checkpoints, step=last)
+
+
+def _save(job: Job, engine: Engine, *, checkpoints: Path, step: int) -> None:
+    """Rank 0 makes and publishes the folder that all ranks write into."""
+    staging = checkpoints / f".staging_{step:08d}"
+    if dist.get_rank() == 0:
+        staging_folder(checkpoints, step)
+    dist.barrier()
+    engine.save(staging)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        publish_step(job, job.planner.step(step), staging=staging)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

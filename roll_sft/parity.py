@@ -1,0 +1,100 @@
+"""`roll-sft parity`: the first batch of a run, beside transformers, before the run is paid for.
+
+The batch runs on the worker group as the run would run it, with the layout, packs and kernels of
+the configuration, and through transformers alone. Promises: of the run's folder nothing is touched
+but `parity/` in it; green means that every supervised token and every parameter was compared; red
+names the tensor at which the two computations part.
+"""
+
+import logging
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from roll_sft import outputs
+from roll_sft.config import RunConfig
+from roll_sft.driver import workers
+from roll_sft.engine.inputs import ParityTask
+from roll_sft.engine.oracle import read_facts
+from roll_sft.engine.preflight import prepare
+from roll_sft.errors import ConfigError, RollSftError
+from roll_sft.runtime.connection import connected
+from roll_sft.runtime.placement import reserved
+from roll_sft.verdict import Verdict, judge
+
+LOG = logging.getLogger(__name__)
+DEFAULT_SAMPLES = 8
+
+
+class ParityError(RollSftError):
+    """The run does not compute what transformers computes."""
+
+    exit_code = 1
+
+
+def run(config: RunConfig, *, samples: int | None) -> None:
+    """Compare the first `samples` of the first batch of `config`; `ParityError` if it is red."""
+    config = _bounded(config, samples=samples)
+    with outputs.claimed(outputs.output_folder(config) / "parity") as folder:
+        job = prepare(config)
+        plan = job.planner.step(1)
+        with (
+            # It grows as large as the model in fp32, so it does not outlive the comparison.
+            tempfile.TemporaryDirectory(dir=folder, prefix="reference_") as reference,
+            connected(config),
+            reserved(config) as slots,
+            workers(job, folder, slots=slots) as group,
+        ):
+            task = ParityTask(config, job.source, job.data.train, plan, Path(reference))
+            ranks, facts = group.compare(task), read_facts(Path(reference))
+    verdict = judge(ranks, facts, source=job.source, dtype=config.model.dtype)
+    _show(
+        verdict,
+        title=f"{config.run_name} beside transformers: {len(plan.sample_ids)} samples on"
+        f" {config.parallel.num_workers} workers",
+    )
+    if verdict.first_difference is not None:
+        raise ParityError(f"parity: {verdict.first_difference}")
+
+
+def _bounded(config: RunConfig, *, samples: int | None) -> RunConfig:
+    """`config` with a batch of `samples`, as the comparison can run it."""
+    for key in ("dry_run", "prepare_only"):
+        if getattr(config, key):
+            raise ConfigError(f"{key}: true leaves nothing to compare; leave it out")
+    size = config.train.global_batch_size
+    if samples is not None and not 1 <= samples <= size:
+        raise ConfigError(
+            f"--samples: {samples} is not from 1 to train.global_batch_size {size}; choose such"
+        )
+    if config.parallel.use_distributed_optimizer:
+        LOG.info("whole gradients are compared, so parallel.use_distributed_optimizer is off here")
+    assert config.model.path is not None, "check_config refuses a missing model.path"
+    return replace(
+        config,
+        # Absolute: the worker that runs transformers may have another current folder.
+        model=replace(config.model, path=str(Path(config.model.path).absolute())),
+        train=replace(config.train, global_batch_size=samples or min(size, DEFAULT_SAMPLES)),
+        parallel=replace(config.parallel, use_distributed_optimizer=False),
+    )
+
+
+def _show(verdict: Verdict, *, title: str) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
+    for column in ("what", "measured", "tolerance", ""):
+        table.add_column(column, no_wrap=True)
+    table.add_column("worst at", overflow="fold")
+    for check in verdict.checks:
+        table.add_row(
+            check.what,
+            f"{check.measured:.1e}",
+            f"{check.tolerance:.0e}",
+            "[green]ok[/]" if check.holds else "[red]differs[/]",
+            check.where,
+        )
+    # A file has no width of its own, and the 80 columns that Rich gives it would fold the names.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -1,0 +1,77 @@
+"""The door without Ray: torchrun drives the engine with floors 0 to 2 alone."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from roll_sft.engine.preflight import prepare
+from tests import parity
+
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    return subprocess.run(
+        arguments, capture_output=True, text=True, env=environment, timeout=200, check=False
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_trains_like_transformers_and_saves(tmp_path: Path) -> None:
+    parity.write_model(tmp_path / "model")
+    parity.write_rows(tmp_path / "rows.jsonl")
+    layout = {"num_workers": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    config = parity.parity_config(tmp_path, parallel=layout)
+    # JSON is YAML; what `--cfg job --resolve` prints is read the same way.
+    (tmp_path / "run.yaml").write_text(json.dumps({**dataclasses.asdict(config), "hydra": {}}))
+    door = ["-m", "roll_sft.engine", "--config", str(tmp_path / "run.yaml"), "--steps", "3"]
+    result = run([*TORCHRUN, "--nproc-per-node", "2", *door, "--save", str(tmp_path / "out")])
+    assert result.returncode == 0, result.stderr
+    losses = [float(loss) for loss in re.findall(r"step \d/3  loss (\S+)", result.stdout)]
+    wanted, _ = parity.reference_run(prepare(config))
+    assert losses == pytest.approx([step["loss"] for step in wanted[:3]], rel=1e-6)
+    assert (tmp_path / "out" / "latest").read_text().strip() == "step_00000003"
+
+
+@pytest.mark.slow
+def test_a_bad_value_ends_with_its_code_and_one_line(tmp_path: Path) -> None:
+    parity.write_model(tmp_path / "model")
+    config = dataclasses.asdict(parity.parity_config(tmp_path))
+    config["train"]["learning_rate"] = -1.0
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "roll_sft.engine", "--config", str(tmp_path / "run.yaml")]
+    os.environ["WORLD_SIZE"] = "1"
+    try:
+        result = run(command)
+    finally:
+        del os.environ["WORLD_SIZE"]
+    assert result.returncode == 2
+    assert "train.learning_rate: -1.0 must be above 0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_door_imports_no_ray_hydra_or_mlflow() -> None:
+    code = (
+        "import sys, roll_sft.engine.__main__\n"
+        "print([m for m in ('ray', 'hydra', 'omegaconf', 'mlflow') if m in sys.modules])"
+    )
+    result = run([sys.executable, "-W", "ignore", "-c", code])
+    assert result.stdout.strip().splitlines()[-1] == "[]", result.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_checks_run_on_a_cpu_as_far_as_they_can() -> None:
+    script = Path(__file__).parents[1] / "gpu" / "check.py"
+    result = run([*TORCHRUN, str(script), "--device", "cpu", "--no-speed"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("ok  ") >= 5
+    assert "FAIL" not in result.stdout

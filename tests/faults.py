@@ -1,0 +1,144 @@
+"""Faults to plant in an engine, and what parity must say of each: the tensor where it begins.
+
+Planted in a process of the engine's alone; the oracle and the weight words stay right.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from roll_sft.models.hf_io import Shape, TensorSource
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`kind` is the model to plant it in, `named` the beginning of parity's answer at 2 ranks."""
+
+    kind: str
+    named: str
+
+
+BEHIND_THE_OUTPUTS = "though every module's output agrees, so look at labels, loss mask and head"
+FAULTS = {
+    "another RoPE base": Fault(
+        "qwen2",
+        "the output of model.layers.0.self_attn.o_proj.weight"
+        " (decoder.layers.0.self_attention.linear_proj.weight) differs by",
+    ),
+    "gate and up swapped": Fault(
+        "qwen2",
+        "the output of model.layers.0.mlp.gate_proj.weight"
+        " (decoder.layers.0.mlp.linear_fc1.weight) differs by",
+    ),
+    "no norm of queries and keys": Fault(
+        "qwen3",
+        "model.layers.0.self_attn.q_norm.weight"
+        " (decoder.layers.0.self_attention.q_layernorm.weight) is on no rank",
+    ),
+    "labels not shifted": Fault(
+        "qwen2",
+        f"{BEHIND_THE_OUTPUTS}; first tensor: the gradient of lm_head.weight (output_layer.weight)",
+    ),
+    "padded vocabulary in the softmax": Fault(
+        "qwen2",
+        f"{BEHIND_THE_OUTPUTS}; first tensor: the gradient of lm_head.weight (output_layer.weight)",
+    ),
+    "hidden gradient not reduced over the tensor group": Fault(
+        "qwen2",
+        "outputs and losses agree, so look at the backward pass; first tensor: the gradient of"
+        " model.norm.weight (decoder.final_layernorm.weight)",
+    ),
+}
+
+
+@contextlib.contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """The engine of this process has `fault` while the block builds and runs it."""
+    with contextlib.ExitStack() as stack:
+        if fault is not None:
+            stack.enter_context(_patch(fault))
+        yield
+
+
+def _patch(fault: str) -> Any:
+    from roll_sft.engine import engine, loss, setup
+
+    build_model, load_weights, build_batch = (
+        setup.build_model,
+        setup.load_weights,
+        engine.build_batch,
+    )
+    if fault == "another RoPE base":
+
+        def slower(shape: Any, *args: Any, **options: Any) -> Any:
+            size = len(shape.rotary_inv_freq)
+            frequencies = tuple(10_000.0 ** (-index / size) for index in range(size))
+            return build_model(replace(shape, rotary_inv_freq=frequencies), *args, **options)
+
+        return patch.object(setup, "build_model", slower)
+    if fault == "no norm of queries and keys":
+
+        def without(shape: Any, *args: Any, **options: Any) -> Any:
+            return build_model(replace(shape, qk_norm="none"), *args, **options)
+
+        return patch.object(setup, "build_model", without)
+    if fault == "gate and up swapped":
+
+        def swapped(*args: Any, source: TensorSource) -> None:
+            load_weights(*args, source=_Swapped(source))
+
+        return patch.object(setup, "load_weights", swapped)
+    if fault == "labels not shifted":
+
+        def unshifted(*args: Any, **options: Any) -> Any:
+            batch = build_batch(*args, **options)
+            return replace(batch, row_labels=batch.tokens_T[0][batch.rows])
+
+        return patch.object(engine, "build_batch", unshifted)
+    if fault == "padded vocabulary in the softmax":
+        return patch.object(loss, "mask_padded_vocabulary", lambda logits, vocab_size: logits)
+    assert fault == "hidden gradient not reduced over the tensor group", fault
+    return patch.object(loss, "supervised_losses", _losses_without_reduction)
+
+
+def _losses_without_reduction(
+    *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Any, **_: Any
+) -> torch.Tensor:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from roll_sft.engine.loss import mask_padded_vocabulary
+
+    weight = output_layer.weight if output_weight is None else output_weight
+    logits = torch.nn.functional.linear(hidden_states[context.index], weight)
+    masked = mask_padded_vocabulary(logits, context.vocab_size)
+    return vocab_parallel_cross_entropy(masked, context.labels[:, None])[:, 0] * context.weights
+
+
+class _Swapped:
+    """A `TensorSource` that gives each gate for its up projection, and the other way round."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+
+    def names(self) -> frozenset[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> Shape:
+        return self._source.shape(_other(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.read(_other(name))
+
+    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
+        return self._source.read_slice(_other(name), start=start, stop=stop, dim=dim)
+
+
+def _other(name: str) -> str:
+    for one, other in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
+        if one in name:
+            return name.replace(one, other)
+    return name

@@ -1,0 +1,63 @@
+import pickle
+
+import pytest
+import torch.distributed as dist
+
+from roll_sft.errors import CheckpointError, DataError
+from roll_sft.runtime.worker import RankError, WorkerAddress, _fault_of
+
+ADDRESS = WorkerAddress(3, host="gpu-7", ip="10.0.0.7", node_id="ab12", pid=4711)
+
+
+def fault_of(error):
+    try:
+        raise error
+    except Exception as raised:  # noqa: BLE001 -- any kind is described
+        return _fault_of(raised, ADDRESS, phase="step 12")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:94, remote process exited"),
+        dist.DistNetworkError("The client socket has timed out after 60000ms"),
+        dist.DistStoreError("wait timeout after 60000ms, keys: /default_pg/0"),
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Read error"),
+        RuntimeError("Connection closed by peer [10.0.0.8]:4242"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        CheckpointError("step_3: cannot be written: ranks 0: gloo/transport/tcp/pair.cc timed out"),
+    ],
+)
+def test_error_about_a_peer_is_collateral(error):
+    assert fault_of(error).is_collateral
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("gloom"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        DataError("rows.jsonl:7: is empty; remove it"),
+        CheckpointError("step_3: cannot be written: [Errno 28] No space left on device"),
+    ],
+)
+def test_error_of_the_rank_itself_is_not_collateral(error):
+    assert not fault_of(error).is_collateral
+
+
+def test_error_crosses_the_wire_with_rank_host_phase_and_traceback():
+    error = pickle.loads(pickle.dumps(RankError(fault_of(KeyError("lost")))))
+    assert str(error) == (
+        "rank 3 on gpu-7 (10.0.0.7, pid 4711) failed during step 12: KeyError: 'lost'"
+    )
+    assert error.fault.exit_code is None
+    assert "raise error" in error.fault.details
+
+
+def test_error_of_a_user_keeps_its_words_and_exit_code():
+    fault = fault_of(DataError("rows.jsonl:7: is empty; remove it"))
+    assert (fault.summary, fault.exit_code) == ("rows.jsonl:7: is empty; remove it", 3)
+
+
+def test_long_error_of_a_library_is_its_first_line():
+    assert fault_of(RuntimeError("first\nC++ stack\n#0")).summary == "RuntimeError: first"

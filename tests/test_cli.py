@@ -1,0 +1,116 @@
+"""The console script: what there is, and what is said of what there is not."""
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from roll_sft import cli
+from tests import doors
+from tests.doors import Door, Outcome, cells, contents, refused
+
+door, assets, arguments = doors.door, doors.assets, doors.arguments
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(door: Door, capsys: pytest.CaptureFixture[str]) -> Iterator[Door]:
+    """`roll-sft` in this process, as `door` is the main job."""
+
+    def call(*given: str) -> Outcome:
+        capsys.readouterr()
+        code = cli.main([*given])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_script_is_installed_under_its_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"roll-sft": "roll_sft.cli:main"}
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_what_exists_without_the_heavy_libraries(flag: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from roll_sft import cli\n"
+        f"code = cli.main([{flag!r}])\n"
+        "heavy = {'torch', 'transformers', 'ray', 'hydra'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
+    )
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    lines = shown.stdout.splitlines()
+    assert lines[0].startswith("usage: roll-sft COMMAND")
+    assert [line.split()[0] for line in lines[2:]] == ["plan", "parity", "convert"]
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("plan", ["usage: roll-sft plan", "--config-name NAME"]),
+        ("parity", ["usage: roll-sft parity", "--samples N", "except 1: what is computed differs"]),
+        ("convert", ["usage: roll-sft convert", "--checkpoint", "--output", "--replace"]),
+    ],
+)
+def test_each_command_says_what_it_takes(script: Door, command: str, parts: list[str]) -> None:
+    outcome = script(command, "--help")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    for part in parts:
+        assert part in " ".join(outcome.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ([], ["roll-sft: no command; there are plan, parity, convert"]),
+        (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are plan,"]),
+        (["--config-name", "demo"], ["there is no command '--config-name'"]),
+        (["parity", "--samples", "few"], ["argument --samples: invalid int value: 'few'"]),
+        (["parity", "modle.path=x"], ["modle.path: no such key; did you mean `model.path`?"]),
+        (["plan", "--config-name", "dmeo"], ["did you mean 'demo'?"]),
+        (["convert", "--output", "x"], ["the following arguments are required: --checkpoint"]),
+    ],
+)
+def test_what_there_is_not_is_refused_with_code_2(
+    script: Door, tmp_path: Path, given: list[str], parts: list[str]
+) -> None:
+    refused(script(*given), 2, *parts)
+    assert contents(tmp_path) == {}
+
+
+def test_plan_is_a_dry_run(script: Door, arguments: list[str], tmp_path: Path) -> None:
+    outcome = script("plan", *arguments, "train.global_batch_size=10")
+    assert outcome.code == 0, outcome.stderr
+    assert cells(outcome.stdout, "optimizer steps")[1].startswith("7 ")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_convert_ends_with_the_codes_of_an_export(script: Door, tmp_path: Path) -> None:
+    outcome = script("convert", "--checkpoint", "nowhere", "--output", "model")
+    refused(outcome, 6, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (["--samples", "0"], "--samples: 0 is not from 1 to train.global_batch_size 128"),
+        (["--samples", "129"], "--samples: 129 is not from 1 to train.global_batch_size 128"),
+        (["dry_run=true"], "dry_run: true leaves nothing to compare"),
+        (["prepare_only=true"], "prepare_only: true leaves nothing to compare"),
+    ],
+)
+def test_parity_refuses_what_leaves_nothing_to_compare(
+    script: Door, arguments: list[str], tmp_path: Path, given: list[str], part: str
+) -> None:
+    refused(script("parity", *arguments, *given), 2, part)
+    assert contents(tmp_path) == {}
+
+
+def test_parity_passes_what_is_hydras_to_hydra(script: Door) -> None:
+    outcome = script("parity", "--config-name", "demo", "--samples", "3", "--cfg", "job")
+    assert outcome.code == 0
+    assert "run_name: demo" in outcome.stdout

@@ -1,0 +1,146 @@
+"""A real head, a second node, a submitted job over both, and what is left afterwards."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import parity
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def call(
+    arguments: list[str], home: Path, *, timeout_s: float = 90, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    names = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={**clean, "HOME": str(home), **variables},
+    )
+
+
+def node(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return call([sys.executable, str(ROOT / "cluster" / "node.py"), *arguments], home)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+    """Its owner's home and the dashboard's port: a head and a second node, one CPU each."""
+    home = tmp_path_factory.mktemp("home")
+    port, dashboard = free_port(), free_port()
+    head = node(
+        home, "head", "--port", str(port), "--dashboard-port", str(dashboard), "--", "--num-cpus=1"
+    )
+    assert head.returncode == 0, head.stderr
+    joined = node(home, "join", f"127.0.0.1:{port}", "--name", "second", "--", "--num-cpus=1")
+    try:
+        assert joined.returncode == 0, joined.stderr
+        yield home, dashboard
+    finally:
+        node(home, "stop", "--name", "second")
+        node(home, "stop")
+
+
+def test_the_token_is_for_its_owner_alone(cluster: tuple[Path, int]) -> None:
+    token = cluster[0] / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_path: Path) -> None:
+    home, dashboard = cluster
+    parity.write_model(tmp_path / "model")
+    parity.write_rows(tmp_path / "rows.jsonl")
+    job = [
+        sys.executable,
+        "-m",
+        "roll_sft.run",
+        f"model.path={tmp_path / 'model'}",
+        f"data.train=[{{path: {tmp_path / 'rows.jsonl'}}}]",
+        "data.sequence_length=200",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'out'}",
+        "parallel.num_workers=2",
+        "parallel.device=cpu",
+        "train.max_steps=3",
+        "train.global_batch_size=8",
+        "tracking.backends=[jsonl]",
+    ]
+    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
+    refused = call([*submit, "true"], tmp_path, RAY_AUTH_MODE="token")
+    assert refused.returncode != 0
+    assert "auth" in (refused.stdout + refused.stderr).lower()
+    result = call([*submit, *job], home, timeout_s=240, RAY_AUTH_MODE="token")
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = [json.loads(line) for line in (tmp_path / "out" / "steps.jsonl").open()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert (tmp_path / "out" / "hf" / "model.safetensors").is_file()
+
+
+def test_a_job_with_a_relative_output_dir_is_refused(cluster: tuple[Path, int]) -> None:
+    home, dashboard = cluster
+    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
+    job = [sys.executable, "-m", "roll_sft.run", "model.path=m", "data.train=[{path: a.jsonl}]"]
+    result = call([*submit, *job], home, RAY_AUTH_MODE="token")
+    assert result.returncode != 0
+    assert "under a Ray job it would lie in" in result.stdout + result.stderr
+
+
+def test_stop_ends_its_own_node_and_no_other(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for home in (mine, other):
+        home.mkdir()
+        started = node(
+            home,
+            "head",
+            "--port",
+            str(free_port()),
+            "--dashboard-port",
+            str(free_port()),
+            "--",
+            "--num-cpus=1",
+            "--include-dashboard=false",
+        )
+        assert started.returncode == 0, started.stderr
+    try:
+        families = [_family(home) for home in (mine, other)]
+        assert all(len(family) > 3 for family in families)
+        assert node(mine, "head").returncode == 2  # it runs already
+        assert node(mine, "stop").returncode == 0
+        assert not [process for process in families[0] if process.is_running()]
+        assert all(process.is_running() for process in families[1])
+        assert node(mine, "stop").returncode == 0  # nothing left to stop is no error
+    finally:
+        node(other, "stop")
+        node(mine, "stop")
+
+
+def test_a_node_without_the_token_does_not_join(tmp_path: Path) -> None:
+    result = node(tmp_path, "join", "127.0.0.1:1")
+    assert result.returncode == 2
+    assert "copy the head's there" in result.stderr
+
+
+def _family(home: Path) -> list[psutil.Process]:
+    pid = int((home / ".roll_sft" / "nodes" / "main.pid").read_text().split()[0])
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
