@@ -1,5 +1,6 @@
 """Real runs through the main job's door, on a real cluster: what they leave, and how they end."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -364,7 +365,7 @@ def test_signal_to_the_driver_ends_all_promptly(
     program = Program("-m", "tests.runtime.light", *arguments, folder=tmp_path)
     try:
         steps = output / "steps.jsonl"
-        wait_until(lambda: num_lines(steps) > 2, timeout_s=120, what="steps")
+        program.wait_until(lambda: num_lines(steps) > 2, timeout_s=120, what="steps")
         started = time.monotonic()
         program.signal(number, whole_group=whole_group)
         assert program.wait(timeout_s=30) == code
@@ -383,7 +384,8 @@ def test_driver_killed_during_a_save_leaves_no_process_and_no_checkpoint(assets,
     )
     try:
         checkpoints = output / "checkpoints"
-        wait_until(lambda: [*checkpoints.glob(".staging*/*")], timeout_s=120, what="a save")
+        writing = functools.partial(checkpoints.glob, ".staging*/*.distcp")
+        program.wait_until(lambda: [*writing()], timeout_s=120, what="a save")
         program.signal(signal.SIGKILL)
         assert program.wait(timeout_s=5) == -signal.SIGKILL
     finally:

@@ -8,6 +8,7 @@ waits past a deadline; after `close` or `kill` no worker is left, stopped ones i
 
 import contextlib
 import logging
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 from roll_sft.runtime.diagnosis import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
-from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec
+from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path
 
 LOG = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 3.0  # a worker writes its stack at the deadline; leave it time to
@@ -51,6 +52,10 @@ class WorkerGroup:
         self._config = config
         self._layout = layout_of(config.parallel)
         self._logs = logs
+        nonce = uuid.uuid4().hex
+        logs.mkdir(parents=True, exist_ok=True)
+        self._nonce = nonce_path(logs, nonce)
+        self._nonce.touch()
         actor: Any = ray.remote(Worker)
         self._actors: list[Any] = [
             actor.options(
@@ -59,7 +64,7 @@ class WorkerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     slots.group, placement_group_bundle_index=bundle
                 ),
-            ).remote(WorkerSpec(config, rank, slots.device, logs))
+            ).remote(WorkerSpec(config, rank, slots.device, logs, nonce))
             for rank, bundle in enumerate(slots.bundle_of_rank)
         ]
         self.addresses: tuple[WorkerAddress, ...] = ()
@@ -70,6 +75,7 @@ class WorkerGroup:
         deadline_s, first = self._config.cluster.setup_timeout_s, self._actors[0]
         started = [actor.start.remote() for actor in self._actors]
         self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
+        self._nonce.unlink()
         store = [first.serve_store.remote()]
         (store_address,) = self._collect(Pending("rendezvous", deadline_s, store))
         inputs = ray.put((source, data))

@@ -23,7 +23,7 @@ import ray
 import ray.util
 
 from roll_sft.config import RunConfig, layout_of
-from roll_sft.errors import RollSftError
+from roll_sft.errors import ConfigError, RollSftError
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class WorkerSpec:
     rank: int
     device: str
     logs: Path
+    nonce: str  # of a file that the driver made in `logs`
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Worker:
     def start(self) -> WorkerAddress:
         """Open the log and set the environment, before the engine is imported."""
         with self._errors_of("start"):
+            _check_shared(self._spec, self._address)
             self._log = _open_log(self._spec, self._address)
             # Megatron's tensor parallelism relies on one hardware queue to order its kernels.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -235,6 +237,19 @@ def _is_collateral(error: Exception) -> bool:
     # derive from DistError, NCCL's too; those of gloo are bare RuntimeErrors.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or PEER_IS_GONE.search(str(error)) is not None
+
+
+def nonce_path(logs: Path, nonce: str) -> Path:
+    """The file by which a worker knows that it sees the driver's folder and not one like it."""
+    return logs / f".shared_{nonce}"
+
+
+def _check_shared(spec: WorkerSpec, address: WorkerAddress) -> None:
+    if not nonce_path(spec.logs, spec.nonce).exists():
+        raise ConfigError(
+            f"output_dir: {str(spec.logs.parent)!r} on {address.host} is not the driver's folder;"
+            " checkpoints need one that all nodes share, so give an output_dir on shared storage"
+        )
 
 
 def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:

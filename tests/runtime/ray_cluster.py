@@ -124,14 +124,18 @@ class Program:
         self._family |= set(marked(self._mark))
         (os.killpg if whole_group else os.kill)(self._process.pid, number)
 
+    def wait_until(self, condition: Callable[[], object], *, timeout_s: float, what: str) -> None:
+        """Wait for something that the program does while it runs."""
+
+        def is_over() -> bool:
+            return bool(condition()) or self._process.poll() is not None
+
+        wait_until(is_over, timeout_s=timeout_s, what=what)
+        assert condition(), f"ended before {what}: {self.errors}"
+
     def json_line(self, *, timeout_s: float) -> Any:
         """The first line that the program prints, an object."""
-        wait_until(
-            lambda: "\n" in self.output or self._process.poll() is not None,
-            timeout_s=timeout_s,
-            what="a line",
-        )
-        assert self.output, self.errors
+        self.wait_until(lambda: "\n" in self.output, timeout_s=timeout_s, what="a line")
         return json.loads(self.output.partition("\n")[0])
 
     def wait(self, *, timeout_s: float) -> int:

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import ray
 
-from roll_sft.errors import DataError, WorkerError
+from roll_sft.errors import ConfigError, DataError, WorkerError
 from roll_sft.metrics import EvalMetrics
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.group import WorkerGroup
@@ -133,9 +133,9 @@ def test_rank_that_failed_repeats_its_error_and_works_no_more(workers):
 
 
 def test_worker_that_cannot_start_says_why(workers, tmp_path):
-    (tmp_path / "logs").write_text("a file where a folder is wanted")
+    log_path(tmp_path / "logs", 1).mkdir(parents=True)  # a folder where a file is wanted
     group = workers(start=False)
-    with pytest.raises(WorkerError, match=r"rank \d on .* failed during start: FileExistsError"):
+    with pytest.raises(WorkerError, match=r"rank \d on .* failed during start: IsADirectoryError"):
         group.start(None, None)
 
 
@@ -256,3 +256,12 @@ def test_close_is_bounded_where_a_worker_does_not_leave(workers, monkeypatch, ca
     assert time.monotonic() - started < 4
     assert "did not close in order" in caplog.text
     wait_until(lambda: not any(map(is_alive, processes)), timeout_s=1, what="gone")
+
+
+def test_a_node_that_does_not_share_the_output_folder_stops_the_run(workers, tmp_path):
+    group = workers(start=False)
+    # As on a node whose disk is its own: the folder is there, the driver's file is not.
+    for path in (tmp_path / "logs").glob(".shared_*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"is not the driver's folder.*shared storage"):
+        group.start(None, None)
