@@ -92,7 +92,7 @@ def _show(verdict: Verdict, *, title: str) -> None:
         table.add_row(
             check.what,
             f"{check.measured:.1e}",
-            f"{check.tolerance:.0e}",
+            f"{check.tolerance:.1e}",
             "[green]ok[/]" if check.holds else "[red]differs[/]",
             check.where,
         )

@@ -171,17 +171,19 @@ def _first_difference(measured: _Measured, allowed: Tolerances) -> str:
     if output is not None:
         return (
             f"the output of {_both_names(output)} differs by {output.error:.1e}, and"
-            f" {allowed.output:.0e} is allowed; every module before it agrees"
+            f" {allowed.output:.1e} is allowed; every module before it agrees"
         )
     if gradient is not None:
         back = f"; first tensor: the gradient of {_both_names(gradient)}, by {gradient.error:.1e}"
-    if not (token.error <= allowed.token_loss and measured.loss <= allowed.loss):
+    if not token.error <= allowed.token_loss:
         return (
             f"the loss of {token.sample} at token {token.position} differs by {token.error:.1e}"
             f" though every module's output agrees, so look at labels, loss mask and head{back}"
         )
     if measured.num_lost:
         return f"{measured.num_lost} supervised tokens are lost or too many; the others agree"
+    if not measured.loss <= allowed.loss:
+        return f"the loss differs by {measured.loss:.1e} though that of every token agrees"
     if gradient is not None:
         return f"outputs and losses agree, so look at the backward pass{back}"
     return f"every tensor agrees, but the gradient norm differs by {measured.grad_norm:.1e}"

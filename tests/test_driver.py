@@ -317,7 +317,7 @@ def test_killed_worker_ends_the_run_with_one_line_that_names_it(
     assert last.endswith(str(output / "logs" / "rank_01.log"))
     assert not [line for line in others if " INFO " not in line]
     assert "Traceback" not in errors + output_text
-    assert "(raylet)" not in errors + output_text
+    assert "(raylet)" not in errors
     assert not any(map(is_alive, killed["workers"]))
     recorded = [line["step"] for line in lines_of(steps)]
     assert recorded == list(range(1, len(recorded) + 1))
@@ -366,6 +366,7 @@ def test_signal_to_the_driver_ends_all_promptly(
     try:
         steps = output / "steps.jsonl"
         program.wait_until(lambda: num_lines(steps) > 2, timeout_s=120, what="steps")
+        assert len(program.left) > 5
         started = time.monotonic()
         program.signal(number, whole_group=whole_group)
         assert program.wait(timeout_s=30) == code
@@ -385,6 +386,9 @@ def test_driver_killed_during_a_save_leaves_no_process_and_no_checkpoint(assets,
     try:
         checkpoints = output / "checkpoints"
         writing = functools.partial(checkpoints.glob, ".staging*/*.distcp")
+        started = functools.partial((output / "logs").glob, "rank_*.log")
+        program.wait_until(lambda: len([*started()]) == 2, timeout_s=120, what="workers")
+        assert len(program.left) > 5
         program.wait_until(lambda: [*writing()], timeout_s=120, what="a save")
         program.signal(signal.SIGKILL)
         assert program.wait(timeout_s=5) == -signal.SIGKILL

@@ -49,6 +49,7 @@ def test_the_demonstration_is_green_and_leaves_logs_alone(tmp_path: Path) -> Non
     assert "parallel.use_distributed_optimizer is off here" in outcome.stderr
     for what in ("outputs of 26 modules", "tokens lost", "loss", "gradient norm"):
         assert cells(outcome.stdout, what)[3] == "ok"
+    assert {path.name for path in (tmp_path / "outputs" / "demo").iterdir()} == {"parity"}
     left = {path.name for path in (tmp_path / "outputs" / "demo" / "parity").iterdir()}
     assert left == {".lock", "logs"}
 

@@ -78,8 +78,9 @@ FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
 @pytest.mark.parametrize(
     ("wrong", "parts"),
     [
-        ({"loss": 2.00001}, ["the loss of rows:4 at token 17", "labels, loss mask and head"]),
-        ({"loss": math.nan}, ["the loss of rows:4 at token 17"]),
+        ({"loss": 2.00001}, ["the loss differs by 5.0e-06 though that of every token agrees"]),
+        ({"loss": math.nan}, ["the loss differs by nan"]),
+        ({"token": 1.0}, ["the loss of rows:4 at token 17", "labels, loss mask and head"]),
         ({"token": math.nan}, ["rows:4 at token 17 differs by nan"]),
         ({"num_tokens": 9}, ["1 supervised tokens are lost or too many"]),
         ({"grad_norm": 3.001}, ["every tensor agrees, but the gradient norm differs by 3.3e-04"]),

@@ -22,12 +22,7 @@ from roll_sft.data.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import setup
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.inputs import ParityTask
-from roll_sft.engine.oracle import (
-    Reference,
-    probed_columns,
-    read_reference,
-    write_reference,
-)
+from roll_sft.engine.oracle import Reference, probed_columns, read_reference, write_reference
 from roll_sft.layout import Coordinate, ParallelLayout
 from roll_sft.metrics import RankParity, TensorError, TokenError, badness
 from roll_sft.models.hf_io import Shape, TensorSource
@@ -120,20 +115,19 @@ def _token_errors(
     """The worst token of each sample that has supervised tokens here."""
     if not rank.is_last_stage:
         return
-    passes = zip(rank.micro_batches, batches, engine.row_losses, strict=True)
-    for ids, batch, row_losses in passes:
+    for ids, batch, row_losses in zip(rank.micro_batches, batches, engine.row_losses, strict=True):
         is_real = engine.supervised_rows(batch).weights > 0  # the others fill short shards
         losses = row_losses.cpu()[is_real]
         samples, positions = (values[batch.rows] for values in rank.origins(batch))
-        for index in range(len(ids)):
-            mine = samples == index
+        for place, index in enumerate(ids):
+            mine = samples == place
             if not mine.any():
                 continue
-            wanted = rank.reference.losses.read(str(ids[index]))[positions[mine]]
+            wanted = rank.reference.losses.read(str(index))[positions[mine]]
             errors = (losses[mine] - wanted).abs() / wanted.clamp(min=LOSS_FLOOR)
             worst = int(errors.argmax())
             yield TokenError(
-                sample=rank.task.tokens.sample_name(ids[index]),
+                sample=rank.task.tokens.sample_name(index),
                 position=int(positions[mine][worst]),
                 error=float(errors[worst]),
             )
@@ -195,11 +189,9 @@ def _module_outputs(
 
     def keep(name: str, _module: Any, _inputs: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        rows = tensor.flatten(0, 1).flatten(
-            1
-        )  # [T or T / TP, X]; the batch of one is before or after
+        rows = tensor.flatten(0, 1).flatten(1)  # the batch of one stands before T or after it
         taken = outputs.setdefault(name, [])
-        places = columns[len(taken)]
+        places = columns[len(taken)]  # a module runs the micro-batches in their order
         # Shorter than the others: a shard of sequence parallelism.
         first = rank.place.tensor_rank * len(rows) if len(rows) < len(places) else 0
         places = places[first : first + len(rows)]

@@ -74,8 +74,10 @@ class WorkerGroup:
         """Build process groups and engines on all ranks."""
         deadline_s, first = self._config.cluster.setup_timeout_s, self._actors[0]
         started = [actor.start.remote() for actor in self._actors]
-        self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
-        self._nonce.unlink()
+        try:
+            self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
+        finally:
+            self._nonce.unlink(missing_ok=True)
         store = [first.serve_store.remote()]
         (store_address,) = self._collect(Pending("rendezvous", deadline_s, store))
         inputs = ray.put((source, data))

@@ -121,7 +121,6 @@ class Program:
 
     def signal(self, number: int, *, whole_group: bool = False) -> None:
         """Send a signal to the program, or as a terminal does to all in its group."""
-        self._family |= set(marked(self._mark))
         (os.killpg if whole_group else os.kill)(self._process.pid, number)
 
     def wait_until(self, condition: Callable[[], object], *, timeout_s: float, what: str) -> None:
@@ -146,7 +145,10 @@ class Program:
 
     @property
     def left(self) -> list[psutil.Process]:
-        """What runs of the program and of all that it started."""
+        """What runs of the program and of all that it started.
+
+        Some of it is known by its parent alone, so ask before the program is killed, too.
+        """
         self._family |= set(marked(self._mark))
         return [process for process in self._family if is_alive(process)]
 
