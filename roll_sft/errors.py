@@ -49,6 +49,11 @@ class WorkerError(RollSftError):
     exit_code = 7
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def refuse(problems: list[str]) -> None:
     """Raise all `problems` as one `ConfigError`, if there are any."""
     if problems:

@@ -18,6 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from roll_sft.errors import first_line
+
 LOG = logging.getLogger(__name__)
 # Limits of MLflow's own validation.
 MAX_PARAMS_PER_BATCH = 100
@@ -88,7 +90,7 @@ class MlflowTracker:
                 job()
             self._try(lambda: self._client.set_terminated(self._run_id, status=self._status))
         except self._errors as error:
-            self._warn(_first_line(error))
+            self._warn(first_line(error))
 
     def _try(self, request: Callable[[], Any]) -> None:
         """Make `request`, again after each pause; raises what the last attempt raises."""
@@ -97,7 +99,7 @@ class MlflowTracker:
                 request()
                 return
             except self._errors as error:
-                self._warn(_first_line(error))
+                self._warn(first_line(error))
             if self._closing.wait(pause_s):
                 break
         request()
@@ -174,7 +176,3 @@ def without_password(text: str) -> str:
 
 def _shortened(value: str) -> str:
     return value if len(value) <= MAX_PARAM_LENGTH else value[: MAX_PARAM_LENGTH - 4] + " ..."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

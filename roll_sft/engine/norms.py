@@ -4,6 +4,7 @@ Legend: N tokens (of the sequence-parallel shard where there is one), H heads of
 E head dimension, D hidden size.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class PostNormMLP(MLP):
 
 def layer_spec(shape: ModelShape, *, core_attention: type) -> ModuleSpec:
     """Megatron's local layer with the norms that `shape` has, and `core_attention`."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm == "head")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm != "none")
     attention = layer.submodules.self_attention
     attention.submodules.core_attention = core_attention
     if shape.qk_norm == "head":
@@ -141,5 +142,10 @@ def layer_spec(shape: ModelShape, *, core_attention: type) -> ModuleSpec:
     else:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
         attention.module = PostNormAttention
-        layer.submodules.mlp.module = PostNormMLP
+        mlp = layer.submodules.mlp
+        if isinstance(mlp, functools.partial):  # megatron-core 0.19 gives the MLP's own builder
+            builder = PostNormMLP.as_mlp_submodule
+            layer.submodules.mlp = functools.partial(builder, *mlp.args, **mlp.keywords)
+        else:
+            mlp.module = PostNormMLP
     return layer

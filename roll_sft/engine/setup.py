@@ -51,9 +51,7 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         layernorm_epsilon=shape.rms_norm_eps,
         add_qkv_bias=shape.qkv_bias,
-        # Also makes finalize_model_grads sum these norms over the tensor group, by their names. A
-        # norm over the whole projection is cut over that group instead, and must not be summed.
-        qk_layernorm=shape.qk_norm == "head",
+        qk_layernorm=shape.qk_norm != "none",  # see build_model
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -133,7 +131,11 @@ def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel)
     layer = layer_spec(shape, core_attention=packed_attention(kernel))
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual_size is None else range(virtual_size)
-    return [_build_chunk(shape, config, layer, stage) for stage in stages]
+    chunks = [_build_chunk(shape, config, layer, stage) for stage in stages]
+    # From here on the flag makes finalize_model_grads sum these norms over the tensor group, by
+    # their names. A norm over the whole projection is cut over that group and must not be summed.
+    config.qk_layernorm = shape.qk_norm == "head"
+    return chunks
 
 
 def _build_chunk(

@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError
 
 from roll_sft.config import RunConfig
-from roll_sft.errors import ConfigError, ResourceError
+from roll_sft.errors import ConfigError, ResourceError, first_line
 from roll_sft.runtime import reaper
 
 LOG = logging.getLogger(__name__)
@@ -35,8 +35,12 @@ AUTH_MODE = "RAY_AUTH_MODE"
 def connected(config: RunConfig) -> Iterator[None]:
     """A Ray cluster while the block runs: `cluster.address`, RAY_ADDRESS, or one of our own.
 
-    Raises `ResourceError` (exit 4) where there is none to have.
+    Where this process is in a cluster already, because who called us joined it, that one is used
+    and stays. Raises `ResourceError` (exit 4) where there is none to have.
     """
+    if ray.is_initialized():
+        yield
+        return
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -112,7 +116,7 @@ def _start(config: RunConfig) -> None:
         ray.init(address="local", num_cpus=max(cores, wanted), include_dashboard=False, **QUIET)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ResourceError(
-            f"cluster: Ray does not start on this machine: {_first_line(error)}; its logs are in"
+            f"cluster: Ray does not start on this machine: {first_line(error)}; its logs are in"
             " /tmp/ray/session_latest/logs"
         ) from error
 
@@ -143,17 +147,18 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, **QUIET)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise _cannot_join(address, _first_line(error)) from error
+        raise _cannot_join(address, first_line(error)) from error
 
 
 def _check_reachable(address: str) -> None:
     """Refuse an address where no Ray answers: Ray itself would try for minutes.
 
     Turns token authentication on where the cluster asks for it and the user has a token, which Ray
-    does for a cluster on this machine only.
+    does for a cluster on this machine only. Other ways to prove who one is are left to Ray.
     """
     code, details = _ask(address, token="")
-    if code == grpc.StatusCode.UNAUTHENTICATED:
+    uses_token = os.environ.get(AUTH_MODE, "token").lower() == "token"
+    if code == grpc.StatusCode.UNAUTHENTICATED and uses_token:
         code, details = _ask(address, token=_user_token())
         if code == grpc.StatusCode.UNAUTHENTICATED:
             details = "it asks for a token, and there is none here or another one"
@@ -167,7 +172,8 @@ def _check_reachable(address: str) -> None:
 def _ask(address: str, *, token: str) -> tuple[grpc.StatusCode, str]:
     """Status of one bounded call to the head of a cluster, answered before one has joined."""
     metadata = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(address) as channel:
+    # As Ray does; a proxy would answer for the cluster.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             call(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)
@@ -194,7 +200,3 @@ def _cannot_join(address: str, reason: str, *, remedy: str = "") -> ResourceErro
         " local one"
     )
     return ResourceError(f"cluster.address: cannot join {address!r}: {reason}; {remedy}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

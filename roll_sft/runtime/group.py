@@ -138,7 +138,9 @@ class WorkerGroup:
         try:
             ray.get(references, timeout=CLOSE_TIMEOUT_S)
         except RayError as error:  # the work is done and saved, so this is no reason to fail
-            LOG.warning("the workers did not close in order: %s", str(error).splitlines()[-1])
+            LOG.warning(
+                "the workers did not close in order: %s", str(error).strip().rpartition("\n")[2]
+            )
         self.kill()
 
     def kill(self) -> None:

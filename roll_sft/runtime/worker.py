@@ -23,7 +23,7 @@ import ray
 import ray.util
 
 from roll_sft.config import RunConfig, layout_of
-from roll_sft.errors import ConfigError, RollSftError
+from roll_sft.errors import ConfigError, RollSftError, first_line
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 
 if TYPE_CHECKING:
@@ -221,11 +221,10 @@ def started_line(address: WorkerAddress) -> str:
 def _fault_of(error: Exception, address: WorkerAddress, *, phase: str) -> RankFault:
     """Describe `error`, which is being handled on the rank at `address`."""
     code = error.exit_code if isinstance(error, RollSftError) else None
-    first_line = (str(error).strip().splitlines() or [""])[0]
     return RankFault(
         address,
         phase=phase,
-        summary=str(error) if code is not None else f"{type(error).__name__}: {first_line}",
+        summary=str(error) if code is not None else f"{type(error).__name__}: {first_line(error)}",
         is_collateral=_is_collateral(error),
         exit_code=code,
         details=traceback.format_exc(),

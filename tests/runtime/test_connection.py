@@ -128,6 +128,16 @@ def test_cluster_that_asks_for_a_token_is_joined_with_it_and_refused_without(clu
 
 
 @pytest.mark.slow
+def test_cluster_that_the_caller_joined_is_used_and_stays(cluster):
+    config = build_config({"cluster": {"address": cluster.address}})
+    with connected(config):
+        with connected(build_config({})):
+            assert ray.cluster_resources()["CPU"] == 4
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
 def test_address_in_the_environment_is_joined_and_one_in_the_configuration_wins(
     cluster, monkeypatch
 ):
