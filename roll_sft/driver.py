@@ -54,7 +54,9 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
         ):
             records.device_name = group.device_name
             _train(job, group, records, folder=folder)
-        if config.checkpoint.save and config.checkpoint.hf_export == "final":
+        if not config.checkpoint.save and config.checkpoint.hf_export != "none":
+            LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
+        elif config.checkpoint.hf_export == "final":
             _export(folder)
 
 

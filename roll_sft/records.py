@@ -136,7 +136,9 @@ def _tracker(job: Job, folder: Path) -> MlflowTracker | None:
         run_name=job.config.run_name,
         folder=folder,
     )
-    tracker.log_params(_flat(dataclasses.asdict(job.config)))
+    params = _flat(dataclasses.asdict(job.config))
+    del params["tracking.mlflow_uri"]  # may hold a password, which config.yaml keeps unresolved
+    tracker.log_params(params)
     for name in ("config.yaml", "data_report.json"):
         tracker.log_file(folder / name)
     return tracker

@@ -182,7 +182,7 @@ class ChatTokenizer:
             raise DataError(
                 f"the chat template ignores add_generation_prompt and writes {_quoted(written)} "
                 f"before an answer, so the header cannot be told from the answer; add "
-                f"{{% if add_generation_prompt %}} with the header to data.chat_template"
+                f"{{% if add_generation_prompt %}} with the header to the tokenizer's template"
             )
         return _Turn(len(before), len(upto), message=index, is_blank=not content.strip())
 
@@ -206,7 +206,7 @@ class ChatTokenizer:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is broken at its line {error.lineno}: {error.message}; mend "
-                f"the tokenizer's template or set data.chat_template"
+                f"the tokenizer's template or use another tokenizer"
             ) from error
         except (jinja2.TemplateError, TypeError) as error:
             raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
@@ -252,7 +252,7 @@ class ChatTokenizer:
             raise DataError(
                 f"the chat template ends an answer without an end-of-turn token (it writes "
                 f"{_quoted(text[turn.start : turn.end], end=True)}), so a model would never learn "
-                f"to stop; end the assistant turn with {{{{ eos_token }}}} in data.chat_template"
+                f"to stop; end the assistant turn with {{{{ eos_token }}}} in its template"
             )
         if len(found) > 1 and turn.is_blank:
             raise UnusableRow(
@@ -269,7 +269,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
     except ValueError:
         names = ", ".join(sorted(tokenizer.chat_template or ())) or "none"
         raise DataError(
-            f"the tokenizer has no default chat template (found: {names}); set data.chat_template "
+            f"the tokenizer has no default chat template (found: {names}); give it one, "
             f"or give the tokenizer of an instruction-tuned model with model.tokenizer_path"
         ) from None
 
@@ -309,7 +309,7 @@ def _check_present(message: Message, *, index: int, text: str) -> None:
         return
     raise UnusableRow(
         f"the chat template drops or rewrites the text of message {index} ({message.role}); change "
-        f"the message, or set a data.chat_template that writes it as it stands"
+        f"the message, or use a tokenizer whose template writes it as it stands"
     )
 
 
@@ -319,8 +319,8 @@ def _rewritten(text: str, *, beginning: str, index: int) -> str:
     return (
         f"the chat template rewrites earlier turns, so the answer in message {index} has no fixed "
         f"place: it writes {_quoted(beginning[place:])} up to that turn and "
-        f"{_quoted(text[place:])} once the conversation goes on; use single-turn rows or another "
-        f"data.chat_template"
+        f"{_quoted(text[place:])} once the conversation goes on; use single-turn rows or a "
+        f"tokenizer with another template"
     )
 
 
@@ -328,7 +328,7 @@ def _straddling(text: str, *, turn: _Turn) -> str:
     return (
         f"one token spans the end of the header {_quoted(text[: turn.start], end=True)} and the "
         f"beginning of the answer {_quoted(text[turn.start :])} in message {turn.message}; change "
-        f"the beginning of the answer, or the end of the header in data.chat_template"
+        f"the beginning of the answer, or the end of the header in its template"
     )
 
 
