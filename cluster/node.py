@@ -12,7 +12,9 @@ other people's Ray nodes on the machine go on. Options after `--` go to `ray sta
 """
 
 import argparse
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 import psutil
 
 STATE = Path.home() / ".roll_sft" / "nodes"
+AGENT_PORT = 52365
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 
@@ -47,7 +50,20 @@ def main() -> int:
         command += [f"--dashboard-port={options.dashboard_port}"]
     else:
         command = [f"--address={options.address}", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={agent_port()}"]
     return start_node(options.name, [*command, *extra], makes_token=options.verb == "head")
+
+
+def agent_port() -> int:
+    """Ray's own port for the agent that starts jobs, or a free one where another node has it.
+
+    An agent that finds its port taken starts without a server, and no job can be submitted.
+    """
+    for port in (AGENT_PORT, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return int(probe.getsockname()[1])
+    raise OSError("no port is free")
 
 
 def split_extra(arguments: list[str]) -> tuple[list[str], list[str]]:

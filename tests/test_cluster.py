@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,24 @@ def call(
 
 def node(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return call([sys.executable, str(ROOT / "cluster" / "node.py"), *arguments], home)
+
+
+def submit(home: Path, dashboard: int, job: list[str]) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, tried again while the head's job agent, which starts last, is not there."""
+    command = [
+        str(BIN / "ray"),
+        "job",
+        "submit",
+        "--address",
+        f"http://127.0.0.1:{dashboard}",
+        "--",
+    ]
+    ends = time.monotonic() + 90
+    while True:
+        result = call([*command, *job], home, timeout_s=240, RAY_AUTH_MODE="token")
+        if "try again later" not in result.stdout + result.stderr or time.monotonic() > ends:
+            return result
+        time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +104,10 @@ def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_p
         "train.global_batch_size=8",
         "tracking.backends=[jsonl]",
     ]
-    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
-    refused = call([*submit, "true"], tmp_path, RAY_AUTH_MODE="token")
+    refused = submit(tmp_path, dashboard, ["true"])
     assert refused.returncode != 0
     assert "auth" in (refused.stdout + refused.stderr).lower()
-    result = call([*submit, *job], home, timeout_s=240, RAY_AUTH_MODE="token")
+    result = submit(home, dashboard, job)
     assert result.returncode == 0, result.stdout + result.stderr
     steps = [json.loads(line) for line in (tmp_path / "out" / "steps.jsonl").open()]
     assert [step["step"] for step in steps] == [1, 2, 3]
@@ -98,9 +116,8 @@ def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_p
 
 def test_a_job_with_a_relative_output_dir_is_refused(cluster: tuple[Path, int]) -> None:
     home, dashboard = cluster
-    submit = [str(BIN / "ray"), "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
     job = [sys.executable, "-m", "roll_sft.run", "model.path=m", "data.train=[{path: a.jsonl}]"]
-    result = call([*submit, *job], home, RAY_AUTH_MODE="token")
+    result = submit(home, dashboard, job)
     assert result.returncode != 0
     assert "under a Ray job it would lie in" in result.stdout + result.stderr
 
