@@ -27,7 +27,7 @@ import jinja2
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from roll_sft.data.sources import Conversation, Message
+from roll_sft.data.conversation import Conversation, Message
 from roll_sft.errors import DataError
 
 # Part of the fingerprint: raise it when the same conversation gives other ids or another mask.

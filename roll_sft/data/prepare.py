@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, CacheFacts, read_facts
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.sources import BadRow, ColumnKeys, Conversation, read_conversations
+from roll_sft.data.conversation import BadRow, Conversation
+from roll_sft.data.sources import ColumnKeys, read_conversations
 from roll_sft.errors import DataError, ResourceError
 
 _log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ not known; what a template adds is left out.
 from collections import Counter
 from pathlib import Path
 
+from roll_sft.data.conversation import BadRow
 from roll_sft.data.prepare import EMPTY, MALFORMED, SourceReport
-from roll_sft.data.rows import BadRow
 from roll_sft.data.sources import ColumnKeys, read_conversations
 from roll_sft.errors import DataError
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from roll_sft.data.conversation import BadRow
 from roll_sft.errors import DataError
 
 SUFFIXES = (".json", ".jsonl")
@@ -33,20 +34,6 @@ class JsonRow:
     value: object
     row: int
     line: int
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used, and why. Numbered as in `JsonRow`.
-
-    `is_empty`: the row is well formed and has no answer to learn, so it is dropped and counted
-    where a malformed one is an error.
-    """
-
-    row: int
-    line: int
-    reason: str
-    is_empty: bool = False
 
 
 def read_rows(path: Path) -> Iterator[JsonRow | BadRow]:

@@ -20,16 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from roll_sft.data.rows import BadRow, JsonRow, read_rows
+from roll_sft.data.conversation import BadRow, Conversation, Message
+from roll_sft.data.rows import JsonRow, read_rows
 from roll_sft.errors import ConfigError, DataError
-
-__all__ = [
-    "BadRow",
-    "ColumnKeys",
-    "Conversation",
-    "Message",
-    "read_conversations",
-]
 
 _log = logging.getLogger(__name__)
 
@@ -65,23 +58,6 @@ _COLUMNS_SHOWN = 12
 _Shape = Literal["alpaca", "messages"]
 # What a column is for -> the name the user gave it, or None.
 _Named = Mapping[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn: `role` is one of `ROLES`, `content` the text as it stands in the file."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """The messages of one row. `row` counts from 0 over all rows of the file, `line` from 1."""
-
-    messages: tuple[Message, ...]
-    row: int
-    line: int
 
 
 @dataclass(frozen=True, slots=True)

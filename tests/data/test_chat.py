@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.sources import Conversation, Message
+from roll_sft.data.conversation import Conversation, Message
 from roll_sft.errors import DataError
 from tests.tiny import CHATML_TEMPLATE, CONTROL_TOKENS, tiny_tokenizer
 

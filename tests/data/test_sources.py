@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roll_sft.data.conversation import BadRow, Conversation, Message
 from roll_sft.data.rows import JsonRow, read_rows
-from roll_sft.data.sources import BadRow, ColumnKeys, Conversation, Message, read_conversations
+from roll_sft.data.sources import ColumnKeys, read_conversations
 from roll_sft.errors import ConfigError, DataError
 
 AUTO = ColumnKeys()
