@@ -19,28 +19,37 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import jinja2
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from roll_sft.data.conversation import Conversation, Message
+from roll_sft.data.conversation import Conversation, Document, Message
 from roll_sft.errors import DataError
 
 # Part of the fingerprint: raise it when the same conversation gives other ids or another mask.
-_VERSION = 1
+_VERSION = 2
+# How tokenizers name the end of a text, where `eos_token` may be the end of a turn.
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _CONTEXT_CHARACTERS = 12
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenizedSample:
-    """`label_mask[t]`: token t predicts token t + 1 and that is trained on; False at the end."""
+    """What one sample of a row is: `token_ids` int32 [T] and `label_mask` uint8 [T].
 
-    token_ids: list[int]
-    label_mask: list[bool]
+    `label_mask[t]` is 1 where token t predicts token t + 1 and that is trained on; 0 at the end.
+    `atomic`: spans of tokens (start, stop) that may not be cut through, as a tool call.
+    """
+
+    token_ids: NDArray[np.int32]
+    label_mask: NDArray[np.uint8]
+    atomic: tuple[tuple[int, int], ...] = ()
 
 
 class UnusableRow(Exception):  # noqa: N818 - it says what the row is, not that something failed
@@ -88,67 +97,109 @@ class ChatTokenizer:
     merges, normalisation, added tokens, template, and the rules of this module.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `DataError` if `tokenizer` reports no character offsets or has no chat template."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        train_on: str = "assistant",
+    ) -> None:
+        """`template` is Jinja text in place of the tokenizer's own; `train_on` as `data.train_on`.
+
+        Raise `DataError` if `tokenizer` reports no character offsets or has no chat template.
+        """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
                 f"tokenizer {type(tokenizer).__name__}: is not a fast one and reports no character "
                 f"offsets, which the loss mask needs; use a model folder with a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        self._template = _chat_template(tokenizer)
+        assert train_on == "assistant", f"train_on {train_on!r} is not built"
+        self.template = _chat_template(tokenizer) if template is None else template
         self._backend = _plain_backend(tokenizer)
         control_tokens = _control_tokens(tokenizer)
         self._control_ids = frozenset(control_tokens.values())
         # The longest first: one control token may begin with another.
         by_length = sorted(control_tokens, key=lambda text: (-len(text), text))
         self._control_text = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        self._first_ids = tokenizer("", add_special_tokens=True).input_ids[:1]
+        if self._first_ids != [tokenizer.bos_token_id]:
+            self._first_ids = []
+        self._end_of_text = _end_of_text(tokenizer, control_tokens)
         parts = (
             _VERSION,
             self._backend.to_str(),
-            self._template,
+            self.template,
+            train_on,
             tokenizer.special_tokens_map,
             sorted(control_tokens.items()),
         )
         described = json.dumps(parts, sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(described.encode("utf-8")).hexdigest()
 
-    def tokenize(self, conversation: Conversation) -> TokenizedSample:
-        """Return the sample, or raise `UnusableRow`; see `tokenize_many`."""
-        result = self.tokenize_many([conversation])[0]
+    def tokenize(self, row: Conversation | Document) -> list[TokenizedSample]:
+        """Return the samples of one row, or raise `UnusableRow`; see `tokenize_many`."""
+        result = self.tokenize_many([row])[0]
         if isinstance(result, UnusableRow):
             raise result
         return result
 
     def tokenize_many(
-        self, conversations: Sequence[Conversation]
-    ) -> list[TokenizedSample | UnusableRow]:
-        """Return for each conversation its sample, or why it has none (not raised).
+        self, rows: Sequence[Conversation | Document]
+    ) -> list[list[TokenizedSample] | UnusableRow]:
+        """Return for each row its samples, or why it has none (not raised).
 
-        Encodes them together, which uses all cores. Raises `DataError` if the template cannot be
-        used with any conversation: broken syntax, or no end-of-turn token after an answer.
+        A document is encoded without the template, ends with the end-of-text token, and is trained
+        on as a whole. Encodes all rows together, which uses all cores. Raises `DataError` if the
+        template cannot be used with any conversation: broken syntax, or no end-of-turn token.
         """
-        rendered: list[_Rendered | UnusableRow] = []
-        for conversation in conversations:
+        rendered: list[_Rendered | str | UnusableRow] = []
+        for row in rows:
             try:
-                rendered.append(self._render(conversation.messages))
+                rendered.append(self._render(row))
             except UnusableRow as error:
                 rendered.append(error)
-        texts = [each.text for each in rendered if isinstance(each, _Rendered)]
+        texts = [
+            each.text if isinstance(each, _Rendered) else each
+            for each in rendered
+            if not isinstance(each, UnusableRow)
+        ]
         # The template writes what begins a text; adding it again would double it.
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        results: list[TokenizedSample | UnusableRow] = []
+        results: list[list[TokenizedSample] | UnusableRow] = []
         for each in rendered:
             if isinstance(each, UnusableRow):
                 results.append(each)
                 continue
             try:
-                results.append(self._sample(each, encoding=next(encodings)))
+                results.append([self._sample(each, encoding=next(encodings))])
             except UnusableRow as error:
                 results.append(error)
         return results
 
-    def _render(self, messages: Sequence[Message]) -> _Rendered:
+    def _document(self, document: Document) -> str:
+        if found := self._control_text.search(document.text):
+            raise UnusableRow(
+                f"the text holds '{found.group()}', which the tokenizer reads as a control token; "
+                f"reword or remove it"
+            )
+        if self._end_of_text is None:
+            raise DataError(
+                "the tokenizer has no eos_token, so a text would have no end; name one in its "
+                "tokenizer_config.json"
+            )
+        return document.text
+
+    def _render(self, row: Conversation | Document) -> _Rendered | str:
+        if isinstance(row, Document):
+            return self._document(row)
+        messages = row.messages
+        for index, message in enumerate(messages):
+            if message.reasoning or message.tool_calls or not message.train:
+                raise UnusableRow(
+                    f"message {index} ({message.role}) has reasoning, tool calls or train=false, "
+                    f"which is not available in this version; remove them"
+                )
         self._refuse_control_text(messages)
         text = self._apply(messages, add_generation_prompt=False)
         turns: list[_Turn] = []
@@ -199,7 +250,7 @@ class ChatTokenizer:
         try:
             text = self._tokenizer.apply_chat_template(
                 turns,
-                chat_template=self._template,
+                chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -213,7 +264,12 @@ class ChatTokenizer:
         assert isinstance(text, str), f"a rendered conversation is a {type(text).__name__}"
         return text
 
-    def _sample(self, rendered: _Rendered, *, encoding: Encoding) -> TokenizedSample:
+    def _sample(self, rendered: _Rendered | str, *, encoding: Encoding) -> TokenizedSample:
+        if isinstance(rendered, str):
+            ids = np.array([*self._first_ids, *encoding.ids, self._end_of_text], np.int32)
+            label_mask = np.ones(ids.size, np.uint8)
+            label_mask[-1:] = 0
+            return TokenizedSample(ids, label_mask)
         offsets: list[tuple[int, int]] = encoding.offsets
         tokens = _Encoded(
             encoding.ids, starts=[start for start, _ in offsets], ends=[end for _, end in offsets]
@@ -223,7 +279,7 @@ class ChatTokenizer:
                 "the tokenizer reports character offsets that go backwards, so the answer cannot "
                 "be told from its context; normalise the text of the row (NFC) beforehand"
             )
-        label_mask = [False] * len(tokens.ids)
+        label_mask = np.zeros(len(tokens.ids), np.uint8)
         for turn in rendered.turns:
             # First, since a template without an end is at fault whatever the row holds.
             final = self._end_of_turn(rendered.text, turn=turn, tokens=tokens)
@@ -231,9 +287,8 @@ class ChatTokenizer:
             if first > 0 and tokens.ends[first - 1] > turn.start:
                 raise UnusableRow(_straddling(rendered.text, turn=turn))
             # Shifted by one: the token before is the one that predicts. Nothing predicts the first.
-            for token in range(max(first, 1), final + 1):
-                label_mask[token - 1] = True
-        return TokenizedSample(token_ids=tokens.ids, label_mask=label_mask)
+            label_mask[max(first, 1) - 1 : final] = 1
+        return TokenizedSample(np.array(tokens.ids, np.int32), label_mask)
 
     def _end_of_turn(self, text: str, *, turn: _Turn, tokens: _Encoded) -> int:
         """Return the index of the control token that ends the turn.
@@ -300,6 +355,14 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     if tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token):
         tokens.pop(tokenizer.unk_token, None)
     return tokens
+
+
+def _end_of_text(
+    tokenizer: PreTrainedTokenizerFast, control_tokens: Mapping[str, int]
+) -> int | None:
+    """Return the id that ends a document: chat models have another end-of-sequence token."""
+    named = (control_tokens[text] for text in _END_OF_TEXT if text in control_tokens)
+    return next(named, tokenizer.eos_token_id)
 
 
 def _check_present(message: Message, *, index: int, text: str) -> None:

@@ -227,16 +227,16 @@ class _Columns:
     """The arrays of one batch. `end` is where its last sample ends among all tokens."""
 
     end: int
-    tokens: list[int] = field(default_factory=list)
-    label_mask: list[bool] = field(default_factory=list)
+    tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    label_mask: list[NDArray[np.uint8]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     supervised: list[int] = field(default_factory=list)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        values = {
-            "tokens": self.tokens,
-            "label_mask": self.label_mask,
+        values: dict[str, Any] = {
+            "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]),
+            "label_mask": np.concatenate([np.empty(0, np.uint8), *self.label_mask]),
             "offsets": self.offsets,
             "rows": self.rows,
             "supervised": self.supervised,
@@ -261,7 +261,11 @@ def _tokenized(
             yield row, row.reason
             continue
         sample = next(samples)
-        yield row, str(sample) if isinstance(sample, UnusableRow) else sample
+        if isinstance(sample, UnusableRow):
+            yield row, str(sample)
+            continue
+        assert len(sample) == 1, f"row {row.row} gives {len(sample)} samples"
+        yield row, sample[0]
 
 
 def _take(
@@ -284,7 +288,7 @@ def _take(
         facts.first_malformed = facts.first_malformed or sample
         facts.drop(MALFORMED, line=row.line)
         return
-    length, supervised = len(sample.token_ids), sum(sample.label_mask)
+    length, supervised = sample.token_ids.size, int(sample.label_mask.sum())
     if length > source.options.sequence_length:
         facts.shortest_overlong = min(facts.shortest_overlong or length, length)
         facts.drop(OVERLONG, line=row.line)
@@ -296,8 +300,8 @@ def _take(
     facts.tokens += length
     facts.supervised_tokens += supervised
     columns.end += length
-    columns.tokens += sample.token_ids
-    columns.label_mask += sample.label_mask
+    columns.tokens.append(sample.token_ids)
+    columns.label_mask.append(sample.label_mask)
     columns.offsets.append(columns.end)
     columns.rows.append(row.row)
     columns.supervised.append(supervised)

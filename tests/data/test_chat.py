@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.conversation import Conversation, Message
+from roll_sft.data.conversation import Conversation, Document, Message
 from roll_sft.errors import DataError
 from tests.tiny import CHATML_TEMPLATE, CONTROL_TOKENS, tiny_tokenizer
 
@@ -46,6 +47,13 @@ def with_template(template: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def only(chat: ChatTokenizer, row: Conversation | Document) -> TokenizedSample:
+    """The one sample of a row."""
+    (sample,) = chat.tokenize(row)
+    assert (sample.token_ids.dtype, sample.label_mask.dtype) == (np.int32, np.uint8)
+    return sample
+
+
 def conversation(*turns: str, system: str | None = None) -> Conversation:
     """User and assistant in turn, beginning with the user."""
     messages = [] if system is None else [Message("system", system)]
@@ -59,16 +67,25 @@ def supervised(
 ) -> list[str]:
     """The text of each run of supervised tokens, decoded from ids alone."""
     assert len(sample.token_ids) == len(sample.label_mask)
-    assert sample.label_mask[-1] is False
+    assert sample.label_mask[-1] == 0
     runs: list[list[int]] = []
     previous = False
-    for target, mask in zip(sample.token_ids[1:], sample.label_mask, strict=False):
+    for target, mask in zip(
+        sample.token_ids[1:].tolist(), sample.label_mask.tolist(), strict=False
+    ):
         if mask and not previous:
             runs.append([])
         if mask:
             runs[-1].append(target)
         previous = mask
     return [(tokenizer or tiny_tokenizer()).decode(run) for run in runs]
+
+
+def plain(result: list[TokenizedSample] | UnusableRow) -> object:
+    """What a row gave, for comparison."""
+    if isinstance(result, UnusableRow):
+        return str(result)
+    return [(s.token_ids.tolist(), s.label_mask.tolist(), s.atomic) for s in result]
 
 
 def answers(*contents: str) -> list[str]:
@@ -94,7 +111,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_exactly_the_answer_and_its_end_of_turn_are_supervised(text: str) -> None:
-    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation(text, text))
+    sample = only(ChatTokenizer(tiny_tokenizer()), conversation(text, text))
     assert supervised(sample) == answers(text)
     expected = (
         f"{DEFAULT_SYSTEM}<|im_start|>user\n{text}<|im_end|>\n"
@@ -105,17 +122,17 @@ def test_exactly_the_answer_and_its_end_of_turn_are_supervised(text: str) -> Non
 
 def test_the_mask_lies_on_the_predicting_token() -> None:
     tokenizer = tiny_tokenizer()
-    sample = ChatTokenizer(tokenizer).tokenize(conversation("Q", "A"))
-    tail = tokenizer.convert_ids_to_tokens(sample.token_ids)[-6:]
+    sample = only(ChatTokenizer(tokenizer), conversation("Q", "A"))
+    tail = tokenizer.convert_ids_to_tokens(sample.token_ids.tolist())[-6:]
     assert tail == ["<|im_start|>", "assistant", "\u010a", "A", END, "\u010a"]
-    assert sample.label_mask[-6:] == [False, False, True, True, False, False]
-    assert not any(sample.label_mask[:-6])
+    assert sample.label_mask[-6:].tolist() == [0, 0, 1, 1, 0, 0]
+    assert not sample.label_mask[:-6].any()
 
 
 @pytest.mark.parametrize("system", [None, "", "Be brief.", " \u4f60 {{x}} "])
 def test_every_turn_is_supervised_and_the_system_message_never(system: str | None) -> None:
     turns = [text for text in TEXTS for _ in range(2)]
-    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation(*turns, system=system))
+    sample = only(ChatTokenizer(tiny_tokenizer()), conversation(*turns, system=system))
     assert supervised(sample) == answers(*TEXTS)
     text = tiny_tokenizer().decode(sample.token_ids)
     assert text.count("<|im_start|>system\n") == 1
@@ -123,7 +140,7 @@ def test_every_turn_is_supervised_and_the_system_message_never(system: str | Non
 
 
 def test_an_empty_answer_still_ends_and_a_last_question_is_context() -> None:
-    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation("a", "", "b", "c", "d"))
+    sample = only(ChatTokenizer(tiny_tokenizer()), conversation("a", "", "b", "c", "d"))
     assert supervised(sample) == answers("", "c")
 
 
@@ -132,12 +149,12 @@ def test_ids_are_those_of_the_tokenizer_itself() -> None:
     row = conversation(*TEXTS[:6])
     turns = [{"role": message.role, "content": message.content} for message in row.messages]
     expected = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    assert ChatTokenizer(tokenizer).tokenize(row).token_ids == expected
+    assert only(ChatTokenizer(tokenizer), row).token_ids.tolist() == expected
 
 
 def test_a_template_that_trims_is_followed() -> None:
     chat = ChatTokenizer(with_template(TRIMMING_TEMPLATE))
-    sample = chat.tokenize(conversation(" q ", "\n\n one \n", "q", " two"))
+    sample = only(chat, conversation(" q ", "\n\n one \n", "q", " two"))
     assert supervised(sample) == answers("one", "two")
 
 
@@ -147,21 +164,21 @@ def test_a_template_with_generation_marks_is_masked_like_any_other() -> None:
         "{% generation %}{% endgeneration %}{{- '<|im_start|>' + message.role",
     )
     assert marked != CHATML_TEMPLATE
-    sample = ChatTokenizer(with_template(marked)).tokenize(conversation("q", "a"))
+    sample = only(ChatTokenizer(with_template(marked)), conversation("q", "a"))
     assert supervised(sample) == answers("a")
 
 
 def test_what_the_template_adds_after_the_generation_prompt_is_supervised() -> None:
     chat = ChatTokenizer(with_template(REASONING_TEMPLATE))
-    assert supervised(chat.tokenize(conversation("q", "a"))) == answers("<think>\n\n</think>\n\na")
+    assert supervised(only(chat, conversation("q", "a"))) == answers("<think>\n\n</think>\n\na")
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     chat = ChatTokenizer(with_template(REASONING_TEMPLATE))
     with pytest.raises(UnusableRow, match=r"rewrites earlier turns, so the answer in message 1"):
-        chat.tokenize(conversation("q", "a", "q", "a"))
+        only(chat, conversation("q", "a", "q", "a"))
     with pytest.raises(UnusableRow, match=r"rewrites earlier turns"):
-        chat.tokenize(conversation("q", "<think>x</think>a", "q", "<think>x</think>a"))
+        only(chat, conversation("q", "<think>x</think>a", "q", "<think>x</think>a"))
 
 
 def test_a_closing_token_after_the_end_of_turn_is_not_supervised() -> None:
@@ -169,16 +186,16 @@ def test_a_closing_token_after_the_end_of_turn_is_not_supervised() -> None:
         CHATML_TEMPLATE + "{%- if not add_generation_prompt %}{{- '<|endoftext|>' }}{% endif %}"
     )
     chat = ChatTokenizer(with_template(closing))
-    assert supervised(chat.tokenize(conversation("q", "a"))) == answers("a")
+    assert supervised(only(chat, conversation("q", "a"))) == answers("a")
 
 
 def test_a_template_that_drops_a_message_is_refused() -> None:
     no_system = CHATML_TEMPLATE.replace("messages[0]['content']", "'You are.'")
     with pytest.raises(UnusableRow, match=r"drops or rewrites the text of message 0 \(system\)"):
-        ChatTokenizer(with_template(no_system)).tokenize(conversation("q", "a", system="Be brief."))
+        only(ChatTokenizer(with_template(no_system)), conversation("q", "a", system="Be brief."))
     loud = CHATML_TEMPLATE.replace("message.content +", "message.content | upper +")
     with pytest.raises(UnusableRow, match=r"the text of message 1 \(assistant\)"):
-        ChatTokenizer(with_template(loud)).tokenize(conversation("Q", "a"))
+        only(ChatTokenizer(with_template(loud)), conversation("Q", "a"))
 
 
 def test_a_template_without_end_of_turn_is_refused_with_the_remedy() -> None:
@@ -186,13 +203,13 @@ def test_a_template_without_end_of_turn_is_refused_with_the_remedy() -> None:
     with pytest.raises(
         DataError, match=r"without an end-of-turn token .*'the answer\\n'.*eos_token"
     ):
-        chat.tokenize(conversation("q", "the answer"))
+        only(chat, conversation("q", "the answer"))
 
 
 def test_a_template_without_generation_prompt_is_refused() -> None:
     chat = ChatTokenizer(with_template(CHATML_TEMPLATE.replace("add_generation_prompt", "false")))
     with pytest.raises(DataError, match=r"ignores add_generation_prompt and writes '<\|im_start"):
-        chat.tokenize(conversation("q", "a"))
+        only(chat, conversation("q", "a"))
 
 
 def test_a_template_whose_answers_need_no_header_is_accepted() -> None:
@@ -201,13 +218,13 @@ def test_a_template_whose_answers_need_no_header_is_accepted() -> None:
         "else ' ' + message.content + eos_token }}{%- endfor %}"
     )
     chat = ChatTokenizer(with_template(bare))
-    assert supervised(chat.tokenize(conversation("q", "a", "q", "b"))) == answers(" a", " b")
+    assert supervised(only(chat, conversation("q", "a", "q", "b"))) == answers(" a", " b")
 
 
 def test_a_template_that_objects_refuses_the_row_with_its_words() -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UnusableRow, match=r"refuses the conversation: roles must alternate"):
-        ChatTokenizer(with_template(strict)).tokenize(conversation("q", "a"))
+        only(ChatTokenizer(with_template(strict)), conversation("q", "a"))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +233,7 @@ def test_a_template_that_objects_refuses_the_row_with_its_words() -> None:
 )
 def test_a_missing_or_broken_template_is_a_data_error(template: str | None, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
-        ChatTokenizer(with_template(template)).tokenize(conversation("q", "a"))
+        only(ChatTokenizer(with_template(template)), conversation("q", "a"))
 
 
 def test_several_templates_without_a_default_are_listed() -> None:
@@ -225,13 +242,13 @@ def test_several_templates_without_a_default_are_listed() -> None:
     with pytest.raises(DataError, match=r"found: rag, tool_use"):
         ChatTokenizer(tokenizer)
     tokenizer.chat_template["default"] = CHATML_TEMPLATE
-    assert supervised(ChatTokenizer(tokenizer).tokenize(conversation("q", "a"))) == answers("a")
+    assert supervised(only(ChatTokenizer(tokenizer), conversation("q", "a"))) == answers("a")
 
 
 def test_a_token_across_the_border_is_refused_with_the_text_around() -> None:
     expected = r"one token spans .*'\|>assistant\\n' .*'\\n\\nfour<\|im_e' in message 1"
     with pytest.raises(UnusableRow, match=expected):
-        ChatTokenizer(tiny_tokenizer()).tokenize(conversation("q", "\n\nfour"))
+        only(ChatTokenizer(tiny_tokenizer()), conversation("q", "\n\nfour"))
 
 
 @pytest.mark.parametrize("role", [0, 1])
@@ -239,18 +256,18 @@ def test_control_tokens_in_the_text_are_refused(role: int) -> None:
     turns = ["q", "a"]
     turns[role] = "x<|im_end|>\n<|im_start|>system\ny"
     with pytest.raises(UnusableRow, match=rf"message {role} .*<\|im_end\|>.* control token"):
-        ChatTokenizer(tiny_tokenizer()).tokenize(conversation(*turns))
+        only(ChatTokenizer(tiny_tokenizer()), conversation(*turns))
 
 
 def test_a_conversation_that_begins_with_an_answer_is_refused() -> None:
     row = Conversation((Message("assistant", "hello"), Message("user", "q")), row=0, line=1)
     with pytest.raises(UnusableRow, match=r"begins with an assistant message"):
-        ChatTokenizer(tiny_tokenizer()).tokenize(row)
+        only(ChatTokenizer(tiny_tokenizer()), row)
 
 
 def test_no_assistant_message_means_nothing_supervised() -> None:
-    sample = ChatTokenizer(tiny_tokenizer()).tokenize(conversation("q"))
-    assert not any(sample.label_mask)
+    sample = only(ChatTokenizer(tiny_tokenizer()), conversation("q"))
+    assert not sample.label_mask.any()
 
 
 def test_many_at_once_give_what_one_by_one_gives() -> None:
@@ -265,9 +282,28 @@ def test_many_at_once_give_what_one_by_one_gives() -> None:
         False,
     ]
     for row, result in zip(rows, results, strict=True):
-        if isinstance(result, TokenizedSample):
-            assert result == chat.tokenize(row)
+        if not isinstance(result, UnusableRow):
+            assert plain(result) == plain([only(chat, row)])
     assert chat.tokenize_many([]) == []
+
+
+def test_a_document_is_learnt_as_a_whole_and_ends() -> None:
+    tokenizer = with_template(None)
+    chat = ChatTokenizer(tokenizer, template=CHATML_TEMPLATE)
+    sample = only(chat, Document("One text.\n", row=0, line=1))
+    assert tokenizer.decode(sample.token_ids) == "One text.\n<|endoftext|>"
+    assert sample.label_mask.tolist() == [1] * (sample.token_ids.size - 1) + [0]
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text() -> None:
+    tokenizer = with_template(CHATML_TEMPLATE)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    sample = only(ChatTokenizer(tokenizer), Document("text", row=0, line=1))
+    assert tokenizer.decode(sample.token_ids) == "<|im_start|>text<|endoftext|>"
+    assert sample.label_mask.tolist() == [1] * (sample.token_ids.size - 1) + [0]
 
 
 # Tokenizers
@@ -280,11 +316,12 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 def test_trimmed_offsets_and_left_over_state_change_nothing() -> None:
     rows = [conversation("a  b", text) for text in TEXTS]
-    plain = ChatTokenizer(tiny_tokenizer()).tokenize_many(rows)
+    expected = ChatTokenizer(tiny_tokenizer()).tokenize_many(rows)
     tokenizer = with_template(CHATML_TEMPLATE)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
-    assert ChatTokenizer(tokenizer).tokenize_many(rows) == plain
+    results = ChatTokenizer(tokenizer).tokenize_many(rows)
+    assert list(map(plain, results)) == list(map(plain, expected))
 
 
 @pytest.mark.parametrize("trim", [False, True])
@@ -293,7 +330,7 @@ def test_trimmed_offsets_do_not_hide_a_token_across_the_border(trim: bool) -> No
     tokenizer = with_template(spaced)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
     with pytest.raises(UnusableRow, match=r"one token spans .*'\\nassistant: ' .*'the<"):
-        ChatTokenizer(tokenizer).tokenize(conversation("q", "the"))
+        only(ChatTokenizer(tokenizer), conversation("q", "the"))
 
 
 def test_a_tokenizer_that_adds_a_beginning_does_not_double_it() -> None:
@@ -302,8 +339,8 @@ def test_a_tokenizer_that_adds_a_beginning_does_not_double_it() -> None:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     assert tokenizer("a").input_ids[0] == 0
-    sample = ChatTokenizer(tokenizer).tokenize(conversation("q", "a"))
-    assert sample.token_ids[:2] == [0, 1]
+    sample = only(ChatTokenizer(tokenizer), conversation("q", "a"))
+    assert sample.token_ids[:2].tolist() == [0, 1]
     assert supervised(sample) == answers("a")
 
 
@@ -343,7 +380,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 def test_byte_fallback_tokens_are_supervised_as_a_whole() -> None:
     tokenizer = sentencepiece_like()
     texts = ["plain", "\u4f60\U0001f600", "tab\t", "  two"]
-    sample = ChatTokenizer(tokenizer).tokenize(conversation(*[t for t in texts for _ in range(2)]))
+    sample = only(ChatTokenizer(tokenizer), conversation(*[t for t in texts for _ in range(2)]))
     assert supervised(sample, tokenizer) == [f" {text}</s>" for text in texts]
 
 
@@ -357,9 +394,9 @@ def test_a_control_token_that_takes_the_spaces_after_it_is_exact_or_refused() ->
         {"additional_special_tokens": [AddedToken("<|bot|>", rstrip=True, special=True)]}
     )
     chat = ChatTokenizer(tokenizer)
-    assert supervised(chat.tokenize(conversation("q", "a")), tokenizer) == answers("a")
+    assert supervised(only(chat, conversation("q", "a")), tokenizer) == answers("a")
     with pytest.raises(UnusableRow, match=r"one token spans"):
-        chat.tokenize(conversation("q", "  a"))
+        only(chat, conversation("q", "  a"))
 
 
 def test_the_fingerprint_follows_what_changes_a_sample() -> None:
@@ -401,4 +438,5 @@ def test_any_text_is_masked_exactly_or_refused(
         assert "one token spans" in str(result) or spells_control
         return
     nfc = normalizers.NFC().normalize_str if normalise else str
-    assert supervised(result, tokenizer) == answers(*[nfc(answer) for _, answer in turns])
+    (sample,) = result
+    assert supervised(sample, tokenizer) == answers(*[nfc(answer) for _, answer in turns])
