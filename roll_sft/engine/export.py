@@ -14,6 +14,7 @@ import torch
 
 from roll_sft.engine.publish import ASSETS, check_complete
 from roll_sft.engine.reader import Reader
+from roll_sft.engine.safe_load import check_pickles
 from roll_sft.errors import RollSftError
 from roll_sft.models.hf_io import plan_shards, write_hf_folder
 from roll_sft.models.registry import family_of, load_hf_config
@@ -30,6 +31,7 @@ def export(checkpoint: Path, output: Path, *, dtype: str | None, replace: bool) 
     a folder that is no complete checkpoint, or an `output` that is in the way.
     """
     check_complete(checkpoint)
+    check_pickles(checkpoint)
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
     family = family_of(config)
     shape = family.shape(config)

@@ -5,7 +5,6 @@ hides that and reads one layer without the others, so memory follows the paramet
 """
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from roll_sft.engine.safe_load import DAMAGE, load_metadata
 from roll_sft.errors import CheckpointError
 
 _LAYERS = "decoder.layers."
-# What a damaged file makes of torch.load.
-_DAMAGE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
 # The local layer spec stores its norms under the names they have when fused into the next linear
 # layer, so that checkpoints do not depend on the spec.
 _STORED_NAMES = {
@@ -36,10 +34,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._storage = FileSystemReader(folder)
-        try:
-            self._metadata = self._storage.read_metadata()
-        except _DAMAGE as error:
-            raise CheckpointError(f"{folder}: its metadata cannot be read: {error}") from error
+        self._metadata = load_metadata(folder)
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, name: str) -> torch.Tensor:
@@ -65,7 +60,7 @@ class Reader:
             )
         try:
             self._storage.read_data(LoadPlan(items), _Into(tensor)).wait()
-        except (CheckpointException, *_DAMAGE) as error:
+        except (CheckpointException, *DAMAGE) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{self._folder}: cannot read {name}: {reason}") from error
         return tensor if layer is None else tensor[0]
