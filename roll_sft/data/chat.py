@@ -195,9 +195,9 @@ class ChatTokenizer:
             return self._document(row)
         messages = row.messages
         for index, message in enumerate(messages):
-            if message.reasoning or message.tool_calls or not message.train:
+            if message.reasoning or message.tool_calls or row.tools or not message.train:
                 raise UnusableRow(
-                    f"message {index} ({message.role}) has reasoning, tool calls or train=false, "
+                    f"message {index} ({message.role}) has reasoning, tools, calls or train=false, "
                     f"which is not available in this version; remove them"
                 )
         self._refuse_control_text(messages)

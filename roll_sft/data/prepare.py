@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 
 from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, CacheFacts, read_facts
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.conversation import BadRow, Conversation
-from roll_sft.data.sources import ColumnKeys, read_conversations
+from roll_sft.data.conversation import BadRow, Conversation, Document
+from roll_sft.data.shapes import ColumnKeys
+from roll_sft.data.sources import read_conversations
 from roll_sft.errors import DataError, ResourceError
 
 _log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def prepare_source(
     `cache_dir` cannot be written.
     """
     # First of all: it says in one sentence what is wrong with a path that cannot be read.
-    rows = read_conversations(path, options.keys)
+    rows = read_conversations(str(path), options.keys)
     source = _Source(path, rows=rows, tokenizer=tokenizer, options=options)
     folder = cache_dir / _address(source)
     facts, cached = _ready(folder), True
@@ -124,7 +125,7 @@ class _Source:
     """What decides the samples; `rows` can be read once."""
 
     path: Path
-    rows: Iterator[Conversation | BadRow]
+    rows: Iterator[Conversation | Document | BadRow]
     tokenizer: ChatTokenizer
     options: SourceOptions
 
@@ -244,17 +245,19 @@ class _Columns:
         return {array: np.array(values[array], dtype) for array, dtype in ARRAYS.items()}
 
 
-def _batches(rows: Iterator[Conversation | BadRow]) -> Iterator[list[Conversation | BadRow]]:
+def _batches(
+    rows: Iterator[Conversation | Document | BadRow],
+) -> Iterator[list[Conversation | Document | BadRow]]:
     while batch := list(islice(rows, _ROWS_PER_BATCH)):
         yield batch
 
 
 def _tokenized(
-    batch: Iterable[Conversation | BadRow], *, tokenizer: ChatTokenizer
-) -> Iterator[tuple[Conversation | BadRow, TokenizedSample | str]]:
+    batch: Iterable[Conversation | Document | BadRow], *, tokenizer: ChatTokenizer
+) -> Iterator[tuple[Conversation | Document | BadRow, TokenizedSample | str]]:
     """Give each row, in order, its sample or the reason why it has none."""
     batch = list(batch)
-    readable = [row for row in batch if isinstance(row, Conversation)]
+    readable = [row for row in batch if not isinstance(row, BadRow)]
     samples = iter(tokenizer.tokenize_many(readable))
     for row in batch:
         if isinstance(row, BadRow):
@@ -269,7 +272,7 @@ def _tokenized(
 
 
 def _take(
-    row: Conversation | BadRow,
+    row: Conversation | Document | BadRow,
     sample: TokenizedSample | str,
     *,
     source: _Source,

@@ -4,12 +4,14 @@ For a dry run before the model is on the machine. Nothing is dropped for its len
 not known; what a template adds is left out.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 
-from roll_sft.data.conversation import BadRow
+from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.prepare import EMPTY, MALFORMED, SourceReport
-from roll_sft.data.sources import ColumnKeys, read_conversations
+from roll_sft.data.shapes import ColumnKeys
+from roll_sft.data.sources import read_conversations
 from roll_sft.errors import DataError
 
 TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
@@ -19,16 +21,16 @@ def rough_report(path: Path, *, name: str, keys: ColumnKeys, is_strict: bool) ->
     """The report of `path`; `is_strict`: a malformed row is a `DataError`, as it will be."""
     dropped = Counter[str]()
     kept = num_bytes = num_answer_bytes = 0
-    for row in read_conversations(path, keys):
+    for row in read_conversations(str(path), keys):
         if isinstance(row, BadRow):
             if is_strict and not row.is_empty:
                 raise DataError(f"{path}:{row.line}: {row.reason}")
             dropped[EMPTY if row.is_empty else MALFORMED] += 1
             continue
         kept += 1
-        sizes = [(message.role, len(message.content.encode())) for message in row.messages]
-        num_bytes += sum(size for _, size in sizes)
-        num_answer_bytes += sum(size for role, size in sizes if role == "assistant")
+        size, answer_size = _sizes(row)
+        num_bytes += size
+        num_answer_bytes += answer_size
     if kept == 0:
         raise DataError(f"{path}: none of its rows can be trained on ({dict(dropped)}); mend them")
     return SourceReport(
@@ -45,3 +47,18 @@ def rough_report(path: Path, *, name: str, keys: ColumnKeys, is_strict: bool) ->
         length={},
         cached=False,
     )
+
+
+def _sizes(row: Conversation | Document) -> tuple[int, int]:
+    """UTF-8 bytes of all that is said in `row`, and of what is trained on."""
+    if isinstance(row, Document):
+        return (size := len(row.text.encode())), size
+    size = len(json.dumps(row.tools).encode()) if row.tools else 0
+    answer_size = 0
+    for message in row.messages:
+        calls = [(call.name, call.arguments) for call in message.tool_calls]
+        said = len(f"{message.reasoning}{message.content}".encode())
+        said += len(json.dumps(calls, ensure_ascii=False).encode()) if calls else 0
+        size += said
+        answer_size += said if message.role == "assistant" and message.train else 0
+    return size, answer_size

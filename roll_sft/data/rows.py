@@ -1,91 +1,91 @@
-"""Files of JSON rows -> the value of each row, with its place.
+"""Bytes of JSON -> the value of each row, with its place.
 
-What it reads: UTF-8 JSON, as one array or as one value on each line (JSONL). Which of the two it is
-follows from the first character of the file, not from its suffix.
+What it reads: UTF-8 JSON, as one value on each line (JSONL) or as one array. Both are streamed:
+memory holds a row and a window of the file, not the file.
 
-What it promises:
+What is promised:
 - rows come in the order of the file, numbered without a gap; nothing is skipped but blank lines;
 - a line that is no JSON is a `BadRow`, and the next line is read. An array cannot be read past an
   error, since nothing says where its next row starts: that is a `DataError`;
-- JSONL is streamed. An array is held in memory as text, but its rows are parsed one by one.
+- a key that an object has twice is an error: of two answers, one would be lost.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, BinaryIO
 
 from roll_sft.data.conversation import BadRow
 from roll_sft.errors import DataError
 
-SUFFIXES = (".json", ".jsonl")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_SPACE = b" \t\r\n"
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_JSON_SPACE = b" \t\r\n"
 _JSON_SPACES = re.compile(r"[ \t\r\n]*")
-_PEEK_BYTES = 1 << 16
+_WINDOW_BYTES = 1 << 20
+# A value, or an error, that ends this near to the end of the window may owe it to that end.
+_LONGEST_MARK = 32
 
 
 @dataclass(frozen=True, slots=True)
-class JsonRow:
-    """One JSON value. `row` counts from 0 over all rows of the file, `line` from 1."""
+class RawRow:
+    """One value. `row` counts from 0 over all rows of what is read, `line` from 1 over the file."""
 
     value: object
     row: int
     line: int
 
 
-def read_rows(path: Path) -> Iterator[JsonRow | BadRow]:
-    """Read the rows of `path` in order.
+class _Decoder:
+    """Parses JSON and remembers a key that an object had twice."""
 
-    Raises `DataError` at once if the file is missing, unreadable, of another suffix or empty, and
-    during the iteration if it holds a broken array or no row.
-    """
-    accepted = " or ".join(SUFFIXES)
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"{path}: suffix '{path.suffix}' is not accepted; give a file ending in {accepted}"
-        )
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name the {accepted} file inside it")
-    first_character = _first_character(path)
-    if not first_character:
-        raise DataError(f"{path}: the file is empty; it must hold at least one row")
-    return _array_rows(path) if first_character == b"[" else _line_rows(path)
+    def __init__(self) -> None:
+        self._repeated: str | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._repeated = next(name for name in names if names.count(name) > 1)
+        return values
+
+    def line(self, text: str, *, row: int, line: int) -> RawRow | BadRow:
+        self._repeated = None
+        return self._placed(self._decoder.decode(text), row=row, line=line)
+
+    def entry(
+        self, text: str, position: int, *, row: int, line: int
+    ) -> tuple[RawRow | BadRow, int]:
+        """Parse the value that begins at `position`; return it and where it ends."""
+        self._repeated = None
+        value, end = self._decoder.raw_decode(text, position)
+        return self._placed(value, row=row, line=line), end
+
+    def _placed(self, value: object, *, row: int, line: int) -> RawRow | BadRow:
+        if self._repeated is None:
+            return RawRow(value, row=row, line=line)
+        reason = f"an object has the key '{self._repeated}' twice; keep one of them"
+        return BadRow(row=row, line=line, reason=reason)
 
 
-def _first_character(path: Path) -> bytes:
-    """Return the first byte after a byte order mark and spaces, or b"" if there is none."""
+def line_rows(file: Iterator[bytes] | BinaryIO, *, first_line: int) -> Iterator[RawRow | BadRow]:
+    """Read one value from each line of `file` that is not blank; `first_line` is its first."""
+    decoder, row = _Decoder(), 0
+    # Bytes, so that only \n ends a line: a JSON string may hold other separators.
+    for line, raw in enumerate(file, start=first_line):
+        content = (raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw).strip(JSON_SPACE)
+        if not content:
+            continue
+        yield _line_row(content, decoder=decoder, row=row, line=line)
+        row += 1
+
+
+def _line_row(content: bytes, *, decoder: _Decoder, row: int, line: int) -> RawRow | BadRow:
     try:
-        with path.open("rb") as file:
-            chunk = file.read(_PEEK_BYTES).removeprefix(_BYTE_ORDER_MARK)
-            while chunk and not chunk.strip(_JSON_SPACE):
-                chunk = file.read(_PEEK_BYTES)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path in the configuration") from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); mend the file or its rights"
-        ) from error
-    return chunk.strip(_JSON_SPACE)[:1]
-
-
-def _line_rows(path: Path) -> Iterator[JsonRow | BadRow]:
-    row = 0
-    with path.open("rb") as file:
-        # Binary, so that only \n ends a line: a JSON string may hold other separators.
-        for line, raw in enumerate(file, start=1):
-            content = (raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw).strip(_JSON_SPACE)
-            if not content:
-                continue
-            yield _line_row(content, row=row, line=line)
-            row += 1
-
-
-def _line_row(content: bytes, *, row: int, line: int) -> JsonRow | BadRow:
-    try:
-        return JsonRow(json.loads(content.decode("utf-8")), row=row, line=line)
+        return decoder.line(content.decode("utf-8"), row=row, line=line)
     except UnicodeDecodeError as error:
         reason = (
             f"byte 0x{content[error.start]:02x} at column {error.start + 1} is not UTF-8; "
@@ -101,61 +101,125 @@ def _line_row(content: bytes, *, row: int, line: int) -> JsonRow | BadRow:
     return BadRow(row=row, line=line, reason=reason)
 
 
-def _array_rows(path: Path) -> Iterator[JsonRow | BadRow]:
-    """Parse one row after the other. The first error ends it: what follows has no known start."""
-    text = _array_text(path)
-    decoder = json.JSONDecoder()
-    position = _after_space(text, 0) + 1  # past the opening bracket
-    line, counted, row = 1, 0, 0
-    at_end = text.startswith("]", _after_space(text, position))
-    if at_end:
-        raise DataError(f"{path}: the array is empty; it must hold at least one row")
-    while not at_end:
-        start = _after_space(text, position)
-        line += text.count("\n", counted, start)
-        counted = start
+def array_rows(
+    file: BinaryIO, *, name: str, window_bytes: int = _WINDOW_BYTES
+) -> Iterator[RawRow | BadRow]:
+    """Parse one row after the other. The first error ends it: what follows has no known start.
+
+    Raises `DataError` for an empty array and a broken one, with `name` and the line.
+    """
+    window = _Window(file, name=name, num_bytes=window_bytes)
+    decoder, row = _Decoder(), 0
+    window.take("[")
+    if window.next() == "]":
+        raise DataError(f"{name}: the array is empty; it must hold at least one row")
+    while True:
+        window.next()
+        value = _entry(window, decoder=decoder, row=row)
+        follows = window.next()
+        if follows not in (",", "]"):
+            raise window.broken(window.position, "Expecting ',' or ']'")
+        yield value
+        row += 1
+        window.take(follows)
+        if follows == "]":
+            break
+    if window.next():
+        raise window.broken(window.position, "Text after the end of the array")
+
+
+def _entry(window: "_Window", *, decoder: _Decoder, row: int) -> RawRow | BadRow:
+    while True:
+        position, problem = window.position, ""
         try:
-            value, end = decoder.raw_decode(text, start)
+            value, end = decoder.entry(window.text, position, row=row, line=window.line)
         except json.JSONDecodeError as error:
-            raise _broken_array(path, text=text, position=error.pos, problem=error.msg) from None
+            # A string without an end was cut by the window, wherever it began.
+            end = len(window.text) if error.msg.startswith("Unterminated") else error.pos
+            position, problem = error.pos, error.msg
         except (ValueError, RecursionError) as error:
-            raise _broken_array(path, text=text, position=start, problem=str(error)) from None
-        position = _after_space(text, end)
-        at_end = text.startswith("]", position)
-        if not at_end and not text.startswith(",", position):
-            raise _broken_array(path, text=text, position=position, problem="Expecting ',' or ']'")
-        yield JsonRow(value, row=row, line=line)
-        row, position = row + 1, position + 1
-    rest = _after_space(text, position)
-    if rest != len(text):
-        raise _broken_array(
-            path, text=text, position=rest, problem="Text after the end of the array"
+            end, problem = position, str(error)
+        if end > len(window.text) - _LONGEST_MARK and window.grow():
+            continue
+        if problem:
+            raise window.broken(position, problem)
+        window.position = end
+        return value
+
+
+class _Window:
+    """The part of a text file that is looked at: `text` from `position` on is not read yet."""
+
+    def __init__(self, file: BinaryIO, *, name: str, num_bytes: int) -> None:
+        self.text, self.position = "", 0
+        self.line = 1  # of `position`, as of the last call of `next`
+        self._line_start = 0  # of that line in `text`; negative where it was let go
+        self._counted = 0  # up to where in `text` lines are counted
+        self._file, self._name, self._num_bytes = file, name, num_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._bytes_line, self._bytes_column = 1, 0  # of the next byte; a column counts from 0
+        self._at_end = False
+
+    def next(self) -> str:
+        """Skip spaces and return the character at `position`, or "" at the end of the file."""
+        while True:
+            match = _JSON_SPACES.match(self.text, self.position)
+            assert match is not None, "a pattern that may be empty always matches"
+            self.position = match.end()
+            if self.position < len(self.text) or not self.grow():
+                break
+        self.line += self.text.count("\n", self._counted, self.position)
+        newline = self.text.rfind("\n", self._counted, self.position)
+        self._line_start = newline + 1 if newline >= 0 else self._line_start
+        self._counted = self.position
+        return self.text[self.position : self.position + 1]
+
+    def take(self, character: str) -> None:
+        """Go past `character`, which comes next."""
+        found = self.next()
+        assert found == character, f"{found!r} where {character!r} was seen"
+        self.position += 1
+
+    def grow(self) -> bool:
+        """Read on, as much as is held already, and let go what was read; False at the end."""
+        if self._at_end:
+            return False
+        rest = self.text[self._counted :]
+        self.position -= self._counted
+        self._line_start -= self._counted
+        self._counted = 0
+        data = self._file.read(max(self._num_bytes, len(rest)))
+        self._at_end = not data
+        self.text = rest + self._decoded(data)
+        return True
+
+    def broken(self, position: int, problem: str) -> DataError:
+        """The error for what is wrong at `position`."""
+        line = self.line + self.text.count("\n", self._counted, position)
+        newline = self.text.rfind("\n", self._counted, position)
+        column = position - (newline if newline >= 0 else self._line_start - 1)
+        return DataError(
+            f"{self._name}:{line}: broken JSON at column {column}: {problem}; an array cannot be "
+            f"read past an error: mend the file, or write one JSON object on each line"
         )
 
-
-def _array_text(path: Path) -> str:
-    data = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} at column {column} is not UTF-8; "
-            f"save the file as UTF-8"
-        ) from None
-
-
-def _after_space(text: str, position: int) -> int:
-    match = _JSON_SPACES.match(text, position)
-    assert match is not None, "a pattern that may be empty always matches"
-    return match.end()
-
-
-def _broken_array(path: Path, *, text: str, position: int, problem: str) -> DataError:
-    line = text.count("\n", 0, position) + 1
-    column = position - text.rfind("\n", 0, position)
-    return DataError(
-        f"{path}:{line}: broken JSON at column {column}: {problem}; an array cannot be read past "
-        f"an error: mend the file, or write one JSON object on each line"
-    )
+    def _decoded(self, data: bytes) -> str:
+        held = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(data, final=self._at_end)
+        except UnicodeDecodeError as error:
+            # `error.object` begins with the bytes of a character that the last chunk cut in two.
+            before, start = error.object, error.start
+            line = self._bytes_line + before.count(b"\n", 0, start)
+            newline = before.rfind(b"\n", 0, start)
+            column = start - newline if newline >= 0 else self._bytes_column - held + start + 1
+            raise DataError(
+                f"{self._name}:{line}: byte 0x{before[start]:02x} at column {column} is not "
+                f"UTF-8; save the file as UTF-8"
+            ) from None
+        newline = data.rfind(b"\n")
+        self._bytes_line += data.count(b"\n")
+        self._bytes_column = (
+            len(data) - newline - 1 if newline >= 0 else self._bytes_column + len(data)
+        )
+        return text

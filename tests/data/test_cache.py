@@ -11,7 +11,7 @@ from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, TokenCache, TokenSe
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.conversation import Conversation, Message
 from roll_sft.data.prepare import SourceOptions, prepare_source
-from roll_sft.data.sources import ColumnKeys
+from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError
 from tests.tiny import tiny_tokenizer
 

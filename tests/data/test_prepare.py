@@ -19,7 +19,7 @@ from roll_sft.data import prepare
 from roll_sft.data.cache import TokenCache
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
-from roll_sft.data.sources import ColumnKeys
+from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError, ResourceError
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
