@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from roll_sft.config import DataConfig, ParallelConfig, RunConfig, source_name
+from roll_sft.config import DataConfig, ParallelConfig, RunConfig, SourceConfig, source_name
 from roll_sft.errors import refuse
 
 CHOICES = {
@@ -71,6 +71,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "train.num_train_epochs": (1, True),
     "train.max_steps": (1, True),
     "train.global_batch_size": (1, True),
+    "train.global_batch_tokens": (1, True),
     "train.micro_batch_tokens": (1, True),
     "train.learning_rate": (0, False),
     "train.min_learning_rate": (0, True),
@@ -198,14 +199,32 @@ def _source_problems(data: DataConfig) -> Iterator[str]:
             if not source.path:
                 yield f"{where}.path: missing; give a .json or .jsonl file"
                 continue
-            for key, default in (("split", None), ("weight", 1.0), ("samples", None)):
-                if getattr(source, key) != default:
-                    value = getattr(source, key)
-                    yield f"{where}.{key}: {value!r} is not available in this version"
+            if source.split is not None:
+                yield f"{where}.split: {source.split!r} is not available in this version"
+            yield from _share_problems(source, where=where, is_trained=group == "train")
             name = source_name(source)
             if name in names:
                 yield f"{where}.name: {name!r} is used twice; give each source its own name"
             names.add(name)
+
+
+def _share_problems(source: SourceConfig, *, where: str, is_trained: bool) -> Iterator[str]:
+    """What is wrong with how much of a source an epoch draws."""
+    if not (source.weight > 0 and math.isfinite(source.weight)):
+        yield f"{where}.weight: {source.weight} must be above 0 and finite; leave the source out"
+    if source.samples is not None and source.samples < 1:
+        yield f"{where}.samples: {source.samples} must be at least 1; leave the source out"
+    if source.weight != 1.0 and source.samples is not None:
+        yield (
+            f"{where}: weight={source.weight} and samples={source.samples} both say how much an"
+            " epoch draws of it; set one of them"
+        )
+    if not is_trained and (source.weight != 1.0 or source.samples is not None):
+        key = "weight" if source.weight != 1.0 else "samples"
+        yield (
+            f"{where}.{key}: {getattr(source, key)} is for data.train; a validation set is always"
+            " used whole, so leave it out"
+        )
 
 
 def layout_problems(parallel: ParallelConfig) -> Iterator[str]:

@@ -49,8 +49,8 @@ class SourceConfig:
     path: str | None = None
     name: str | None = None  # default: the file's stem
     split: str | None = None
-    weight: float = 1.0  # rows per epoch, as a multiple
-    samples: int | None = None
+    weight: float = 1.0  # samples per epoch, as a multiple of those there are
+    samples: int | None = None  # samples per epoch, as a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,7 @@ class TrainConfig:
     num_train_epochs: int = 1
     max_steps: int | None = None  # wins over num_train_epochs
     global_batch_size: int = 128  # samples per optimizer step
+    global_batch_tokens: int | None = None  # unpadded tokens per step; wins over global_batch_size
     micro_batch_tokens: int | None = None  # padded tokens per pack; default: sequence_length
     learning_rate: float = 1e-5
     min_learning_rate: float = 0.0

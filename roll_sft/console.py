@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from roll_sft.engine.preflight import Plan
+from roll_sft.engine.preflight import Plan, drawn_tokens
 from roll_sft.memory import MemoryEstimate, estimate
 from roll_sft.metrics import StepRecord
 
@@ -52,13 +52,16 @@ class StepDisplay:
         if progress is not None:
             self._task = progress.add_task("training", total=total_steps, text="")
 
-    def show(self, record: StepRecord) -> None:
-        """Report one finished step; speaks every `logging_steps` and on the last."""
+    def show(self, record: StepRecord, *, fill: float) -> None:
+        """Report one finished step; speaks every `logging_steps` and on the last.
+
+        `fill` is the share of its packs that holds tokens.
+        """
         due = record.step % self._logging_steps == 0 or record.step == self._total
         text = (
             f"loss {record.train_loss:.4f}  grad {record.grad_norm:.3f}"
             f"  lr {record.learning_rate:.2e}  {record.per_device_tps:,.0f} tok/s/device"
-            f"  {record.step_time_s:.2f} s"
+            f"  {record.step_time_s:.2f} s  packs {100 * fill:.0f} % full"
         )
         if self._progress is None:
             if due:
@@ -129,17 +132,23 @@ def _model_table(plan: Plan) -> Table:
 def _data_table(plan: Plan) -> Table:
     guessed = " (estimate)" if plan.is_rough else ""
     table = _table(f"Data{guessed}", "source", "rows", "kept", "dropped", "tokens", "supervised")
+    is_mixed = not all(share.is_whole for share in plan.shares.values())
+    if is_mixed:
+        table.add_column("drawn per epoch")
     for kind, reports in plan.reports.items():
         for report in reports:
             dropped = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()) or "0"
-            table.add_row(
+            cells = [
                 f"{report.name} ({kind})",
                 f"{report.rows:,}",
                 f"{report.kept:,}",
                 dropped,
                 f"{report.tokens:,}",
                 f"{report.supervised_tokens:,}",
-            )
+            ]
+            if is_mixed and kind == "train":
+                cells.append(f"{plan.shares[report.name].per_epoch:,}")
+            table.add_row(*cells)
     return table
 
 
@@ -147,13 +156,18 @@ def _steps_table(plan: Plan) -> Table:
     train, per_epoch = plan.config.train, plan.steps_per_epoch
     memory: MemoryEstimate = estimate(plan)
     table = _table("Plan", "what", "value")
-    tokens = sum(report.tokens for report in plan.reports["train"])
+    tokens = drawn_tokens(plan.reports["train"], plan.shares)
     epochs = plan.total_steps / per_epoch
     steps = f"{plan.total_steps:,} ({per_epoch:,} per epoch, {epochs:.3g} epochs)"
     guessed = " (estimate)" if plan.is_rough else ""
+    batch = {"samples per step": f"{train.global_batch_size:,}"}
+    if train.global_batch_tokens is not None:
+        batch = {"tokens per step": f"{train.global_batch_tokens:,} and what completes a sample"}
+    filled = {} if plan.fill is None else {"packs": f"{100 * plan.fill:.0f} % full"}
     rows = {
         f"optimizer steps{guessed}": steps,
-        "samples per step": f"{train.global_batch_size:,}",
+        **batch,
+        **filled,
         f"tokens per epoch{guessed}": f"{tokens:,}",
         f"tokens in the run{guessed}": f"{round(tokens * epochs):,}",
         "weights, gradients, optimizer": f"{memory.state_gib:.1f} GiB per GPU",

@@ -132,7 +132,10 @@ def workers(job: Job, folder: Path, *, slots: Slots) -> Iterator[WorkerGroup]:
 
 def _data_report(job: Job) -> dict[str, list[dict[str, object]]]:
     return {
-        "sources": [report.to_dict() for report in job.reports["train"]],
+        "sources": [
+            {**report.to_dict(), "samples_per_epoch": job.shares[report.name].per_epoch}
+            for report in job.reports["train"]
+        ],
         "validation": [report.to_dict() for report in job.reports["validation"]],
     }
 

@@ -66,6 +66,7 @@ def _bounded(config: RunConfig, *, samples: int | None) -> RunConfig:
     for key in ("dry_run", "prepare_only"):
         if getattr(config, key):
             raise ConfigError(f"{key}: true leaves nothing to compare; leave it out")
+    # In samples, whatever the run counts by: the comparison is over a handful.
     size = config.train.global_batch_size
     if samples is not None and not 1 <= samples <= size:
         raise ConfigError(
@@ -78,7 +79,11 @@ def _bounded(config: RunConfig, *, samples: int | None) -> RunConfig:
         config,
         # Absolute: the worker that runs transformers may have another current folder.
         model=replace(config.model, path=str(Path(config.model.path).absolute())),
-        train=replace(config.train, global_batch_size=samples or min(size, DEFAULT_SAMPLES)),
+        train=replace(
+            config.train,
+            global_batch_size=samples or min(size, DEFAULT_SAMPLES),
+            global_batch_tokens=None,
+        ),
         parallel=replace(config.parallel, use_distributed_optimizer=False),
     )
 

@@ -39,7 +39,7 @@ class Records:
         self._steps.write(record)
         if self._samples is not None:
             self._samples.write({"step": plan.step, "samples": names})
-        self._display.show(record)
+        self._display.show(record, fill=plan.fill)
         due = plan.step % self._job.config.train.logging_steps == 0
         if self.tracker is not None and (due or plan.step == self._job.total_steps):
             values = dataclasses.asdict(record)
@@ -77,7 +77,7 @@ class Records:
 
     def _record(self, plan: StepPlan, result: StepMetrics, names: list[str]) -> StepRecord:
         job = self._job
-        per_epoch = len(job.data.train)
+        per_epoch = job.planner.samples_per_epoch
         seconds = result.step_time_s * job.layout.world_size
         return StepRecord(
             step=plan.step,

@@ -37,10 +37,10 @@ KEYS = {
     "parallel.": "num_workers tensor_model_parallel_size pipeline_model_parallel_size"
     " virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size"
     " sequence_parallel use_distributed_optimizer device cpus_per_worker placement_timeout_s",
-    "train.": "num_train_epochs max_steps global_batch_size micro_batch_tokens learning_rate"
-    " min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio weight_decay"
-    " adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps logging_steps"
-    " log_samples",
+    "train.": "num_train_epochs max_steps global_batch_size global_batch_tokens micro_batch_tokens"
+    " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
+    " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
+    " logging_steps log_samples",
     "checkpoint.": "save async_save keep_last keep_best verify save_optimizer hf_export",
     "lora.": "rank alpha dropout target_modules quantize_base",
     "evaluation.": "prompts metric_fn max_new_tokens temperature",
@@ -275,6 +275,16 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
         ),
         ({"data.train": [{"path": "a"}, {"path": "b/a"}]}, "data.train[1].name: 'a' is used twice"),
         ({"data.validation": [{"name": "x"}]}, "data.validation[0].path: missing; give a .json"),
+        ({"data.train[0].weight": 0}, "data.train[0].weight: 0.0 must be above 0 and finite"),
+        ({"data.train[0].samples": 0}, "data.train[0].samples: 0 must be at least 1"),
+        (
+            {"data.train[0].weight": 2, "data.train[0].samples": 9},
+            "data.train[0]: weight=2.0 and samples=9 both say how much an epoch draws of it",
+        ),
+        (
+            {"data.validation": [{"path": "v.jsonl", "weight": 0.5}]},
+            "data.validation[0].weight: 0.5 is for data.train; a validation set is always used",
+        ),
         ({"tracking.backends": ["mlfow"]}, "tracking.backends: 'mlfow' is not one of jsonl, mlf"),
     ],
 )
@@ -289,8 +299,6 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
         ("resume", "outputs/sft/checkpoints/step_00000010"),
         ("model.dtype", "fp16"),
         ("data.train[0].split", "train"),
-        ("data.train[0].weight", 0.5),
-        ("data.train[0].samples", 10),
         ("data.chat_template", "x"),
         ("data.overlong", "truncate"),
         ("data.train_on", "last_assistant"),

@@ -15,6 +15,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ class TokenSet:
         """Return "<name of the source>:<row of it, from 0>"."""
         source, local = self._locate(index)
         return f"{self.names[source]}:{int(self.caches[source].rows[local])}"
+
+    @property
+    def ranges(self) -> Mapping[str, range]:
+        """The indices of each source's samples."""
+        return dict(zip(self.names, starmap(range, pairwise(self._starts)), strict=True))
 
     @functools.cached_property
     def lengths(self) -> NDArray[np.int32]:

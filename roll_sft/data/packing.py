@@ -7,7 +7,7 @@ machine.
 Assumes positive lengths, already padded to the layout's sample alignment (`padded_lengths` alone
 takes raw ones). Invariants: every index is in exactly one bin; a capacity is never exceeded (the
 ceiling of `assign_to_ranks` is a wish); `balance_bins` keeps the number of bins and never raises
-the largest cost.
+the largest cost, and neither does any exchange between bins.
 """
 
 from bisect import bisect_left, insort
@@ -19,6 +19,12 @@ from roll_sft.layout import ParallelLayout, round_up
 
 Bin = tuple[int, ...]
 """Indices of the samples that share a rank or a micro-batch."""
+
+# Largest cost over the mean, below which bins are left alone. Ranks wait for the costliest, and
+# their packs for nobody but a pipeline's other stages.
+_EVEN_RANKS = 1.0005
+_EVEN_PACKS = 1.01
+_EXCHANGES_PER_BIN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,12 @@ class CostModel:
 
     def __call__(self, length: int) -> float:
         """Cost of a sample of `length` tokens, in units of 6*L*h FLOPs."""
-        return self.linear * length + float(length) ** 2
+        return self.linear * length + length * length
+
+    def of_all(self, lengths: Sequence[int]) -> list[float]:
+        """Cost of each sample."""
+        linear = self.linear
+        return [linear * length + length * length for length in lengths]
 
 
 def padded_lengths(lengths: Sequence[int], *, layout: ParallelLayout) -> list[int]:
@@ -54,7 +65,8 @@ def padded_lengths(lengths: Sequence[int], *, layout: ParallelLayout) -> list[in
         return [round_up(2, layout.pack_alignment)]
     # A sample of no tokens would be a zero-length segment, which breaks attention kernels.
     assert min(lengths) > 0, f"length {min(lengths)}: a sample has at least one token"
-    padded = [round_up(length, layout.sample_alignment) for length in lengths]
+    alignment = layout.sample_alignment
+    padded = [round_up(length, alignment) for length in lengths]
     padded[-1] += -sum(padded) % layout.pack_alignment
     return padded
 
@@ -64,10 +76,32 @@ def assign_to_ranks(
 ) -> list[Bin]:
     """Samples of each rank: the costliest first, each to the least loaded rank with room.
 
-    `token_ceiling` bounds a rank's tokens while it can: when no rank has room, the least loaded
-    takes the sample. A rank may stay empty.
+    Then ranks exchange samples until their costs are even or no exchange helps: where a rank has
+    few samples, dealing alone leaves about a percent. `token_ceiling` bounds a rank's tokens while
+    it can: when no rank has room, the least loaded takes the sample. A rank may stay empty.
     """
-    return _deal(lengths, num_bins=num_ranks, cost=cost, ceiling=token_ceiling, must_fit=False)
+    costs = cost.of_all(lengths)
+    ranks = _deal(lengths, costs, num_bins=num_ranks, ceiling=token_ceiling, must_fit=False)
+    return _evened(ranks, lengths, costs, ceiling=token_ceiling, aim=_EVEN_RANKS)
+
+
+def pack_evenly(
+    lengths: Sequence[int], *, capacity: int, multiple: int, cost: CostModel
+) -> list[Bin]:
+    """Bins of at most `capacity` tokens and of nearly equal cost, as few as best-fit finds.
+
+    Their number is rounded up to `multiple` while there are samples to fill them with.
+    """
+    if not lengths:
+        return []
+    fewest = min(round_up(-(-sum(lengths) // capacity), multiple), len(lengths))
+    costs = cost.of_all(lengths)
+    # Mostly there is room to spare, and dealing alone finds bins that fit.
+    if dealt := _deal(lengths, costs, num_bins=fewest, ceiling=capacity, must_fit=True):
+        return _evened(dealt, lengths, costs, ceiling=capacity, aim=_EVEN_PACKS)
+    bins = best_fit_decreasing(lengths, capacity=capacity)
+    num_bins = min(round_up(len(bins), multiple), len(lengths))
+    return balance_bins(bins, lengths, num_bins=num_bins, cost=cost, capacity=capacity)
 
 
 def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[Bin]:
@@ -106,18 +140,27 @@ def balance_bins(
     """The same samples in `num_bins` bins of nearly equal cost, each of at most `capacity` tokens.
 
     Best-fit bins are equal in tokens, not in cost, and the last one is a remainder. Where dealing
-    anew would break the capacity or make the costliest bin costlier, the bins come back as they
-    were.
+    anew would break the capacity or make the costliest bin costlier, the given ones are only
+    evened out, unless there are too few of them.
     """
     members = sorted(index for one_bin in bins for index in one_bin)
-    own_lengths = [lengths[index] for index in members]
-    dealt = _deal(own_lengths, num_bins=num_bins, cost=cost, ceiling=capacity, must_fit=True)
+    costs = cost.of_all(lengths)
+    dealt = _deal(
+        [lengths[index] for index in members],
+        [costs[index] for index in members],
+        num_bins=num_bins,
+        ceiling=capacity,
+        must_fit=True,
+    )
     balanced = [tuple(members[position] for position in one_bin) for one_bin in dealt]
 
     def largest_cost(candidates: Sequence[Bin]) -> float:
-        return max((bin_cost(one, lengths, cost=cost) for one in candidates), default=0.0)
+        return max((sum(costs[index] for index in one) for one in candidates), default=0.0)
 
-    return balanced if dealt and largest_cost(balanced) <= largest_cost(bins) else list(bins)
+    is_better = dealt and largest_cost(balanced) <= largest_cost(bins)
+    return _evened(
+        balanced if is_better else bins, lengths, costs, ceiling=capacity, aim=_EVEN_PACKS
+    )
 
 
 def order_for_pipeline(
@@ -128,7 +171,8 @@ def order_for_pipeline(
     While a pipeline fills and drains most of its stages wait for one micro-batch, so the first
     and the last should be short.
     """
-    ascending = sorted(bins, key=lambda one_bin: bin_cost(one_bin, lengths, cost=cost))
+    costs = cost.of_all(lengths)
+    ascending = sorted(bins, key=lambda one_bin: sum(costs[index] for index in one_bin))
     return ascending[0::2] + ascending[1::2][::-1]
 
 
@@ -143,7 +187,12 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def _deal(
-    lengths: Sequence[int], *, num_bins: int, cost: CostModel, ceiling: int, must_fit: bool
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    *,
+    num_bins: int,
+    ceiling: int,
+    must_fit: bool,
 ) -> list[Bin]:
     """Longest processing time first, under a ceiling of tokens per bin.
 
@@ -154,7 +203,14 @@ def _deal(
     rooms = [ceiling] * num_bins
     heap = [(0.0, number) for number in range(num_bins)]  # (cost so far, bin), cheapest first
     for index in _longest_first(lengths):
-        length, passed_over = lengths[index], []
+        length = lengths[index]
+        load, number = heap[0]
+        if rooms[number] >= length:
+            bins[number].append(index)
+            rooms[number] -= length
+            heapreplace(heap, (load + costs[index], number))
+            continue
+        passed_over = []
         while heap and rooms[heap[0][1]] < length:
             passed_over.append(heappop(heap))
         if not heap and must_fit:
@@ -164,7 +220,72 @@ def _deal(
         load, number = heap[0]
         bins[number].append(index)
         rooms[number] -= length
-        heapreplace(heap, (load + cost(length), number))
+        heapreplace(heap, (load + costs[index], number))
         for entry in passed_over:
             heappush(heap, entry)
     return [tuple(members) for members in bins]
+
+
+def _evened(
+    bins: Sequence[Bin],
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    *,
+    ceiling: int,
+    aim: float,
+) -> list[Bin]:
+    """The same bins after exchanges that each bring the costliest nearer to a cheaper one.
+
+    Ends where the costliest is within `aim` of the mean, or no exchange helps.
+    """
+    loads = [sum(costs[index] for index in one) for one in bins]
+    highest = aim * sum(loads) / max(1, len(loads))
+    members = list(bins)
+    for _ in range(_EXCHANGES_PER_BIN * len(bins)):
+        by_load = sorted(range(len(loads)), key=loads.__getitem__)
+        heavy = by_load[-1]
+        if loads[heavy] <= highest:
+            break
+        for light in by_load[:-1]:
+            gap = loads[heavy] - loads[light]
+            room = ceiling - sum(lengths[index] for index in members[light])
+            exchange = _best_exchange(members[heavy], members[light], lengths, costs, (gap, room))
+            if exchange is not None:
+                break
+        else:
+            break
+        given, taken = exchange
+        for number, lost, gained in ((heavy, given, taken), (light, taken, given)):
+            kept = {*members[number], *gained}.difference(lost)
+            members[number] = tuple(sorted(kept, key=lambda index: (-lengths[index], index)))
+            loads[number] = sum(costs[index] for index in members[number])
+    return members
+
+
+def _best_exchange(
+    heavy: Bin,
+    light: Bin,
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    limits: tuple[float, int],
+) -> tuple[Bin, Bin] | None:
+    """What `heavy` gives and what it takes back, one sample or none, to halve the gap at best.
+
+    `limits` are the gap between their costs, and the tokens that `light` has room for.
+    """
+    gap, room = limits
+    best: tuple[Bin, Bin] | None = None
+    best_distance = gap / 2  # a shift of nothing, or of the whole gap, helps nobody
+    cheap_first = sorted(light, key=costs.__getitem__)
+    cheap_costs = [costs[index] for index in cheap_first]
+    for given in heavy:
+        if len(heavy) > 1 and lengths[given] <= room:
+            distance = abs(costs[given] - gap / 2)
+            if distance < best_distance:
+                best, best_distance = ((given,), ()), distance
+        nearest = bisect_left(cheap_costs, costs[given] - gap / 2)
+        for taken in cheap_first[max(0, nearest - 1) : nearest + 1]:
+            distance = abs(costs[given] - costs[taken] - gap / 2)
+            if distance < best_distance and lengths[given] - lengths[taken] <= room:
+                best, best_distance = ((given,), (taken,)), distance
+    return best

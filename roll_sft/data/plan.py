@@ -1,12 +1,12 @@
 """Which samples make up optimizer step k, and which rank runs which of them in which micro-batch.
 
-The samples of step k are chosen first, from (seed, epoch, k, global_batch_size) alone; only then
-are they dealt to data-parallel ranks and packed. So a layout, packing or a token cap changes
-where a sample runs, never which step it is in, and to resume is to ask for the next step: there
-is no iterator to restore.
+The samples of step k are chosen first (`data.epochs`), from the seed, the mixture, the batch and k
+alone; only then are they dealt to data-parallel ranks and packed. So a layout, packing or a token
+cap changes where a sample runs, never which step it is in, and to resume is to ask for the next
+step: there is no iterator to restore.
 
-Invariants: every sample is in exactly one step of an epoch; a batch never crosses epochs and the
-last, short one is kept; every rank has at least one micro-batch, and a multiple of the layout's
+Invariants: every draw of an epoch is in exactly one of its steps; a batch never crosses epochs and
+the last, short one is kept; every rank has at least one micro-batch, and a multiple of the layout's
 `micro_batch_multiple`, empty ones filling up; no micro-batch exceeds the cap;
 asking for a step twice gives equal plans, whatever was asked in between.
 
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roll_sft.data import packing
+from roll_sft.data.epochs import BatchSize, Epochs, Share
 from roll_sft.data.packing import Bin, CostModel
 from roll_sft.layout import ParallelLayout, round_up
 
@@ -30,8 +31,8 @@ class PlanOptions:
     """What a plan depends on besides the samples.
 
     `micro_batch_tokens` caps the padded tokens of one micro-batch before the context-parallel
-    split. Of these options only `seed`, `shuffle` and `global_batch_size` decide which samples a
-    step holds.
+    split. `global_batch_tokens` wins over `global_batch_size`; of these options only they, `seed`
+    and `shuffle` decide which samples a step holds.
     """
 
     seed: int
@@ -41,6 +42,7 @@ class PlanOptions:
     micro_batch_tokens: int
     layout: ParallelLayout
     cost: CostModel
+    global_batch_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,9 @@ class StepPlan:
     `ranks[data_rank][micro_batch]` are sample ids; `sample_ids` are the same ids in the order of
     the shuffle. Token counts are of the whole global batch, each token once: `total_tokens`
     without padding, `total_tokens_including_padding` with that of every pack, the packs of ranks
-    without samples included. `dp_imbalance` is max over mean of the data ranks' modelled cost.
-    `epoch` counts from 0 and `samples_seen_in_epoch` is as of the end of this step.
+    without samples included. `fill` is `total_tokens` over what all packs could hold.
+    `dp_imbalance` is max over mean of the data ranks' modelled cost. `epoch` counts from 0 and
+    `samples_seen_in_epoch` is as of the end of this step.
     """
 
     step: int
@@ -76,6 +79,7 @@ class StepPlan:
     supervised_tokens: int
     total_tokens: int
     total_tokens_including_padding: int
+    fill: float
     dp_imbalance: float
 
     def work_for(self, data_rank: int, *, learning_rate: float) -> RankWork:
@@ -87,8 +91,8 @@ class Planner:
     """Plans any step of training over one set of samples.
 
     `lengths` and `supervised` are integer arrays [n]: tokens of each sample and how many of them
-    are supervised. They are kept, not copied; the order of the epoch last asked for is cached (8n
-    bytes).
+    are supervised. They are kept, not copied. `shares` say how many samples of which part an epoch
+    draws, by default each once.
     """
 
     def __init__(
@@ -97,16 +101,14 @@ class Planner:
         supervised: NDArray[np.integer],
         *,
         options: PlanOptions,
+        shares: Sequence[Share] = (),
     ) -> None:
-        layout = options.layout
         assert lengths.shape == supervised.shape == (lengths.size,), (
             f"shapes {lengths.shape} and {supervised.shape} must be one and the same [n]"
         )
         assert lengths.size > 0, "a plan needs at least one sample"
-        assert 0 <= options.seed < 2**64, f"seed {options.seed} is not an unsigned 64-bit number"
-        assert options.global_batch_size > 0, f"global_batch_size {options.global_batch_size} <= 0"
         # Rounded down, so that a pack still fits the cap after it is padded to the pack alignment.
-        alignment = layout.pack_alignment
+        layout, alignment = options.layout, options.layout.pack_alignment
         self._capacity = options.micro_batch_tokens // alignment * alignment
         longest = int(lengths.max())
         assert round_up(longest, layout.sample_alignment) <= self._capacity, (
@@ -116,72 +118,81 @@ class Planner:
         self._lengths = lengths
         self._supervised = supervised
         self._options = options
-        self._cached_order: tuple[int, NDArray[np.int64]] | None = None
+        self._epochs = Epochs(
+            lengths,
+            shares=shares or [Share(0, lengths.size, per_epoch=lengths.size)],
+            batch=BatchSize(options.global_batch_size, options.global_batch_tokens),
+            seed=options.seed,
+            shuffle=options.shuffle,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch, the short last one included."""
-        return -(-self._lengths.size // self._options.global_batch_size)
+        """Optimizer steps of the first epoch, the short last one included."""
+        return self.steps_in(1)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch draws, repetitions counted."""
+        return self._epochs.samples_per_epoch
+
+    def steps_in(self, num_epochs: int) -> int:
+        """Optimizer steps of the first `num_epochs`, the short last one of each included."""
+        return self._epochs.steps_before(num_epochs)
 
     def step(self, step: int) -> StepPlan:
         """Plan of optimizer step `step`, from 1; there is no last one, epochs follow each other."""
         assert step >= 1, f"step {step}: steps count from 1"
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
-        return self._plan(step, epoch=epoch, index=index, order=self._epoch_order(epoch))
+        epoch, first, chosen = self._epochs.step(step)
+        return self._plan(step, chosen, epoch=epoch, first=first)
 
     def evaluation(self) -> tuple[StepPlan, ...]:
-        """One pass over all samples in stored order, at most `global_batch_size` a chunk."""
-        order = np.arange(self._lengths.size)
-        return tuple(
-            self._plan(index + 1, epoch=0, index=index, order=order)
-            for index in range(self.steps_per_epoch)
-        )
+        """One pass over all samples in stored order, at most a global batch in a chunk."""
+        plans, first = [], 0
+        for index, chosen in enumerate(self._epochs.stored()):
+            plans.append(self._plan(index + 1, chosen, epoch=0, first=first))
+            first += chosen.size
+        return tuple(plans)
 
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._cached_order is None or self._cached_order[0] != epoch:
-            size, options = self._lengths.size, self._options
-            shuffled = options.shuffle
-            order = _shuffled(size, seed=options.seed, epoch=epoch) if shuffled else np.arange(size)
-            self._cached_order = epoch, order
-        return self._cached_order[1]
-
-    def _plan(self, step: int, *, epoch: int, index: int, order: NDArray[np.int64]) -> StepPlan:
-        first = index * self._options.global_batch_size
-        chosen = order[first : first + self._options.global_batch_size]
+    def _plan(self, step: int, chosen: NDArray[np.int32], *, epoch: int, first: int) -> StepPlan:
         # In order of id, so that ties below fall the same way whatever the shuffle was.
-        ids = np.sort(chosen)
-        lengths = self._lengths[ids].tolist()
-        shares, imbalance = self._deal(lengths)
-        layout = self._options.layout
+        by_id = np.sort(chosen)
+        lengths = self._lengths[by_id].astype(np.int64)
+        layout, ids = self._options.layout, by_id.tolist()
+        alignment = layout.sample_alignment
+        aligned = (-(-lengths // alignment) * alignment).tolist()
+        shares, imbalance = self._deal(aligned)
+        packs = [[sum(aligned[i] for i in members) for members in share] for share in shares]
+        padded = sum(
+            round_up(tokens or 2, layout.pack_alignment) for rank in packs for tokens in rank
+        )
+        num_packs, total = sum(map(len, packs)), int(lengths.sum())
         return StepPlan(
             step=step,
             epoch=epoch,
             samples_seen_in_epoch=first + chosen.size,
             sample_ids=tuple(chosen.tolist()),
             ranks=tuple(
-                tuple(tuple(ids[list(members)].tolist()) for members in share) for share in shares
+                tuple(tuple(ids[i] for i in members) for members in share) for share in shares
             ),
-            supervised_tokens=int(self._supervised[ids].sum(dtype=np.int64)),
-            total_tokens=sum(lengths),
-            total_tokens_including_padding=sum(
-                sum(packing.padded_lengths([lengths[i] for i in members], layout=layout))
-                for share in shares
-                for members in share
-            ),
+            supervised_tokens=int(self._supervised[by_id].sum(dtype=np.int64)),
+            total_tokens=total,
+            total_tokens_including_padding=padded,
+            fill=total / (num_packs * self._capacity),
             dp_imbalance=imbalance,
         )
 
-    def _deal(self, lengths: Sequence[int]) -> tuple[list[list[Bin]], float]:
-        """Micro-batches of each rank as indices into `lengths`, and max over mean of rank costs."""
+    def _deal(self, aligned: Sequence[int]) -> tuple[list[list[Bin]], float]:
+        """Micro-batches of each rank as indices into `aligned`, and max over mean of rank costs."""
         layout, cost = self._options.layout, self._options.cost
-        aligned = [round_up(length, layout.sample_alignment) for length in lengths]
         ranks = packing.assign_to_ranks(
             aligned,
             num_ranks=layout.data_size,
             cost=cost,
             token_ceiling=self._token_ceiling(sum(aligned)),
         )
-        costs = [packing.bin_cost(rank, aligned, cost=cost) for rank in ranks]
+        all_costs = cost.of_all(aligned)
+        costs = [sum(all_costs[i] for i in rank) for rank in ranks]
         imbalance = max(1.0, max(costs) * len(costs) / sum(costs))  # the mean rounds
         return [self._micro_batches(rank, aligned) for rank in ranks], imbalance
 
@@ -189,11 +200,7 @@ class Planner:
         own, cost = [aligned[i] for i in rank], self._options.cost
         multiple = self._options.layout.micro_batch_multiple
         if self._options.packing:
-            bins = packing.best_fit_decreasing(own, capacity=self._capacity)
-            num_bins = min(round_up(len(bins), multiple), len(own))
-            bins = packing.balance_bins(
-                bins, own, num_bins=num_bins, cost=cost, capacity=self._capacity
-            )
+            bins = packing.pack_evenly(own, capacity=self._capacity, multiple=multiple, cost=cost)
         else:
             bins = [(position,) for position in range(len(own))]
         ordered = packing.order_for_pipeline(bins, own, cost=cost)
@@ -210,13 +217,3 @@ class Planner:
         """
         tokens_per_round = self._options.layout.data_size * self._capacity
         return round_up(tokens, tokens_per_round) // self._options.layout.data_size + self._capacity
-
-
-def _shuffled(size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of `size` that is the same under every version of numpy, for ever.
-
-    numpy keeps the raw stream of a bit generator, not the methods of Generator. Philox is counter
-    based: every key (seed, epoch) is an independent stream.
-    """
-    key = np.array([seed, epoch], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")

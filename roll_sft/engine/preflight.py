@@ -6,27 +6,21 @@ returns can run, given the resources; nothing here starts Ray or writes into the
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from roll_sft.checks import layout_problems
-from roll_sft.config import (
-    DataConfig,
-    RunConfig,
-    SourceConfig,
-    layout_of,
-    source_name,
-)
-from roll_sft.data.cache import TokenCache, TokenSet
+from roll_sft.config import RunConfig, TrainConfig, layout_of, source_name
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.epochs import Share
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
-from roll_sft.data.rough import TOKEN_BYTES, rough_report
-from roll_sft.data.shapes import ColumnKeys
+from roll_sft.data.prepare import SourceReport
+from roll_sft.data.rough import TOKEN_BYTES
+from roll_sft.engine import corpus
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.schedule import Schedule
 from roll_sft.errors import ConfigError, refuse
@@ -48,6 +42,8 @@ class Plan:
     reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
     steps_per_epoch: int
     total_steps: int
+    shares: dict[str, Share]  # train source -> how much of it an epoch draws
+    fill: float | None = None  # of the packs: their tokens over what they could hold
     is_rough: bool = False  # rows and tokens are guessed from the text, for want of a tokenizer
 
     @property
@@ -66,6 +62,7 @@ class Job:
     data: TokenData
     reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
     planner: Planner
+    shares: dict[str, Share]  # train source -> how much of it an epoch draws
     validation: dict[str, Planner]
     schedule: Schedule
     tokenizer: PreTrainedTokenizerBase
@@ -85,13 +82,22 @@ class Job:
             reports=self.reports,
             steps_per_epoch=self.planner.steps_per_epoch,
             total_steps=self.total_steps,
+            shares=self.shares,
+            fill=corpus.expected_fill(self.planner),
         )
 
     @property
     def source_addresses(self) -> dict[str, str]:
-        """Train source -> address of its tokens, which changes with data, tokenizer and options."""
-        train = self.data.train
-        return {n: cache.folder.name for n, cache in zip(train.names, train.caches, strict=True)}
+        """Train source -> address of its tokens, which changes with data, tokenizer and options.
+
+        Where an epoch does not draw each sample once, the number that it draws is part of it.
+        """
+        train, addresses = self.data.train, {}
+        for name, cache in zip(train.names, train.caches, strict=True):
+            share = self.shares[name]
+            drawn = "" if share.is_whole else f"*{share.per_epoch}"
+            addresses[name] = f"{cache.folder.name}{drawn}"
+        return addresses
 
     @property
     def end_of_turn_id(self) -> int:
@@ -120,14 +126,16 @@ def prepare(config: RunConfig) -> Job:
     tokenizer = _load_tokenizer(config, source.shape)
     layout = layout_of(config.parallel)
     chat = ChatTokenizer(tokenizer)
-    train, train_reports = _tokenise(config, config.data.train, chat)
+    train, train_reports = corpus.tokenise(config, config.data.train, chat)
     validation, validation_reports = {}, []
     for entry in config.data.validation:
-        tokens, reports = _tokenise(config, [entry], chat)
+        tokens, reports = corpus.tokenise(config, [entry], chat)
         validation[source_name(entry)] = tokens
         validation_reports += reports
     options = _plan_options(config, layout, source.shape)
-    planner = _planner(train, options)
+    shares = corpus.shares_of(config.data.train, train.ranges)
+    planner = corpus.planner_of(train, options, shares)
+    corpus.warn_of_poor_fill(config, train, planner, pack_tokens=options.micro_batch_tokens)
     return Job(
         config=config,
         layout=layout,
@@ -135,10 +143,11 @@ def prepare(config: RunConfig) -> Job:
         data=TokenData(train, validation),
         reports={"train": tuple(train_reports), "validation": tuple(validation_reports)},
         planner=planner,
-        validation={name: _planner(tokens, options) for name, tokens in validation.items()},
-        schedule=Schedule.of(
-            config.train, total_steps=_total_steps(config, planner.steps_per_epoch)
-        ),
+        shares=shares,
+        validation={
+            name: corpus.planner_of(tokens, options) for name, tokens in validation.items()
+        },
+        schedule=Schedule.of(config.train, total_steps=_total_steps(config, planner.steps_in)),
         tokenizer=tokenizer,
     )
 
@@ -153,18 +162,20 @@ def dry_plan(config: RunConfig) -> Plan:
     except _NoTokenizerError as error:
         _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
     reports = {
-        kind: tuple(_rough_report(entry, config.data) for entry in entries)
+        kind: tuple(corpus.rough(entry, config.data) for entry in entries)
         for kind, entries in (("train", config.data.train), ("validation", config.data.validation))
     }
-    kept = sum(report.kept for report in reports["train"])
-    steps_per_epoch = math.ceil(kept / config.train.global_batch_size)
+    kept = {report.name: range(report.kept) for report in reports["train"]}
+    shares = corpus.shares_of(config.data.train, kept)
+    steps_per_epoch = _rough_steps(config.train, reports["train"], shares)
     return Plan(
         config=config,
         layout=layout_of(config.parallel),
         shape=_load_model(config).shape,
         reports=reports,
         steps_per_epoch=steps_per_epoch,
-        total_steps=_total_steps(config, steps_per_epoch),
+        total_steps=_total_steps(config, lambda epochs: epochs * steps_per_epoch),
+        shares=shares,
         is_rough=True,
     )
 
@@ -238,54 +249,11 @@ def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _tokenise(
-    config: RunConfig, entries: list[SourceConfig], chat: ChatTokenizer
-) -> tuple[TokenSet, list[SourceReport]]:
-    data = config.data
-    options = SourceOptions(
-        keys=_column_keys(data),
-        sequence_length=data.sequence_length,
-        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    cache = Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft"
-    names, folders, reports = [], [], []
-    for entry in entries:
-        name = source_name(entry)
-        folder, report = prepare_source(
-            Path(entry.path or ""), name=name, options=options, tokenizer=chat, cache_dir=cache
-        )
-        names.append(name)
-        folders.append(folder)
-        reports.append(report)
-    return TokenSet(names, [TokenCache(folder) for folder in folders]), reports
-
-
-def _rough_report(entry: SourceConfig, data: DataConfig) -> SourceReport:
-    return rough_report(
-        Path(entry.path or ""),
-        name=source_name(entry),
-        keys=_column_keys(data),
-        is_strict=data.on_bad_row == "error",
-    )
-
-
-def _column_keys(data: DataConfig) -> ColumnKeys:
-    return ColumnKeys(
-        prompt=data.prompt_key,
-        query=data.query_key,
-        response=data.response_key,
-        system=data.system_key,
-        messages=data.messages_key,
-        text=data.text_key,
-        tools=data.tools_key,
-    )
-
-
 def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -> PlanOptions:
     return PlanOptions(
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
+        global_batch_tokens=config.train.global_batch_tokens,
         shuffle=config.data.shuffle,
         packing=config.data.packing,
         micro_batch_tokens=micro_batch_tokens(config, layout),
@@ -298,12 +266,25 @@ def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) 
     )
 
 
-def _planner(tokens: TokenSet, options: PlanOptions) -> Planner:
-    return Planner(tokens.lengths, tokens.supervised, options=options)
+def _total_steps(config: RunConfig, steps_in: Callable[[int], int]) -> int:
+    return config.train.max_steps or steps_in(config.train.num_train_epochs)
 
 
-def _total_steps(config: RunConfig, steps_per_epoch: int) -> int:
-    return config.train.max_steps or config.train.num_train_epochs * steps_per_epoch
+def _rough_steps(
+    train: TrainConfig, reports: Sequence[SourceReport], shares: Mapping[str, Share]
+) -> int:
+    """Steps of an epoch, where samples are only counted and tokens guessed."""
+    if train.global_batch_tokens is None:
+        samples = sum(share.per_epoch for share in shares.values())
+        return math.ceil(samples / train.global_batch_size)
+    return math.ceil(drawn_tokens(reports, shares) / train.global_batch_tokens)
+
+
+def drawn_tokens(reports: Sequence[SourceReport], shares: Mapping[str, Share]) -> int:
+    """Tokens that an epoch draws, a source that is not drawn whole at its mean length."""
+    return round(
+        sum(report.tokens / report.kept * shares[report.name].per_epoch for report in reports)
+    )
 
 
 def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:

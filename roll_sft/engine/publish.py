@@ -36,6 +36,7 @@ class RunState:
     samples_seen_in_epoch: int
     seed: int
     global_batch_size: int
+    global_batch_tokens: int | None
     sequence_length: int
     sources: dict[str, str]  # source name -> address of its token cache
     layout: ParallelLayout
@@ -51,6 +52,7 @@ def publish_step(job: Job, plan: StepPlan, *, staging: Path) -> Path:
         samples_seen_in_epoch=plan.samples_seen_in_epoch,
         seed=job.config.seed,
         global_batch_size=job.config.train.global_batch_size,
+        global_batch_tokens=job.config.train.global_batch_tokens,
         sequence_length=job.config.data.sequence_length,
         sources=job.source_addresses,
         layout=job.layout,

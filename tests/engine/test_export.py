@@ -24,6 +24,7 @@ STATE = RunState(
     samples_seen_in_epoch=12,
     seed=1,
     global_batch_size=4,
+    global_batch_tokens=None,
     sequence_length=64,
     sources={"rows": "0123"},
     layout=ParallelLayout(2, 2),

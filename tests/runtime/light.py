@@ -113,6 +113,7 @@ def plan(step: int, *, data_size: int = 1, samples_per_rank: int = 3) -> StepPla
         supervised_tokens=10 * len(ids),
         total_tokens=20 * len(ids),
         total_tokens_including_padding=24 * len(ids),
+        fill=1.0,
         dp_imbalance=1.0,
     )
 

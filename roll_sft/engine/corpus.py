@@ -1,0 +1,130 @@
+"""What the `data` section of a configuration becomes: tokens, reports, and what an epoch draws.
+
+Floor 1 knows no configuration; this is where its keys are turned into arguments.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from roll_sft.config import DataConfig, RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.data.cache import TokenCache, TokenSet
+from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.epochs import Share
+from roll_sft.data.packing import best_fit_decreasing
+from roll_sft.data.plan import Planner, PlanOptions, StepPlan
+from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
+from roll_sft.data.rough import rough_report
+from roll_sft.data.shapes import ColumnKeys
+
+_log = logging.getLogger(__name__)
+
+_STEPS_SAMPLED = 8  # whose packs say how full they will be
+_POOR_FILL = 0.6
+# Of whole packs. A step just above them would need one pack more on each rank, nearly empty.
+_FILL_TO_AIM_AT = 0.9
+
+
+def tokenise(
+    config: RunConfig, entries: list[SourceConfig], chat: ChatTokenizer
+) -> tuple[TokenSet, list[SourceReport]]:
+    """The tokens of `entries`, from the cache where they are there, and what became of the rows."""
+    data = config.data
+    options = SourceOptions(
+        keys=_column_keys(data),
+        sequence_length=data.sequence_length,
+        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    cache = Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft"
+    names, folders, reports = [], [], []
+    for entry in entries:
+        name = source_name(entry)
+        folder, report = prepare_source(
+            Path(entry.path or ""), name=name, options=options, tokenizer=chat, cache_dir=cache
+        )
+        names.append(name)
+        folders.append(folder)
+        reports.append(report)
+    return TokenSet(names, [TokenCache(folder) for folder in folders]), reports
+
+
+def rough(entry: SourceConfig, data: DataConfig) -> SourceReport:
+    """What a source holds, guessed for want of a tokenizer."""
+    return rough_report(
+        Path(entry.path or ""),
+        name=source_name(entry),
+        keys=_column_keys(data),
+        is_strict=data.on_bad_row == "error",
+    )
+
+
+def shares_of(entries: list[SourceConfig], samples: Mapping[str, range]) -> dict[str, Share]:
+    """How much of each train source an epoch draws; `samples` are the indices of each."""
+    return {
+        source_name(entry): Share.of(
+            samples[source_name(entry)], weight=entry.weight, samples=entry.samples
+        )
+        for entry in entries
+    }
+
+
+def planner_of(
+    tokens: TokenSet, options: PlanOptions, shares: Mapping[str, Share] | None = None
+) -> Planner:
+    """The planner of one set; without `shares` an epoch holds each sample once."""
+    drawn = tuple(shares.values()) if shares else ()
+    return Planner(tokens.lengths, tokens.supervised, options=options, shares=drawn)
+
+
+def expected_fill(planner: Planner) -> float:
+    """Tokens in the packs of the first steps, over what these packs could hold."""
+    plans = _first_steps(planner)
+    return sum(plan.fill for plan in plans) / len(plans)
+
+
+def warn_of_poor_fill(
+    config: RunConfig, tokens: TokenSet, planner: Planner, *, pack_tokens: int
+) -> None:
+    """Say once that packs will be half empty on many ranks, and what would fill them.
+
+    A single rank waits for nobody, and a set that is one step has no larger one to offer.
+    """
+    fill, data_size = expected_fill(planner), layout_of(config.parallel).data_size
+    is_alone = data_size == 1 or planner.steps_per_epoch == 1
+    if not config.data.packing or is_alone or fill >= _POOR_FILL:
+        return
+    plans = _first_steps(planner)
+    lengths = tokens.lengths[[index for plan in plans for index in plan.sample_ids]]
+    fewest = len(best_fit_decreasing(lengths.tolist(), capacity=pack_tokens))
+    if lengths.sum() < _POOR_FILL * fewest * pack_tokens:
+        remedy = "samples are long beside a pack, so raise train.micro_batch_tokens to join them"
+    else:
+        packs = -(-plans[0].total_tokens // (data_size * pack_tokens))
+        wanted = int(_FILL_TO_AIM_AT * packs * data_size * pack_tokens)
+        remedy = f"set train.global_batch_tokens={wanted}, or raise train.global_batch_size"
+    _log.warning(
+        "packs of %d tokens on %d data-parallel ranks will be %.0f %% full at %d tokens a step; %s",
+        pack_tokens,
+        data_size,
+        100 * fill,
+        plans[0].total_tokens,
+        remedy,
+    )
+
+
+def _first_steps(planner: Planner) -> list[StepPlan]:
+    num_steps = min(_STEPS_SAMPLED, planner.steps_per_epoch)
+    return [planner.step(step) for step in range(1, num_steps + 1)]
+
+
+def _column_keys(data: DataConfig) -> ColumnKeys:
+    return ColumnKeys(
+        prompt=data.prompt_key,
+        query=data.query_key,
+        response=data.response_key,
+        system=data.system_key,
+        messages=data.messages_key,
+        text=data.text_key,
+        tools=data.tools_key,
+    )
