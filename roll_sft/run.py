@@ -31,13 +31,12 @@ from roll_sft.errors import ConfigError, RollSftError
 FAULT = 1
 INTERRUPTED = 130
 
-# No telemetry unless the user asks for it by name, and no network where a file is local.
+# No telemetry unless the user asks for it by name.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_OFFLINE": "1",
     # Ray says this, in a long paragraph and late, of every worker whose end the run has explained.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
     # So that a dead server is known, and said, in seconds; the tracker tries again by itself.

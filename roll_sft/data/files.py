@@ -1,12 +1,14 @@
 """A path as a user writes it -> the files it names, in a fixed order, and their bytes.
 
-A path is a file, a folder (all files in it, at any depth), a pattern with `*`, or a URL that fsspec
-opens (`s3://...`, `memory://...`) of any of these. Hidden files and folders (a dot or an underscore
-first, as data writers mark theirs) are left out of folders and patterns. What a file holds follows
-from its suffix; `SUFFIXES` has them.
+A path is a file, a folder (all files in it, at any depth), a pattern with `*`, a URL that fsspec
+opens (`s3://...`, `memory://...`) of any of these, or org/name of a dataset of the hub, where no
+file has that name. Of a folder, hidden files and folders (a dot or an underscore first, as data
+writers mark theirs) and notes beside the data are left out; any other file that is no data is
+refused. What a file holds follows from its suffix.
 """
 
 import glob
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.registry import known_implementations
 
+from roll_sft.data.hub import hub_files, is_hub_id
 from roll_sft.errors import DataError, first_line
 
 FileKind = Literal["json", "parquet", "arrow"]
@@ -33,6 +36,7 @@ _NO_DATA = re.compile(
 _PATTERN = re.compile(r"[*?\[]")
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]+)://")
 _NAMES_SHOWN = 5
+_BUFFER_BYTES = 1 << 16
 
 
 def find_files(path: str, *, split: str | None = None) -> list[str]:
@@ -41,6 +45,8 @@ def find_files(path: str, *, split: str | None = None) -> list[str]:
     `split` keeps those that have it in their name, or in that of a folder below `path`. Raises
     `DataError` where there is no such file, or one that cannot be read.
     """
+    if _is_on_hub(path):
+        return hub_files(path, split=split)
     url = _URL.match(path)
     root, found = _remote_files(path, url.group(1)) if url else _local_files(path)
     if not found:
@@ -88,6 +94,11 @@ def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
         ) from error
 
 
+def _is_on_hub(path: str) -> bool:
+    is_file_name = kind_of_file(path) is not None or PurePosixPath(path).suffix in COMPRESSIONS
+    return is_hub_id(path) and not is_file_name and not Path(path).exists()
+
+
 def _open(name: str) -> Any:
     if _URL.match(name):
         return fsspec.open(name, "rb", compression=None)
@@ -95,10 +106,8 @@ def _open(name: str) -> Any:
 
 
 def _decompressed(file: BinaryIO, codec: str) -> BinaryIO:
-    import io
-
     stream: Any = pa.CompressedInputStream(file, codec)
-    return io.BufferedReader(stream, 1 << 20)
+    return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
 def _local_files(path: str) -> tuple[str, list[str]]:
@@ -145,7 +154,7 @@ def _is_data(name: str, *, root: str) -> bool:
 def _of_split(found: Sequence[str], *, split: str, path: str, root: str) -> list[str]:
     names = {name: name.partition(root)[2] if root else name for name in found}
     # First as a word of its own: `train` is not meant where it begins `train_gen`.
-    for borders in ("/.-", "/.-_ 0123456789"):
+    for borders in ("/.-", "/._ 0123456789-"):
         word = re.compile(rf"(^|[{borders}]){re.escape(split)}([{borders}]|$)")
         if chosen := [name for name, shown in names.items() if word.search(shown)]:
             return chosen

@@ -6,25 +6,26 @@ not known; what a template adds is left out.
 
 import json
 from collections import Counter
-from pathlib import Path
 
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.prepare import EMPTY, MALFORMED, SourceReport
 from roll_sft.data.shapes import ColumnKeys
-from roll_sft.data.sources import read_conversations
+from roll_sft.data.sources import read_placed
 from roll_sft.errors import DataError
 
 TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
 
 
-def rough_report(path: Path, *, name: str, keys: ColumnKeys, is_strict: bool) -> SourceReport:
+def rough_report(
+    path: str, *, split: str | None, name: str, keys: ColumnKeys, is_strict: bool
+) -> SourceReport:
     """The report of `path`; `is_strict`: a malformed row is a `DataError`, as it will be."""
     dropped = Counter[str]()
     kept = num_bytes = num_answer_bytes = 0
-    for row in read_conversations(str(path), keys):
+    for file, row in read_placed(path, keys, split=split):
         if isinstance(row, BadRow):
             if is_strict and not row.is_empty:
-                raise DataError(f"{path}:{row.line}: {row.reason}")
+                raise DataError(f"{file}:{row.line}: {row.reason}")
             dropped[EMPTY if row.is_empty else MALFORMED] += 1
             continue
         kept += 1
@@ -35,7 +36,7 @@ def rough_report(path: Path, *, name: str, keys: ColumnKeys, is_strict: bool) ->
         raise DataError(f"{path}: none of its rows can be trained on ({dict(dropped)}); mend them")
     return SourceReport(
         name=name,
-        path=str(path),
+        path=path,
         rows=kept + dropped.total(),
         kept=kept,
         dropped=dropped,

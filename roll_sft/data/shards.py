@@ -26,10 +26,11 @@ from roll_sft.data.rows import BYTE_ORDER_MARK, JSON_SPACE, RawRow, array_rows, 
 from roll_sft.data.shapes import ColumnKeys, Shape, columns_of, sample_of, shape_of
 from roll_sft.data.tables import table_parts, table_rows
 from roll_sft.data.values import BadRowError, NoAnswerError, UnusableFileError, listed
-from roll_sft.errors import DataError
+from roll_sft.errors import DataError, first_line
 
 SHARD_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20
+_PEEK_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +156,9 @@ def _shards_of_file(name: str, *, shard_bytes: int) -> Iterator[Shard]:
 
 def _first_character(file: BinaryIO) -> bytes:
     """Return the first byte after a byte order mark and spaces, or b"" if there is none."""
-    chunk = file.read(_CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK)
+    chunk = file.read(_PEEK_BYTES).removeprefix(BYTE_ORDER_MARK)
     while chunk and not chunk.strip(JSON_SPACE):
-        chunk = file.read(_CHUNK_BYTES)
+        chunk = file.read(_PEEK_BYTES)
     return chunk.strip(JSON_SPACE)[:1]
 
 
@@ -213,20 +214,33 @@ def _table_shards(
 
 def _raw_rows(shard: Shard) -> Iterator[RawRow | BadRow]:
     with opened(shard.file) as file:
-        if shard.kind == "array":
-            yield from array_rows(file, name=shard.file)
-        elif shard.kind == "lines":
-            if compression_of(shard.file) is None:
-                file.seek(shard.start)
-                lines = _lines(file, num_bytes=shard.stop - shard.start)
-                yield from line_rows(lines, first_line=shard.first_line)
-            else:
-                yield from line_rows(file, first_line=1)
-        else:
+        if shard.kind in ("parquet", "arrow"):
             parts = range(shard.start, shard.stop)
             yield from table_rows(
                 file, kind=shard.kind, name=shard.file, parts=parts, first_row=shard.first_line
             )
+        elif compression_of(shard.file) is not None:
+            yield from _decompressed_rows(shard, file)
+        elif shard.kind == "array":
+            yield from array_rows(file, name=shard.file)
+        else:
+            file.seek(shard.start)
+            lines = _lines(file, num_bytes=shard.stop - shard.start)
+            yield from line_rows(lines, first_line=shard.first_line)
+
+
+def _decompressed_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
+    is_array, line = shard.kind == "array", 1
+    rows = array_rows(file, name=shard.file) if is_array else line_rows(file, first_line=1)
+    try:
+        for row in rows:
+            line = row.line
+            yield row
+    except OSError as error:
+        raise DataError(
+            f"{shard.file}:{line}: the compressed data is cut off or damaged behind this line "
+            f"({first_line(error)}); write the file again"
+        ) from error
 
 
 def _lines(file: BinaryIO, *, num_bytes: int) -> Iterator[bytes]:

@@ -26,8 +26,14 @@ def read_conversations(
     Raises `DataError` at once if there is no such file, or one that is empty or of another suffix,
     and during the iteration for what makes a whole file unusable.
     """
-    shards = find_shards(path, split=split)
-    return _numbered(shards, keys=keys, path=path)
+    return (row for _, row in read_placed(path, keys, split=split))
+
+
+def read_placed(
+    path: str, keys: ColumnKeys, *, split: str | None = None
+) -> Iterator[tuple[str, Conversation | Document | BadRow]]:
+    """`read_conversations`, with the file of each row."""
+    return _placed(find_shards(path, split=split), keys=keys, path=path)
 
 
 def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
@@ -36,15 +42,15 @@ def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
         _log.warning("%s: no row uses the configured column '%s'", path, column)
 
 
-def _numbered(
+def _placed(
     shards: list[Shard], *, keys: ColumnKeys, path: str
-) -> Iterator[Conversation | Document | BadRow]:
+) -> Iterator[tuple[str, Conversation | Document | BadRow]]:
     row, used = 0, set[str]()
     shapes = file_shapes(shards, keys)
     for shard in shards:
         rows: ShardRows = read_shard(shard, keys, shape=shapes.get(shard.file))
         for each in rows:
-            yield dataclasses.replace(each, row=row)
+            yield shard.file, dataclasses.replace(each, row=row)
             row += 1
         used |= rows.used
     warn_of_unused(keys, used, path=path)

@@ -52,7 +52,8 @@ def tokenise(
 def rough(entry: SourceConfig, data: DataConfig) -> SourceReport:
     """What a source holds, guessed for want of a tokenizer."""
     return rough_report(
-        Path(entry.path or ""),
+        entry.path or "",
+        split=entry.split,
         name=source_name(entry),
         keys=_column_keys(data),
         is_strict=data.on_bad_row == "error",
