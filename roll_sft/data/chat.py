@@ -1,100 +1,81 @@
-"""Conversation -> token ids and the mask of what is trained on, by the tokenizer's own template.
+"""Rows -> samples: token ids and the mask of what is learnt, exact or refused.
 
-How the mask is made. The template renders the whole conversation once, and that text is encoded
-once. Where an assistant turn begins and ends in it is found by rendering the messages before the
-turn (with the generation prompt) and the messages up to it; both must be beginnings of the whole
-text, or the template rewrites earlier turns and the row is refused. Character offsets then carry
-the two places over to the tokens.
+A conversation is rendered by the chat template and encoded once. What is learnt is found in one of
+two ways, which give the same samples:
+- the quick one: a template that writes from left to right (`data.causal`) and sets control tokens
+  around each answer needs one rendering, and the answers are found in the ids of many rows at once;
+- the proved one, for all else: the turns are found in the text (`data.turns`), and carried over to
+  the tokens by the ids or by character offsets (`data.mask`).
 
-What is promised, or the row is refused with a reason:
-- supervised are exactly the tokens of each assistant turn after its header, up to and with its
-  end-of-turn token, once; not the line break after it, and nothing of any other turn;
-- no token is partly inside. A token made across the border between header and answer would be one
-  that no model is ever asked for, since at inference the header comes as tokens of its own;
-- every message is in the rendered text, and only the template writes control tokens;
-- `label_mask[t]` speaks about the prediction of token t + 1: the shift happens here, nowhere else.
+A document is encoded without a template, begins as the tokenizer begins a text, ends with the
+end-of-text token, and is learnt as a whole.
 """
 
 import hashlib
 import json
-import re
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-import jinja2
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from roll_sft.data.conversation import Conversation, Document, Message
+from roll_sft.data.encode import Encoded, Encoder, EncoderFacts, placed, unmarked
+from roll_sft.data.mask import Anchor, Flat, find_anchor, learnt_runs, mask_by_places, masks_by_ids
+from roll_sft.data.render import Renderer
+from roll_sft.data.samples import TokenizedSample, UnusableRow
+from roll_sft.data.turns import Text, TurnFinder
 from roll_sft.errors import DataError
 
-# Part of the fingerprint: raise it when the same conversation gives other ids or another mask.
-_VERSION = 2
-# How tokenizers name the end of a text, where `eos_token` may be the end of a turn.
-_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-_CONTEXT_CHARACTERS = 12
+__all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
 
+# Part of the fingerprint: raise it when the same row gives other ids or another mask.
+_VERSION = 3
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenizedSample:
-    """What one sample of a row is: `token_ids` int32 [T] and `label_mask` uint8 [T].
-
-    `label_mask[t]` is 1 where token t predicts token t + 1 and that is trained on; 0 at the end.
-    `atomic`: spans of tokens (start, stop) that may not be cut through, as a tool call.
-    """
-
-    token_ids: NDArray[np.int32]
-    label_mask: NDArray[np.uint8]
-    atomic: tuple[tuple[int, int], ...] = ()
-
-
-class UnusableRow(Exception):  # noqa: N818 - it says what the row is, not that something failed
-    """A conversation that this tokenizer and template cannot turn into an exact sample."""
+# What an anchor is proved on. No two say the same, so that only the template repeats itself.
+_PROBES = (
+    (("user", "What is two and two?"), ("assistant", "Four.")),
+    (
+        ("user", "Name a colour"),
+        ("assistant", "Blue it is"),
+        ("user", "Another one, please!"),
+        ("assistant", "Red"),
+    ),
+    (("system", "Be brief."), ("user", "Hello there"), ("assistant", "Good day to you")),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """The characters `start:end` of the text that an assistant message adds after its header.
+class _Recipe:
+    """All that decides the samples, as plain values."""
 
-    `message` is its index, and `is_blank` says that its content is but spaces.
-    """
-
-    start: int
-    end: int
-    message: int
-    is_blank: bool
+    encoder: EncoderFacts
+    template: str | None
+    template_names: tuple[str, ...]
+    special_tokens: Mapping[str, Any]
+    train_on: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A conversation as text, with its assistant turns in order."""
+@dataclass(slots=True)
+class _Plan:
+    """A text on its way to its sample. `is_marked`: the row spells control tokens."""
 
-    text: str
-    turns: tuple[_Turn, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """Token ids of a text, and the characters `starts[t]:ends[t]` that token t stands for.
-
-    The tokens of one character share its place, so a border between two characters lies inside a
-    token only if that token covers a part of both.
-    """
-
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
+    text: Text
+    by_ids: bool
+    is_marked: bool = False
+    is_document: bool = False
+    result: TokenizedSample | UnusableRow | None = None
 
 
 class ChatTokenizer:
-    """Turns conversations into samples with one tokenizer and the chat template it carries.
+    """Turns rows into samples with one tokenizer, one chat template and one `train_on`.
 
-    `fingerprint` (hexadecimal SHA-256) changes with anything that changes a sample: vocabulary,
-    merges, normalisation, added tokens, template, and the rules of this module.
+    `template` is the template's text (None: the tokenizer has none). `fingerprint` (hexadecimal
+    SHA-256) changes with anything that changes a sample: vocabulary, merges, normalisation, added
+    tokens, template, `train_on`, and the rules of these modules. Travels between processes as the
+    text of the tokenizer and the template.
     """
 
     def __init__(
@@ -106,36 +87,57 @@ class ChatTokenizer:
     ) -> None:
         """`template` is Jinja text in place of the tokenizer's own; `train_on` as `data.train_on`.
 
-        Raise `DataError` if `tokenizer` reports no character offsets or has no chat template.
+        Raise `DataError` if `tokenizer` reports no character offsets.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
                 f"tokenizer {type(tokenizer).__name__}: is not a fast one and reports no character "
                 f"offsets, which the loss mask needs; use a model folder with a tokenizer.json"
             )
-        self._tokenizer = tokenizer
-        assert train_on == "assistant", f"train_on {train_on!r} is not built"
-        self.template = _chat_template(tokenizer) if template is None else template
-        self._backend = _plain_backend(tokenizer)
-        control_tokens = _control_tokens(tokenizer)
-        self._control_ids = frozenset(control_tokens.values())
-        # The longest first: one control token may begin with another.
-        by_length = sorted(control_tokens, key=lambda text: (-len(text), text))
-        self._control_text = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-        self._first_ids = tokenizer("", add_special_tokens=True).input_ids[:1]
-        if self._first_ids != [tokenizer.bos_token_id]:
-            self._first_ids = []
-        self._end_of_text = _end_of_text(tokenizer, control_tokens)
+        own = tokenizer.chat_template
+        names = tuple(sorted(own)) if isinstance(own, dict) else ()
+        self._set_up(
+            _Recipe(
+                EncoderFacts.of(tokenizer),
+                template=_own_template(tokenizer) if template is None else template,
+                template_names=names,
+                special_tokens=dict(tokenizer.special_tokens_map),
+                train_on=train_on,
+            )
+        )
+
+    def __getstate__(self) -> _Recipe:
+        return self._recipe
+
+    def __setstate__(self, recipe: _Recipe) -> None:
+        self._set_up(recipe)
+
+    def _set_up(self, recipe: _Recipe) -> None:
+        self._recipe = recipe
+        self._encoder = Encoder(recipe.encoder)
+        self._learn_all = recipe.train_on == "all"
+        self.template = recipe.template
         parts = (
             _VERSION,
-            self._backend.to_str(),
-            self.template,
-            train_on,
-            tokenizer.special_tokens_map,
-            sorted(control_tokens.items()),
+            recipe.encoder.backend,
+            recipe.template,
+            recipe.special_tokens,
+            sorted(recipe.encoder.protected.items()),
+            recipe.encoder.first_ids,
+            recipe.encoder.end_of_text,
+            recipe.train_on,
         )
         described = json.dumps(parts, sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(described.encode("utf-8")).hexdigest()
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends an answer; None without a template, or if it writes no probe."""
+        finals = [learnt_runs(sample)[1][-1] for _, _, sample in self._probes]
+        ids = [
+            encoded.ids[final] for final, (_, encoded, _) in zip(finals, self._probes, strict=True)
+        ]
+        return ids[0] if ids else None
 
     def tokenize(self, row: Conversation | Document) -> list[TokenizedSample]:
         """Return the samples of one row, or raise `UnusableRow`; see `tokenize_many`."""
@@ -147,254 +149,241 @@ class ChatTokenizer:
     def tokenize_many(
         self, rows: Sequence[Conversation | Document]
     ) -> list[list[TokenizedSample] | UnusableRow]:
-        """Return for each row its samples, or why it has none (not raised).
+        """Return for each row its samples, in order, or why it has none (not raised).
 
-        A document is encoded without the template, ends with the end-of-text token, and is trained
-        on as a whole. Encodes all rows together, which uses all cores. Raises `DataError` if the
-        template cannot be used with any conversation: broken syntax, or no end-of-turn token.
+        A conversation gives one sample, or one for each learnt turn (see `data.turns`). Encodes all
+        rows together, which uses all cores. Raises `DataError` if the template cannot be used with
+        any conversation: it is missing or broken, or writes no end-of-turn token after an answer.
         """
-        rendered: list[_Rendered | str | UnusableRow] = []
-        for row in rows:
-            try:
-                rendered.append(self._render(row))
-            except UnusableRow as error:
-                rendered.append(error)
-        texts = [
-            each.text if isinstance(each, _Rendered) else each
-            for each in rendered
-            if not isinstance(each, UnusableRow)
-        ]
-        # The template writes what begins a text; adding it again would double it.
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        results: list[list[TokenizedSample] | UnusableRow] = []
-        for each in rendered:
-            if isinstance(each, UnusableRow):
-                results.append(each)
-                continue
-            try:
-                results.append([self._sample(each, encoding=next(encodings))])
-            except UnusableRow as error:
-                results.append(error)
-        return results
+        plans = [self._planned(row) for row in rows]
+        self._sample_by_ids(_select(plans, by_ids=True))
+        for index, plan in enumerate(plans):
+            # An answer whose header is not there as expected: say where it is, or why not.
+            if isinstance(plan, list) and any(each.by_ids and each.result is None for each in plan):
+                plans[index] = self._planned(rows[index], by_ids=False)
+        self._sample_by_places(_select(plans, by_ids=False))
+        return [_results(plan) for plan in plans]
 
-    def _document(self, document: Document) -> str:
-        if found := self._control_text.search(document.text):
-            raise UnusableRow(
-                f"the text holds '{found.group()}', which the tokenizer reads as a control token; "
-                f"reword or remove it"
-            )
-        if self._end_of_text is None:
+    def _planned(
+        self, row: Conversation | Document, *, by_ids: bool = True
+    ) -> list[_Plan] | UnusableRow:
+        try:
+            if isinstance(row, Document):
+                return [self._document(row)]
+            return self._plans(row, by_ids=by_ids)
+        except UnusableRow as error:
+            return error
+
+    def _document(self, row: Document) -> _Plan:
+        if self._recipe.encoder.end_of_text is None:
             raise DataError(
                 "the tokenizer has no eos_token, so a text would have no end; name one in its "
                 "tokenizer_config.json"
             )
-        return document.text
+        encoder = self._encoder
+        if not encoder.holds_control_text(row.text):
+            return _Plan(Text(row.text, answers=(), calls=()), by_ids=True, is_document=True)
+        sample = self._document_sample(encoder.encode_renamed(row.text).ids)
+        return _Plan(Text(row.text, answers=(), calls=()), by_ids=False, result=sample)
 
-    def _render(self, row: Conversation | Document) -> _Rendered | str:
-        if isinstance(row, Document):
-            return self._document(row)
-        messages = row.messages
-        for index, message in enumerate(messages):
-            if message.reasoning or message.tool_calls or row.tools or not message.train:
-                raise UnusableRow(
-                    f"message {index} ({message.role}) has reasoning, tools, calls or train=false, "
-                    f"which is not available in this version; remove them"
-                )
-        self._refuse_control_text(messages)
-        text = self._apply(messages, add_generation_prompt=False)
-        turns: list[_Turn] = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                _check_present(message, index=index, text=text)
-                continue
-            if index == 0:
-                raise UnusableRow(
-                    "the conversation begins with an assistant message, which answers nothing; "
-                    "begin with a user message"
-                )
-            turns.append(self._turn(messages, index=index, text=text))
-        return _Rendered(text=text, turns=tuple(turns))
+    def _document_sample(self, ids: Iterable[int]) -> TokenizedSample:
+        facts = self._recipe.encoder
+        whole = np.array([*facts.first_ids, *ids, facts.end_of_text], np.int32)
+        label_mask = np.ones(whole.size, np.uint8)
+        label_mask[-1] = 0
+        return TokenizedSample(whole, label_mask)
 
-    def _turn(self, messages: Sequence[Message], *, index: int, text: str) -> _Turn:
-        before = self._apply(messages[:index], add_generation_prompt=True)
-        last = index == len(messages) - 1
-        upto = text if last else self._apply(messages[: index + 1], add_generation_prompt=False)
-        for beginning in (before, upto):
-            if not text.startswith(beginning):
-                raise UnusableRow(_rewritten(text, beginning=beginning, index=index))
-        content = messages[index].content
-        written = text[len(before) : len(upto)]
-        _check_present(messages[index], index=index, text=written)
-        # Some templates (a think block) write more before the answer, after the generation prompt.
-        # Without such a prompt, what they write there is the header.
-        if not written.lstrip().startswith(content.strip()) and before == self._apply(
-            messages[:index], add_generation_prompt=False
+    def _plans(self, row: Conversation, *, by_ids: bool) -> list[_Plan]:
+        if row.messages[0].role == "assistant":
+            raise UnusableRow(
+                "the conversation begins with an assistant message, which answers nothing; "
+                "begin with a user message"
+            )
+        marked = self._encoder.marked(row)
+        if marked is not None:
+            return self._marked_plans(row, marked)
+        anchor = self._anchor if by_ids else None
+        if anchor and self._renderer.is_causal and (text := self._quick(row, anchor)):
+            return [_Plan(text, by_ids=True)]
+        return [
+            _Plan(text, by_ids=anchor is not None and anchor.fits(text))
+            for text in self._finder.find(row)
+        ]
+
+    def _quick(self, row: Conversation, anchor: Anchor) -> Text | None:
+        """Return the row as one text if it is plain and every message stands in it, in order."""
+        if row.tools or any(message.reasoning or message.tool_calls for message in row.messages):
+            return None
+        renderer = self._renderer
+        turns = renderer.turns(row.messages)
+        rendering = renderer.render(turns, tools=(), add_generation_prompt=False)
+        text, place = rendering.text, 0
+        for message in row.messages:
+            content = message.content
+            found = text.find(content, place)
+            if found < 0:
+                content = content.strip()
+                found = text.find(content, place)
+            if found < 0:
+                return None
+            place = found + len(content)
+        if renderer.has_marks and not (
+            len(rendering.marks) == sum(message.role == "assistant" for message in row.messages)
+            and all(anchor.holds(text, mark) for mark in rendering.marks)
         ):
-            raise DataError(
-                f"the chat template ignores add_generation_prompt and writes {_quoted(written)} "
-                f"before an answer, so the header cannot be told from the answer; add "
-                f"{{% if add_generation_prompt %}} with the header to the tokenizer's template"
+            return None
+        return self._finder.whole(row, text)
+
+    def _marked_plans(self, row: Conversation, marked: Conversation) -> list[_Plan]:
+        """Plan a row that spells control tokens: see `data.encode`."""
+        texts = self._finder.find(marked)
+        bare = self._finder.find(row)
+        if [unmarked(text.text) for text in texts] != [text.text for text in bare]:
+            raise UnusableRow(
+                "the row spells a control token where the chat template looks at the text, so the "
+                "two cannot be told apart; reword or remove it"
             )
-        return _Turn(len(before), len(upto), message=index, is_blank=not content.strip())
+        return [_Plan(_moved(text, self._encoder), by_ids=False, is_marked=True) for text in texts]
 
-    def _refuse_control_text(self, messages: Sequence[Message]) -> None:
-        for index, message in enumerate(messages):
-            if found := self._control_text.search(message.content):
-                raise UnusableRow(
-                    f"message {index} ({message.role}) holds the text '{found.group()}', which the "
-                    f"tokenizer reads as a control token; reword or remove it"
-                )
-
-    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template is broken at its line {error.lineno}: {error.message}; mend "
-                f"the tokenizer's template or use another tokenizer"
-            ) from error
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
-        assert isinstance(text, str), f"a rendered conversation is a {type(text).__name__}"
-        return text
-
-    def _sample(self, rendered: _Rendered | str, *, encoding: Encoding) -> TokenizedSample:
-        if isinstance(rendered, str):
-            ids = np.array([*self._first_ids, *encoding.ids, self._end_of_text], np.int32)
-            label_mask = np.ones(ids.size, np.uint8)
-            label_mask[-1:] = 0
-            return TokenizedSample(ids, label_mask)
-        offsets: list[tuple[int, int]] = encoding.offsets
-        tokens = _Encoded(
-            encoding.ids, starts=[start for start, _ in offsets], ends=[end for _, end in offsets]
+    def _sample_by_ids(self, plans: Sequence[_Plan]) -> None:
+        if not plans:
+            return
+        # The template writes what begins a text; adding it again would double it.
+        encodings = self._encoder.backend.encode_batch_fast(
+            [plan.text.text for plan in plans], add_special_tokens=False
         )
-        if any(left > right for left, right in pairwise(tokens.starts)):
-            raise UnusableRow(
-                "the tokenizer reports character offsets that go backwards, so the answer cannot "
-                "be told from its context; normalise the text of the row (NFC) beforehand"
-            )
-        label_mask = np.zeros(len(tokens.ids), np.uint8)
-        for turn in rendered.turns:
-            # First, since a template without an end is at fault whatever the row holds.
-            final = self._end_of_turn(rendered.text, turn=turn, tokens=tokens)
-            first = bisect_left(tokens.starts, turn.start)
-            if first > 0 and tokens.ends[first - 1] > turn.start:
-                raise UnusableRow(_straddling(rendered.text, turn=turn))
-            # Shifted by one: the token before is the one that predicts. Nothing predicts the first.
-            label_mask[max(first, 1) - 1 : final] = 1
-        return TokenizedSample(np.array(tokens.ids, np.int32), label_mask)
+        chats: list[tuple[_Plan, list[int]]] = []
+        for plan, encoding in zip(plans, encodings, strict=True):
+            if plan.is_document:
+                plan.result = self._document_sample(encoding.ids)
+            else:
+                chats.append((plan, encoding.ids))
+        if not chats:
+            return
+        assert self._anchor is not None, "nothing is planned by ids without an anchor"
+        samples = masks_by_ids(
+            [plan.text for plan, _ in chats],
+            Flat.of([ids for _, ids in chats]),
+            anchor=self._anchor,
+            learn_all=self._learn_all,
+        )
+        for (plan, _), sample in zip(chats, samples, strict=True):
+            plan.result = sample
 
-    def _end_of_turn(self, text: str, *, turn: _Turn, tokens: _Encoded) -> int:
-        """Return the index of the control token that ends the turn.
+    def _sample_by_places(self, plans: Sequence[_Plan]) -> None:
+        encoder = self._encoder
+        unmarked_texts = [plan.text.text for plan in plans if not plan.is_marked]
+        encodings = iter(encoder.backend.encode_batch(unmarked_texts, add_special_tokens=False))
+        for plan in plans:
+            try:
+                plan.result = mask_by_places(
+                    plan.text,
+                    encoder.encode_renamed(plan.text.text)
+                    if plan.is_marked
+                    else placed(next(encodings)),
+                    control_ids=encoder.control_ids,
+                    learn_all=self._learn_all,
+                )
+            except UnusableRow as error:
+                plan.result = error
 
-        It is the first control token after the answer's last visible text. Others may follow, with
-        spaces between: a template may close the whole text with one more.
-        """
-        found: list[int] = []
-        first, stop = bisect_left(tokens.starts, turn.start), bisect_left(tokens.starts, turn.end)
-        for token in reversed(range(first, stop)):
-            if tokens.ids[token] in self._control_ids:
-                found.append(token)
-            elif text[tokens.starts[token] : min(tokens.ends[token], turn.end)].strip():
-                break
-        if not found:
+    @cached_property
+    def _renderer(self) -> Renderer:
+        if self.template is None:
+            names = ", ".join(self._recipe.template_names) or "none"
             raise DataError(
-                f"the chat template ends an answer without an end-of-turn token (it writes "
-                f"{_quoted(text[turn.start : turn.end], end=True)}), so a model would never learn "
-                f"to stop; end the assistant turn with {{{{ eos_token }}}} in its template"
+                f"the tokenizer has no default chat template (found: {names}); give it one, "
+                f"name one with data.chat_template, or give the tokenizer of an instruction-tuned "
+                f"model with model.tokenizer_path"
             )
-        if len(found) > 1 and turn.is_blank:
-            raise UnusableRow(
-                f"message {turn.message} (assistant) holds no text, so its end-of-turn token "
-                f"cannot be told from its header; remove the message"
-            )
-        return found[-1]
+        return Renderer(self.template, self._recipe.special_tokens)
+
+    @cached_property
+    def _finder(self) -> TurnFinder:
+        return TurnFinder(self._renderer, train_on=self._recipe.train_on)
+
+    @cached_property
+    def _probes(self) -> list[tuple[Text, Encoded, TokenizedSample]]:
+        """Conversations of our own, proved; none that cannot be, which each row then says."""
+        finder = TurnFinder(self._renderer, train_on="assistant")
+        encoder, probes = self._encoder, []
+        for turns in _PROBES:
+            messages = tuple(Message(role, content) for role, content in turns)
+            try:
+                for text in finder.find(Conversation(messages, row=0, line=1)):
+                    encoded = placed(encoder.backend.encode(text.text, add_special_tokens=False))
+                    sample = mask_by_places(
+                        text, encoded, control_ids=encoder.control_ids, learn_all=False
+                    )
+                    probes.append((text, encoded, sample))
+            except (UnusableRow, DataError):
+                continue
+        return probes
+
+    @cached_property
+    def _anchor(self) -> Anchor | None:
+        """The tokens around every answer, if they are always the same and the ids say the same."""
+        probes = self._probes
+        anchor = find_anchor(probes, control_ids=self._encoder.control_ids)
+        if anchor is None or not all(anchor.fits(text) for text, _, _ in probes):
+            return None
+        # Such a token could hold the first spaces of an answer and look no different.
+        if anchor.header[-1] in self._recipe.encoder.absorbing:
+            return None
+        flat = Flat.of([encoded.ids for _, encoded, _ in probes])
+        texts = [text for text, _, _ in probes]
+        samples = masks_by_ids(texts, flat, anchor=anchor, learn_all=False)
+        is_proved = all(
+            sample is not None and np.array_equal(sample.label_mask, proved.label_mask)
+            for sample, (_, _, proved) in zip(samples, probes, strict=True)
+        )
+        return anchor if is_proved else None
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the template as text, the default one if the tokenizer has several."""
+def _select(plans: Iterable[list[_Plan] | UnusableRow], *, by_ids: bool) -> list[_Plan]:
+    """Return the plans that go one way and have no result yet."""
+    return [
+        each
+        for plan in plans
+        if isinstance(plan, list)
+        for each in plan
+        if each.by_ids == by_ids and each.result is None
+    ]
+
+
+def _results(plans: list[_Plan] | UnusableRow) -> list[TokenizedSample] | UnusableRow:
+    if isinstance(plans, UnusableRow):
+        return plans
+    samples: list[TokenizedSample] = []
+    for plan in plans:
+        if isinstance(plan.result, UnusableRow):
+            return plan.result
+        assert plan.result is not None, "every plan has been sampled"
+        samples.append(plan.result)
+    return samples
+
+
+def _moved(text: Text, encoder: Encoder) -> Text:
+    """Return a text with marks as the renaming backend reads it, and the places of its turns."""
+
+    def at(place: int) -> int:
+        return len(encoder.renamed(text.text[:place]))
+
+    turns = tuple(
+        replace(
+            turn,
+            start=at(turn.start),
+            end=at(turn.end),
+            spans=tuple((at(start), at(end)) for start, end in turn.spans),
+        )
+        for turn in text.turns or ()
+    )
+    return replace(text, text=encoder.renamed(text.text), turns=turns)
+
+
+def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the tokenizer's template as text, the default one if it has several."""
     try:
         return tokenizer.get_chat_template()
     except ValueError:
-        names = ", ".join(sorted(tokenizer.chat_template or ())) or "none"
-        raise DataError(
-            f"the tokenizer has no default chat template (found: {names}); give it one, "
-            f"or give the tokenizer of an instruction-tuned model with model.tokenizer_path"
-        ) from None
-
-
-def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of the tokenizer's backend that only encodes.
-
-    A copy, because padding and truncation are state that calls of the original leave behind.
-    Without a post-processor, because it could add tokens, and the byte-level one can trim spaces
-    from the offsets: a token that holds a space would then not cover it.
-    """
-    backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    backend.post_processor = None
-    return backend
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Return text -> id of the tokens that steer a model and never come from ordinary text."""
-    tokens = {
-        token.content: token_id
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
-    tokens.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    # A vocabulary may name its unknown token: ordinary text does come to that one.
-    if tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token):
-        tokens.pop(tokenizer.unk_token, None)
-    return tokens
-
-
-def _end_of_text(
-    tokenizer: PreTrainedTokenizerFast, control_tokens: Mapping[str, int]
-) -> int | None:
-    """Return the id that ends a document: chat models have another end-of-sequence token."""
-    named = (control_tokens[text] for text in _END_OF_TEXT if text in control_tokens)
-    return next(named, tokenizer.eos_token_id)
-
-
-def _check_present(message: Message, *, index: int, text: str) -> None:
-    """Raise if the template left out or changed what the message says, but for spaces."""
-    content = message.content
-    if content in text or "".join(content.split()) in "".join(text.split()):
-        return
-    raise UnusableRow(
-        f"the chat template drops or rewrites the text of message {index} ({message.role}); change "
-        f"the message, or use a tokenizer whose template writes it as it stands"
-    )
-
-
-def _rewritten(text: str, *, beginning: str, index: int) -> str:
-    shorter = min(len(text), len(beginning))
-    place = next((at for at in range(shorter) if text[at] != beginning[at]), shorter)
-    return (
-        f"the chat template rewrites earlier turns, so the answer in message {index} has no fixed "
-        f"place: it writes {_quoted(beginning[place:])} up to that turn and "
-        f"{_quoted(text[place:])} once the conversation goes on; use single-turn rows or a "
-        f"tokenizer with another template"
-    )
-
-
-def _straddling(text: str, *, turn: _Turn) -> str:
-    return (
-        f"one token spans the end of the header {_quoted(text[: turn.start], end=True)} and the "
-        f"beginning of the answer {_quoted(text[turn.start :])} in message {turn.message}; change "
-        f"the beginning of the answer, or the end of the header in its template"
-    )
-
-
-def _quoted(text: str, *, end: bool = False) -> str:
-    cut = text[-_CONTEXT_CHARACTERS:] if end else text[:_CONTEXT_CHARACTERS]
-    return ascii(cut) if cut else "nothing"
+        return None

@@ -1,6 +1,7 @@
 """Conversations as token ids and loss masks, checked id by id against the rendered text."""
 
 import copy
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
 from roll_sft.data.conversation import Conversation, Document, Message
 from roll_sft.errors import DataError
-from tests.tiny import CHATML_TEMPLATE, CONTROL_TOKENS, tiny_tokenizer
+from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 END = "<|im_end|>"
 DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -173,12 +174,29 @@ def test_what_the_template_adds_after_the_generation_prompt_is_supervised() -> N
     assert supervised(only(chat, conversation("q", "a"))) == answers("<think>\n\n</think>\n\na")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    chat = ChatTokenizer(with_template(REASONING_TEMPLATE))
+def test_a_template_that_rewrites_earlier_turns_gives_one_sample_for_each_answer() -> None:
+    tokenizer = with_template(REASONING_TEMPLATE)
+    chat = ChatTokenizer(tokenizer)
+    samples = chat.tokenize(conversation("q", "a", "r", "b"))
+    empty = "<think>\n\n</think>\n\n"
+    assert [supervised(sample) for sample in samples] == [
+        answers(f"{empty}a"),
+        answers(f"{empty}b"),
+    ]
+    turn = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(samples[0].token_ids) == f"{turn}{empty}a<|im_end|>\n"
+    assert tokenizer.decode(samples[1].token_ids).startswith(f"{turn}a<|im_end|>\n")
+    samples = chat.tokenize(conversation("q", "<think>x</think>a", "q", "<think>y</think>b"))
+    assert [supervised(sample) for sample in samples] == [
+        answers("<think>x</think>a"),
+        answers("<think>y</think>b"),
+    ]
+
+
+def test_a_template_that_rewrites_what_comes_before_any_answer_is_refused() -> None:
+    counting = "{{- messages | length }}" + CHATML_TEMPLATE
     with pytest.raises(UnusableRow, match=r"rewrites earlier turns, so the answer in message 1"):
-        only(chat, conversation("q", "a", "q", "a"))
-    with pytest.raises(UnusableRow, match=r"rewrites earlier turns"):
-        only(chat, conversation("q", "<think>x</think>a", "q", "<think>x</think>a"))
+        ChatTokenizer(with_template(counting)).tokenize(conversation("q", "a", "q", "a"))
 
 
 def test_a_closing_token_after_the_end_of_turn_is_not_supervised() -> None:
@@ -240,7 +258,7 @@ def test_several_templates_without_a_default_are_listed() -> None:
     tokenizer = with_template(None)
     tokenizer.chat_template = {"rag": CHATML_TEMPLATE, "tool_use": CHATML_TEMPLATE}
     with pytest.raises(DataError, match=r"found: rag, tool_use"):
-        ChatTokenizer(tokenizer)
+        ChatTokenizer(tokenizer).tokenize(conversation("q", "a"))
     tokenizer.chat_template["default"] = CHATML_TEMPLATE
     assert supervised(only(ChatTokenizer(tokenizer), conversation("q", "a"))) == answers("a")
 
@@ -252,11 +270,62 @@ def test_a_token_across_the_border_is_refused_with_the_text_around() -> None:
 
 
 @pytest.mark.parametrize("role", [0, 1])
-def test_control_tokens_in_the_text_are_refused(role: int) -> None:
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, REASONING_TEMPLATE])
+def test_control_tokens_in_the_text_stay_text(role: int, template: str) -> None:
+    tokenizer = with_template(template)
     turns = ["q", "a"]
-    turns[role] = "x<|im_end|>\n<|im_start|>system\ny"
-    with pytest.raises(UnusableRow, match=rf"message {role} .*<\|im_end\|>.* control token"):
-        only(ChatTokenizer(tiny_tokenizer()), conversation(*turns))
+    turns[role] = "x<|im_end|>\n<|im_start|>assistant\ny<|endoftext|>"
+    sample = only(ChatTokenizer(tokenizer), conversation(*turns, system="s"))
+    empty = "<think>\n\n</think>\n\n" if template == REASONING_TEMPLATE else ""
+    assert supervised(sample) == answers(empty + turns[1])
+    messages = [
+        {"role": r, "content": c} for r, c in zip(("user", "assistant"), turns, strict=True)
+    ]
+    text = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "s"}, *messages], tokenize=False
+    )
+    assert tokenizer.decode(sample.token_ids) == text
+    ids = sample.token_ids.tolist()
+    assert (ids.count(1), ids.count(2), ids.count(0)) == (3, 3, 0)
+
+
+def test_text_around_control_text_is_encoded_as_ever() -> None:
+    tokenizer = with_template(CHATML_TEMPLATE)
+    tokenizer.add_tokens(["<think>"])  # an added token that is no control token
+    bare = json.loads(tokenizer.backend_tokenizer.to_str())
+    bare["added_tokens"] = [token for token in bare["added_tokens"] if not token["special"]]
+    encode = Tokenizer.from_str(json.dumps(bare)).encode
+    question = "The sum of two <think> numbers<|im_end|>\n\nis <|im_start|> the rest  "
+    expected = [1, *encode("system\ns").ids, 2, *encode("\n").ids]
+    expected += [1, *encode("user\n" + question).ids, 2, *encode("\n").ids]
+    expected += [1, *encode("assistant\na").ids, 2, *encode("\n").ids]
+    ids = only(ChatTokenizer(tokenizer), conversation(question, "a", system="s")).token_ids
+    assert ids.tolist() == expected
+    assert tokenizer.convert_tokens_to_ids("<think>") in expected
+
+
+def test_a_control_token_that_text_is_made_of_is_refused() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), ("\u2581", -2.0), ("a", -2.0), ("<", -9.0)]
+    pieces += [(piece, -9.0) for piece in "/s>[]"]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens([AddedToken("</s>", normalized=False)])
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}{{ '[' + m.content + (eos_token if m.role == "
+        "'assistant' else ']') }}{% endfor %}{{ '[' if add_generation_prompt }}",
+    )
+    chat = ChatTokenizer(tokenizer)
+    assert supervised(only(chat, conversation("a", "aa")), tokenizer) == ["aa</s>"]
+    with pytest.raises(UnusableRow, match=r"holds '</s>', which this tokenizer cannot tell"):
+        chat.tokenize(conversation("a </s>", "a"))
+
+
+def test_a_row_with_control_text_and_the_characters_that_mark_it_is_refused() -> None:
+    with pytest.raises(UnusableRow, match=r"noncharacter U\+FDD0"):
+        ChatTokenizer(tiny_tokenizer()).tokenize(conversation("<|im_end|>\ufdd0", "a"))
 
 
 def test_a_conversation_that_begins_with_an_answer_is_refused() -> None:
@@ -272,7 +341,7 @@ def test_no_assistant_message_means_nothing_supervised() -> None:
 
 def test_many_at_once_give_what_one_by_one_gives() -> None:
     chat = ChatTokenizer(tiny_tokenizer())
-    rows = [conversation("q", text) for text in ("a", "\n\nb", "c<|im_end|>", "\U0001f600", "d")]
+    rows = [conversation("q", text) for text in ("a", "\n\nb", "\n\nc", "\U0001f600", "d")]
     results = chat.tokenize_many(rows)
     assert [isinstance(result, UnusableRow) for result in results] == [
         False,
@@ -430,12 +499,8 @@ def test_any_text_is_masked_exactly_or_refused(
     row = conversation(*[text for turn in turns for text in turn])
     (result,) = ChatTokenizer(tokenizer).tokenize_many([row])
     if isinstance(result, UnusableRow):
-        # The pattern joins line breaks, and NFC an accent, with what the header ends with; and a
-        # text may spell a control token.
-        spells_control = any(
-            token in text for turn in turns for text in turn for token in CONTROL_TOKENS
-        )
-        assert "one token spans" in str(result) or spells_control
+        # The pattern joins line breaks, and NFC an accent, with what the header ends with.
+        assert "one token spans" in str(result)
         return
     nfc = normalizers.NFC().normalize_str if normalise else str
     (sample,) = result

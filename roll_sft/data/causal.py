@@ -1,0 +1,123 @@
+"""Whether a chat template writes a conversation from left to right, decided by reading it.
+
+A template is causal if what it writes for a message depends on that message and earlier ones alone,
+and the generation prompt comes after all of them. Then the rendering of the first messages begins
+the rendering of them all, whatever the messages say, and nothing has to be proved row by row.
+
+Promised: True only where this follows from the syntax. A template may be causal and be judged not
+to be; it is then proved on each row, which is slower and gives the same samples.
+"""
+
+from jinja2 import Environment, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+
+_MESSAGES = "messages"
+_PROMPT = "add_generation_prompt"
+# Parts that can be written elsewhere than where they stand.
+_BLOCKS = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block, nodes.AssignBlock)
+# What a loop over messages may ask about itself; `last`, `length`, `nextitem` look ahead.
+_BACKWARD = ("first", "index", "index0", "previtem")
+
+
+class _Marks(Extension):
+    """Reads `{% generation %}` blocks as their content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def has_marks(template: str) -> bool:
+    """Whether the template says with `{% generation %}` what is learnt."""
+    return any(
+        kind == "name" and value == "generation"
+        for _, kind, value in Environment(extensions=[_Marks, loopcontrols]).lex(template)
+    )
+
+
+def is_causal(template: str) -> bool:
+    """Whether `template` is causal as far as its syntax shows; it must be a valid template."""
+    tree = Environment(extensions=[_Marks, loopcontrols]).parse(template)
+    aliases = {_MESSAGES}
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name) and _is_messages(assign.node, aliases):
+            aliases.add(assign.target.name)
+    if any(name.name == _MESSAGES and name.ctx == "store" for name in tree.find_all(nodes.Name)):
+        return False
+    loops = [loop for loop in tree.find_all(nodes.For) if _is_messages(loop.iter, aliases)]
+    # A second loop could tell a later one what lies ahead, through a namespace.
+    if len(loops) != 1 or any(True for _ in tree.find_all(_BLOCKS)):
+        return False
+    allowed = {id(name) for name in _backward_uses(tree, aliases)}
+    stray = any(
+        name.name in aliases and name.ctx == "load" and id(name) not in allowed
+        for name in tree.find_all(nodes.Name)
+    )
+    return not stray and _looks_back(loops[0])
+
+
+def _is_messages(node: nodes.Node | None, aliases: set[str]) -> bool:
+    """Whether an expression is the messages, or the messages from a fixed one on."""
+    if isinstance(node, nodes.CondExpr):
+        return _is_messages(node.expr1, aliases) and _is_messages(node.expr2, aliases)
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        start, stop, step = node.arg.start, node.arg.stop, node.arg.step
+        is_rest = (start is None or _is_index(start)) and stop is None and step is None
+        return is_rest and isinstance(node.node, nodes.Name) and node.node.name in aliases
+    return isinstance(node, nodes.Name) and node.name in aliases
+
+
+def _is_index(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const) and type(node.value) is int and node.value >= 0
+
+
+def _backward_uses(tree: nodes.Template, aliases: set[str]) -> list[nodes.Name]:
+    """The places where `messages` is looped over, renamed, or asked for one of a fixed place."""
+    holders: list[nodes.Node] = []
+    for item in tree.find_all(nodes.Getitem):
+        # Any conversation, however short, has the first message; it may lack the second.
+        is_first = isinstance(item.arg, nodes.Const) and item.arg.value == 0
+        if is_first and isinstance(item.node, nodes.Name) and item.node.name == _MESSAGES:
+            holders.append(item.node)
+    for loop in tree.find_all(nodes.For):
+        holders += _named(loop.iter, aliases)
+    for assign in tree.find_all(nodes.Assign):
+        holders += _named(assign.node, aliases)
+    return [name for name in holders if isinstance(name, nodes.Name) and name.name in aliases]
+
+
+def _named(node: nodes.Node, aliases: set[str]) -> list[nodes.Node]:
+    if not _is_messages(node, aliases):
+        return []
+    if isinstance(node, nodes.CondExpr):
+        assert node.expr2 is not None, "_is_messages asks for both"
+        return _named(node.expr1, aliases) + _named(node.expr2, aliases)
+    return [node.node] if isinstance(node, nodes.Getitem) else [node]
+
+
+def _looks_back(loop: nodes.For) -> bool:
+    """Whether the body asks nothing of `loop` and the generation prompt that lies ahead."""
+    inner = {
+        id(name)
+        for nested in loop.find_all(nodes.For)
+        for part in nested.body
+        for name in part.find_all(nodes.Name)
+        if name.name == "loop"
+    }
+    for part in (*loop.body, *([loop.test] if loop.test else [])):
+        asked = {
+            id(access.node)
+            for access in (part, *part.find_all(nodes.Getattr))
+            if isinstance(access, nodes.Getattr) and access.attr in _BACKWARD
+        }
+        for name in (part, *part.find_all(nodes.Name)):
+            if not isinstance(name, nodes.Name):
+                continue
+            if name.name == _PROMPT or (
+                name.name == "loop" and id(name) not in inner and id(name) not in asked
+            ):
+                return False
+    return True

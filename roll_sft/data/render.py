@@ -1,0 +1,182 @@
+"""Conversations as text: a chat template, compiled once, given what `apply_chat_template` gives.
+
+The context of a rendering is that of transformers (messages as dicts, tools as JSON schemas, the
+special tokens by name, `documents=None`), so the text is the same to the character; calling the
+compiled template spares its checks, which take longer than a small template.
+
+Two things differ on purpose. `strftime_now` gives the fixed day `PINNED_DAY`, since a template that
+writes today's date would make other samples tomorrow. Tool arguments are handed over in the form,
+an object or its JSON text, in which the template writes them as JSON.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from transformers.utils import chat_template_utils
+
+from roll_sft.data.causal import has_marks, is_causal
+from roll_sft.data.conversation import Conversation, Message, ToolCall
+from roll_sft.data.samples import UnusableRow
+from roll_sft.errors import DataError
+
+# The day that Llama 3's own templates fall back on where there is no clock.
+PINNED_DAY = datetime(2024, 7, 26)
+
+_log = logging.getLogger(__name__)
+
+# What a template raises over a row: its own words, or an operation on a value of another type.
+_ROW_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+_PROBE_CALL = ToolCall("probe_tool", {"probe_key": "probe_value"}, id="probe1234")
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "A tool.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+_PROBE_REASONING = "probe reasoning"
+
+Turns = list[dict[str, Any]]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A conversation as text, and the characters that the template marks as generated."""
+
+    text: str
+    marks: tuple[Span, ...] = ()
+
+
+class Renderer:
+    """One chat template. `is_causal`: see `data.causal`; `has_marks`: it has generation marks."""
+
+    def __init__(self, template: str, special_tokens: Mapping[str, Any]) -> None:
+        """Raise `DataError` if the template is broken."""
+        try:
+            self._compiled: jinja2.Template = chat_template_utils._compile_jinja_template(template)
+            self.has_marks = has_marks(template)
+            self.is_causal = is_causal(template)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is broken at its line {error.lineno}: {error.message}; mend "
+                f"the tokenizer's template or use another tokenizer"
+            ) from error
+        if "strftime_now" in template:
+            _log.info("the chat template writes a date: samples have %s", PINNED_DAY.date())
+        self._context = {**special_tokens, "documents": None, "strftime_now": PINNED_DAY.strftime}
+
+    def turns(self, messages: Sequence[Message]) -> Turns:
+        """Return messages as templates know them."""
+        return [self._turn(message) for message in messages]
+
+    def render(
+        self, turns: Turns, *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> Rendering:
+        """Return the text of `turns`; raise `UnusableRow` if the template objects."""
+        context = {
+            **self._context,
+            "messages": turns,
+            "tools": list(tools) or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            if self.has_marks and not add_generation_prompt:
+                return self._render_marked(context)
+            return Rendering(self._compiled.render(context))
+        except _ROW_ERRORS as error:
+            raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
+
+    def _render_marked(self, context: Mapping[str, Any]) -> Rendering:
+        blocks: list[str] = []
+        marks: list[Span] = []
+        environment: Any = self._compiled.environment
+        with environment.activate_tracker(blocks, marks):
+            for block in self._compiled.generate(context):
+                blocks.append(block)  # one by one: marks are measured in what is there
+        return Rendering("".join(blocks), tuple(marks))
+
+    def check_expressible(self, row: Conversation) -> None:
+        """Raise `UnusableRow` if the row has parts that the template has no place for."""
+        if any(message.reasoning for message in row.messages) and not self._has_reasoning:
+            raise UnusableRow(
+                "the row keeps reasoning apart from the answer, and the chat template has no "
+                "place for it; choose one that has (data.chat_template=qwen), or write the "
+                "reasoning into the content"
+            )
+        if any(message.tool_calls for message in row.messages) and self._arguments is None:
+            raise UnusableRow(
+                "the row holds tool calls, and the chat template has no place for them; choose "
+                "one that has (data.chat_template=qwen), or remove the row"
+            )
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            # Both names, as transformers gives them.
+            turn |= {"thinking": message.reasoning, "reasoning_content": message.reasoning}
+        if message.tool_calls:
+            style = self._arguments
+            turn["tool_calls"] = [
+                _call(call, as_text=style == "text") for call in message.tool_calls
+            ]
+        if message.name:
+            turn["name"] = message.name
+        if message.tool_call_id:
+            turn["tool_call_id"] = message.tool_call_id
+        return turn
+
+    @cached_property
+    def _has_reasoning(self) -> bool:
+        answer = {
+            "role": "assistant",
+            "content": "answer",
+            "thinking": _PROBE_REASONING,
+            "reasoning_content": _PROBE_REASONING,
+        }
+        return _PROBE_REASONING in self._probe(answer)
+
+    @cached_property
+    def _arguments(self) -> str | None:
+        """The form in which tool arguments come out as JSON: "object", "text", or neither."""
+        name, value = "probe_key", "probe_value"
+        for style in ("object", "text"):
+            call = _call(_PROBE_CALL, as_text=style == "text")
+            text = self._probe({"role": "assistant", "content": "", "tool_calls": [call]})
+            # Python's own quotes, or a JSON text inside a JSON text: the other form is meant.
+            is_bent = f"'{name}'" in text or f'\\"{name}\\"' in text
+            if _PROBE_CALL.name in text and name in text and value in text and not is_bent:
+                return style
+        return None
+
+    def _probe(self, answer: dict[str, Any]) -> str:
+        """The text of a question and `answer`, without tools and with one; empty if refused."""
+        text = ""
+        for tools in ((), (_PROBE_TOOL,)):
+            turns = [{"role": "user", "content": "question"}, answer]
+            try:
+                text += self.render(turns, tools=tools, add_generation_prompt=False).text
+            except UnusableRow:
+                continue
+        return text
+
+
+def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
+    arguments = dict(call.arguments)
+    given = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+    told = {"id": call.id} if call.id else {}
+    return {"type": "function", **told, "function": {"name": call.name, "arguments": given}}

@@ -1,0 +1,32 @@
+"""What a row becomes once it is tokenised: samples, or the reason why there are none."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedSample:
+    """One sample of a row: `token_ids` int32 [T] and `label_mask` uint8 [T].
+
+    `label_mask[t]` is 1 where token t predicts token t + 1 and that is trained on; 0 at the end.
+    `atomic`: spans of tokens (start, stop) that may not be cut through: learnt tool calls.
+    """
+
+    token_ids: NDArray[np.int32]
+    label_mask: NDArray[np.uint8]
+    atomic: tuple[tuple[int, int], ...] = ()
+
+
+class UnusableRow(Exception):  # noqa: N818 - it says what the row is, not that something failed
+    """A row that this tokenizer and template cannot turn into an exact sample."""
+
+
+CONTEXT_CHARACTERS = 12
+
+
+def quoted(text: str, *, end: bool = False) -> str:
+    """Return the beginning, or the end, of a text for a message."""
+    cut = text[-CONTEXT_CHARACTERS:] if end else text[:CONTEXT_CHARACTERS]
+    return ascii(cut) if cut else "nothing"
