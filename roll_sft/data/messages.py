@@ -128,9 +128,11 @@ def _message(entry: object, *, where: str) -> Message:
 
 
 def _refuse_unsupported(fields: Mapping[str, object], *, where: str) -> None:
-    for name, remedy in _REFUSED.items():
-        if fields.get(name) not in (None, "", []):
-            raise BadRowError(f"{where} has '{name}', which would be lost; {remedy}, or remove it")
+    for name in sorted(_REFUSED.keys() & fields.keys()):
+        if fields[name] not in ("", []):
+            raise BadRowError(
+                f"{where} has '{name}', which would be lost; {_REFUSED[name]}, or remove it"
+            )
 
 
 def _content(value: object, *, where: str) -> str:

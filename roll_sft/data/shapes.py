@@ -12,6 +12,7 @@ Columns that have no part in a shape (an id, a source) are left aside; those tha
 is trained, and that the shape has no place for, are refused by name.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -78,18 +79,30 @@ class ColumnKeys:
                     f"others"
                 )
 
-    def named(self, what: str) -> str | None:
-        """The column that the user named for `what`, a key of `KNOWN_COLUMNS`."""
-        column: str | None = getattr(self, what)
-        return column
-
     def all_named(self) -> frozenset[str]:
         """Every column that the user named."""
-        return frozenset(filter(None, map(self.named, KNOWN_COLUMNS)))
+        return frozenset(filter(None, (getattr(self, field.name) for field in fields(self))))
 
     def optional(self) -> frozenset[str]:
         """The named columns that a row may lack; a source without any is worth a word."""
         return frozenset(filter(None, (self.query, self.system, self.tools)))
+
+
+# What a column is for -> the names that it may have under given keys.
+_Names = Mapping[str, tuple[str, ...]]
+
+
+@functools.cache
+def _names(keys: ColumnKeys) -> _Names:
+    named: dict[str, str | None] = {what: getattr(keys, what) for what in KNOWN_COLUMNS}
+    # A column that the user gave one use is not detected for another.
+    taken = frozenset(filter(None, named.values()))
+    return {
+        what: tuple(name for name in known if name not in taken)
+        if (column := named[what]) is None
+        else (column,)
+        for what, known in KNOWN_COLUMNS.items()
+    }
 
 
 def columns_of(value: object) -> Mapping[str, object]:
@@ -106,18 +119,20 @@ def shape_of(columns: Mapping[str, object], keys: ColumnKeys) -> Shape | None:
 
     Raises `BadRowError` if it fits none, `UnusableFileError` if two columns could be meant.
     """
+    names = _names(keys)
     if keys.text is not None:
         return "text"
     # `messages` first: data sets exist that repeat the first question beside it, as `prompt`.
     if keys.messages is not None or (
-        keys.prompt is None and keys.response is None and _has(columns, "messages")
+        keys.prompt is None and keys.response is None and _has(columns, "messages", names)
     ):
-        return _spelling(columns, keys)
-    if keys.prompt or keys.response or _has(columns, "prompt") or _has(columns, "response"):
-        sides = (_find(columns, "prompt", keys), _find(columns, "response", keys))
+        return _spelling(columns, names)
+    is_asked = keys.prompt is not None or keys.response is not None
+    if is_asked or _has(columns, "prompt", names) or _has(columns, "response", names):
+        sides = (_find(columns, "prompt", names), _find(columns, "response", names))
         is_pair = any(_is_listed(columns[side]) for side in sides if side is not None)
         return "pairs" if is_pair else "alpaca"
-    if _has(columns, "text"):
+    if _has(columns, "text", names):
         return "text"
     raise BadRowError(
         f"the columns fit no accepted shape (columns found: {listed(columns)}); a row needs "
@@ -131,23 +146,24 @@ def sample_of(
     columns: Mapping[str, object], *, shape: Shape, keys: ColumnKeys, row: int, line: int
 ) -> Conversation | Document:
     """Return what the row says under `shape`; raise `BadRowError` if it cannot be used."""
-    for name in _MEDIA if keys.text else _REFUSED[shape]:
-        if columns.get(name) not in (None, "", []) and name not in keys.all_named():
+    names = _names(keys)
+    for name in _REFUSED[shape] if keys.text is None else _MEDIA:
+        if name in columns and columns[name] not in ("", []) and name not in keys.all_named():
             raise BadRowError(
                 f"column '{name}' has no place beside the {shape} columns, and leaving it out "
                 f"would change what is trained; remove it or write it into the text"
             )
     if shape == "text":
-        return Document(_document(columns, keys), row=row, line=line)
+        return Document(_document(columns, names), row=row, line=line)
     readers = {"alpaca": _alpaca, "pairs": _pair, "messages": _listed, "sharegpt": _listed}
-    messages = readers[shape](columns, keys)
-    tools_name = _find(columns, "tools", keys)
+    messages = readers[shape](columns, names)
+    tools_name = _find(columns, "tools", names)
     tools = () if tools_name is None else read_tools(columns[tools_name], where=_at(tools_name))
     return Conversation(messages, row=row, line=line, tools=tools)
 
 
-def _spelling(columns: Mapping[str, object], keys: ColumnKeys) -> Shape | None:
-    name = _find(columns, "messages", keys)
+def _spelling(columns: Mapping[str, object], names: _Names) -> Shape | None:
+    name = _find(columns, "messages", names)
     entries = None if name is None else columns[name]
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
         return None
@@ -158,21 +174,21 @@ def _is_listed(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
-def _document(columns: Mapping[str, object], keys: ColumnKeys) -> str:
-    name = _required(columns, "text", keys)
+def _document(columns: Mapping[str, object], names: _Names) -> str:
+    name = _required(columns, "text", names)
     text = _column_text(columns, name)
     if not text.strip():
         raise NoAnswerError(f"{_at(name)} holds no text; a row needs some to train on")
     return text
 
 
-def _alpaca(columns: Mapping[str, object], keys: ColumnKeys) -> tuple[Message, ...]:
-    prompt_name = _required(columns, "prompt", keys)
-    response_name = _required(columns, "response", keys)
+def _alpaca(columns: Mapping[str, object], names: _Names) -> tuple[Message, ...]:
+    prompt_name = _required(columns, "prompt", names)
+    response_name = _required(columns, "response", names)
     prompt = _column_text(columns, prompt_name)
-    query = _column_text(columns, _find(columns, "query", keys))
+    query = _column_text(columns, _find(columns, "query", names))
     response = _column_text(columns, response_name)
-    system_name = _find(columns, "system", keys)
+    system_name = _find(columns, "system", names)
     system = _column_text(columns, system_name)
     if not response.strip():
         raise NoAnswerError(
@@ -202,10 +218,10 @@ def _history(turns: object) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _pair(columns: Mapping[str, object], keys: ColumnKeys) -> tuple[Message, ...]:
-    prompt_name = _required(columns, "prompt", keys)
-    response_name = _required(columns, "response", keys)
-    if query_name := _find(columns, "query", keys):
+def _pair(columns: Mapping[str, object], names: _Names) -> tuple[Message, ...]:
+    prompt_name = _required(columns, "prompt", names)
+    response_name = _required(columns, "response", names)
+    if query_name := _find(columns, "query", names):
         raise BadRowError(
             f"{_at(query_name)} has no place beside a prompt that is a list of messages; write it "
             f"as one of them"
@@ -214,47 +230,40 @@ def _pair(columns: Mapping[str, object], keys: ColumnKeys) -> tuple[Message, ...
     answered = read_messages(columns[response_name], column=response_name)
     check_answer(answered, where=_at(response_name))
     untrained = tuple(replace(message, train=False) for message in asked)
-    return _with_system_column((*untrained, *answered), columns, keys)
+    return _with_system_column((*untrained, *answered), columns, names)
 
 
-def _listed(columns: Mapping[str, object], keys: ColumnKeys) -> tuple[Message, ...]:
-    name = _required(columns, "messages", keys)
+def _listed(columns: Mapping[str, object], names: _Names) -> tuple[Message, ...]:
+    name = _required(columns, "messages", names)
     messages = read_messages(columns[name], column=name)
     check_answer(messages, where=_at(name))
-    return _with_system_column(messages, columns, keys)
+    return _with_system_column(messages, columns, names)
 
 
 def _with_system_column(
-    messages: tuple[Message, ...], columns: Mapping[str, object], keys: ColumnKeys
+    messages: tuple[Message, ...], columns: Mapping[str, object], names: _Names
 ) -> tuple[Message, ...]:
-    name = _find(columns, "system", keys)
+    name = _find(columns, "system", names)
     return with_system(messages, _column_text(columns, name), where=_at(name))
 
 
-def _required(columns: Mapping[str, object], what: str, keys: ColumnKeys) -> str:
-    name = _find(columns, what, keys)
+def _required(columns: Mapping[str, object], what: str, names: _Names) -> str:
+    name = _find(columns, what, names)
     if name is None:
-        explicit = keys.named(what)
-        wanted = KNOWN_COLUMNS[what] if explicit is None else (explicit,)
         raise BadRowError(
-            f"no {what}: column {' or '.join(map(repr, wanted))} is absent or null "
+            f"no {what}: column {' or '.join(map(repr, names[what]))} is absent or null "
             f"(columns found: {listed(columns)}); name it with data.{what}_key"
         )
     return name
 
 
-def _has(columns: Mapping[str, object], what: str) -> bool:
-    return any(name in columns for name in KNOWN_COLUMNS[what])
+def _has(columns: Mapping[str, object], what: str, names: _Names) -> bool:
+    return any(name in columns for name in names[what])
 
 
-def _find(columns: Mapping[str, object], what: str, keys: ColumnKeys) -> str | None:
+def _find(columns: Mapping[str, object], what: str, names: _Names) -> str | None:
     """Return the column of `columns` to read, or None if it has none."""
-    explicit = keys.named(what)
-    if explicit is not None:
-        return explicit if explicit in columns else None
-    # A column that the user gave another use is not detected a second time.
-    taken = keys.all_named()
-    present = [name for name in KNOWN_COLUMNS[what] if name in columns and name not in taken]
+    present = [name for name in names[what] if name in columns]
     if len(present) > 1:
         raise UnusableFileError(
             f"columns '{present[0]}' and '{present[1]}' could both be the {what}; "

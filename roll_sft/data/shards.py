@@ -38,8 +38,8 @@ class Shard:
     """A part of `file`: bytes of JSON, row groups of Parquet, record batches of Arrow.
 
     The part is `start:stop`, the whole file where it cannot be cut. `first_line` is the line of the
-    file, from 1, where it begins; a table's rows stand for lines. `content_hash` is the SHA-256 of
-    its bytes; of a table, that of the bytes of the file and of the range.
+    file, from 1, where it begins; a table's rows stand for lines. `content_hash` is a SHA-256 of
+    its bytes and of how they are read; of a table, of the bytes of the file and of the range.
     """
 
     file: str
@@ -60,8 +60,27 @@ def find_shards(
     return [
         shard
         for name in find_files(path, split=split)
-        for shard in _shards_of_file(name, shard_bytes=shard_bytes)
+        for shard in shards_of_file(name, shard_bytes=shard_bytes)
     ]
+
+
+def shards_of_file(name: str, *, shard_bytes: int = SHARD_BYTES) -> Iterator[Shard]:
+    """Yield the shards of one file that `find_files` named, each when it has been read."""
+    kind = kind_of_file(name)
+    assert kind is not None, f"{name}: find_files refuses other suffixes"
+    if kind != "json":
+        yield from _table_shards(name, kind=kind, shard_bytes=shard_bytes)
+        return
+    with opened(name) as file:
+        first = _first_character(file)
+    if not first:
+        raise DataError(f"{name}: the file is empty; it must hold at least one row")
+    if first != b"[" and compression_of(name) is None:
+        yield from _line_shards(name, shard_bytes=shard_bytes)
+        return
+    form: Literal["array", "lines"] = "array" if first == b"[" else "lines"
+    digest, num_bytes = _hashed(name, digest=_digest(form, name=name, start=0))
+    yield Shard(name, form, 0, num_bytes, 1, digest)
 
 
 def file_shapes(shards: Iterable[Shard], keys: ColumnKeys) -> dict[str, Shape]:
@@ -137,23 +156,6 @@ class ShardRows(Iterator[Conversation | Document | BadRow]):
         return shape
 
 
-def _shards_of_file(name: str, *, shard_bytes: int) -> Iterator[Shard]:
-    kind = kind_of_file(name)
-    assert kind is not None, f"{name}: find_files refuses other suffixes"
-    if kind != "json":
-        yield from _table_shards(name, kind=kind, shard_bytes=shard_bytes)
-        return
-    with opened(name) as file:
-        first = _first_character(file)
-    if not first:
-        raise DataError(f"{name}: the file is empty; it must hold at least one row")
-    if first != b"[" and compression_of(name) is None:
-        yield from _line_shards(name, shard_bytes=shard_bytes)
-        return
-    content_hash, num_bytes = _hashed(name)
-    yield Shard(name, "array" if first == b"[" else "lines", 0, num_bytes, 1, content_hash)
-
-
 def _first_character(file: BinaryIO) -> bytes:
     """Return the first byte after a byte order mark and spaces, or b"" if there is none."""
     chunk = file.read(_PEEK_BYTES).removeprefix(BYTE_ORDER_MARK)
@@ -162,8 +164,13 @@ def _first_character(file: BinaryIO) -> bytes:
     return chunk.strip(JSON_SPACE)[:1]
 
 
-def _hashed(name: str) -> tuple[str, int]:
-    digest, num_bytes = hashlib.sha256(), 0
+def _digest(kind: str, *, name: str, start: int) -> "hashlib._Hash":
+    """The same bytes are other rows in another form, and a byte order mark counts at the start."""
+    return hashlib.sha256(f"{kind}:{compression_of(name)}:{start == 0}:".encode())
+
+
+def _hashed(name: str, *, digest: "hashlib._Hash") -> tuple[str, int]:
+    num_bytes = 0
     with opened(name, decompress=False) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
@@ -175,7 +182,7 @@ def _line_shards(name: str, *, shard_bytes: int) -> Iterator[Shard]:
     start, first_line = 0, 1
     with opened(name) as file:
         while True:
-            digest, num_lines, position = hashlib.sha256(), 0, start
+            digest, num_lines, position = _digest("lines", name=name, start=start), 0, start
             # The last byte before the border ends a line if the border is where one begins.
             last = (start // shard_bytes + 1) * shard_bytes - 1
             while chunk := (
@@ -196,7 +203,7 @@ def _line_shards(name: str, *, shard_bytes: int) -> Iterator[Shard]:
 def _table_shards(
     name: str, *, kind: Literal["parquet", "arrow"], shard_bytes: int
 ) -> Iterator[Shard]:
-    file_hash, _ = _hashed(name)
+    file_hash, _ = _hashed(name, digest=hashlib.sha256(kind.encode()))
     with opened(name) as file:
         parts = list(table_parts(file, kind=kind, name=name))
     if not sum(rows for rows, _ in parts):

@@ -12,8 +12,9 @@ import logging
 from collections.abc import Iterable, Iterator
 
 from roll_sft.data.conversation import BadRow, Conversation, Document
-from roll_sft.data.shapes import ColumnKeys
-from roll_sft.data.shards import Shard, ShardRows, file_shapes, find_shards, read_shard
+from roll_sft.data.files import find_files
+from roll_sft.data.shapes import ColumnKeys, Shape
+from roll_sft.data.shards import read_shard, shards_of_file
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ def read_conversations(
 ) -> Iterator[Conversation | Document | BadRow]:
     """Read the rows of `path` in order; they count from 0 over all files.
 
-    Raises `DataError` at once if there is no such file, or one that is empty or of another suffix,
-    and during the iteration for what makes a whole file unusable.
+    Raises `DataError` at once if there is no such file, or one of another suffix, and during the
+    iteration for what makes a whole file unusable. Reads no further than it is asked to.
     """
     return (row for _, row in read_placed(path, keys, split=split))
 
@@ -33,7 +34,7 @@ def read_placed(
     path: str, keys: ColumnKeys, *, split: str | None = None
 ) -> Iterator[tuple[str, Conversation | Document | BadRow]]:
     """`read_conversations`, with the file of each row."""
-    return _placed(find_shards(path, split=split), keys=keys, path=path)
+    return _placed(find_files(path, split=split), keys=keys, path=path)
 
 
 def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
@@ -43,14 +44,16 @@ def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
 
 
 def _placed(
-    shards: list[Shard], *, keys: ColumnKeys, path: str
+    files: list[str], *, keys: ColumnKeys, path: str
 ) -> Iterator[tuple[str, Conversation | Document | BadRow]]:
     row, used = 0, set[str]()
-    shapes = file_shapes(shards, keys)
-    for shard in shards:
-        rows: ShardRows = read_shard(shard, keys, shape=shapes.get(shard.file))
-        for each in rows:
-            yield shard.file, dataclasses.replace(each, row=row)
-            row += 1
-        used |= rows.used
+    for file in files:
+        shape: Shape | None = None
+        for shard in shards_of_file(file):
+            rows = read_shard(shard, keys, shape=shape)
+            for each in rows:
+                yield file, dataclasses.replace(each, row=row)
+                row += 1
+            shape = rows.shape
+            used |= rows.used
     warn_of_unused(keys, used, path=path)
