@@ -49,7 +49,7 @@ def run(config: RunConfig, *, samples: int | None) -> None:
             reserved(config) as slots,
             workers(job, folder, slots=slots) as group,
         ):
-            task = ParityTask(config, job.source, job.data.train, plan, Path(reference))
+            task = ParityTask(job.config, job.source, job.data.train, plan, Path(reference))
             ranks, facts = group.compare(task), read_facts(Path(reference))
     verdict = judge(ranks, facts, source=job.source, dtype=config.model.dtype)
     _show(
@@ -74,11 +74,8 @@ def _bounded(config: RunConfig, *, samples: int | None) -> RunConfig:
         )
     if config.parallel.use_distributed_optimizer:
         LOG.info("whole gradients are compared, so parallel.use_distributed_optimizer is off here")
-    assert config.model.path is not None, "check_config refuses a missing model.path"
     return replace(
         config,
-        # Absolute: the worker that runs transformers may have another current folder.
-        model=replace(config.model, path=str(Path(config.model.path).absolute())),
         train=replace(
             config.train,
             global_batch_size=samples or min(size, DEFAULT_SAMPLES),

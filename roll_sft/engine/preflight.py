@@ -7,7 +7,7 @@ returns can run, given the resources; nothing here starts Ray or writes into the
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ from roll_sft.engine.schedule import Schedule
 from roll_sft.errors import ConfigError, refuse
 from roll_sft.layout import ParallelLayout, round_up
 from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource, save_assets
+from roll_sft.models.hub import HubModel, HubSource, local_model
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.spec import Family, ModelShape
 
@@ -122,7 +123,8 @@ def prepare(config: RunConfig) -> Job:
 
     Raises `ConfigError` (all layout problems at once) and `DataError`.
     """
-    source = _load_model(config)
+    config, hub = _located(config)
+    source = _load_model(config, hub)
     tokenizer = _load_tokenizer(config, source.shape)
     layout = layout_of(config.parallel)
     chat = ChatTokenizer(tokenizer)
@@ -161,6 +163,7 @@ def dry_plan(config: RunConfig) -> Plan:
         return prepare(config).plan
     except _NoTokenizerError as error:
         _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
+    config, hub = _located(config)
     reports = {
         kind: tuple(corpus.rough(entry, config.data) for entry in entries)
         for kind, entries in (("train", config.data.train), ("validation", config.data.validation))
@@ -171,7 +174,7 @@ def dry_plan(config: RunConfig) -> Plan:
     return Plan(
         config=config,
         layout=layout_of(config.parallel),
-        shape=_load_model(config).shape,
+        shape=_load_model(config, hub).shape,
         reports=reports,
         steps_per_epoch=steps_per_epoch,
         total_steps=_total_steps(config, lambda epochs: epochs * steps_per_epoch),
@@ -180,7 +183,20 @@ def dry_plan(config: RunConfig) -> Plan:
     )
 
 
-def _load_model(config: RunConfig) -> ModelSource:
+def _located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
+    """`config` with local folders in place of hub ids, and which model of the hub is trained."""
+    model = config.model
+    assert model.path is not None, "check_config refuses a missing model.path"
+    needs_weights = not (model.random_init or config.dry_run)
+    path, hub = local_model(model.path, with_weights=needs_weights)
+    tokenizer_path = model.tokenizer_path
+    if tokenizer_path is not None:
+        tokenizer_path, _ = local_model(tokenizer_path, with_weights=False)
+    located = replace(config, model=replace(model, path=path, tokenizer_path=tokenizer_path))
+    return located, hub
+
+
+def _load_model(config: RunConfig, hub: HubModel | None) -> ModelSource:
     """The model's family, shape and tensors, checked against the layout."""
     path = config.model.path
     assert path is not None, "check_config refuses a missing model.path"
@@ -193,10 +209,12 @@ def _load_model(config: RunConfig) -> ModelSource:
         refuse([*problems, str(error)])
         raise
     refuse([*problems, *_model_problems(config, shape)])
-    return ModelSource(family, shape, _tensors(config, family, shape))
+    return ModelSource(family, shape, _tensors(config, hub, family=family, shape=shape))
 
 
-def _tensors(config: RunConfig, family: Family, shape: ModelShape) -> TensorSource:
+def _tensors(
+    config: RunConfig, hub: HubModel | None, *, family: Family, shape: ModelShape
+) -> TensorSource:
     """The weights: random ones if asked, else the model's own, checked for completeness.
 
     A dry run says what a job would need, which may be wanted before the weights are there.
@@ -207,7 +225,7 @@ def _tensors(config: RunConfig, family: Family, shape: ModelShape) -> TensorSour
             seed=config.seed,
             initializer_range=shape.initializer_range,
         )
-    tensors = SafetensorsSource(config.model.path or "")
+    tensors = HubSource(hub) if hub else SafetensorsSource(config.model.path or "")
     family.check_source(shape, source=tensors)
     return tensors
 
@@ -226,7 +244,7 @@ def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizer
     path = config.model.tokenizer_path or config.model.path
     assert path is not None, "check_config refuses a missing model.path"
     if not Path(path).is_dir():
-        raise ConfigError(f"model.tokenizer_path: {path!r} is not a folder; give a local one")
+        raise ConfigError(f"model.tokenizer_path: {path!r} is not a folder; give one, or a hub id")
     remedy = "give a folder with tokenizer.json and tokenizer_config.json"
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -23,8 +23,8 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
     """
     if not Path(path).is_dir():
         raise ConfigError(
-            f"model.path: '{path}' is not a folder; hub ids are not available in this version; "
-            "download the model and give its local folder"
+            f"model.path: '{path}' is neither a folder nor a hub id such as Qwen/Qwen2.5-7B; "
+            "give the local folder of a model, or its name on the hub"
         )
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(

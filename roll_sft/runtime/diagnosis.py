@@ -27,7 +27,13 @@ SHOWN = 4  # ranks in one message
 EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|\n|$)")
 END_OF_FILE = "connection error code 2"  # the process is gone and nothing else is known
 KINDS = {
-    kind.exit_code: kind for kind in (errors.ConfigError, errors.DataError, errors.CheckpointError)
+    kind.exit_code: kind
+    for kind in (
+        errors.ConfigError,
+        errors.DataError,
+        errors.ResourceError,
+        errors.CheckpointError,
+    )
 }
 
 

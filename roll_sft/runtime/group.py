@@ -24,6 +24,8 @@ from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.models.hub import HubSource
+from roll_sft.runtime import supply
 from roll_sft.runtime.diagnosis import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path
@@ -78,6 +80,7 @@ class WorkerGroup:
             self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
         finally:
             self._nonce.unlink(missing_ok=True)
+        self._supply(source, data)
         store = [first.serve_store.remote()]
         (store_address,) = self._collect(Pending("rendezvous", deadline_s, store))
         inputs = ray.put((source, data))
@@ -155,6 +158,43 @@ class WorkerGroup:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def _supply(self, source: ModelSource, data: TokenData) -> None:
+        """Make every node have the model and the tokens; one rank of a node does it for all."""
+        cluster = self._config.cluster
+        first_of_node: dict[str, int] = {}
+        for address in self.addresses:
+            first_of_node.setdefault(address.node_id, address.rank)
+        chosen = set(first_of_node.values())
+        if isinstance(source.tensors, HubSource):
+            model = source.tensors.model
+            fetched = [
+                actor.fetch_model.remote(model if rank in chosen else None)
+                for rank, actor in enumerate(self._actors)
+            ]
+            self._collect(Pending("model download", cluster.checkpoint_timeout_s, fetched))
+        folders = supply.token_folders(data)
+        asked = [actor.missing_tokens.remote(folders) for actor in self._actors]
+        missing = self._collect(Pending("setup", cluster.setup_timeout_s, asked))
+        lacking = {rank: set(missing[rank]) for rank in chosen if missing[rank]}
+        if not lacking:
+            return
+        LOG.info("sending the tokens to %d nodes that do not share data.cache_dir", len(lacking))
+        pending = deque[Pending]()
+        for folder in sorted(set().union(*lacking.values())):
+            for part in supply.parts_of(folder, size=supply.PART_BYTES):
+                content = ray.put(part.read())
+                sent = [
+                    actor.receive_tokens.remote(
+                        part, content if folder in lacking.get(rank, ()) else None
+                    )
+                    for rank, actor in enumerate(self._actors)
+                ]
+                pending.append(Pending("token transfer", cluster.setup_timeout_s, sent))
+                if len(pending) > supply.PARTS_AHEAD:
+                    self._collect(pending.popleft())
+        while pending:
+            self._collect(pending.popleft())
 
     def _evaluate_chunk(self, name: str, plan: StepPlan) -> Pending:
         references = [

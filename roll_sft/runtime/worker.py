@@ -25,10 +25,15 @@ import ray.util
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.errors import ConfigError, RollSftError, first_line
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.runtime import supply
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from roll_sft.data.plan import RankWork
     from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
+    from roll_sft.models.hub import HubModel
 
 LOG = logging.getLogger(__name__)
 # What gloo says of a peer that left. Other libraries say it with a type, see `_is_collateral`.
@@ -128,6 +133,23 @@ class Worker:
                 timeout_s=cluster.setup_timeout_s,
             )
             return self._address.ip, self._store.port
+
+    def fetch_model(self, model: "HubModel | None") -> None:
+        """Make this node have the model of the hub; None asks for nothing."""
+        with self._phase("model download", self._spec.config.cluster.checkpoint_timeout_s):
+            if model is not None:
+                model.fetch()
+
+    def missing_tokens(self, folders: list[Path]) -> list[Path]:
+        """Which of the run's token caches this node lacks."""
+        with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
+            return supply.missing(folders)
+
+    def receive_tokens(self, part: supply.Part, content: "NDArray[np.uint8] | None") -> None:
+        """Keep a part of a token cache on this node; None is for another node."""
+        with self._phase("token transfer", self._spec.config.cluster.setup_timeout_s):
+            if content is not None:
+                supply.receive(part, content)
 
     def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> str | None:
         """Join the process groups and build the engine; returns the GPU's name, if there is one."""

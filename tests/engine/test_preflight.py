@@ -80,8 +80,12 @@ def changed_model(assets: Path, tmp_path: Path) -> Callable[..., str]:
             ["parallel.num_workers=3", "parallel.pipeline_model_parallel_size=3"],
             ["3 stages", "2 layers; choose at most 2"],
         ),
-        ({}, ["model.tokenizer_path=nowhere"], ["'nowhere' is not a folder; give a local one"]),
-        ({}, ["model.path=Qwen/Qwen2.5-7B"], ["hub ids are not available in this version"]),
+        (
+            {},
+            ["model.tokenizer_path=nowhere"],
+            ["'nowhere' is not a folder; give one, or a hub id"],
+        ),
+        ({}, ["model.path=nowhere"], ["'nowhere' is neither a folder nor a hub id"]),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_before_ray(

@@ -7,13 +7,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from roll_sft.data.cache import TokenCache
 from roll_sft.data.plan import RankWork, StepPlan
+from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.metrics import EvalMetrics, StepMetrics
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker
 
+# For engines that need neither.
+NO_INPUTS: Any = (ModelSource(None, None, None), TokenData(SimpleNamespace(caches=()), {}))  # type: ignore[arg-type]
 Fault = Callable[[int, int], None]  # called with rank and step, within the step
 STEP_S = 0.02
 
@@ -60,6 +65,14 @@ class LightWorker(Worker):
     def setup(self, store: tuple[str, int], inputs: Any) -> None:
         with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
             self._engine: Any = LightEngine(self._spec.rank, type(self).fault)
+
+    def has(self, folders: list[Path]) -> tuple[str, list[bool]]:
+        """This worker's node, and which folders it sees."""
+        return self._address.node_id, [folder.is_dir() for folder in folders]
+
+    def read(self, cache: TokenCache, index: int) -> list[int]:
+        """The tokens of a sample as this node has it."""
+        return cache.sample(index)[0].tolist()
 
     def seen(self) -> list[Any]:
         """The micro-batches of the steps so far."""

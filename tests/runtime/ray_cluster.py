@@ -30,17 +30,25 @@ CPUS_PER_NODE = 2
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster of two nodes of two CPUs on this machine, which asks for a token."""
+    """A cluster of two nodes of two CPUs on this machine, which asks for a token.
+
+    `apart` is a folder that is another one on the second node, as on a machine of its own; None
+    where the system does not let us make one (it takes the right to mount).
+    """
 
     address: str
     token: str
+    apart: Path | None
 
 
 @functools.cache
 def two_nodes() -> Cluster:
     """The cluster of this test session, started once; this process may join it."""
     port, mark = free_port(), secrets.token_hex(8)
-    cluster = Cluster(f"127.0.0.1:{port}", secrets.token_hex(32))
+    elsewhere = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+    apart = Path(tempfile.mkdtemp(prefix="apart"))
+    can_part = subprocess.run([*elsewhere, str(apart), "true"], capture_output=True).returncode == 0
+    cluster = Cluster(f"127.0.0.1:{port}", secrets.token_hex(32), apart if can_part else None)
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets allow no long path
     os.environ["RAY_AUTH_TOKEN"] = cluster.token
     environment = {**os.environ, MARK: mark, "RAY_AUTH_MODE": "token"}
@@ -48,10 +56,12 @@ def two_nodes() -> Cluster:
     ray_start += [f"--num-cpus={CPUS_PER_NODE}", "--object-store-memory=80000000"]
     head = ["--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"]
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(shutil.rmtree, apart, ignore_errors=True)
     atexit.register(lambda: end(marked(mark)))
-    for node in (head, [f"--address={cluster.address}"]):
+    second = [*ray_start, f"--address={cluster.address}"]
+    for command in ([*ray_start, *head], [*elsewhere, str(apart), *second] if can_part else second):
         started = subprocess.run(
-            [*ray_start, *node], env=environment, capture_output=True, text=True, timeout=120
+            command, env=environment, capture_output=True, text=True, timeout=120
         )
         assert started.returncode == 0, started.stdout + started.stderr
     return cluster

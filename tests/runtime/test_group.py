@@ -13,7 +13,7 @@ from roll_sft.runtime import group as group_module
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved
 from roll_sft.runtime.worker import log_path
-from tests.runtime.light import LightWorker, gloo_worker, light_worker, plan
+from tests.runtime.light import NO_INPUTS, LightWorker, gloo_worker, light_worker, plan
 from tests.runtime.ray_cluster import is_alive, wait_until
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def workers(joined, monkeypatch, tmp_path):
             group = WorkerGroup(config, slots=slots, logs=tmp_path / "logs")
             stack.callback(group.kill)
             if start:
-                group.start(None, None)
+                group.start(*NO_INPUTS)
             return group
 
         yield start
@@ -136,7 +136,7 @@ def test_worker_that_cannot_start_says_why(workers, tmp_path):
     log_path(tmp_path / "logs", 1).mkdir(parents=True)  # a folder where a file is wanted
     group = workers(start=False)
     with pytest.raises(WorkerError, match=r"rank \d on .* failed during start: IsADirectoryError"):
-        group.start(None, None)
+        group.start(*NO_INPUTS)
 
 
 def test_worker_that_cannot_be_made_says_why(workers):
@@ -146,7 +146,7 @@ def test_worker_that_cannot_be_made_says_why(workers):
 
     group = workers(Broken, start=False)
     with pytest.raises(WorkerError, match=r"rank \d died during start.*no module named nowhere"):
-        group.start(None, None)
+        group.start(*NO_INPUTS)
 
 
 def test_error_of_one_rank_comes_before_those_of_the_peers_it_left(workers, caplog):
@@ -264,4 +264,4 @@ def test_a_node_that_does_not_share_the_output_folder_stops_the_run(workers, tmp
     for path in (tmp_path / "logs").glob(".shared_*"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"is not the driver's folder.*shared storage"):
-        group.start(None, None)
+        group.start(*NO_INPUTS)
