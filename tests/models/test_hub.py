@@ -25,7 +25,7 @@ from roll_sft.models.hub import HubModel, HubSource, local_model
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b"{}",
-    "tokenizer.json": b"{}",
+    "tokenizer.json": b"[]",  # not equal: the client stores equal content once
     "pytorch_model.bin": b"a pickle",
     "consolidated.safetensors": b"the weights again",
     "original/model.safetensors": b"and again",
