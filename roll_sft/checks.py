@@ -30,9 +30,7 @@ AVAILABLE: dict[str, tuple[object, ...]] = {
     "resume": ("auto", "none"),
     "model.dtype": ("fp32", "bf16"),
     "data.chat_template": (None,),
-    "data.overlong": ("drop",),
     "data.train_on": ("assistant",),
-    "data.num_proc": (1,),
     "parallel.expert_model_parallel_size": (1,),
     "checkpoint.async_save": (False,),
     "checkpoint.keep_last": (None,),
@@ -61,6 +59,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "seed": (0, True),
     "data.sequence_length": (2, True),
     "data.max_bad_fraction": (0, True),
+    "data.num_proc": (1, True),
     "parallel.num_workers": (1, True),
     "parallel.tensor_model_parallel_size": (1, True),
     "parallel.pipeline_model_parallel_size": (1, True),
@@ -199,8 +198,6 @@ def _source_problems(data: DataConfig) -> Iterator[str]:
             if not source.path:
                 yield f"{where}.path: missing; give a .json or .jsonl file"
                 continue
-            if source.split is not None:
-                yield f"{where}.split: {source.split!r} is not available in this version"
             yield from _share_problems(source, where=where, is_trained=group == "train")
             name = source_name(source)
             if name in names:

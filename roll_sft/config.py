@@ -71,7 +71,7 @@ class DataConfig:
     overlong: str = "drop"  # drop | truncate | error
     train_on: str = "assistant"  # assistant | last_assistant | all
     packing: bool = True
-    num_proc: int = 1
+    num_proc: int | None = None  # processes that prepare data; null = by cores and size
     cache_dir: str | None = None  # default: ~/.cache/roll_sft
     on_bad_row: str = "error"  # error | skip
     max_bad_fraction: float = 0.01  # of malformed rows, under on_bad_row=skip

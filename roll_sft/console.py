@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from roll_sft.data.prepare import SourceReport
 from roll_sft.engine.preflight import Plan, drawn_tokens
 from roll_sft.memory import MemoryEstimate, estimate
 from roll_sft.metrics import StepRecord
@@ -39,7 +40,15 @@ def set_up_logging() -> None:
 def show_plan(plan: Plan) -> None:
     """The layout, the model, the data and the memory that a run will have, as tables."""
     console = Console(highlight=False)
-    for table in (_layout_table(plan), _model_table(plan), _data_table(plan), _steps_table(plan)):
+    tables = (
+        _layout_table,
+        _model_table,
+        _data_table,
+        _samples_table,
+        _dropped_table,
+        _steps_table,
+    )
+    for table in filter(None, (make(plan) for make in tables)):
         console.print(table)
 
 
@@ -130,26 +139,54 @@ def _model_table(plan: Plan) -> Table:
 
 
 def _data_table(plan: Plan) -> Table:
-    guessed = " (estimate)" if plan.is_rough else ""
-    table = _table(f"Data{guessed}", "source", "rows", "kept", "dropped", "tokens", "supervised")
+    table = _table(f"Data{_guessed(plan)}", "source", "rows", "kept", "dropped", "tokens")
+    for kind, report in _reports(plan):
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items()) or "0"
+        row = (f"{report.name} ({kind})", f"{report.rows:,}", f"{report.kept:,}", dropped)
+        table.add_row(*row, f"{report.tokens:,}")
+    return table
+
+
+def _samples_table(plan: Plan) -> Table:
+    columns = ["samples of", "samples", "cut", "supervised", "p50 / p90 / p99 / max"]
     is_mixed = not all(share.is_whole for share in plan.shares.values())
-    if is_mixed:
-        table.add_column("drawn per epoch")
+    table = _table(f"Samples{_guessed(plan)}", *columns, *(["per epoch"] if is_mixed else []))
+    for kind, report in _reports(plan):
+        lengths = [report.length.get(key) for key in ("p50", "p90", "p99", "max")]
+        cells = [
+            f"{report.name}, {kind}",
+            f"{report.samples:,}",
+            f"{report.truncated:,}",
+            f"{report.supervised_share:.0%}",
+            " / ".join("?" if length is None else f"{length:,}" for length in lengths),
+        ]
+        if is_mixed and kind == "train":
+            cells.append(f"{plan.shares[report.name].per_epoch:,}")
+        table.add_row(*cells)
+    return table
+
+
+def _dropped_table(plan: Plan) -> Table | None:
+    """What was left out and where it is first; None where nothing was."""
+    table = _table("Left out", "of", "what", "number", "the first at")
+    for kind, report in _reports(plan):
+        source = f"{report.name}, {kind}"
+        for reason, number in report.dropped.items():
+            places = "\n".join(report.dropped_places.get(reason, ()))
+            table.add_row(source, f"{reason} rows", f"{number:,}", places)
+        for reason, number in report.dropped_samples.items():
+            table.add_row(source, f"{reason} samples of kept rows", f"{number:,}", "")
+    return table if table.row_count else None
+
+
+def _reports(plan: Plan) -> Iterator[tuple[str, SourceReport]]:
     for kind, reports in plan.reports.items():
         for report in reports:
-            dropped = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()) or "0"
-            cells = [
-                f"{report.name} ({kind})",
-                f"{report.rows:,}",
-                f"{report.kept:,}",
-                dropped,
-                f"{report.tokens:,}",
-                f"{report.supervised_tokens:,}",
-            ]
-            if is_mixed and kind == "train":
-                cells.append(f"{plan.shares[report.name].per_epoch:,}")
-            table.add_row(*cells)
-    return table
+            yield kind, report
+
+
+def _guessed(plan: Plan) -> str:
+    return " (estimate)" if plan.is_rough else ""
 
 
 def _steps_table(plan: Plan) -> Table:
@@ -159,7 +196,7 @@ def _steps_table(plan: Plan) -> Table:
     tokens = drawn_tokens(plan.reports["train"], plan.shares)
     epochs = plan.total_steps / per_epoch
     steps = f"{plan.total_steps:,} ({per_epoch:,} per epoch, {epochs:.3g} epochs)"
-    guessed = " (estimate)" if plan.is_rough else ""
+    guessed = _guessed(plan)
     batch = {"samples per step": f"{train.global_batch_size:,}"}
     if train.global_batch_tokens is not None:
         batch = {"tokens per step": f"{train.global_batch_tokens:,} and what completes a sample"}

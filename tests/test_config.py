@@ -298,12 +298,9 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
     [
         ("resume", "outputs/sft/checkpoints/step_00000010"),
         ("model.dtype", "fp16"),
-        ("data.train[0].split", "train"),
         ("data.chat_template", "x"),
-        ("data.overlong", "truncate"),
         ("data.train_on", "last_assistant"),
         ("data.train_on", "all"),
-        ("data.num_proc", 4),
         ("parallel.expert_model_parallel_size", 2),
         ("checkpoint.async_save", True),
         ("checkpoint.keep_last", 3),

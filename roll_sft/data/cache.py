@@ -1,13 +1,14 @@
-"""Samples as memory maps: the files of a token cache, and how they are read.
+"""Samples as memory maps: the folders of a token cache, and how they are read.
 
-A folder holds, for n samples of together L tokens:
+A folder holds one shard of a source, n samples of together L tokens:
 - tokens.bin int32 [L], label_mask.bin uint8 [L]: each sample unpadded, one after the other. The
   mask says that the token at t predicts t + 1 and that this is trained on (shifted in `data.chat`);
 - offsets.bin int64 [n + 1]: sample i is offsets[i]:offsets[i + 1];
-- rows.bin int64 [n], the row of the source; supervised.bin int32 [n], how many of the mask are set;
+- rows.bin int64 [n], the row of the shard; supervised.bin int32 [n], how many of the mask are set;
 - report.json: what happened to each row. It also says what sizes the other files must have.
 
-Nothing in a folder depends on the layout of a run. `data.prepare` makes the folders.
+Nothing in a folder depends on the layout of a run, nor on where the shard lies: lines count from
+its beginning. `data.fill` makes the folders.
 """
 
 import functools
@@ -15,7 +16,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, starmap
+from itertools import accumulate, pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from roll_sft.errors import DataError
 
 # Raise it when the files change their meaning: older folders are then prepared again.
-FORMAT = 2
+FORMAT = 3
 ARRAYS: Mapping[str, type[np.generic]] = {
     "tokens": np.int32,
     "label_mask": np.uint8,
@@ -35,34 +36,42 @@ ARRAYS: Mapping[str, type[np.generic]] = {
 }
 REPORT_FILE = "report.json"
 
-_PLACES_SHOWN = 3
+PLACES_SHOWN = 3
 
 
 @dataclass(slots=True)
 class CacheFacts:
     """The content of report.json: all but the name and place of the source, which may change.
 
-    `dropped_lines` has the first lines for each reason, `first_malformed` why the first of the
-    malformed rows is one, `shortest_overlong` the tokens of the shortest sample that was too long
-    (0 without one), `length` the tokens per sample as min, p50, p90, p99 and max.
+    `rows` are `kept`, if they gave a sample, or `dropped` under one reason; `dropped_lines` has the
+    first lines of each, from 0 at the beginning of the shard. Of a kept row that gives several,
+    single samples may be missing, counted in `dropped_samples`; `truncated` samples were cut.
+    `first_malformed` says why the first of the malformed rows is one. `first_overlong` is the line
+    and the tokens of the first sample that was too long, empty without one; `shortest_overlong` the
+    tokens of the shortest. `columns_used` are the optional columns, among those the user named,
+    that a row had.
     """
 
     format: int = FORMAT
     rows: int = 0
     kept: int = 0
+    samples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     dropped_lines: dict[str, list[int]] = field(default_factory=dict)
+    dropped_samples: dict[str, int] = field(default_factory=dict)
     first_malformed: str = ""
+    first_overlong: list[int] = field(default_factory=list)
     shortest_overlong: int = 0
-    length: dict[str, int] = field(default_factory=dict)
+    columns_used: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, *, line: int) -> None:
         """Count one row under `reason`."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         lines = self.dropped_lines.setdefault(reason, [])
-        if len(lines) < _PLACES_SHOWN:
+        if len(lines) < PLACES_SHOWN:
             lines.append(line)
 
 
@@ -78,7 +87,7 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenCache":
-        """Return the cache in `folder`, mapped; raise `DataError` if it is damaged or missing."""
+        """Return the cache in `folder`; raise `DataError` if it is damaged or missing."""
         cache = cls(folder)
         len(cache)
         return cache
@@ -87,16 +96,22 @@ class TokenCache:
         return TokenCache, (self.folder,)
 
     def __len__(self) -> int:
-        return int(self.rows.size)
+        return self.facts.samples
+
+    @functools.cached_property
+    def facts(self) -> CacheFacts:
+        """What became of the rows, once the files are seen to be whole."""
+        return read_facts(self.folder)
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return token ids int32 [length] and label mask uint8 [length]: read-only views."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
-        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        return self._maps["tokens"][start:end], self._maps["label_mask"][start:end]
+        offsets = self._offsets
+        start, end = int(offsets[index]), int(offsets[index + 1])
+        return self._tokens[start:end], self._label_mask[start:end]
 
-    @functools.cached_property
+    @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each sample, int32 [n]."""
         return np.diff(self._offsets).astype(np.int32)
@@ -104,58 +119,81 @@ class TokenCache:
     @property
     def supervised(self) -> NDArray[np.int32]:
         """Supervised tokens of each sample, int32 [n]."""
-        return self._maps["supervised"]
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """The row of the source that each sample comes from, int64 [n], ascending."""
-        return self._maps["rows"]
-
-    @property
-    def _offsets(self) -> NDArray[np.int64]:
-        return self._maps["offsets"]
+        return self._map("supervised")
 
     @functools.cached_property
-    def _maps(self) -> Mapping[str, NDArray[Any]]:
-        read_facts(self.folder)
-        # As plain arrays: a slice of np.memmap costs ten times that of an array.
-        return {
-            array: np.asarray(np.memmap(self.folder / f"{array}.bin", dtype, mode="r"))
-            for array, dtype in ARRAYS.items()
-        }
+    def rows(self) -> NDArray[np.int64]:
+        """The row of the shard that each sample comes from, int64 [n], ascending."""
+        return self._map("rows")
+
+    @functools.cached_property
+    def _tokens(self) -> NDArray[np.int32]:
+        return self._map("tokens")
+
+    @functools.cached_property
+    def _label_mask(self) -> NDArray[np.uint8]:
+        return self._map("label_mask")
+
+    @functools.cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        offsets, tokens = self._map("offsets"), self.facts.tokens
+        if offsets[0] != 0 or offsets[-1] != tokens:
+            raise DataError(
+                f"{self.folder}/offsets.bin: runs from {offsets[0]} to {offsets[-1]} and should"
+                f" from 0 to {tokens}; the token cache is damaged, remove this folder"
+            )
+        return offsets
+
+    def _map(self, array: str) -> NDArray[Any]:
+        dtype, path = ARRAYS[array], self.folder / f"{array}.bin"
+        if _items(self.facts)[array] == 0:  # which the system does not map
+            return np.empty(0, dtype)
+        # As a plain array: a slice of np.memmap costs ten times that of an array.
+        return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTokens:
+    """The caches of a source's shards, in their order."""
+
+    name: str
+    caches: tuple[TokenCache, ...]
 
 
 class TokenSet:
-    """Several caches one after the other, under one running index.
+    """Several sources one after the other, under one running index.
 
-    Travels between processes as names and paths, a few hundred bytes.
+    Travels between processes as names and paths, about a hundred bytes for each shard.
     """
 
-    def __init__(self, names: Sequence[str], caches: Sequence[TokenCache]) -> None:
-        assert len(names) == len(caches) > 0, f"{len(names)} names for {len(caches)} caches"
-        self.names = tuple(names)
-        self.caches = tuple(caches)
+    def __init__(self, sources: Sequence[SourceTokens]) -> None:
+        assert sources, "a set of tokens without sources"
+        self.sources = tuple(sources)
 
-    def __reduce__(self) -> tuple[type["TokenSet"], tuple[tuple[str, ...], tuple[TokenCache, ...]]]:
-        return TokenSet, (self.names, self.caches)
+    def __reduce__(self) -> tuple[type["TokenSet"], tuple[tuple[SourceTokens, ...]]]:
+        return TokenSet, (self.sources,)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return token ids int32 [length] and label mask uint8 [length]: read-only views."""
-        source, local = self._locate(index)
-        return self.caches[source].sample(local)
+        shard, local = self._locate(index)
+        return self.caches[shard].sample(local)
 
     def sample_name(self, index: int) -> str:
-        """Return "<name of the source>:<row of it, from 0>"."""
-        source, local = self._locate(index)
-        return f"{self.names[source]}:{int(self.caches[source].rows[local])}"
+        """Return "<name of the source>:<row of it, from 0>"; rows count over all its files."""
+        shard, local = self._locate(index)
+        name, first_row = self._row_starts[shard]
+        return f"{name}:{first_row + int(self.caches[shard].rows[local])}"
 
     @property
     def ranges(self) -> Mapping[str, range]:
         """The indices of each source's samples."""
-        return dict(zip(self.names, starmap(range, pairwise(self._starts)), strict=True))
+        sizes = [sum(map(len, source.caches)) for source in self.sources]
+        bounds = pairwise(accumulate(sizes, initial=0))
+        names = [source.name for source in self.sources]
+        return dict(zip(names, starmap(range, bounds), strict=True))
 
     @functools.cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -168,38 +206,63 @@ class TokenSet:
         return np.concatenate([cache.supervised for cache in self.caches])
 
     @functools.cached_property
+    def caches(self) -> tuple[TokenCache, ...]:
+        """The shards of all sources, in the order of the index."""
+        return tuple(cache for source in self.sources for cache in source.caches)
+
+    @functools.cached_property
     def _starts(self) -> list[int]:
-        return [0, *np.cumsum([len(cache) for cache in self.caches]).tolist()]
+        return list(accumulate(map(len, self.caches), initial=0))
+
+    @functools.cached_property
+    def _row_starts(self) -> list[tuple[str, int]]:
+        """Of each shard, the name of its source and the row of the source that it begins with."""
+        return [
+            (source.name, first_row)
+            for source in self.sources
+            for first_row in [
+                0,
+                *accumulate(cache.facts.rows for cache in source.caches[:-1]),
+            ][: len(source.caches)]
+        ]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return which cache, and which sample of it."""
+        """Return which shard, and which sample of it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        source = bisect_right(self._starts, index) - 1
-        return source, index - self._starts[source]
+        shard = bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
 
 
 def read_facts(folder: Path) -> CacheFacts:
     """Return report.json if the other files have the sizes it says; raise `DataError` if not."""
     try:
-        facts = CacheFacts(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
-        found = {array: (folder / f"{array}.bin").stat().st_size for array in ARRAYS}
+        found = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        # First: another format may have other fields.
+        if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
+            raise DataError(
+                f"{folder}: has format {found['format']}, this version reads {FORMAT}; remove it"
+            )
+        facts = CacheFacts(**found)
+        sizes = {array: (folder / f"{array}.bin").stat().st_size for array in ARRAYS}
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder}: is no complete token cache ({error})") from error
-    if facts.format != FORMAT:
-        raise DataError(f"{folder}: has format {facts.format}, this version reads {FORMAT}")
-    items = {
-        "tokens": facts.tokens,
-        "label_mask": facts.tokens,
-        "offsets": facts.kept + 1,
-        "rows": facts.kept,
-        "supervised": facts.kept,
-    }
+    items = _items(facts)
     for array, dtype in ARRAYS.items():
         expected = items[array] * np.dtype(dtype).itemsize
-        if found[array] != expected:
+        if sizes[array] != expected:
             raise DataError(
-                f"{folder / array}.bin: has {found[array]} bytes and should have {expected}; the "
+                f"{folder / array}.bin: has {sizes[array]} bytes and should have {expected}; the "
                 f"token cache is damaged"
             )
     return facts
+
+
+def _items(facts: CacheFacts) -> Mapping[str, int]:
+    return {
+        "tokens": facts.tokens,
+        "label_mask": facts.tokens,
+        "offsets": facts.samples + 1,
+        "rows": facts.samples,
+        "supervised": facts.samples,
+    }

@@ -8,7 +8,8 @@ import json
 from collections import Counter
 
 from roll_sft.data.conversation import BadRow, Conversation, Document
-from roll_sft.data.prepare import EMPTY, MALFORMED, SourceReport
+from roll_sft.data.fill import EMPTY, MALFORMED
+from roll_sft.data.prepare import Source, SourceReport
 from roll_sft.data.shapes import ColumnKeys
 from roll_sft.data.sources import read_placed
 from roll_sft.errors import DataError
@@ -16,13 +17,11 @@ from roll_sft.errors import DataError
 TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
 
 
-def rough_report(
-    path: str, *, split: str | None, name: str, keys: ColumnKeys, is_strict: bool
-) -> SourceReport:
-    """The report of `path`; `is_strict`: a malformed row is a `DataError`, as it will be."""
-    dropped = Counter[str]()
+def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> SourceReport:
+    """The report of `source`; `is_strict`: a malformed row is a `DataError`, as it will be."""
+    path, dropped = source.path, Counter[str]()
     kept = num_bytes = num_answer_bytes = 0
-    for file, row in read_placed(path, keys, split=split):
+    for file, row in read_placed(path, keys, split=source.split):
         if isinstance(row, BadRow):
             if is_strict and not row.is_empty:
                 raise DataError(f"{file}:{row.line}: {row.reason}")
@@ -35,13 +34,15 @@ def rough_report(
     if kept == 0:
         raise DataError(f"{path}: none of its rows can be trained on ({dict(dropped)}); mend them")
     return SourceReport(
-        name=name,
+        name=source.name,
         path=path,
         rows=kept + dropped.total(),
         kept=kept,
         dropped=dropped,
         dropped_places={},
         truncated=0,
+        samples=kept,
+        dropped_samples={},
         tokens=num_bytes // TOKEN_BYTES,
         supervised_tokens=num_answer_bytes // TOKEN_BYTES,
         supervised_share=num_answer_bytes / num_bytes,

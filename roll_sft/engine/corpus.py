@@ -3,19 +3,24 @@
 Floor 1 knows no configuration; this is where its keys are turned into arguments.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from roll_sft.config import DataConfig, RunConfig, SourceConfig, layout_of, source_name
-from roll_sft.data.cache import TokenCache, TokenSet
+from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.epochs import Share
+from roll_sft.data.fill import SourceOptions
 from roll_sft.data.packing import best_fit_decreasing
 from roll_sft.data.plan import Planner, PlanOptions, StepPlan
-from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
+from roll_sft.data.pool import Spread
+from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
 from roll_sft.data.rough import rough_report
 from roll_sft.data.shapes import ColumnKeys
+from roll_sft.engine.inputs import TokenData
 
 _log = logging.getLogger(__name__)
 
@@ -26,38 +31,57 @@ _FILL_TO_AIM_AT = 0.9
 
 
 def tokenise(
-    config: RunConfig, entries: list[SourceConfig], chat: ChatTokenizer
-) -> tuple[TokenSet, list[SourceReport]]:
-    """The tokens of `entries`, from the cache where they are there, and what became of the rows."""
+    config: RunConfig, chat: ChatTokenizer, *, spread: Spread | None = None
+) -> tuple[TokenData, dict[str, tuple[SourceReport, ...]]]:
+    """The tokens of all sources, from the cache where they are there, and what became of the rows.
+
+    What is missing is prepared by `spread`, or else on this machine. Reports are by "train" and
+    "validation".
+    """
     data = config.data
-    options = SourceOptions(
-        keys=_column_keys(data),
-        sequence_length=data.sequence_length,
-        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
-        max_bad_fraction=data.max_bad_fraction,
+    place = CachePlace(
+        Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft",
+        num_proc=data.num_proc,
+        spread=spread,
     )
-    cache = Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft"
-    names, folders, reports = [], [], []
-    for entry in entries:
-        name = source_name(entry)
-        folder, report = prepare_source(
-            Path(entry.path or ""), name=name, options=options, tokenizer=chat, cache_dir=cache
-        )
-        names.append(name)
-        folders.append(folder)
-        reports.append(report)
-    return TokenSet(names, [TokenCache(folder) for folder in folders]), reports
+    sources = [
+        Source(entry.path or "", name=source_name(entry), split=entry.split)
+        for entry in [*data.train, *data.validation]
+    ]
+    found = prepare_sources(sources, tokenizer=chat, options=_source_options(data), place=place)
+    train, validation = found[: len(data.train)], found[len(data.train) :]
+    tokens = TokenData(
+        TokenSet([source for source, _ in train]),
+        {source.name: TokenSet([source]) for source, _ in validation},
+    )
+    reports = {
+        "train": tuple(report for _, report in train),
+        "validation": tuple(report for _, report in validation),
+    }
+    return tokens, reports
 
 
 def rough(entry: SourceConfig, data: DataConfig) -> SourceReport:
     """What a source holds, guessed for want of a tokenizer."""
     return rough_report(
-        entry.path or "",
-        split=entry.split,
-        name=source_name(entry),
+        Source(entry.path or "", name=source_name(entry), split=entry.split),
         keys=_column_keys(data),
         is_strict=data.on_bad_row == "error",
     )
+
+
+def addresses_of(tokens: TokenSet, shares: Mapping[str, Share]) -> dict[str, str]:
+    """Source -> address of its tokens, which changes with data, tokenizer and options.
+
+    Where an epoch does not draw each sample once, the number that it draws is part of it.
+    """
+    addresses = {}
+    for source in tokens.sources:
+        shards = "\n".join(cache.folder.name for cache in source.caches)
+        share = shares[source.name]
+        drawn = "" if share.is_whole else f"*{share.per_epoch}"
+        addresses[source.name] = hashlib.sha256(shards.encode()).hexdigest() + drawn
+    return addresses
 
 
 def shares_of(entries: list[SourceConfig], samples: Mapping[str, range]) -> dict[str, Share]:
@@ -117,6 +141,21 @@ def warn_of_poor_fill(
 def _first_steps(planner: Planner) -> list[StepPlan]:
     num_steps = min(_STEPS_SAMPLED, planner.steps_per_epoch)
     return [planner.step(step) for step in range(1, num_steps + 1)]
+
+
+def _source_options(data: DataConfig) -> SourceOptions:
+    overlong: dict[str, Literal["drop", "truncate", "error"]] = {
+        "drop": "drop",
+        "truncate": "truncate",
+        "error": "error",
+    }
+    return SourceOptions(
+        keys=_column_keys(data),
+        sequence_length=data.sequence_length,
+        overlong=overlong[data.overlong],
+        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
+        max_bad_fraction=data.max_bad_fraction,
+    )
 
 
 def _column_keys(data: DataConfig) -> ColumnKeys:

@@ -13,11 +13,12 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from roll_sft.checks import layout_problems
-from roll_sft.config import RunConfig, TrainConfig, layout_of, source_name
+from roll_sft.config import RunConfig, TrainConfig, layout_of
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.epochs import Share
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
+from roll_sft.data.pool import Spread
 from roll_sft.data.prepare import SourceReport
 from roll_sft.data.rough import TOKEN_BYTES
 from roll_sft.engine import corpus
@@ -89,16 +90,8 @@ class Job:
 
     @property
     def source_addresses(self) -> dict[str, str]:
-        """Train source -> address of its tokens, which changes with data, tokenizer and options.
-
-        Where an epoch does not draw each sample once, the number that it draws is part of it.
-        """
-        train, addresses = self.data.train, {}
-        for name, cache in zip(train.names, train.caches, strict=True):
-            share = self.shares[name]
-            drawn = "" if share.is_whole else f"*{share.per_epoch}"
-            addresses[name] = f"{cache.folder.name}{drawn}"
-        return addresses
+        """Train source -> address of what is trained on; see `corpus.addresses_of`."""
+        return corpus.addresses_of(self.data.train, self.shares)
 
     @property
     def end_of_turn_id(self) -> int:
@@ -118,9 +111,10 @@ class Job:
         )
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
     """Check the layout against the model, tokenise (or find the cache), plan.
 
+    `spread` prepares what the cache lacks, in place of processes of this machine.
     Raises `ConfigError` (all layout problems at once) and `DataError`.
     """
     config, hub = _located(config)
@@ -128,26 +122,21 @@ def prepare(config: RunConfig) -> Job:
     tokenizer = _load_tokenizer(config, source.shape)
     layout = layout_of(config.parallel)
     chat = ChatTokenizer(tokenizer)
-    train, train_reports = corpus.tokenise(config, config.data.train, chat)
-    validation, validation_reports = {}, []
-    for entry in config.data.validation:
-        tokens, reports = corpus.tokenise(config, [entry], chat)
-        validation[source_name(entry)] = tokens
-        validation_reports += reports
+    data, reports = corpus.tokenise(config, chat, spread=spread)
     options = _plan_options(config, layout, source.shape)
-    shares = corpus.shares_of(config.data.train, train.ranges)
-    planner = corpus.planner_of(train, options, shares)
-    corpus.warn_of_poor_fill(config, train, planner, pack_tokens=options.micro_batch_tokens)
+    shares = corpus.shares_of(config.data.train, data.train.ranges)
+    planner = corpus.planner_of(data.train, options, shares)
+    corpus.warn_of_poor_fill(config, data.train, planner, pack_tokens=options.micro_batch_tokens)
     return Job(
         config=config,
         layout=layout,
         source=source,
-        data=TokenData(train, validation),
-        reports={"train": tuple(train_reports), "validation": tuple(validation_reports)},
+        data=data,
+        reports=reports,
         planner=planner,
         shares=shares,
         validation={
-            name: corpus.planner_of(tokens, options) for name, tokens in validation.items()
+            name: corpus.planner_of(tokens, options) for name, tokens in data.validation.items()
         },
         schedule=Schedule.of(config.train, total_steps=_total_steps(config, planner.steps_in)),
         tokenizer=tokenizer,

@@ -63,7 +63,7 @@ def parts_of(folder: Path, *, size: int) -> Iterator[Part]:
     parts = [
         Part(folder, path.name, start, min(size, path.stat().st_size - start), is_last=False)
         for path in files
-        for start in range(0, path.stat().st_size, size)
+        for start in range(0, max(1, path.stat().st_size), size)  # an empty file is a part too
     ]
     yield from parts[:-1]
     last = parts[-1]

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, TokenCache, TokenSet
+from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, SourceTokens, TokenCache, TokenSet
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.conversation import Conversation, Message
-from roll_sft.data.prepare import SourceOptions, prepare_source
+from roll_sft.data.fill import SourceOptions
+from roll_sft.data.prepare import CachePlace, Source, prepare_sources
 from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError
 from tests.tiny import tiny_tokenizer
@@ -25,10 +26,15 @@ def make(folder: Path, answers: list[str], name: str = "demo") -> Path:
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = ChatTokenizer(tiny_tokenizer())
-    cache_dir = folder / "cache"
-    return prepare_source(source, name=name, tokenizer=chat, options=OPTIONS, cache_dir=cache_dir)[
-        0
-    ]
+    place = CachePlace(folder / "cache")
+    wanted = [Source(str(source), name)]
+    ((tokens, _),) = prepare_sources(wanted, tokenizer=chat, options=OPTIONS, place=place)
+    (cache,) = tokens.caches
+    return cache.folder
+
+
+def one_source(*caches: TokenCache) -> TokenSet:
+    return TokenSet([SourceTokens("demo", caches)])
 
 
 def expected(name: str, row: int, answer: str) -> TokenizedSample:
@@ -63,7 +69,8 @@ def test_samples_are_views_that_cannot_be_written(tmp_path: Path) -> None:
 def test_several_caches_have_one_index_and_their_own_names(tmp_path: Path) -> None:
     first = TokenCache(make(tmp_path, ["one", "", "two"], name="first"))
     second = TokenCache(make(tmp_path, ["three"], name="second"))
-    samples = TokenSet(["a", "b", "again"], [first, second, first])
+    parts = [("a", first), ("b", second), ("again", first)]
+    samples = TokenSet([SourceTokens(name, (cache,)) for name, cache in parts])
     assert len(samples) == 5
     names = [samples.sample_name(index) for index in range(5)]
     assert names == ["a:0", "a:2", "b:0", "again:0", "again:2"]
@@ -74,10 +81,22 @@ def test_several_caches_have_one_index_and_their_own_names(tmp_path: Path) -> No
     assert samples.lengths.dtype == samples.supervised.dtype == np.int32
 
 
+def test_rows_of_a_source_count_over_its_shards(tmp_path: Path) -> None:
+    first = TokenCache(make(tmp_path, ["one", "", "two"], name="first"))
+    second = TokenCache(make(tmp_path, ["three"], name="second"))
+    empty = TokenCache(make(tmp_path, ["four"], name="third"))
+    samples = TokenSet(
+        [SourceTokens("a", (first, second, first)), SourceTokens("b", (empty, second))]
+    )
+    names = [samples.sample_name(index) for index in range(len(samples))]
+    assert names == ["a:0", "a:2", "a:3", "a:4", "a:6", "b:0", "b:1"]
+    assert samples.ranges == {"a": range(5), "b": range(5, 7)}
+
+
 @pytest.mark.parametrize("index", [-1, 2, 100])
 def test_an_index_out_of_range_is_an_error(tmp_path: Path, index: int) -> None:
     cache = TokenCache(make(tmp_path, ["one", "two"]))
-    samples = TokenSet(["demo"], [cache])
+    samples = one_source(cache)
     for read in (cache.sample, samples.sample, samples.sample_name):
         with pytest.raises(IndexError, match=rf"sample {index} of 2"):
             read(index)
@@ -88,8 +107,8 @@ def test_a_set_pickles_as_names_and_absolute_paths(
 ) -> None:
     folder = make(tmp_path, ["one " * 90] * 50)
     monkeypatch.chdir(tmp_path)
-    samples = TokenSet(["demo"], [TokenCache(folder.relative_to(tmp_path))])
-    assert samples.lengths.size == 50  # mapped before it travels
+    samples = one_source(TokenCache(folder.relative_to(tmp_path)))
+    assert samples.lengths.size == 50  # read before it travels
     packed = pickle.dumps(samples)
     assert len(packed) < 1000
     monkeypatch.chdir("/")
@@ -99,7 +118,7 @@ def test_a_set_pickles_as_names_and_absolute_paths(
 
 
 def test_a_folder_is_opened_when_it_is_first_needed(tmp_path: Path) -> None:
-    samples = TokenSet(["demo"], [TokenCache(tmp_path / "not yet")])
+    samples = one_source(TokenCache(tmp_path / "not yet"))
     with pytest.raises(DataError, match=r"not yet: is no complete token cache"):
         len(samples)
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from roll_sft.data import prepare
+from roll_sft.data import fill
 from roll_sft.data.cache import TokenCache
 from roll_sft.data.chat import ChatTokenizer
-from roll_sft.data.prepare import SourceOptions, SourceReport, prepare_source
+from roll_sft.data.fill import SourceOptions
+from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
 from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError, ResourceError
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
@@ -42,13 +43,14 @@ def run(
 ) -> tuple[Path, SourceReport]:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = template
-    return prepare_source(
-        path,
-        name="demo",
+    ((tokens, report),) = prepare_sources(
+        [Source(str(path), "demo")],
         tokenizer=ChatTokenizer(tokenizer),
         options=options,
-        cache_dir=path.parent / "cache",
+        place=CachePlace(path.parent / "cache"),
     )
+    (cache,) = tokens.caches
+    return cache.folder, report
 
 
 def lines(*answers: str) -> list[dict[str, Any]]:
@@ -104,7 +106,7 @@ def test_rows_past_one_batch_keep_their_order(
     rows[11] = row("")
     whole, _ = run(write(tmp_path, *rows), LENIENT)
     expected = TokenCache.open(whole)
-    monkeypatch.setattr(prepare, "_ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(fill, "_ROWS_PER_BATCH", 4)
     other = tmp_path / "other"
     other.mkdir()
     found = TokenCache.open(run(write(other, *rows), LENIENT)[0])
@@ -205,13 +207,14 @@ def test_whatever_changes_the_samples_is_a_miss(tmp_path: Path) -> None:
     path = write(tmp_path, *lines("a", "b"))
     folders = {run(path)[0]}
     folders.add(run(path, replace(STRICT, sequence_length=511))[0])
-    folders.add(run(path, replace(STRICT, on_bad_row="skip"))[0])
+    folders.add(run(path, replace(STRICT, overlong="truncate"))[0])
     folders.add(run(path, replace(STRICT, keys=ColumnKeys(prompt="instruction")))[0])
     folders.add(run(path, template=CHATML_TEMPLATE.replace("helpful", "terse"))[0])
     write(tmp_path, *lines("a", "c"))
     folders.add(run(path)[0])
     assert len(folders) == 6
-    assert run(path, replace(STRICT, max_bad_fraction=0.5))[1].cached
+    for same in ({"max_bad_fraction": 0.5}, {"on_bad_row": "skip"}, {"overlong": "error"}):
+        assert run(path, replace(STRICT, **same))[1].cached
 
 
 # Concurrency, damage, death
@@ -232,7 +235,7 @@ def test_waiting_for_another_run_is_said(
     path = write(tmp_path, row("a"))
     folder, _ = run(path)
     shutil.rmtree(folder)
-    monkeypatch.setattr(prepare, "_LOCK_NOTICE_S", 0.05)
+    monkeypatch.setattr(fill, "_LOCK_NOTICE_S", 0.05)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     with ThreadPool(1) as pool, caplog.at_level(logging.WARNING):
         with lock:
@@ -261,7 +264,7 @@ def test_a_damaged_cache_is_prepared_again_with_one_warning(
 
 def die_while_writing(path: Path) -> None:
     """Kill this process when the samples are on disk and the report is not."""
-    prepare._quantiles = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
+    fill.stamp_of = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
     run(path)
 
 

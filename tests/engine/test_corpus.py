@@ -112,7 +112,7 @@ def test_the_plan_and_the_report_show_the_mixture(
     given += ["train.global_batch_tokens=400", "prepare_only=true", "output_dir=out"]
     outcome = door(*given)
     assert outcome.code == 0, outcome.stderr
-    assert cells(outcome.stdout, "rows (train)")[-1] == "35"
+    assert cells(outcome.stdout, "rows, train")[-1] == "35"
     assert cells(outcome.stdout, "tokens per step")[1].startswith("400 ")
     assert cells(outcome.stdout, "packs")[1].endswith("% full")
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 
-from roll_sft.data.cache import ARRAYS, REPORT_FILE, CacheFacts, TokenCache, TokenSet
+from roll_sft.data.cache import ARRAYS, REPORT_FILE, CacheFacts, SourceTokens, TokenCache, TokenSet
 from roll_sft.engine.inputs import TokenData
 from roll_sft.errors import ResourceError
 from roll_sft.runtime import group as group_module
@@ -24,19 +24,20 @@ LENGTHS = (5, 40, 3)
 def write_cache():
     """Makes a small token cache in a folder."""
 
-    def write(folder: Path) -> TokenCache:
+    def write(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> TokenCache:
         folder.mkdir(parents=True)
-        total, offsets = sum(LENGTHS), np.cumsum([0, *LENGTHS])
+        total, offsets = sum(lengths), np.cumsum([0, *lengths])
         values = {
             "tokens": np.arange(total),
             "label_mask": np.ones(total),
             "offsets": offsets,
-            "rows": np.arange(len(LENGTHS)),
-            "supervised": np.array(LENGTHS),
+            "rows": np.arange(len(lengths)),
+            "supervised": np.array(lengths),
         }
         for name, dtype in ARRAYS.items():
             values[name].astype(dtype).tofile(folder / f"{name}.bin")
-        facts = CacheFacts(rows=len(LENGTHS), kept=len(LENGTHS), tokens=total)
+        num_rows = len(lengths)
+        facts = CacheFacts(rows=num_rows, kept=num_rows, samples=num_rows, tokens=total)
         (folder / REPORT_FILE).write_text(json.dumps(asdict(facts)))
         return TokenCache.open(folder)
 
@@ -59,6 +60,14 @@ def test_a_folder_arrives_byte_for_byte_whatever_the_size_of_the_parts(write_cac
         assert (there / path.name).read_bytes() == path.read_bytes()
     assert not supply.missing([there])
     assert [path.name for path in there.parent.iterdir()] == ["address"]
+
+
+def test_a_shard_of_which_nothing_was_kept_arrives_too(write_cache, tmp_path):
+    cache, there = write_cache(tmp_path / "here", ()), tmp_path / "there" / "here"
+    for part in supply.parts_of(cache.folder, size=99):
+        supply.receive(moved(part, there), part.read())
+    assert not supply.missing([there])
+    assert len(TokenCache.open(there)) == 0
 
 
 def test_a_damaged_folder_counts_as_missing_and_is_replaced(write_cache, tmp_path):
@@ -86,7 +95,9 @@ def test_a_node_with_a_disk_of_its_own_gets_the_tokens(
     if cluster.apart is None:
         pytest.skip("this system does not let a process have a mount of its own")
     train, validation = (write_cache(cluster.apart / name) for name in ("train", "validation"))
-    data = TokenData(TokenSet(["a"], [train]), {"b": TokenSet(["b"], [validation])})
+    data = TokenData(
+        TokenSet([SourceTokens("a", (train,))]), {"b": TokenSet([SourceTokens("b", (validation,))])}
+    )
     folders = [train.folder, validation.folder]
     monkeypatch.setattr(group_module, "Worker", LightWorker)
     monkeypatch.setattr(supply, "PART_BYTES", 100)
