@@ -29,8 +29,6 @@ CHOICES = {
 AVAILABLE: dict[str, tuple[object, ...]] = {
     "resume": ("auto", "none"),
     "model.dtype": ("fp32", "bf16"),
-    "data.chat_template": (None,),
-    "data.train_on": ("assistant",),
     "parallel.expert_model_parallel_size": (1,),
     "checkpoint.async_save": (False,),
     "checkpoint.keep_last": (None,),

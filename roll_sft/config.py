@@ -66,7 +66,9 @@ class DataConfig:
     messages_key: str | None = None
     text_key: str | None = None
     tools_key: str | None = None
-    chat_template: str | None = None  # null = the tokenizer's own
+    chat_template: str | None = (
+        None  # null = the tokenizer's own; a Jinja file; a name: chatml, ...
+    )
     sequence_length: int = 4096  # longest sample, unpadded tokens
     overlong: str = "drop"  # drop | truncate | error
     train_on: str = "assistant"  # assistant | last_assistant | all

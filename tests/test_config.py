@@ -298,9 +298,6 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
     [
         ("resume", "outputs/sft/checkpoints/step_00000010"),
         ("model.dtype", "fp16"),
-        ("data.chat_template", "x"),
-        ("data.train_on", "last_assistant"),
-        ("data.train_on", "all"),
         ("parallel.expert_model_parallel_size", 2),
         ("checkpoint.async_save", True),
         ("checkpoint.keep_last", 3),

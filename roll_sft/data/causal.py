@@ -4,6 +4,9 @@ A template is causal if what it writes for a message depends on that message and
 and the generation prompt comes after all of them. Then the rendering of the first messages begins
 the rendering of them all, whatever the messages say, and nothing has to be proved row by row.
 
+Judged are conversations without tool messages: a template often looks ahead to close a group of
+them, in a branch of their own.
+
 Promised: True only where this follows from the syntax. A template may be causal and be judged not
 to be; it is then proved on each row, which is slower and gives the same samples.
 """
@@ -41,6 +44,9 @@ def has_marks(template: str) -> bool:
 def is_causal(template: str) -> bool:
     """Whether `template` is causal as far as its syntax shows; it must be a valid template."""
     tree = Environment(extensions=[_Marks, loopcontrols]).parse(template)
+    for branch in tree.find_all(nodes.If):
+        if _is_for_tools(branch.test):
+            branch.body = []
     aliases = {_MESSAGES}
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name) and _is_messages(assign.node, aliases):
@@ -57,6 +63,19 @@ def is_causal(template: str) -> bool:
         for name in tree.find_all(nodes.Name)
     )
     return not stray and _looks_back(loops[0])
+
+
+def _is_for_tools(test: nodes.Node) -> bool:
+    """Whether a condition is that the role of a message is "tool"."""
+    if not isinstance(test, nodes.Compare) or len(test.ops) != 1 or test.ops[0].op != "eq":
+        return False
+    asked, value = test.expr, test.ops[0].expr
+    is_role = (isinstance(asked, nodes.Getattr) and asked.attr == "role") or (
+        isinstance(asked, nodes.Getitem)
+        and isinstance(asked.arg, nodes.Const)
+        and asked.arg.value == "role"
+    )
+    return is_role and isinstance(value, nodes.Const) and value.value == "tool"
 
 
 def _is_messages(node: nodes.Node | None, aliases: set[str]) -> bool:

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from roll_sft.data.conversation import Conversation, Document, Message
-from roll_sft.data.encode import Encoded, Encoder, EncoderFacts, placed, unmarked
-from roll_sft.data.mask import Anchor, Flat, find_anchor, learnt_runs, mask_by_places, masks_by_ids
+from roll_sft.data.anchor import Probe, end_of_turn, find_anchor, prove_probes
+from roll_sft.data.conversation import Conversation, Document
+from roll_sft.data.encode import Encoder, EncoderFacts, placed, unmarked
+from roll_sft.data.mask import Anchor, Flat, mask_by_places, masks_by_ids
 from roll_sft.data.render import Renderer
 from roll_sft.data.samples import TokenizedSample, UnusableRow
 from roll_sft.data.turns import Text, TurnFinder
@@ -33,18 +34,6 @@ __all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
 
 # Part of the fingerprint: raise it when the same row gives other ids or another mask.
 _VERSION = 3
-
-# What an anchor is proved on. No two say the same, so that only the template repeats itself.
-_PROBES = (
-    (("user", "What is two and two?"), ("assistant", "Four.")),
-    (
-        ("user", "Name a colour"),
-        ("assistant", "Blue it is"),
-        ("user", "Another one, please!"),
-        ("assistant", "Red"),
-    ),
-    (("system", "Be brief."), ("user", "Hello there"), ("assistant", "Good day to you")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +122,9 @@ class ChatTokenizer:
     @property
     def end_of_turn_id(self) -> int | None:
         """The token that ends an answer; None without a template, or if it writes no probe."""
-        finals = [learnt_runs(sample)[1][-1] for _, _, sample in self._probes]
-        ids = [
-            encoded.ids[final] for final, (_, encoded, _) in zip(finals, self._probes, strict=True)
-        ]
-        return ids[0] if ids else None
+        if self.template is None:
+            return None
+        return end_of_turn(self._probes)
 
     def tokenize(self, row: Conversation | Document) -> list[TokenizedSample]:
         """Return the samples of one row, or raise `UnusableRow`; see `tokenize_many`."""
@@ -212,7 +199,10 @@ class ChatTokenizer:
 
     def _quick(self, row: Conversation, anchor: Anchor) -> Text | None:
         """Return the row as one text if it is plain and every message stands in it, in order."""
-        if row.tools or any(message.reasoning or message.tool_calls for message in row.messages):
+        if row.tools or any(
+            message.reasoning or message.tool_calls or message.role == "tool"
+            for message in row.messages
+        ):
             return None
         renderer = self._renderer
         turns = renderer.turns(row.messages)
@@ -303,41 +293,12 @@ class ChatTokenizer:
         return TurnFinder(self._renderer, train_on=self._recipe.train_on)
 
     @cached_property
-    def _probes(self) -> list[tuple[Text, Encoded, TokenizedSample]]:
-        """Conversations of our own, proved; none that cannot be, which each row then says."""
-        finder = TurnFinder(self._renderer, train_on="assistant")
-        encoder, probes = self._encoder, []
-        for turns in _PROBES:
-            messages = tuple(Message(role, content) for role, content in turns)
-            try:
-                for text in finder.find(Conversation(messages, row=0, line=1)):
-                    encoded = placed(encoder.backend.encode(text.text, add_special_tokens=False))
-                    sample = mask_by_places(
-                        text, encoded, control_ids=encoder.control_ids, learn_all=False
-                    )
-                    probes.append((text, encoded, sample))
-            except (UnusableRow, DataError):
-                continue
-        return probes
+    def _probes(self) -> list[Probe]:
+        return prove_probes(self._renderer, self._encoder)
 
     @cached_property
     def _anchor(self) -> Anchor | None:
-        """The tokens around every answer, if they are always the same and the ids say the same."""
-        probes = self._probes
-        anchor = find_anchor(probes, control_ids=self._encoder.control_ids)
-        if anchor is None or not all(anchor.fits(text) for text, _, _ in probes):
-            return None
-        # Such a token could hold the first spaces of an answer and look no different.
-        if anchor.header[-1] in self._recipe.encoder.absorbing:
-            return None
-        flat = Flat.of([encoded.ids for _, encoded, _ in probes])
-        texts = [text for text, _, _ in probes]
-        samples = masks_by_ids(texts, flat, anchor=anchor, learn_all=False)
-        is_proved = all(
-            sample is not None and np.array_equal(sample.label_mask, proved.label_mask)
-            for sample, (_, _, proved) in zip(samples, probes, strict=True)
-        )
-        return anchor if is_proved else None
+        return find_anchor(self._probes, self._encoder)
 
 
 def _select(plans: Iterable[list[_Plan] | UnusableRow], *, by_ids: bool) -> list[_Plan]:

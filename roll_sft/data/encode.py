@@ -82,13 +82,15 @@ class EncoderFacts:
 class Encoder:
     """Encodes texts with one tokenizer; adds nothing, since a template writes what begins a text.
 
-    `backend` is the tokenizer's own, `control_ids` the ids of its control tokens.
+    `backend` is the tokenizer's own, `control_ids` the ids of its control tokens, and `absorbing`
+    those of added tokens that take the spaces after them.
     """
 
     def __init__(self, facts: EncoderFacts) -> None:
         self._facts = facts
         self.backend: Tokenizer = Tokenizer.from_str(facts.backend)
         self.control_ids = frozenset(facts.control.values())
+        self.absorbing = facts.absorbing
         # The longest first: one control token may begin with another.
         by_length = sorted(facts.protected, key=lambda text: (-len(text), text))
         self._protected = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")

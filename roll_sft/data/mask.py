@@ -3,7 +3,7 @@
 From places: always exact, or refused, and needs the tokenizer to report character offsets. From
 ids: where each answer begins after the same tokens, the first of which only a template can write,
 and ends with one of a few control tokens, both are found in the ids of many texts at once. An
-`Anchor` says which tokens these are; `find_anchor` proves it on probes, and each text must show as
+`Anchor` says which tokens these are; `data.anchor` proves it on probes, and each text must show as
 many of them as it has answers, or it goes by places after all.
 
 What is promised, or refused: learnt are the tokens of each answer after its header, up to and with
@@ -120,33 +120,6 @@ def _end_of_turn(text: str, turn: Turn, encoded: Encoded, *, control_ids: frozen
             f"cannot be told from its header; remove the message"
         )
     return found[-1]
-
-
-def find_anchor(
-    probes: Sequence[tuple[Text, Encoded, TokenizedSample]], *, control_ids: frozenset[int]
-) -> Anchor | None:
-    """Return what stands around every learnt turn of `probes`, None if it is not always the same.
-
-    The probes must say different things, or what is common to them would be taken for a header.
-    """
-    headers: set[tuple[tuple[int, ...], str]] = set()
-    ends: dict[int, str] = {}
-    for text, encoded, sample in probes:
-        starts, finals = learnt_runs(sample)
-        if len(starts) != len(text.turns or ()):
-            return None
-        for turn, start, final in zip(text.turns or (), starts, finals, strict=True):
-            control = [at for at in range(start) if encoded.ids[at] in control_ids]
-            if not control:
-                return None
-            begin = control[-1]
-            header = text.text[encoded.starts[begin] : turn.start]
-            headers.add((tuple(encoded.ids[begin:start]), header))
-            ends[encoded.ids[final]] = text.text[encoded.starts[final] : encoded.ends[final]]
-    if len(headers) != 1:
-        return None
-    ((header_ids, header_text),) = headers
-    return Anchor(header_ids, tuple(ends), header_text, tuple(ends.values()))
 
 
 def learnt_runs(sample: TokenizedSample) -> tuple[list[int], list[int]]:

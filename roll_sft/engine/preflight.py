@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from roll_sft.checks import layout_problems
 from roll_sft.config import RunConfig, TrainConfig, layout_of
+from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.epochs import Share
 from roll_sft.data.packing import CostModel
@@ -21,6 +22,7 @@ from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.data.pool import Spread
 from roll_sft.data.prepare import SourceReport
 from roll_sft.data.rough import TOKEN_BYTES
+from roll_sft.data.templates import chat_template
 from roll_sft.engine import corpus
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.schedule import Schedule
@@ -67,7 +69,8 @@ class Job:
     shares: dict[str, Share]  # train source -> how much of it an epoch draws
     validation: dict[str, Planner]
     schedule: Schedule
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # with the chat template that is trained with
+    end_of_turn_id: int  # the token that ends an answer
 
     @property
     def total_steps(self) -> int:
@@ -93,12 +96,6 @@ class Job:
         """Train source -> address of what is trained on; see `corpus.addresses_of`."""
         return corpus.addresses_of(self.data.train, self.shares)
 
-    @property
-    def end_of_turn_id(self) -> int:
-        """The token that ends an answer: the last one that a sample is supervised on."""
-        tokens, label_mask = self.data.train.sample(0)
-        return int(tokens[int(label_mask.nonzero()[0][-1]) + 1])
-
     def save_assets(self, folder: Path) -> None:
         """Write what an export needs beside the weights into `folder`."""
         assert self.config.model.path is not None, "check_config refuses a missing model.path"
@@ -121,7 +118,7 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
     source = _load_model(config, hub)
     tokenizer = _load_tokenizer(config, source.shape)
     layout = layout_of(config.parallel)
-    chat = ChatTokenizer(tokenizer)
+    chat = _chat_tokenizer(config, tokenizer)
     data, reports = corpus.tokenise(config, chat, spread=spread)
     options = _plan_options(config, layout, source.shape)
     shares = corpus.shares_of(config.data.train, data.train.ranges)
@@ -140,7 +137,24 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
         },
         schedule=Schedule.of(config.train, total_steps=_total_steps(config, planner.steps_in)),
         tokenizer=tokenizer,
+        end_of_turn_id=_end_of_turn_id(chat, data.train),
     )
+
+
+def _chat_tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
+    """The tokenizer as the data sees it; `tokenizer` is given the template, which exports carry."""
+    template = chat_template(config.data.chat_template, tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+    return ChatTokenizer(tokenizer, train_on=config.data.train_on)
+
+
+def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:
+    """What the template ends an answer with; else the last token that a sample is taught."""
+    if chat.end_of_turn_id is not None:
+        return chat.end_of_turn_id
+    tokens, label_mask = train.sample(0)
+    return int(tokens[int(label_mask.nonzero()[0][-1]) + 1])
 
 
 def dry_plan(config: RunConfig) -> Plan:
