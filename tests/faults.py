@@ -6,6 +6,7 @@ Planted in a process of the engine's alone; the oracle and the weight words stay
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -100,22 +101,19 @@ def _patch(fault: str) -> Any:
 
         return patch.object(engine, "build_batch", unshifted)
     if fault == "padded vocabulary in the softmax":
-        return patch.object(loss, "mask_padded_vocabulary", lambda logits, vocab_size: logits)
+        return patch.object(loss, "cross_entropy_of_rows", partial(_unmasked, _cross_entropy()))
     assert fault == "hidden gradient not reduced over the tensor group", fault
-    return patch.object(loss, "supervised_losses", _losses_without_reduction)
+    return patch.object(loss, "copy_to_tensor_model_parallel_region", lambda rows: rows)
 
 
-def _losses_without_reduction(
-    *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Any, **_: Any
-) -> torch.Tensor:
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+def _cross_entropy() -> Any:
+    from roll_sft.engine.head import cross_entropy_of_rows
 
-    from roll_sft.engine.loss import mask_padded_vocabulary
+    return cross_entropy_of_rows
 
-    weight = output_layer.weight if output_weight is None else output_weight
-    logits = torch.nn.functional.linear(hidden_states[context.index], weight)
-    masked = mask_padded_vocabulary(logits, context.vocab_size)
-    return vocab_parallel_cross_entropy(masked, context.labels[:, None])[:, 0] * context.weights
+
+def _unmasked(original: Any, *tensors: torch.Tensor, vocab_size: int) -> Any:
+    return original(*tensors, vocab_size=1 << 30)
 
 
 class _Swapped:

@@ -7,20 +7,26 @@ The head runs on the rows that carry a label and on no others. Rows are known on
 forward, so selecting them needs no synchronisation. Two mistakes leave the loss right and only the
 gradient wrong, so tests compare gradients: without sequence parallelism the hidden states must
 enter through `copy_to_tensor_model_parallel_region`, and with it the gather must reduce-scatter its
-gradient. Both are done by calling the model's own output layer on the selected rows.
+gradient.
 
-Padded vocabulary rows are masked out of the softmax: left alone they shift the loss by 1e-4.
+Under sequence parallelism each shard's rows are gathered, not all hidden states. The gather needs
+equal sizes, so short shards are filled up and the filling is dropped behind it.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from roll_sft.engine.head import cross_entropy_of_rows
 
 # GPTModel.forward takes an output processor from megatron-core 0.19 on.
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
@@ -28,17 +34,21 @@ HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward)
 
 @dataclass(frozen=True, slots=True)
 class SupervisedRows:
-    """What the head needs of one micro-batch on one rank; tensor ranks agree on R."""
+    """What the head needs of one micro-batch on one rank; tensor ranks agree on all but `index`."""
 
-    index: torch.Tensor  # int64 [R]: positions in this rank's (shard of) hidden states
-    labels: torch.Tensor  # int64 [R of all shards]: in the order the output layer returns rows
-    weights: torch.Tensor  # float32 [R of all shards]: 1, or 0 for the filling of short shards
+    index: torch.Tensor  # int64: positions in this rank's (shard of) hidden states, with filling
+    kept: torch.Tensor | None  # int64 [R]: which of the entered rows are no filling; None = all
+    labels: torch.Tensor  # int64 [R], in the order of the tokens
     vocab_size: int  # without padding
+    is_sharded: bool  # whether each tensor rank has a part of the sequence
 
     def to(self, device: torch.device) -> "SupervisedRows":
         """The same rows on `device`."""
-        return SupervisedRows(
-            self.index.to(device), self.labels.to(device), self.weights.to(device), self.vocab_size
+        return replace(
+            self,
+            index=self.index.to(device),
+            kept=None if self.kept is None else self.kept.to(device),
+            labels=self.labels.to(device),
         )
 
 
@@ -53,25 +63,27 @@ def supervised_rows(
 ) -> SupervisedRows:
     """Rows int64 [R] (ascending) and their labels int64 [R] -> what this rank's head takes.
 
-    Without sequence parallelism `sequence_shards` is 1. With it, each shard's rows are filled up to
-    the fullest shard's count, at least one, since the gather needs equal sizes on every rank; the
-    filling repeats row 0 with weight 0.
+    Without sequence parallelism `sequence_shards` is 1. A shard enters as many rows as the fullest
+    one and at least one, since collectives of nothing are not to be relied on; the filling repeats
+    its row 0.
     """
     shard_tokens = num_tokens // sequence_shards
-    per_shard = [
-        (rows >= shard * shard_tokens) & (rows < (shard + 1) * shard_tokens)
-        for shard in range(sequence_shards)
-    ]
-    counts = [int(mask.sum()) for mask in per_shard]
-    fullest = max(1, *counts) if sequence_shards > 1 else max(1, counts[0])
-    index = F.pad(
-        rows[per_shard[shard_rank]] - shard_rank * shard_tokens, (0, fullest - counts[shard_rank])
+    bounds = torch.arange(sequence_shards + 1) * shard_tokens
+    ends: list[int] = torch.searchsorted(rows, bounds).tolist()
+    counts = [end - start for start, end in pairwise(ends)]
+    fullest = max(1, *counts)
+    mine = rows[ends[shard_rank] : ends[shard_rank + 1]] - shard_rank * shard_tokens
+    kept = None
+    if fullest * sequence_shards > len(rows):
+        places = [torch.arange(n) + shard * fullest for shard, n in enumerate(counts)]
+        kept = torch.cat(places)
+    return SupervisedRows(
+        index=F.pad(mine, (0, fullest - len(mine))),
+        kept=kept,
+        labels=labels,
+        vocab_size=vocab_size,
+        is_sharded=sequence_shards > 1,
     )
-    all_labels = torch.cat(
-        [F.pad(labels[mask], (0, fullest - n)) for mask, n in zip(per_shard, counts, strict=True)]
-    )
-    weights = torch.cat([F.pad(torch.ones(n), (0, fullest - n)) for n in counts])
-    return SupervisedRows(index, all_labels, weights, vocab_size)
 
 
 def supervised_losses(
@@ -82,31 +94,21 @@ def supervised_losses(
     context: SupervisedRows,
     **_: Any,
 ) -> torch.Tensor:
-    """Each row's cross-entropy in nats, float32 [R of all shards]; 0 for the filling.
+    """Each row's cross-entropy in nats, float32 [R], in the order of the tokens.
 
     `hidden_states` is [T or T / TP, 1, D]. The signature is that of Megatron-Core's
     `output_processor`, which hands over the head with a tied weight already resolved.
     """
-    logits, _bias = output_layer(hidden_states[context.index], weight=output_weight)
-    per_row = vocab_parallel_cross_entropy(
-        mask_padded_vocabulary(logits.float(), context.vocab_size), context.labels[:, None]
-    )
-    return per_row[:, 0] * context.weights
-
-
-def mask_padded_vocabulary(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """`logits` [..., V / TP] of this tensor rank with the columns past `vocab_size` at the minimum.
-
-    Slicing instead would break `vocab_parallel_cross_entropy`, which takes a rank's first word from
-    the local width.
-    """
-    width = logits.shape[-1]
-    start = parallel_state.get_tensor_model_parallel_rank() * width
-    num_real = max(0, min(width, vocab_size - start))
-    if num_real == width:
-        return logits
-    padded = torch.arange(width, device=logits.device) >= num_real
-    return logits.masked_fill(padded, torch.finfo(logits.dtype).min)
+    rows = hidden_states[context.index, 0]
+    if context.is_sharded:
+        rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=True)
+    else:
+        rows = copy_to_tensor_model_parallel_region(rows)
+    if context.kept is not None:
+        rows = rows[context.kept]
+    weight = output_layer.weight if output_weight is None else output_weight
+    assert isinstance(weight, torch.Tensor), f"the head's weight is a {type(weight).__name__}"
+    return cross_entropy_of_rows(rows, weight, context.labels, vocab_size=context.vocab_size)
 
 
 class SupervisedGPTModel(GPTModel):

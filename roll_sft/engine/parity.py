@@ -116,8 +116,7 @@ def _token_errors(
     if not rank.is_last_stage:
         return
     for ids, batch, row_losses in zip(rank.micro_batches, batches, engine.row_losses, strict=True):
-        is_real = engine.supervised_rows(batch).weights > 0  # the others fill short shards
-        losses = row_losses.cpu()[is_real]
+        losses = row_losses.cpu()
         samples, positions = (values[batch.rows] for values in rank.origins(batch))
         for place, index in enumerate(ids):
             mine = samples == place

@@ -192,16 +192,16 @@ def test_each_row_reaches_the_head_once_with_its_label(shards: int) -> None:
         )
         for rank in range(shards)
     ]
-    # The output layer gathers the shards' rows in order of the tensor rank.
+    # The gather puts the shards' rows in order of the tensor rank.
     width = 16 // shards
     gathered = torch.cat([part.index + rank * width for rank, part in enumerate(parts)])
-    kept = parts[0].weights > 0
-    assert gathered[kept].tolist() == rows.tolist()
-    assert all(torch.equal(part.labels[kept], labels) for part in parts)
+    kept = parts[0].kept
+    assert (gathered if kept is None else gathered[kept]).tolist() == rows.tolist()
+    assert all(torch.equal(part.labels, labels) for part in parts)
     assert len({len(part.index) for part in parts}) == 1
 
 
-def test_a_micro_batch_without_labels_still_has_a_row_of_weight_zero() -> None:
+def test_a_micro_batch_without_labels_still_enters_a_row() -> None:
     from roll_sft.engine.loss import supervised_rows
 
     none = torch.empty(0, dtype=torch.int64)
@@ -210,4 +210,5 @@ def test_a_micro_batch_without_labels_still_has_a_row_of_weight_zero() -> None:
             none, none, num_tokens=8, vocab_size=30, sequence_shards=shards, shard_rank=0
         )
         assert len(rows.index) == 1
-        assert rows.weights.sum() == 0
+        assert rows.kept is not None
+        assert len(rows.kept) == len(rows.labels) == 0
