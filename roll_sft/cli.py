@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from roll_sft.config import RunConfig
 from roll_sft.errors import ConfigError
@@ -84,10 +86,60 @@ def _parity(arguments: list[str]) -> int:
     return run.main(rest, action=action)
 
 
+def _preview(arguments: list[str]) -> int:
+    from roll_sft import run
+
+    parser = _parser("preview", "")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--index",
+        type=_rows,
+        default=(),
+        metavar="N,...",
+        help="rows of each source, from 0; default: the first few",
+    )
+    which.add_argument("--longest", type=_count, metavar="N", help="the samples of most tokens")
+    which.add_argument(
+        "--dropped", action="store_true", help="rows that are not trained on, with the reason"
+    )
+    parser.add_argument("--source", metavar="NAME", help="of one source alone")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="as a page, instead of in the terminal"
+    )
+    options, rest = parser.parse_known_args(arguments)
+
+    def action(config: RunConfig, _composed_yaml: str) -> None:
+        from roll_sft import preview
+        from roll_sft.console import set_up_logging
+
+        set_up_logging()
+        choice = preview.Choice(
+            source=options.source,
+            rows=options.index,
+            longest=options.longest,
+            dropped=options.dropped,
+        )
+        preview.run(config, choice, page=options.html)
+
+    return run.main(rest, action=action)
+
+
 def _convert(arguments: list[str]) -> int:
     from roll_sft.engine import export
 
     return export.main(arguments, program="roll-sft convert")
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of rows, from 0, such as 3,17")
+    return tuple(map(int, text.split(",")))
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def _parser(name: str, exit_codes: str) -> argparse.ArgumentParser:
@@ -101,6 +153,7 @@ def _parser(name: str, exit_codes: str) -> argparse.ArgumentParser:
 
 COMMANDS = {
     "plan": Command("what a run would do, without starting it", _plan),
+    "preview": Command("rows as they are trained on, token by token", _preview),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
     "convert": Command("a checkpoint to a folder that transformers loads", _convert),
 }

@@ -45,13 +45,14 @@ def test_help_lists_what_exists_without_the_heavy_libraries(flag: str, tmp_path:
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     lines = shown.stdout.splitlines()
     assert lines[0].startswith("usage: roll-sft COMMAND")
-    assert [line.split()[0] for line in lines[2:]] == ["plan", "parity", "convert"]
+    assert [line.split()[0] for line in lines[2:]] == ["plan", "preview", "parity", "convert"]
 
 
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
         ("plan", ["usage: roll-sft plan", "--config-name NAME"]),
+        ("preview", ["usage: roll-sft preview", "--index N,...", "--longest N", "--html FILE"]),
         ("parity", ["usage: roll-sft parity", "--samples N", "except 1: what is computed differs"]),
         ("convert", ["usage: roll-sft convert", "--checkpoint", "--output", "--replace"]),
     ],
@@ -66,7 +67,7 @@ def test_each_command_says_what_it_takes(script: Door, command: str, parts: list
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ([], ["roll-sft: no command; there are plan, parity, convert"]),
+        ([], ["roll-sft: no command; there are plan, preview, parity, convert"]),
         (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are plan,"]),
         (["--config-name", "demo"], ["there is no command '--config-name'"]),
         (["parity", "--samples", "few"], ["argument --samples: invalid int value: 'few'"]),

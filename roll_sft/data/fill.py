@@ -317,23 +317,30 @@ def _take(
     columns: _Columns,
 ) -> str | None:
     """Put one sample into `columns`, cut if need be, or return why it is dropped."""
-    limit = options.sequence_length
-    is_cut = False
-    if sample.token_ids.size > limit:
-        if options.overlong != "truncate":
-            return OVERLONG
-        if not sample.label_mask.any():
-            return UNSUPERVISED
-        sample, is_cut = _cut(sample, limit), True
-    supervised = int(np.count_nonzero(sample.label_mask))
-    if supervised == 0:
-        return OVERLONG if is_cut else UNSUPERVISED
+    result = fitted(sample, options)
+    if isinstance(result, str):
+        return result
+    kept, is_cut = result
+    supervised = int(np.count_nonzero(kept.label_mask))
     facts.samples += 1
     facts.truncated += is_cut
-    facts.tokens += sample.token_ids.size
+    facts.tokens += kept.token_ids.size
     facts.supervised_tokens += supervised
-    columns.add(sample, row=row, supervised=supervised)
+    columns.add(kept, row=row, supervised=supervised)
     return None
+
+
+def fitted(sample: TokenizedSample, options: SourceOptions) -> tuple[TokenizedSample, bool] | str:
+    """Return the sample as it is kept, and whether it was cut; or why it is dropped."""
+    limit = options.sequence_length
+    if sample.token_ids.size > limit and options.overlong != "truncate":
+        return OVERLONG
+    if not sample.label_mask.any():
+        return UNSUPERVISED
+    if sample.token_ids.size <= limit:
+        return sample, False
+    cut = _cut(sample, limit)
+    return (cut, True) if cut.label_mask.any() else OVERLONG
 
 
 def _cut(sample: TokenizedSample, limit: int) -> TokenizedSample:

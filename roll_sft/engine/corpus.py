@@ -48,7 +48,7 @@ def tokenise(
         Source(entry.path or "", name=source_name(entry), split=entry.split)
         for entry in [*data.train, *data.validation]
     ]
-    found = prepare_sources(sources, tokenizer=chat, options=_source_options(data), place=place)
+    found = prepare_sources(sources, tokenizer=chat, options=source_options(data), place=place)
     train, validation = found[: len(data.train)], found[len(data.train) :]
     tokens = TokenData(
         TokenSet([source for source, _ in train]),
@@ -143,7 +143,8 @@ def _first_steps(planner: Planner) -> list[StepPlan]:
     return [planner.step(step) for step in range(1, num_steps + 1)]
 
 
-def _source_options(data: DataConfig) -> SourceOptions:
+def source_options(data: DataConfig) -> SourceOptions:
+    """How rows become samples."""
     overlong: dict[str, Literal["drop", "truncate", "error"]] = {
         "drop": "drop",
         "truncate": "truncate",

@@ -141,6 +141,17 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
     )
 
 
+def chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
+    """What a run would tokenise with, without its weights or its data.
+
+    Raises `ConfigError` as `prepare` does, and `DataError` for a tokenizer that data cannot use.
+    """
+    config, hub = _located(replace(config, dry_run=True))
+    shape = _load_model(config, hub).shape
+    tokenizer = _load_tokenizer(config, shape)
+    return _chat_tokenizer(config, tokenizer), tokenizer
+
+
 def _chat_tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
     """The tokenizer as the data sees it; `tokenizer` is given the template, which exports carry."""
     template = chat_template(config.data.chat_template, tokenizer)

@@ -90,7 +90,13 @@ def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "width", "size"),
-    [(500, 400, 500), (0, 400, 1), (410, 152_064, 128), (3_277, 152_064, 409), (8_192, 19_008, 512)],
+    [
+        (500, 400, 500),
+        (0, 400, 1),
+        (410, 152_064, 128),
+        (3_277, 152_064, 409),
+        (8_192, 19_008, 512),
+    ],
 )
 def test_chunks_are_a_small_part_of_large_logits(rows: int, width: int, size: int) -> None:
     assert head.chunk_rows(rows, width) == size
