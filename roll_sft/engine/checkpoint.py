@@ -10,17 +10,22 @@ In fp32 the weights are the optimizer's masters and are stored once.
 """
 
 import bisect
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -44,6 +49,7 @@ class RankState:
     shared: list[Piece]
     shared_is_copy: list[bool]
     owners: list[int]
+    objects: dict[str, bytes]  # what Megatron-Core looks for beside the tensors; empty values
 
     def written(self) -> list[Piece]:
         """What this rank writes."""
@@ -74,6 +80,7 @@ def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> R
         shared=[piece for piece, _ in shared],
         shared_is_copy=[copy for _, copy in shared],
         owners=owners,
+        objects=places.objects,
     )
 
 
@@ -144,12 +151,17 @@ class _Places:
 
     def __init__(self, chunks: list[GPTModel]) -> None:
         self.all: list[_Place] = []
+        self.objects: dict[str, bytes] = {}
         for chunk in chunks:
             state = chunk.sharded_state_dict()
             apply_factories(state)
             for value in nested_values(state):
                 if isinstance(value, ShardedTensor):
                     self.all.append(_place(value))
+                elif isinstance(value, ShardedObject) and is_main_replica(value.replica_id):
+                    buffer = io.BytesIO()
+                    torch.save([value.data], buffer)
+                    self.objects[value.unique_key] = buffer.getvalue()
         self.all.sort(key=lambda place: place.address)
         self._addresses = [place.address for place in self.all]
 

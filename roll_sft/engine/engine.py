@@ -20,11 +20,13 @@ from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.batch import PackedBatch, build_batch
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.plan import RankWork
-from roll_sft.engine import checkpoint, contents, setup, shards
+from roll_sft.engine import checkpoint, setup, shards
 from roll_sft.engine.attention import PackedSegments, segments_of
+from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.kernels import choose_kernel
 from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
+from roll_sft.engine.publish import read_manifest, updates_of
 from roll_sft.metrics import EvalMetrics, StepMetrics
 
 
@@ -89,27 +91,29 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this rank's part into `folder`, which is not yet a checkpoint. Not collective."""
         state, step = self._state()
-        shards.write(folder, state.written(), rank=dist.get_rank(), optimizer_step=step)
+        writer = shards.Writer(dist.get_rank(), dist.get_world_size(), step)
+        shards.write(folder, state.written(), objects=state.objects, writer=writer)
 
     def load(self, folder: Path) -> None:
         """Take weights, moments, masters and Adam's count from the checkpoint in `folder`.
 
         Collective. What the checkpoint has of no optimizer begins afresh. Raises `CheckpointError`.
         """
-        stored = contents.read(folder)
-        step = stored.optimizer_step or 0
-        checkpoint.make_optimizer_state(self.optimizer, step=step)
-        if stored.optimizer_step is None:
-            checkpoint.load(stored.index, checkpoint.rank_state(self.chunks, None))
+        index, step = read_index(folder), updates_of(read_manifest(folder))
+        checkpoint.make_optimizer_state(self.optimizer, step=step or 0)
+        if step is None:
+            checkpoint.load(index, checkpoint.rank_state(self.chunks, None))
             self.optimizer.reload_model_params()
         else:
-            checkpoint.load(stored.index, checkpoint.rank_state(self.chunks, self.optimizer))
+            checkpoint.load(index, checkpoint.rank_state(self.chunks, self.optimizer))
 
     def _state(self) -> tuple[checkpoint.RankState, int | None]:
         """What there is to save, and Adam's count if the optimizer is part of it."""
         if not self._config.checkpoint.save_optimizer:
             return checkpoint.rank_state(self.chunks, None), None
         step = checkpoint.optimizer_step(self.optimizer)
+        if step == 0:  # there are no moments yet
+            checkpoint.make_optimizer_state(self.optimizer, step=0)
         return checkpoint.rank_state(self.chunks, self.optimizer), step
 
     def build(

@@ -10,20 +10,24 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from roll_sft.data.plan import StepPlan
+from roll_sft.engine.distcp import write_descriptions
+from roll_sft.engine.facts import facts_of
 from roll_sft.engine.preflight import Job
+from roll_sft.engine.shards import take_parts
 from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
 
 MANIFEST = "manifest.json"
 ASSETS = "hf_assets"
 LATEST = "latest"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers", "ray")
 
 
@@ -41,10 +45,14 @@ class RunState:
     sources: dict[str, str]  # source name -> address of its token cache
     layout: ParallelLayout
     dtype: str
+    facts: dict[str, object] = field(default_factory=dict)  # what else a later run must agree with
+    optimizer_step: int | None = None  # Adam's count; None where no optimizer was saved
 
 
 def publish_step(job: Job, plan: StepPlan, *, staging: Path) -> Path:
     """Make what all ranks wrote into `staging` after the step of `plan` a checkpoint."""
+    parts = take_parts(staging)
+    write_descriptions(staging, parts)
     job.save_assets(staging / ASSETS)
     state = RunState(
         step=plan.step,
@@ -57,8 +65,11 @@ def publish_step(job: Job, plan: StepPlan, *, staging: Path) -> Path:
         sources=job.source_addresses,
         layout=job.layout,
         dtype=job.config.model.dtype,
+        facts=facts_of(job),
+        optimizer_step=parts[0].optimizer_step,
     )
-    return publish(staging, state=state, versions=_versions())
+    hashes = {part.name: part.sha256 for part in parts}
+    return publish(staging, state=state, versions=_versions(), hashes=hashes)
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
@@ -69,34 +80,73 @@ def staging_folder(checkpoints: Path, step: int) -> Path:
     return folder
 
 
-def publish(staging: Path, *, state: RunState, versions: dict[str, str]) -> Path:
-    """Add the manifest to a written `staging`, give it its final name, point `latest` to it."""
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
+def publish(
+    staging: Path,
+    *,
+    state: RunState,
+    versions: dict[str, str],
+    hashes: Mapping[str, str] | None = None,
+) -> Path:
+    """Add the manifest to a written `staging`, give it its final name, point `latest` to it.
+
+    `hashes` are of files that are known and on disk already; the others are read for theirs.
+    """
+    files, known = sorted(path for path in staging.rglob("*") if path.is_file()), hashes or {}
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         **dataclasses.asdict(state),
         "versions": versions,
         "files": {
-            str(path.relative_to(staging)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            str(path.relative_to(staging)): {
+                "size": path.stat().st_size,
+                "sha256": known.get(path.name) or sha256_of(path),
+            }
             for path in files
         },
     }
-    _write_durably(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    # In this order a crash of the machine, too, leaves all of a checkpoint or no name for it.
+    for path in (*files, *{path.parent for path in files}):
+        if path.name not in known:
+            _sync(path)
+    write_durably(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     final = staging.with_name(f"step_{state.step:08d}")
     staging.rename(final)
-    _write_durably(staging.with_name(LATEST), final.name + "\n")
+    _sync(final.parent)
+    write_durably(staging.with_name(LATEST), final.name + "\n")
     return final
 
 
-def check_complete(folder: Path) -> None:
-    """Raise `CheckpointError` unless `folder` has a manifest and every file at its size."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the step folder `folder`. Raises `CheckpointError`."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(manifest["files"], dict):
+            raise ValueError("it lists no files")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: no readable {MANIFEST} ({error}), so this is not a complete checkpoint;"
             " give a folder such as checkpoints/step_00000010"
         ) from error
+    if manifest.get("schema", SCHEMA_VERSION) > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder}: was written by a later version (schema {manifest['schema']}, and this one"
+            f" reads {SCHEMA_VERSION}); use that version"
+        )
+    return dict(manifest)
+
+
+def updates_of(manifest: Mapping[str, Any]) -> int | None:
+    """How many updates Adam has made in the checkpoint of `manifest`; None: no optimizer in it."""
+    if manifest["schema"] == 1:
+        has_optimizer = any(name.endswith(".distcp") for name in manifest["files"])
+        return int(manifest["step"]) if has_optimizer else None
+    step: int | None = manifest["optimizer_step"]
+    return step
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `CheckpointError` unless `folder` has a manifest and every file at its size."""
+    manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
@@ -117,21 +167,25 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically, on disk before this returns."""
     staging = path.with_name(f".{path.name}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    staging.write_text(text, encoding="utf-8")
+    _sync(staging)
     staging.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's names to disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(number)
     finally:
-        os.close(folder)
+        os.close(number)

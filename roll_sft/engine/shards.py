@@ -15,10 +15,10 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -66,13 +66,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """What one rank wrote; `optimizer_step` is Adam's count, None without an optimizer."""
+    """What one rank of `num_ranks` wrote; `optimizer_step` is Adam's count, None without one."""
 
+    num_ranks: int
     name: str
     size: int
     sha256: str
     optimizer_step: int | None
     chunks: tuple[Chunk, ...]
+    objects: dict[str, tuple[int, int]]  # stored object -> (start, length) in the file
 
 
 def part_name(rank: int) -> str:
@@ -80,50 +82,75 @@ def part_name(rank: int) -> str:
     return f"__{rank}_0.part.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Which rank writes, of how many, and what it says of itself."""
+
+    rank: int
+    num_ranks: int
+    optimizer_step: int | None
+
+
 def write(
-    folder: Path, pieces: Iterable[Piece], *, rank: int, optimizer_step: int | None
-) -> ShardFile:
-    """Write this rank's `pieces` into `folder`, on disk when this returns, and its part file last.
+    folder: Path, pieces: Iterable[Piece], *, objects: Mapping[str, bytes], writer: Writer
+) -> None:
+    """Write `pieces` and `objects` into `folder`, on disk when this returns; the part file last.
 
     Each byte is hashed as it is written, in a thread beside, so no file is read again for it.
     """
-    name, chunks = f"__{rank}_0.distcp", []
+    name, chunks, places = f"__{writer.rank}_0.distcp", [], {}
     with (folder / name).open("wb", buffering=0) as file, _Tee(file) as tee:
         # The zip records' own checksums would cost as much as the write; the manifest has SHA-256.
-        torch.serialization.set_crc32_options(False)
+        torch.serialization.set_crc32_options(False)  # of this process, for good
         for piece in pieces:
             alone = _alone(piece.tensor)
             start = tee.position
             tee.expect(alone)
-            torch.save(alone, tee)
+            torch.save(alone, cast(IO[bytes], tee))
             assert tee.data_start is not None, f"torch.save copied {piece.key} before writing it"
             dtype = str(alone.dtype).removeprefix("torch.")
             assert dtype in DTYPES, f"{piece.key}: {alone.dtype} is not one of {list(DTYPES)}"
             sizes, length = tuple(alone.shape), tee.position - start
             place = (name, start, length, tee.data_start)
             chunks.append(Chunk(piece.key, dtype, piece.shape, piece.offset, sizes, *place))
+        for key, content in objects.items():
+            places[key] = (tee.position, len(content))
+            tee.write(memoryview(content))
         os.fsync(file.fileno())
-    shard = ShardFile(name, tee.position, tee.sha256(), optimizer_step, tuple(chunks))
-    text = json.dumps(asdict(shard))
-    with (folder / part_name(rank)).open("w", encoding="utf-8") as part:
-        part.write(text)
-        part.flush()
-        os.fsync(part.fileno())
-    return shard
+    shard = ShardFile(
+        num_ranks=writer.num_ranks,
+        name=name,
+        size=tee.position,
+        sha256=tee.sha256(),
+        optimizer_step=writer.optimizer_step,
+        chunks=tuple(chunks),
+        objects=places,
+    )
+    (folder / part_name(writer.rank)).write_text(json.dumps(asdict(shard)), encoding="utf-8")
 
 
-def read_part(folder: Path, rank: int) -> ShardFile:
-    """What `rank` wrote into `folder`. Raises `CheckpointError` where it did not finish."""
-    path = folder / part_name(rank)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: rank {rank} did not finish its part ({error})") from error
-    return ShardFile(**{**values, "chunks": tuple(chunk_of(item) for item in values["chunks"])})
+def take_parts(folder: Path) -> list[ShardFile]:
+    """What each rank wrote into `folder`, rank by rank; their part files are gone afterwards.
+
+    Raises `CheckpointError` where a rank did not finish.
+    """
+    parts: list[ShardFile] = []
+    while not parts or len(parts) < parts[0].num_ranks:
+        path = folder / part_name(len(parts))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: rank {len(parts)} did not finish its part ({error})"
+            ) from error
+        values["chunks"] = tuple(_chunk_of(item) for item in values["chunks"])
+        parts.append(ShardFile(**values))
+    for rank in range(len(parts)):
+        (folder / part_name(rank)).unlink()
+    return parts
 
 
-def chunk_of(values: dict[str, Any]) -> Chunk:
-    """A `Chunk` out of JSON."""
+def _chunk_of(values: dict[str, Any]) -> Chunk:
     shapes = {key: tuple(values[key]) for key in ("shape", "offset", "sizes")}
     return Chunk(**{**values, **shapes})
 
@@ -195,7 +222,7 @@ class Index:
                     whole = whole.narrow(dim, first, size)
                 return whole
             result = torch.empty(sizes, dtype=dtype)
-            memory = memoryview(result.view(-1).view(torch.uint8).numpy())
+            memory = memoryview(cast(Any, result.view(-1).view(torch.uint8).numpy()))
             with path.open("rb", buffering=0) as file:
                 for start, length in _runs(chunk.sizes, begin, sizes):
                     part = memory[: length * dtype.itemsize]

@@ -1,0 +1,93 @@
+"""What a run's path of optimisation depends on, so that a later run can tell whether it goes on.
+
+Compared by name with what a checkpoint's manifest has. What only changes speed (layout, packing,
+micro-batches, recomputation) is not here.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from roll_sft.engine.preflight import Job
+from roll_sft.errors import ConfigError
+
+# name of a change -> where a run shows it; the names are those of `checkpoint.allow_changes`.
+CHANGES = (
+    "data", "tokenizer", "chat_template", "sequence_length", "global_batch_size", "seed",
+    "schedule", "optimizer",
+)  # fmt: skip
+# A change of these gives every source another address, so the address says nothing more then.
+_BEHIND_THE_DATA = ("tokenizer", "chat_template", "sequence_length")
+_OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
+
+
+def facts_of(job: Job) -> dict[str, object]:
+    """What the manifest keeps of `job` beside its seed, sizes and sources, in JSON's types."""
+    tokenizer, train = job.tokenizer, job.config.train
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return {
+        "tokenizer": _digest(text),
+        "chat_template": _digest(str(tokenizer.chat_template)),
+        "schedule": dataclasses.asdict(job.schedule),
+        "optimizer": {name: getattr(train, name) for name in _OPTIMIZER},
+        "shuffle": job.config.data.shuffle,
+    }
+
+
+def changes(job: Job, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each change since the checkpoint of `manifest` -> what was and what is.
+
+    Raises `ConfigError` for another dtype, which no flag allows.
+    """
+    config, facts = job.config, facts_of(job)
+    if manifest["dtype"] != config.model.dtype:
+        raise ConfigError(
+            f"model.dtype: {config.model.dtype!r}, and the checkpoint's is {manifest['dtype']!r};"
+            " keep that, or start a new run from an export of it"
+        )
+    stored = {**manifest, **manifest.get("facts", {})}
+    current: dict[str, Any] = {
+        "data": job.source_addresses,
+        "tokenizer": facts["tokenizer"],
+        "chat_template": facts["chat_template"],
+        "sequence_length": config.data.sequence_length,
+        "global_batch_size": config.train.global_batch_size,
+        "seed": config.seed,
+        "schedule": facts["schedule"],
+        "optimizer": facts["optimizer"],
+    }
+    stored["data"] = {"sources": stored["sources"], "shuffle": stored.get("shuffle", True)}
+    current["data"] = {"sources": job.source_addresses, "shuffle": config.data.shuffle}
+    found = {
+        name: "; ".join(_differences(stored[name], current[name]))
+        for name in CHANGES
+        if name in stored and _plain(stored[name]) != _plain(current[name])
+    }
+    if any(name in found for name in _BEHIND_THE_DATA):
+        found.pop("data", None)
+    return found
+
+
+def _differences(stored: Any, current: Any, name: str = "") -> Iterator[str]:
+    if isinstance(stored, Mapping) and isinstance(current, Mapping):
+        for key in sorted({*stored, *current}):
+            if _plain(stored.get(key)) != _plain(current.get(key)):
+                yield from _differences(stored.get(key), current.get(key), f"{name}.{key}")
+        return
+    label = f"{name.lstrip('.')} " if name else ""
+    yield f"{label}{stored!r} is now {current!r}"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
