@@ -155,7 +155,7 @@ def _steps(job: Job, group: WorkerGroup, folder: Path) -> float:
     folder.mkdir()
     with open_records(job, folder) as records:
         started = time.perf_counter()
-        driver._train(job, group, records, folder=folder)
+        driver.train(job, group, records, folder=folder)
         return (time.perf_counter() - started) / job.total_steps
 
 

@@ -27,13 +27,8 @@ CHOICES = {
 
 # The values that work today, for keys that reserve more than is built.
 AVAILABLE: dict[str, tuple[object, ...]] = {
-    "resume": ("auto", "none"),
     "model.dtype": ("fp32", "bf16"),
     "parallel.expert_model_parallel_size": (1,),
-    "checkpoint.async_save": (False,),
-    "checkpoint.keep_last": (None,),
-    "checkpoint.keep_best": (None,),
-    "checkpoint.verify": (False,),
     "checkpoint.hf_export": ("none", "final"),
     "lora.rank": (0,),
     "lora.quantize_base": ("none",),
@@ -49,6 +44,11 @@ DEFAULT_ONLY = (
     "evaluation.max_new_tokens",
     "evaluation.temperature",
 )
+# What may differ between a checkpoint and the run that goes on from it, if it is asked for.
+RESUME_CHANGES = (
+    "data", "tokenizer", "chat_template", "sequence_length", "global_batch_size", "seed",
+    "schedule", "optimizer",
+)  # fmt: skip
 AVAILABLE_BACKENDS = ("jsonl", "mlflow")
 RESERVED_BACKENDS = ("tensorboard", "wandb")
 
@@ -83,6 +83,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "train.eval_steps": (1, True),
     "train.save_steps": (1, True),
     "train.logging_steps": (1, True),
+    "checkpoint.keep_last": (2, True),  # the newest may be the one that a crash damages
     "cluster.step_timeout_s": (0, False),
     "cluster.setup_timeout_s": (0, False),
     "cluster.checkpoint_timeout_s": (0, False),
@@ -160,9 +161,28 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
         )
     if not re.fullmatch(r"[\w][\w.\-]*", config.run_name):
         yield f"run_name: {config.run_name!r} must be letters, digits, dot, dash and underscore"
+    yield from _checkpoint_problems(config)
     yield from _backend_problems(config)
     yield from _source_problems(data)
     yield from _tracking_problems(config.tracking.backends)
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
+    checkpoint, sets = config.checkpoint, [source_name(each) for each in config.data.validation]
+    for name in checkpoint.allow_changes:
+        if name not in RESUME_CHANGES:
+            yield (f"checkpoint.allow_changes: {name!r} is not one of {', '.join(RESUME_CHANGES)}")
+    if checkpoint.keep_best is not None and checkpoint.keep_best not in sets:
+        known = ", ".join(sets) or "none is given"
+        yield (
+            f"checkpoint.keep_best: {checkpoint.keep_best!r} is no validation set ({known}); name"
+            " one of data.validation"
+        )
+    if checkpoint.keep_best is not None and checkpoint.keep_last is None:
+        yield (
+            "checkpoint.keep_best: without checkpoint.keep_last every checkpoint is kept; set it,"
+            " to 2 or more"
+        )
 
 
 def _tracking_problems(backends: list[str]) -> Iterator[str]:

@@ -129,10 +129,11 @@ class CheckpointConfig:
     """`checkpoint`: what is written for later."""
 
     save: bool = True
-    async_save: bool = False
-    keep_last: int | None = None
-    keep_best: str | None = None
-    verify: bool = False
+    async_save: bool = False  # write in the background; training waits for a copy alone
+    keep_last: int | None = None  # null = all
+    keep_best: str | None = None  # also the one with the lowest loss on this validation set
+    verify: bool = True  # compare every file's SHA-256 before resuming; sizes always
+    allow_changes: list[str] = field(default_factory=list)  # of the run, to go on all the same
     save_optimizer: bool = True
     hf_export: str = "final"  # none | final | every_save
 

@@ -55,11 +55,14 @@ def show_plan(plan: Plan) -> None:
 class StepDisplay:
     """One line for the step in hand."""
 
-    def __init__(self, progress: Progress | None, total_steps: int, logging_steps: int) -> None:
+    def __init__(
+        self, progress: Progress | None, total_steps: int, *, logging_steps: int, first_step: int
+    ) -> None:
         self._progress, self._logging_steps = progress, logging_steps
         self._total = total_steps
         if progress is not None:
-            self._task = progress.add_task("training", total=total_steps, text="")
+            done = first_step - 1
+            self._task = progress.add_task("training", total=total_steps, completed=done, text="")
 
     def show(self, record: StepRecord, *, fill: float) -> None:
         """Report one finished step; speaks every `logging_steps` and on the last.
@@ -82,10 +85,12 @@ class StepDisplay:
 
 
 @contextmanager
-def step_display(total_steps: int, *, logging_steps: int) -> Iterator[StepDisplay]:
+def step_display(
+    total_steps: int, *, logging_steps: int, first_step: int = 1
+) -> Iterator[StepDisplay]:
     """The run's only progress display."""
     if not CONSOLE.is_terminal:
-        yield StepDisplay(None, total_steps, logging_steps)
+        yield StepDisplay(None, total_steps, logging_steps=logging_steps, first_step=first_step)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -95,7 +100,7 @@ def step_display(total_steps: int, *, logging_steps: int) -> Iterator[StepDispla
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=CONSOLE) as progress:
-        yield StepDisplay(progress, total_steps, logging_steps)
+        yield StepDisplay(progress, total_steps, logging_steps=logging_steps, first_step=first_step)
 
 
 def _table(title: str, *columns: str) -> Table:

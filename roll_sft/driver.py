@@ -19,12 +19,14 @@ from roll_sft import console, outputs
 from roll_sft.config import RunConfig
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.preflight import Job, dry_plan, prepare
-from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.engine.resume import NONE, Start, find_checkpoint, make_way, start_from, step_folders
+from roll_sft.engine.retention import check_room
 from roll_sft.errors import CheckpointError, DivergedError
 from roll_sft.records import Records, open_records
 from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.placement import Slots, reserved
+from roll_sft.saving import Saves
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -39,42 +41,69 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
     if config.dry_run:
         console.show_plan(dry_plan(config))
         return
-    with outputs.claimed(folder) as folder:
+    with outputs.claimed(folder, resumes=config.resume != NONE) as folder:
+        is_run = not config.prepare_only
+        checkpoint = find_checkpoint(config, folder / outputs.CHECKPOINTS) if is_run else None
         job = prepare(config)
+        start = start_from(job, checkpoint)
         (folder / "config.yaml").write_text(composed_yaml, encoding="utf-8")
         outputs.write_json(folder / "data_report.json", _data_report(job))
         console.show_plan(job.plan)
-        if config.prepare_only:
+        if not is_run:
             return
-        with (
-            connected(config),
-            reserved(config) as slots,
-            open_records(job, folder) as records,
-            workers(job, folder, slots=slots) as group,
-        ):
-            records.device_name = group.device_name
-            _train(job, group, records, folder=folder)
+        if start.step >= job.total_steps:
+            LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
+        else:
+            check_room(job.plan, folder, first_step=start.step)
+            _train_from(start, job, folder)
         if not config.checkpoint.save and config.checkpoint.hf_export != "none":
             LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
-        elif config.checkpoint.hf_export == "final":
-            _export(folder)
+        elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
+            own = step_folders(folder / outputs.CHECKPOINTS)
+            _export(own[-1] if own else start.checkpoint, folder / "hf")
 
 
-def _train(job: Job, group: WorkerGroup, records: Records, *, folder: Path) -> None:
+def _train_from(start: Start, job: Job, folder: Path) -> None:
+    """Train to the end, on workers that begin where `start` says."""
+    config, checkpoints = job.config, folder / outputs.CHECKPOINTS
+    make_way(checkpoints, start)
+    origin = start.checkpoint.parents[1] if start.checkpoint else folder
+    outputs.cut_logs(folder, step=start.step, origin=origin)
+    first_step = start.step + 1
+    if start.checkpoint is not None:
+        LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
+    with (
+        connected(config),
+        reserved(config) as slots,
+        open_records(job, folder, first_step=first_step) as records,
+        workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
+    ):
+        records.device_name = group.device_name
+        train(job, group, records, folder=folder, first_step=first_step)
+
+
+def train(
+    job: Job, group: WorkerGroup, records: Records, *, folder: Path, first_step: int = 1
+) -> None:
     """Queue a step, collect the one before it; drain where something else is due."""
     train, pending = job.config.train, deque[tuple[StepPlan, Pending]]()
-    for step in range(1, job.total_steps + 1):
+    saves = Saves(job, group, records, folder=folder)
+    for step in range(first_step, job.total_steps + 1):
         plan = job.planner.step(step)
         pending.append((plan, group.train_step(plan, learning_rate=job.schedule.at(step))))
         is_last = step == job.total_steps
-        evaluates = bool(job.validation) and (is_last or _is_due(step, train.eval_steps))
-        saves = job.config.checkpoint.save and (is_last or _is_due(step, train.save_steps))
-        while len(pending) > (0 if is_last or evaluates or saves else STEPS_AHEAD):
+        is_saved = job.config.checkpoint.save and (is_last or _is_due(step, train.save_steps))
+        # The best checkpoint is told by its own loss, so each has one.
+        is_judged = is_saved and job.config.checkpoint.keep_best is not None
+        is_evaluated = is_last or is_judged or _is_due(step, train.eval_steps)
+        while len(pending) > (0 if is_last or is_evaluated or is_saved else STEPS_AHEAD):
             _finish_step(*pending.popleft(), group=group, records=records)
-        if evaluates:
+        saves.look()
+        if is_evaluated:
             _evaluate(job, group, records, step=step)
-        if saves:
-            _save(job, group, folder, plan=plan)
+        if is_saved:
+            saves.begin(plan)
+    saves.finish()
 
 
 def _finish_step(plan: StepPlan, pending: Pending, *, group: WorkerGroup, records: Records) -> None:
@@ -95,18 +124,14 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> N
         LOG.info("step %d  validation %s  loss %.4f", step, name, loss)
 
 
-def _save(job: Job, group: WorkerGroup, folder: Path, *, plan: StepPlan) -> None:
-    checkpoints = folder / outputs.CHECKPOINTS
-    staging = staging_folder(checkpoints, plan.step)
-    group.save(staging)
-    final = publish_step(job, plan, staging=staging)
-    LOG.info("step %d  checkpoint %s", plan.step, final)
+def _is_exported(folder: Path, start: Start, job: Job) -> bool:
+    """Whether a run that was finished before has its model already."""
+    return start.step >= job.total_steps and (folder / "hf").exists()
 
 
-def _export(folder: Path) -> None:
-    """Convert the last checkpoint in a process of its own: it needs neither workers nor Ray."""
-    latest = (folder / outputs.CHECKPOINTS / "latest").read_text().strip()
-    checkpoint, output = folder / outputs.CHECKPOINTS / latest, folder / "hf"
+def _export(checkpoint: Path | None, output: Path) -> None:
+    """Convert a checkpoint in a process of its own: it needs neither workers nor Ray."""
+    assert checkpoint is not None, "a run that is finished has a checkpoint"
     command = [sys.executable, "-m", "roll_sft.engine.export"]
     command += ["--checkpoint", str(checkpoint), "--output", str(output), "--replace"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -117,9 +142,12 @@ def _export(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def workers(job: Job, folder: Path, *, slots: Slots) -> Iterator[WorkerGroup]:
+def workers(
+    job: Job, folder: Path, *, slots: Slots, checkpoint: Path | None = None
+) -> Iterator[WorkerGroup]:
     """Started workers, ended however the block ends."""
-    group = WorkerGroup(job.config, slots=slots, logs=folder / "logs")
+    logs = folder / "logs"
+    group = WorkerGroup(job.config, slots=slots, logs=logs, checkpoint=checkpoint)
     try:
         group.start(job.source, job.data)
         yield group

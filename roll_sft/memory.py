@@ -58,5 +58,20 @@ def estimate(plan: Plan) -> MemoryEstimate:
         state_gib=state / GIB,
         activations_gib=activations / GIB,
         logits_gib=logits / GIB,
-        save_host_gib=12 * shape.num_parameters / shards / GIB,
+        save_host_gib=_save_host_bytes(plan, parameters) / GIB,
     )
+
+
+def _save_host_bytes(plan: Plan, parameters: float) -> float:
+    """Host memory that a save takes from a rank with `parameters`.
+
+    In the background: a copy of what the rank writes, its share of the weights and its own ranges
+    of the optimizer. Else the largest tensor, which leaves the device alone.
+    """
+    config, shape, layout = plan.config, plan.shape, plan.layout
+    weight, master = (2, 4) if config.model.dtype == "bf16" else (4, 0)
+    if not config.checkpoint.async_save:
+        return weight * shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
+    owners = layout.data_size * layout.context_size
+    optimizer = 8 + master if config.checkpoint.save_optimizer else 0
+    return parameters * (weight + optimizer) / owners

@@ -1,12 +1,14 @@
 """The folder of a run: who may write there, and its line-per-record files.
 
 Promises: one run at a time holds a folder (a lock that the kernel drops when the process dies); a
-folder with checkpoints is never written over; a line is complete or absent.
+run that begins at step 0 finds no checkpoints there; a line is complete or absent, and none is of a
+step after the checkpoint that a run goes on from.
 """
 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ from filelock import FileLock, Timeout
 from roll_sft.config import RunConfig
 from roll_sft.errors import ConfigError
 
+LOG = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl")  # a line has the step that it is of
 
 
 def output_folder(config: RunConfig) -> Path:
@@ -32,8 +36,11 @@ def output_folder(config: RunConfig) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[Path]:
-    """Hold `folder` for one run. Raises `ConfigError` if it is in use or has checkpoints."""
+def claimed(folder: Path, *, resumes: bool = False) -> Iterator[Path]:
+    """Hold `folder` for one run. Raises `ConfigError` if it is in use.
+
+    Also if it has checkpoints, unless the run `resumes` where there are some.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -49,7 +56,8 @@ def claimed(folder: Path) -> Iterator[Path]:
             f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); choose another"
         ) from error
     try:
-        _refuse_checkpoints(folder)
+        if not resumes:
+            _refuse_checkpoints(folder)
         (folder / ".lock_holder").write_text(f"{os.uname().nodename} pid {os.getpid()}")
         yield folder.resolve()
     finally:
@@ -58,10 +66,10 @@ def claimed(folder: Path) -> Iterator[Path]:
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line."""
+    """A file of one JSON object per line, flushed line by line; goes on after what is there."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Any) -> None:
         """Append `record`, a mapping or a dataclass."""
@@ -70,9 +78,40 @@ class JsonLines:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Bring all lines to disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
+    """Leave in the logs of `folder` the lines up to `step`, taken from the run in `origin`.
+
+    That is `folder` itself where a run goes on from its own checkpoint.
+    """
+    for name in LOGS:
+        lines = list(_lines_until(origin / name, step)) if step else []
+        if lines:
+            staging = folder / f".{name}.tmp"
+            staging.write_text("".join(lines), encoding="utf-8")
+            staging.replace(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+        if name == "steps.jsonl" and [json.loads(line)["step"] for line in lines] != [
+            *range(1, step + 1)
+        ]:
+            LOG.warning("%s has not every line up to step %d: its beginning is lost", name, step)
+
+
+def losses(folder: Path, name: str | None) -> dict[int, float]:
+    """The loss of validation set `name` by step, from `eval.jsonl`."""
+    path = folder / "eval.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    return {each["step"]: each["loss"] for each in records if each["name"] == name}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,11 +128,25 @@ def _holder(folder: Path) -> str:
         return ""
 
 
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    """The whole lines of `path` up to `step`; a killed run may have torn the last."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    return
+                yield line
+    except FileNotFoundError:
+        return
+    except (ValueError, LookupError, TypeError) as error:
+        LOG.warning("%s: a line cannot be read (%s); it and those after it are lost", path, error)
+
+
 def _refuse_checkpoints(folder: Path) -> None:
     steps = sorted(folder.glob(f"{CHECKPOINTS}/step_*"))
     if steps:
         raise ConfigError(
-            f"output_dir: {str(folder)!r} already holds checkpoints up to {steps[-1].name}, and to"
-            " resume is not available in this version; choose another output_dir or run_name, or"
-            " move the folder away"
+            f"output_dir: {str(folder)!r} already holds checkpoints up to {steps[-1].name};"
+            " resume=auto goes on from there; or choose another output_dir or run_name, or move the"
+            " folder away"
         )

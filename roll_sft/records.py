@@ -22,15 +22,22 @@ from roll_sft.tracking import MlflowTracker
 class Records:
     """The open files of a run and who else is told."""
 
-    def __init__(self, job: Job, folder: Path, *, display: StepDisplay) -> None:
+    def __init__(
+        self, job: Job, folder: Path, *, display: StepDisplay, first_step: int = 1
+    ) -> None:
         self._job, self._display = job, display
-        self._files = contextlib.ExitStack()
+        self._files, self._all = contextlib.ExitStack(), list[JsonLines]()
         self._steps = self._open(folder / "steps.jsonl")
         self._evals = self._open(folder / "eval.jsonl") if job.validation else None
         wanted = job.config.train.log_samples
         self._samples = self._open(folder / "samples.jsonl") if wanted else None
-        self.tracker = _tracker(job, folder)
+        self.tracker = _tracker(job, folder, resumes=first_step > 1)
         self.device_name: str | None = None
+
+    def sync(self) -> None:
+        """Bring every line so far to disk, as a checkpoint that goes on after it needs."""
+        for lines in self._all:
+            lines.sync()
 
     def step(self, plan: StepPlan, result: StepMetrics) -> StepRecord:
         """Record a finished step."""
@@ -73,6 +80,7 @@ class Records:
     def _open(self, path: Path) -> JsonLines:
         lines = JsonLines(path)
         self._files.callback(lines.close)
+        self._all.append(lines)
         return lines
 
     def _record(self, plan: StepPlan, result: StepMetrics, names: list[str]) -> StepRecord:
@@ -113,11 +121,11 @@ class Records:
 
 
 @contextlib.contextmanager
-def open_records(job: Job, folder: Path) -> Iterator[Records]:
-    """The records of one run; the tracker learns whether the block ended well."""
+def open_records(job: Job, folder: Path, *, first_step: int = 1) -> Iterator[Records]:
+    """A run's records from `first_step` on; the tracker learns whether the block ended well."""
     steps, every = job.total_steps, job.config.train.logging_steps
-    with step_display(steps, logging_steps=every) as display:
-        records = Records(job, folder, display=display)
+    with step_display(steps, logging_steps=every, first_step=first_step) as display:
+        records = Records(job, folder, display=display, first_step=first_step)
         succeeded = False
         try:
             yield records
@@ -126,7 +134,7 @@ def open_records(job: Job, folder: Path) -> Iterator[Records]:
             records.close(succeeded=succeeded)
 
 
-def _tracker(job: Job, folder: Path) -> MlflowTracker | None:
+def _tracker(job: Job, folder: Path, *, resumes: bool) -> MlflowTracker | None:
     tracking = job.config.tracking
     if "mlflow" not in tracking.backends:
         return None
@@ -135,6 +143,7 @@ def _tracker(job: Job, folder: Path) -> MlflowTracker | None:
         experiment=tracking.experiment,
         run_name=job.config.run_name,
         folder=folder,
+        resumes=resumes,
     )
     params = _flat(dataclasses.asdict(job.config))
     del params["tracking.mlflow_uri"]  # may hold a password, which config.yaml keeps unresolved

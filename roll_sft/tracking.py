@@ -33,13 +33,21 @@ SQLITE = "sqlite:///"
 
 
 class MlflowTracker:
-    """One MLflow run. Calls return at once; `close` waits for what is queued, within a bound."""
+    """One MLflow run. Calls return at once; `close` waits for what is queued, within a bound.
 
-    def __init__(self, *, uri: str, experiment: str, run_name: str, folder: Path) -> None:
+    A run that `resumes` goes on in the newest MLflow run of its folder, and records of a step what
+    is not recorded there yet.
+    """
+
+    def __init__(
+        self, *, uri: str, experiment: str, run_name: str, folder: Path, resumes: bool = False
+    ) -> None:
         self._uri, self._experiment = uri, experiment
         # The file of an SQLite database, beside which its lock and its artifacts lie.
         self._database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
         self._run_name, self._folder = run_name, folder
+        self._resumes = resumes
+        self._recorded: dict[str, int] = {}  # metric -> the last step of it before this process
         self._client: Any = None
         self._run_id = ""
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -135,6 +143,13 @@ class MlflowTracker:
                 else self._client.create_experiment(self._experiment, shelf and str(shelf))
             )
         tags = {"output_dir": str(self._folder)}
+        run = self._earlier_run(experiment_id) if self._resumes else None
+        if run is not None:
+            self._run_id = run.info.run_id
+            self._recorded = self._last_steps(run)
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        self._resumes = False  # nothing is recorded
         run = self._client.create_run(experiment_id, run_name=self._run_name, tags=tags)
         self._run_id = run.info.run_id
         place = Path(run.info.artifact_uri)
@@ -146,6 +161,23 @@ class MlflowTracker:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(artifacts)
 
+    def _earlier_run(self, experiment_id: str) -> Any:
+        folder = str(self._folder).replace("'", "\\'")
+        found = self._client.search_runs(
+            [experiment_id],
+            filter_string=f"tags.output_dir = '{folder}'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        return found[0] if found else None
+
+    def _last_steps(self, run: Any) -> dict[str, int]:
+        """The last step of each metric of an earlier run, which may be past its checkpoint."""
+        histories = {
+            key: self._client.get_metric_history(run.info.run_id, key) for key in run.data.metrics
+        }
+        return {key: max(point.step for point in points) for key, points in histories.items()}
+
     def _alone(self) -> contextlib.AbstractContextManager[object]:
         """Two runs that start together would both make the tables, and the experiment."""
         if self._database is None:
@@ -155,6 +187,9 @@ class MlflowTracker:
     def _send_params(self, items: list[tuple[str, str]]) -> None:
         from mlflow.entities import Param
 
+        if self._resumes:  # MLflow refuses another value
+            known = self._client.get_run(self._run_id).data.params
+            items = [item for item in items if item[0] not in known]
         for first in range(0, len(items), MAX_PARAMS_PER_BATCH):
             batch = [Param(*item) for item in items[first : first + MAX_PARAMS_PER_BATCH]]
             self._try(functools.partial(self._client.log_batch, self._run_id, params=batch))
@@ -165,7 +200,8 @@ class MlflowTracker:
 
         while not self._metrics.empty():
             size = min(self._metrics.qsize(), MAX_METRICS_PER_BATCH)
-            batch = [Metric(*self._metrics.get_nowait()) for _ in range(size)]
+            waiting = [self._metrics.get_nowait() for _ in range(size)]
+            batch = [Metric(*each) for each in waiting if each[3] > self._recorded.get(each[0], -1)]
             self._try(functools.partial(self._client.log_batch, self._run_id, metrics=batch))
 
 

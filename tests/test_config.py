@@ -41,7 +41,8 @@ KEYS = {
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
     " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
     " logging_steps log_samples",
-    "checkpoint.": "save async_save keep_last keep_best verify save_optimizer hf_export",
+    "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
+    " hf_export",
     "lora.": "rank alpha dropout target_modules quantize_base",
     "evaluation.": "prompts metric_fn max_new_tokens temperature",
     "tracking.": "backends mlflow_uri experiment",
@@ -285,6 +286,12 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
             {"data.validation": [{"path": "v.jsonl", "weight": 0.5}]},
             "data.validation[0].weight: 0.5 is for data.train; a validation set is always used",
         ),
+        ({"checkpoint.keep_last": 1}, "checkpoint.keep_last: 1 must be at least 2"),
+        (
+            {"checkpoint.keep_last": 2, "checkpoint.keep_best": "x"},
+            "checkpoint.keep_best: 'x' is no validation set",
+        ),
+        ({"checkpoint.allow_changes": ["seeds"]}, "checkpoint.allow_changes: 'seeds' is not one"),
         ({"tracking.backends": ["mlfow"]}, "tracking.backends: 'mlfow' is not one of jsonl, mlf"),
     ],
 )
@@ -296,13 +303,8 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("resume", "outputs/sft/checkpoints/step_00000010"),
         ("model.dtype", "fp16"),
         ("parallel.expert_model_parallel_size", 2),
-        ("checkpoint.async_save", True),
-        ("checkpoint.keep_last", 3),
-        ("checkpoint.keep_best", "loss"),
-        ("checkpoint.verify", True),
         ("checkpoint.hf_export", "every_save"),
         ("lora.rank", 8),
         ("lora.alpha", 32.0),

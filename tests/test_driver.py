@@ -261,9 +261,11 @@ def test_mlflow_has_the_run_beside_the_folder_with_what_steps_jsonl_has(run):
     assert artifacts == {"config.yaml", "data_report.json"}
 
 
-def test_finished_folder_is_not_written_over(run, assets, door, capfd):
+def test_finished_run_started_again_says_so_and_changes_nothing(run, assets, door, capfd):
     before = (run / "steps.jsonl").read_bytes()
-    assert door(arguments_of(assets, run)) == 2
+    assert door(arguments_of(assets, run)) == 0
+    assert "has all 4 steps of this run: it is finished" in capfd.readouterr().err
+    assert door(arguments_of(assets, run, resume="none")) == 2
     assert "already holds checkpoints up to step_00000004" in capfd.readouterr().err
     assert (run / "steps.jsonl").read_bytes() == before
 

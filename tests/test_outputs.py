@@ -91,6 +91,29 @@ def test_folder_with_checkpoints_is_never_written_over(tmp_path):
     message = "already holds checkpoints up to step_00000010"
     with pytest.raises(ConfigError, match=message), claimed(tmp_path):
         pass
+    with claimed(tmp_path, resumes=True):
+        pass
+
+
+def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
+    for name in ("steps.jsonl", "samples.jsonl"):
+        lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
+        (tmp_path / name).write_text("".join(lines) + '{"step": 5, "los')
+    eval_lines = [{"step": step, "name": name, "loss": 1.0} for step in (2, 4) for name in "ab"]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in eval_lines))
+    outputs.cut_logs(tmp_path, step=3, origin=tmp_path)
+    lines = JsonLines(tmp_path / "steps.jsonl")
+    lines.write({"step": 4})
+    lines.close()
+    for name, steps in (("steps", [1, 2, 3, 4]), ("samples", [1, 2, 3]), ("eval", [2, 2])):
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        assert [json.loads(line)["step"] for line in text.splitlines()] == steps
+    assert outputs.losses(tmp_path, "b") == {2: 1.0}
+    assert caplog.text == ""
+    outputs.cut_logs(tmp_path, step=9, origin=tmp_path)
+    assert "has not every line up to step 9" in caplog.text
+    outputs.cut_logs(tmp_path, step=0, origin=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):

@@ -22,7 +22,7 @@ from roll_sft.config import RunConfig, layout_of, plain_config
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.engine.preflight import Job, prepare
-from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.engine.publish import check_complete, publish_step, read_manifest, staging_folder
 from roll_sft.errors import RollSftError
 
 FAULT = 1
@@ -33,12 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a whole configuration, YAML")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--load", type=Path, help="go on from this step folder")
     parser.add_argument("--save", type=Path, help="write a checkpoint into this folder at the end")
     options = parser.parse_args(arguments)
     try:
         config = _config(options.config)
         check_config(config)
-        _run(prepare(config), steps=options.steps, checkpoints=options.save)
+        if options.load is not None:
+            check_complete(options.load)
+        _run(prepare(config), steps=options.steps, loads=options.load, saves=options.save)
     except RollSftError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -60,7 +63,7 @@ def _config(path: Path) -> RunConfig:
     return dataclasses.replace(config, parallel=parallel)
 
 
-def _run(job: Job, *, steps: int | None, checkpoints: Path | None) -> None:
+def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None) -> None:
     cluster, parallel = job.config.cluster, job.config.parallel
     store, rank, world_size = next(dist.rendezvous("env://"))
     rendezvous = Rendezvous(
@@ -75,10 +78,11 @@ def _run(job: Job, *, steps: int | None, checkpoints: Path | None) -> None:
     torch.set_num_threads(parallel.cpus_per_worker)
     layout = layout_of(parallel)
     with process_groups(rendezvous, layout, device=parallel.device, store=store):
-        engine = Engine(job.config, source=job.source, data=job.data)
+        engine = Engine(job.config, source=job.source, data=job.data, checkpoint=loads)
+        done = 0 if loads is None else int(read_manifest(loads)["step"])
         data_rank = layout.coordinate(rank).data_rank
         last = min(steps or job.total_steps, job.total_steps)
-        for step in range(1, last + 1):
+        for step in range(done + 1, last + 1):
             plan = job.planner.step(step)
             metrics = engine.train_step(
                 plan.work_for(data_rank, learning_rate=job.schedule.at(step))
@@ -91,8 +95,8 @@ def _run(job: Job, *, steps: int | None, checkpoints: Path | None) -> None:
                     f"  {speed:,.0f} tok/s/device  {metrics.peak_memory_gib:.2f} GiB\n"
                 )
                 sys.stdout.flush()
-        if checkpoints is not None:
-            _save(job, engine, checkpoints=checkpoints, step=last)
+        if saves is not None:
+            _save(job, engine, checkpoints=saves, step=last)
 
 
 def _save(job: Job, engine: Engine, *, checkpoints: Path, step: int) -> None:

@@ -26,14 +26,24 @@ from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.kernels import choose_kernel
 from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
+from roll_sft.engine.parallel import seed_step
 from roll_sft.engine.publish import read_manifest, updates_of
+from roll_sft.engine.saver import Saver
 from roll_sft.metrics import EvalMetrics, StepMetrics
 
 
 class Engine:
     """A rank's model, optimizer and data. Not thread-safe."""
 
-    def __init__(self, config: RunConfig, *, source: ModelSource, data: TokenData) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        source: ModelSource,
+        data: TokenData,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Begin with the weights of `source`, or where `checkpoint` stands; collective."""
         self._config = config
         self._layout = layout_of(config.parallel)
         self._shape = source.shape
@@ -47,7 +57,10 @@ class Engine:
             dtype=setup.DTYPES[config.model.dtype],
         )
         self.chunks = setup.build_model(source.shape, transformer, kernel=kernel)
-        setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
+        if checkpoint is None:
+            setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
+        else:
+            setup.clear_weights(self.chunks)
         self._wrapped = setup.wrap_model(
             self.chunks,
             transformer,
@@ -55,10 +68,14 @@ class Engine:
         )
         self.optimizer = setup.build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
+        self._saver = Saver()
+        if checkpoint is not None:
+            self._load(checkpoint)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step over the global batch that `work` is this rank's share of."""
         started = time.perf_counter()
+        seed_step(self._config.seed, step=work.step)
         batches = self.build(self._data.train, work.micro_batches)
         data_wait_s = time.perf_counter() - started
         self.accumulate_gradients(batches)
@@ -88,24 +105,47 @@ class Engine:
         loss_sum, supervised = self.reduce_losses()
         return EvalMetrics(loss_sum, supervised) if self._is_reporter else None
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part into `folder`, which is not yet a checkpoint. Not collective."""
+    def begin_save(self, folder: Path) -> None:
+        """Write this rank's part into `folder`, which is not yet a checkpoint. Not collective.
+
+        With `async_save` it is being written when this returns; it holds the state as it is now.
+        """
         state, step = self._state()
         writer = shards.Writer(dist.get_rank(), dist.get_world_size(), step)
-        shards.write(folder, state.written(), objects=state.objects, writer=writer)
 
-    def load(self, folder: Path) -> None:
+        def write(pieces: Sequence[shards.Piece]) -> None:
+            shards.write(folder, pieces, objects=state.objects, writer=writer)
+
+        if self._config.checkpoint.async_save:
+            self._saver.begin(state.written(), write)
+        else:
+            write(state.written())
+
+    def is_saved(self) -> bool:
+        """Whether all that `begin_save` began is on disk. Raises `CheckpointError`."""
+        return self._saver.is_done()
+
+    def finish_save(self) -> None:
+        """Wait until all that `begin_save` began is on disk. Raises `CheckpointError`."""
+        self._saver.finish()
+
+    def save(self, folder: Path) -> None:
+        """`begin_save`, and wait for it."""
+        self.begin_save(folder)
+        self.finish_save()
+
+    def _load(self, folder: Path) -> None:
         """Take weights, moments, masters and Adam's count from the checkpoint in `folder`.
 
-        Collective. What the checkpoint has of no optimizer begins afresh. Raises `CheckpointError`.
+        Collective. Where the checkpoint has no optimizer, a fresh one begins. Raises
+        `CheckpointError`.
         """
         index, step = read_index(folder), updates_of(read_manifest(folder))
         checkpoint.make_optimizer_state(self.optimizer, step=step or 0)
-        if step is None:
-            checkpoint.load(index, checkpoint.rank_state(self.chunks, None))
+        optimizer = None if step is None else self.optimizer
+        checkpoint.load(index, checkpoint.rank_state(self.chunks, optimizer))
+        if optimizer is None:
             self.optimizer.reload_model_params()
-        else:
-            checkpoint.load(index, checkpoint.rank_state(self.chunks, self.optimizer))
 
     def _state(self) -> tuple[checkpoint.RankState, int | None]:
         """What there is to save, and Adam's count if the optimizer is part of it."""

@@ -9,14 +9,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from roll_sft.checks import RESUME_CHANGES
 from roll_sft.engine.preflight import Job
 from roll_sft.errors import ConfigError
 
-# name of a change -> where a run shows it; the names are those of `checkpoint.allow_changes`.
-CHANGES = (
-    "data", "tokenizer", "chat_template", "sequence_length", "global_batch_size", "seed",
-    "schedule", "optimizer",
-)  # fmt: skip
 # A change of these gives every source another address, so the address says nothing more then.
 _BEHIND_THE_DATA = ("tokenizer", "chat_template", "sequence_length")
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
@@ -62,7 +58,7 @@ def changes(job: Job, manifest: Mapping[str, Any]) -> dict[str, str]:
     current["data"] = {"sources": job.source_addresses, "shuffle": config.data.shuffle}
     found = {
         name: "; ".join(_differences(stored[name], current[name]))
-        for name in CHANGES
+        for name in RESUME_CHANGES
         if name in stored and _plain(stored[name]) != _plain(current[name])
     }
     if any(name in found for name in _BEHIND_THE_DATA):

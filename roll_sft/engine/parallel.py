@@ -89,6 +89,15 @@ def process_groups(
         dist.destroy_process_group()
 
 
+def seed_step(seed: int, *, step: int) -> None:
+    """Begin `step` with random states that follow from `seed` and `step` alone, on every rank.
+
+    So a checkpoint holds none, and a run that goes on draws what it would have drawn, on as many
+    ranks as it likes.
+    """
+    tensor_parallel.model_parallel_cuda_manual_seed((seed * 1_000_003 + step) % 2**31)
+
+
 def _check_agreement(layout: ParallelLayout, rank: int) -> None:
     megatron = Coordinate(
         parallel_state.get_tensor_model_parallel_rank(),

@@ -186,6 +186,14 @@ def load_weights(
             parameter.copy_(value)
 
 
+def clear_weights(chunks: list[GPTModel]) -> None:
+    """Zeros, for a checkpoint to fill; it does not hold the padding of the vocabulary."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.zero_()
+
+
 def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Every parameter of this rank, named by its layer's index in the model, not in its stage."""
     for chunk in chunks:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from roll_sft.errors import CheckpointError
+from roll_sft.errors import CheckpointError, first_line
 
 Shape = tuple[int, ...]
 INDEX = "index.json"
@@ -97,7 +98,27 @@ def write(
     """Write `pieces` and `objects` into `folder`, on disk when this returns; the part file last.
 
     Each byte is hashed as it is written, in a thread beside, so no file is read again for it.
+    Raises `CheckpointError` where it cannot be written (a full disk, say).
     """
+    try:
+        shard = _write_file(folder, pieces, objects=objects, writer=writer)
+        text = json.dumps(asdict(shard))
+        (folder / part_name(writer.rank)).write_text(text, encoding="utf-8")
+    except (OSError, RuntimeError) as error:
+        # Out of a failed write torch.save makes an error of its own, with the cause behind it.
+        causes = [each for each in (error, error.__context__) if isinstance(each, OSError)]
+        if not causes:
+            raise
+        free_gib = (shutil.disk_usage(folder).free if folder.is_dir() else 0) / 2**30
+        raise CheckpointError(
+            f"{folder}: cannot be written: {first_line(causes[0])} ({free_gib:.3g} GiB are free);"
+            " make room or choose another output_dir, and run the same command again"
+        ) from error
+
+
+def _write_file(
+    folder: Path, pieces: Iterable[Piece], *, objects: Mapping[str, bytes], writer: Writer
+) -> ShardFile:
     name, chunks, places = f"__{writer.rank}_0.distcp", [], {}
     with (folder / name).open("wb", buffering=0) as file, _Tee(file) as tee:
         # The zip records' own checksums would cost as much as the write; the manifest has SHA-256.
@@ -117,7 +138,7 @@ def write(
             places[key] = (tee.position, len(content))
             tee.write(memoryview(content))
         os.fsync(file.fileno())
-    shard = ShardFile(
+    return ShardFile(
         num_ranks=writer.num_ranks,
         name=name,
         size=tee.position,
@@ -126,7 +147,6 @@ def write(
         chunks=tuple(chunks),
         objects=places,
     )
-    (folder / part_name(writer.rank)).write_text(json.dumps(asdict(shard)), encoding="utf-8")
 
 
 def take_parts(folder: Path) -> list[ShardFile]:

@@ -28,7 +28,7 @@ from roll_sft.models.hub import HubSource
 from roll_sft.runtime import supply
 from roll_sft.runtime.diagnosis import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
-from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path
+from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
 
 LOG = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 3.0  # a worker writes its stack at the deadline; leave it time to
@@ -50,8 +50,10 @@ class Pending:
 class WorkerGroup:
     """The actors of a run, rank by rank. Use `start`, then the verbs, then `close`."""
 
-    def __init__(self, config: RunConfig, *, slots: Slots, logs: Path) -> None:
-        self._config = config
+    def __init__(
+        self, config: RunConfig, *, slots: Slots, logs: Path, checkpoint: Path | None = None
+    ) -> None:
+        self._config, self._checkpoint = config, checkpoint
         self._layout = layout_of(config.parallel)
         self._logs = logs
         nonce = uuid.uuid4().hex
@@ -66,7 +68,7 @@ class WorkerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     slots.group, placement_group_bundle_index=bundle
                 ),
-            ).remote(WorkerSpec(config, rank, slots.device, logs, nonce))
+            ).remote(WorkerSpec(config, rank, slots.device, logs, nonce, checkpoint))
             for rank, bundle in enumerate(slots.bundle_of_rank)
         ]
         self.addresses: tuple[WorkerAddress, ...] = ()
@@ -85,7 +87,8 @@ class WorkerGroup:
         (store_address,) = self._collect(Pending("rendezvous", deadline_s, store))
         inputs = ray.put((source, data))
         ready = [actor.setup.remote(store_address, inputs) for actor in self._actors]
-        self.device_name = self._collect(Pending("setup", deadline_s, ready))[0]
+        setup_s = setup_deadline_s(self._config, self._checkpoint)
+        self.device_name = self._collect(Pending("setup", setup_s, ready))[0]
 
     def train_step(self, plan: StepPlan, *, learning_rate: float) -> Pending:
         """Queue one optimizer step; each rank gets its data rank's micro-batches."""
@@ -116,11 +119,23 @@ class WorkerGroup:
             )
         return total
 
-    def save(self, folder: Path) -> None:
-        """Write all shards into `folder`."""
-        references = [actor.save.remote(folder) for actor in self._actors]
-        deadline_s = self._config.cluster.checkpoint_timeout_s
-        self._collect(Pending("checkpoint", deadline_s, references))
+    def begin_save(self, folder: Path) -> None:
+        """Write all shards into `folder`; with `async_save` only copy them, and write meanwhile."""
+        self._collect(self._saving([actor.begin_save.remote(folder) for actor in self._actors]))
+
+    def is_saved(self) -> Pending:
+        """Ask every rank, after what is queued, whether it has written what it began to."""
+        return self._saving([actor.is_saved.remote() for actor in self._actors])
+
+    def answer_of(self, pending: Pending) -> bool | None:
+        """What `is_saved` came to; None where not every rank has answered."""
+        references = pending.references
+        _ready, waited = ray.wait(references, num_returns=len(references), timeout=0)
+        return None if waited else all(self._collect(pending))
+
+    def finish_save(self) -> None:
+        """Wait until every rank has written what it began to."""
+        self._collect(self._saving([actor.finish_save.remote() for actor in self._actors]))
 
     def compare(self, task: ParityTask) -> list[RankParity]:
         """Every rank's errors over one batch, beside transformers."""
@@ -129,6 +144,9 @@ class WorkerGroup:
         # A model's gradients pass through files here, so it may take what a checkpoint may.
         deadline_s = self._config.cluster.checkpoint_timeout_s
         return self._collect(Pending("parity", deadline_s, references))
+
+    def _saving(self, references: list[Any]) -> Pending:
+        return Pending("checkpoint", self._config.cluster.checkpoint_timeout_s, references)
 
     def no_op(self) -> None:
         """A round trip to every worker and back."""

@@ -49,6 +49,7 @@ class WorkerSpec:
     device: str
     logs: Path
     nonce: str  # of a file that the driver made in `logs`
+    checkpoint: Path | None = None  # to go on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class Worker:
     def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> str | None:
         """Join the process groups and build the engine; returns the GPU's name, if there is one."""
         cluster = self._spec.config.cluster
-        with self._phase("setup", cluster.setup_timeout_s):
+        with self._phase("setup", setup_deadline_s(self._spec.config, self._spec.checkpoint)):
             import torch
 
             from roll_sft.engine.engine import Engine
@@ -173,7 +174,9 @@ class Worker:
                 process_groups(rendezvous, layout, device=self._spec.device, store=self._store)
             )
             source, data = inputs
-            self._engine = Engine(self._spec.config, source=source, data=data)
+            self._engine = Engine(
+                self._spec.config, source=source, data=data, checkpoint=self._spec.checkpoint
+            )
             return torch.cuda.get_device_name() if self._spec.device == "cuda" else None
 
     def train_step(self, work: "RankWork") -> StepMetrics | None:
@@ -186,10 +189,21 @@ class Worker:
         with self._phase(f"evaluation of {name}", self._spec.config.cluster.step_timeout_s):
             return self._engine.evaluate(name, micro_batches)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards into `folder`."""
+    def begin_save(self, folder: Path) -> None:
+        """Begin to write this rank's part into `folder`; with `async_save` from a copy, beside."""
         with self._phase("checkpoint", self._spec.config.cluster.checkpoint_timeout_s):
-            self._engine.save(folder)
+            self._engine.begin_save(folder)
+
+    def is_saved(self) -> bool:
+        """Whether what `begin_save` began is on disk; raises what went wrong with it."""
+        with self._errors_of("checkpoint"):
+            is_saved: bool = self._engine.is_saved()
+            return is_saved
+
+    def finish_save(self) -> None:
+        """Wait until what `begin_save` began is on disk."""
+        with self._phase("checkpoint", self._spec.config.cluster.checkpoint_timeout_s):
+            self._engine.finish_save()
 
     def compare(self, task: "ParityTask") -> RankParity:
         """This rank's errors over one batch, beside transformers; rank 0 runs transformers too."""
@@ -228,6 +242,12 @@ class Worker:
             LOG.exception("%s", phase)
             self._fault = _fault_of(error, self._address, phase=phase)
             raise RankError(self._fault) from None
+
+
+def setup_deadline_s(config: RunConfig, checkpoint: Path | None) -> float:
+    """How long the set-up may take, the load of a checkpoint included."""
+    cluster = config.cluster
+    return cluster.setup_timeout_s + (cluster.checkpoint_timeout_s if checkpoint else 0.0)
 
 
 def log_path(logs: Path, rank: int) -> Path:

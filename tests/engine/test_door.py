@@ -39,6 +39,12 @@ def test_torchrun_trains_like_transformers_and_saves(tmp_path: Path) -> None:
     wanted, _ = parity.reference_run(prepare(config))
     assert losses == pytest.approx([step["loss"] for step in wanted[:3]], rel=1e-6)
     assert (tmp_path / "out" / "latest").read_text().strip() == "step_00000003"
+    door[-1] = "5"
+    result = run(
+        [*TORCHRUN, "--nproc-per-node", "2", *door, "--load", str(tmp_path / "out/step_00000003")]
+    )
+    losses = [float(loss) for loss in re.findall(r"step \d/5  loss (\S+)", result.stdout)]
+    assert losses == pytest.approx([step["loss"] for step in wanted[3:5]], rel=1e-6), result.stderr
 
 
 @pytest.mark.slow

@@ -32,9 +32,7 @@ def steps_of(
     from roll_sft.engine.engine import Engine
 
     job = prepare(config)
-    engine = Engine(config, source=job.source, data=job.data)
-    if loads is not None:
-        engine.load(loads)
+    engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     steps = []
     for step in range(first, last + 1):
@@ -126,8 +124,7 @@ def megatron_loads(config: RunConfig, folder: Path) -> list[tuple[str, bool]]:
     from roll_sft.engine.engine import Engine
 
     job = prepare(config)
-    engine = Engine(config, source=job.source, data=job.data)
-    engine.load(folder)
+    engine = Engine(config, source=job.source, data=job.data, checkpoint=folder)
     found = []
     for chunk in engine.chunks:
         ours = {name: value.clone() for name, value in chunk.named_parameters()}

@@ -26,8 +26,8 @@ STEP_S = 0.02
 class LightEngine:
     """The verbs of an engine; counts tokens, learns nothing."""
 
-    def __init__(self, rank: int, fault: Fault | None = None) -> None:
-        self._rank, self._fault = rank, fault
+    def __init__(self, rank: int, fault: Fault | None = None, num_ranks: int = 2) -> None:
+        self._rank, self._fault, self._num_ranks = rank, fault, num_ranks
         self.train_micro_batches: list[tuple[tuple[int, ...], ...]] = []
 
     def train_step(self, work: RankWork) -> StepMetrics:
@@ -50,8 +50,16 @@ class LightEngine:
         num_samples = sum(map(len, micro_batches))
         return EvalMetrics(loss_sum=0.5 * num_samples, supervised_tokens=num_samples)
 
-    def save(self, folder: Path) -> None:
-        (folder / f"rank_{self._rank}").touch()
+    def begin_save(self, folder: Path) -> None:
+        from roll_sft.engine import shards
+
+        writer = shards.Writer(self._rank, self._num_ranks, optimizer_step=0)
+        shards.write(folder, [], objects={}, writer=writer)
+
+    def is_saved(self) -> bool:
+        return True
+
+    def finish_save(self) -> None: ...
 
 
 class LightWorker(Worker):
@@ -64,7 +72,8 @@ class LightWorker(Worker):
 
     def setup(self, store: tuple[str, int], inputs: Any) -> None:
         with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
-            self._engine: Any = LightEngine(self._spec.rank, type(self).fault)
+            num_ranks = self._spec.config.parallel.num_workers
+            self._engine: Any = LightEngine(self._spec.rank, type(self).fault, num_ranks)
 
     def has(self, folders: list[Path]) -> tuple[str, list[bool]]:
         """This worker's node, and which folders it sees."""

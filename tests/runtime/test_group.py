@@ -73,14 +73,32 @@ def test_one_message_goes_to_each_worker_for_each_verb(workers, monkeypatch, tmp
     pending = [group.train_step(plan(step, data_size=2), learning_rate=0.1) for step in (1, 2, 3)]
     metrics = [group.wait_step(each) for each in pending]
     evaluation = group.evaluate("v", [plan(chunk, data_size=2) for chunk in (1, 2, 3, 4, 5)])
-    group.save(tmp_path)
+    group.begin_save(tmp_path)
+    question = group.is_saved()
+    group.finish_save()
     group.no_op()
     monkeypatch.undo()
-    assert calls == [{"train_step": 3, "evaluate": 5, "save": 1, "no_op": 1}] * 4
+    assert (
+        calls
+        == [
+            {
+                "train_step": 3,
+                "evaluate": 5,
+                "begin_save": 1,
+                "is_saved": 1,
+                "finish_save": 1,
+                "no_op": 1,
+            }
+        ]
+        * 4
+    )
+    assert group.answer_of(question) is True
     assert [each.step for each in metrics] == [1, 2, 3]
     assert (metrics[0].loss_sum, metrics[0].supervised_tokens) == (120.0, 60)
     assert evaluation == EvalMetrics(loss_sum=7.5, supervised_tokens=15)
-    assert sorted(path.name for path in tmp_path.glob("rank_*")) == [f"rank_{i}" for i in range(4)]
+    assert sorted(path.name for path in tmp_path.glob("*.distcp")) == [
+        f"__{i}_0.distcp" for i in range(4)
+    ]
 
 
 def test_tensor_ranks_get_equal_work_and_data_ranks_their_own(workers):

@@ -1,0 +1,161 @@
+"""Which checkpoint a run goes on from, and whether it may.
+
+Imports no Megatron and starts nothing. Promises: a folder whose files are not those of its manifest
+is never chosen; one that is damaged is named and passed over, never deleted; a run with checkpoints
+begins at step 0 only in another folder.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roll_sft.config import RunConfig
+from roll_sft.engine.facts import changes
+from roll_sft.engine.preflight import Job
+from roll_sft.engine.publish import (
+    LATEST,
+    check_complete,
+    read_manifest,
+    sha256_of,
+    updates_of,
+    write_durably,
+)
+from roll_sft.errors import CheckpointError, ConfigError
+
+LOG = logging.getLogger(__name__)
+AUTO, NONE = "auto", "none"
+NUM_HASHERS = 8
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: after `step`, from `checkpoint`; step 0 and None for a new one."""
+
+    step: int
+    checkpoint: Path | None
+
+
+def find_checkpoint(config: RunConfig, checkpoints: Path) -> Path | None:
+    """The step folder that a run whose own lie in `checkpoints` goes on from; None for a new one.
+
+    Raises `CheckpointError` where the one named is not whole, or there are some and none is.
+    """
+    resume, verify = config.resume, config.checkpoint.verify
+    if resume == NONE:
+        return None
+    folders = step_folders(checkpoints)
+    if resume != AUTO:
+        chosen = Path(resume).resolve()
+        if not folders or chosen.parent == checkpoints.resolve():
+            _check_whole(chosen, verify=verify)
+            return chosen
+        LOG.warning("this run has checkpoints of its own by now, and goes on from those")
+    return _newest_whole(folders, verify=verify) if folders else None
+
+
+def start_from(job: Job, checkpoint: Path | None) -> Start:
+    """Where `job` begins. Raises `ConfigError` where it is not the run that wrote `checkpoint`."""
+    if checkpoint is None:
+        return Start(0, None)
+    manifest = read_manifest(checkpoint)
+    _check_same_run(job, manifest, checkpoint=checkpoint)
+    return Start(int(manifest["step"]), checkpoint)
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The step folders in `checkpoints`, oldest first; anything of another name is left alone."""
+    found = []
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        match = _STEP.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found)]
+
+
+def make_way(checkpoints: Path, start: Start) -> None:
+    """Clear what a killed run left half-done, and set aside what lies after `start`.
+
+    A later folder is damaged, or the run was told to go back behind it.
+    """
+    for pattern in (".staging_*", ".deleted_*"):
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in step_folders(checkpoints):
+        if int(path.name.removeprefix("step_")) > start.step:
+            aside = _set_aside(path)
+            LOG.warning("%s is not what this run goes on from; it is now %s", path, aside.name)
+    if start.checkpoint is not None and start.checkpoint.parent == checkpoints:
+        write_durably(checkpoints / LATEST, start.checkpoint.name + "\n")
+
+
+def verify_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Read every file of `folder` once and compare its SHA-256. Raises `CheckpointError`."""
+    # Hashing leaves the interpreter's lock alone, so threads read several files at once.
+    with ThreadPoolExecutor(NUM_HASHERS) as pool:
+        names = list(manifest["files"])
+        for name, found in zip(names, pool.map(lambda n: _hash(folder / n), names), strict=True):
+            if found != manifest["files"][name]["sha256"]:
+                raise CheckpointError(
+                    f"{folder / name}: its SHA-256 is {found[:12]}..., and the manifest says"
+                    f" {manifest['files'][name]['sha256'][:12]}...; the checkpoint is damaged, take"
+                    " another"
+                )
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _check_whole(folder: Path, *, verify: bool) -> None:
+    check_complete(folder)
+    if verify:
+        verify_hashes(folder, read_manifest(folder))
+
+
+def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
+    for folder in reversed(folders):
+        try:
+            _check_whole(folder, verify=verify)
+        except CheckpointError as error:
+            LOG.error("NOT resuming from %s: %s", folder.name, error)
+            continue
+        return folder
+    raise CheckpointError(
+        f"{folders[-1].parent}: none of its {len(folders)} checkpoints is whole; restore one, or"
+        " choose another output_dir to start from the beginning"
+    )
+
+
+def _check_same_run(job: Job, manifest: dict[str, Any], *, checkpoint: Path) -> None:
+    found, allowed = changes(job, manifest), job.config.checkpoint.allow_changes
+    if updates_of(manifest) is None:
+        found["optimizer"] = "the checkpoint has none, so moments would begin at zero"
+    refused = {name: what for name, what in found.items() if name not in allowed}
+    if refused:
+        lines = "; ".join(f"{name} ({what})" for name, what in refused.items())
+        names = ",".join([*allowed, *refused])
+        raise ConfigError(
+            f"resume: {checkpoint} was written by a run that differs in {lines}; take the change"
+            f" back, or accept it with 'checkpoint.allow_changes=[{names}]', or start in another"
+            " output_dir"
+        )
+    for name, what in found.items():
+        LOG.warning("goes on from %s with another %s: %s", checkpoint.name, name, what)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a step folder a name that is never chosen; nothing in it is lost."""
+    names: Iterator[str] = (
+        f".set_aside_{folder.name}" + (f"_{number}" if number else "") for number in range(10_000)
+    )
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    return folder.rename(aside)

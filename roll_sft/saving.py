@@ -1,0 +1,103 @@
+"""The checkpoints of a run: when they are begun, published and deleted.
+
+With `checkpoint.async_save` the workers write while they train, and the driver publishes when all
+have written; it looks after each step, without waiting. Promises: one checkpoint is written at a
+time; it is published after the logs up to its step are on disk, and before the run ends.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from roll_sft import outputs
+from roll_sft.data.plan import StepPlan
+from roll_sft.engine.preflight import Job
+from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.engine.retention import retain
+from roll_sft.errors import CheckpointError, first_line
+from roll_sft.records import Records
+from roll_sft.runtime.group import Pending, WorkerGroup
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A checkpoint that the workers are writing, and the question to them whether they are done."""
+
+    plan: StepPlan
+    staging: Path
+    began: float
+    question: Pending | None = None
+
+
+class Saves:
+    """Makes checkpoints in the folder of a run."""
+
+    def __init__(self, job: Job, group: WorkerGroup, records: Records, *, folder: Path) -> None:
+        self._job, self._group, self._records, self._folder = job, group, records, folder
+        self._checkpoints = folder / outputs.CHECKPOINTS
+        self._writing: _Writing | None = None
+
+    def begin(self, plan: StepPlan) -> None:
+        """Save the state after the step of `plan`, which all workers have finished."""
+        self.finish()
+        began = time.perf_counter()
+        staging = self._staging(plan.step)
+        self._group.begin_save(staging)
+        self._writing = _Writing(plan, staging, began)
+        if not self._job.config.checkpoint.async_save:
+            self._publish()
+
+    def look(self) -> None:
+        """Publish what has been written by now; waits for nothing."""
+        writing = self._writing
+        if writing is None:
+            return
+        if writing.question is None:
+            writing.question = self._group.is_saved()
+            return
+        answer = self._group.answer_of(writing.question)
+        if answer:
+            self._publish()
+        elif answer is not None:
+            writing.question = None
+            seconds = time.perf_counter() - writing.began
+            if seconds > self._job.config.cluster.checkpoint_timeout_s:
+                self.finish()  # where a deadline names the rank that is late
+
+    def finish(self) -> None:
+        """Publish what is being written, once it is."""
+        if self._writing is not None:
+            self._group.finish_save()
+            self._publish()
+
+    def _staging(self, step: int) -> Path:
+        try:
+            return staging_folder(self._checkpoints, step)
+        except OSError as error:
+            raise _cannot_write(self._checkpoints, error) from error
+
+    def _publish(self) -> None:
+        writing = self._writing
+        assert writing is not None, "nothing is being written"
+        self._writing = None
+        plan = writing.plan
+        try:
+            self._records.sync()
+            final = publish_step(self._job, plan, staging=writing.staging)
+        except OSError as error:
+            raise _cannot_write(writing.staging, error) from error
+        seconds = time.perf_counter() - writing.began
+        LOG.info("step %d  checkpoint %s in %.1f s", plan.step, final, seconds)
+        config = self._job.config.checkpoint
+        losses = outputs.losses(self._folder, config.keep_best)
+        retain(self._checkpoints, config, losses=losses)
+
+
+def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written: {first_line(error)}; make room or give another output_dir, and"
+        " run the same command again"
+    )
