@@ -49,11 +49,16 @@ def changes(job: Job, manifest: Mapping[str, Any]) -> dict[str, str]:
         "tokenizer": facts["tokenizer"],
         "chat_template": facts["chat_template"],
         "sequence_length": config.data.sequence_length,
-        "global_batch_size": config.train.global_batch_size,
+        "global_batch_size": _batch(
+            config.train.global_batch_size, config.train.global_batch_tokens
+        ),
         "seed": config.seed,
         "schedule": facts["schedule"],
         "optimizer": facts["optimizer"],
     }
+    stored["global_batch_size"] = _batch(
+        stored["global_batch_size"], stored.get("global_batch_tokens")
+    )
     stored["data"] = {"sources": stored["sources"], "shuffle": stored.get("shuffle", True)}
     current["data"] = {"sources": job.source_addresses, "shuffle": config.data.shuffle}
     found = {
@@ -64,6 +69,10 @@ def changes(job: Job, manifest: Mapping[str, Any]) -> dict[str, str]:
     if any(name in found for name in _BEHIND_THE_DATA):
         found.pop("data", None)
     return found
+
+
+def _batch(samples: int, tokens: int | None) -> dict[str, int]:
+    return {"samples": samples} if tokens is None else {"tokens": tokens}
 
 
 def _differences(stored: Any, current: Any, name: str = "") -> Iterator[str]:
