@@ -42,11 +42,10 @@ class Saver:
 
     def _copies(self, pieces: Sequence[Piece]) -> list[Piece]:
         """`pieces` in host memory of their own: on the CPU, `.to("cpu")` would not copy."""
+        is_cuda = any(piece.tensor.is_cuda for piece in pieces)
         shapes = [(piece.tensor.shape, piece.tensor.dtype) for piece in pieces]
         if shapes != [(buffer.shape, buffer.dtype) for buffer in self._buffers]:
-            is_cuda = any(
-                piece.tensor.is_cuda for piece in pieces
-            )  # pinned copies run at full speed
+            # From a GPU, copies run at full speed into pinned memory alone.
             self._buffers = [
                 torch.empty(shape, dtype=dtype, device="cpu", pin_memory=is_cuda)
                 for shape, dtype in shapes
@@ -54,6 +53,7 @@ class Saver:
         with torch.no_grad():
             for piece, buffer in zip(pieces, self._buffers, strict=True):
                 buffer.copy_(piece.tensor, non_blocking=True)
+        if is_cuda:
             torch.cuda.synchronize()
         return [
             replace(piece, tensor=buffer)
