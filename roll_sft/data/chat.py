@@ -181,6 +181,8 @@ class ChatTokenizer:
         return TokenizedSample(whole, label_mask)
 
     def _plans(self, row: Conversation, *, by_ids: bool) -> list[_Plan]:
+        if not row.messages:
+            raise UnusableRow("the conversation holds no message; remove the row")
         if row.messages[0].role == "assistant":
             raise UnusableRow(
                 "the conversation begins with an assistant message, which answers nothing; "

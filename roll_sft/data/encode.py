@@ -120,8 +120,9 @@ class Encoder:
                 content=self._mark(message.content),
                 reasoning=self._mark(message.reasoning),
                 name=self._mark(message.name),
+                tool_call_id=self._mark(message.tool_call_id),
                 tool_calls=tuple(
-                    ToolCall(self._mark(call.name), self._mark(call.arguments), id=call.id)
+                    ToolCall(*map(self._mark, (call.name, call.arguments, call.id)))
                     for call in message.tool_calls
                 ),
             )
@@ -220,9 +221,9 @@ def _check_no_marks(text: str) -> None:
 
 
 def _parts(message: Message) -> Iterable[Any]:
-    yield from (message.content, message.reasoning, message.name)
+    yield from (message.content, message.reasoning, message.name, message.tool_call_id)
     for call in message.tool_calls:
-        yield from (call.name, call.arguments)
+        yield from (call.name, call.arguments, call.id)
 
 
 def _texts(value: Any) -> Iterable[str]:

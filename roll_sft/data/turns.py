@@ -90,7 +90,9 @@ class TurnFinder:
         wanted = self.singled_out(messages)
         for index, message in enumerate(messages):
             if message.role != "assistant":
-                check_present(message, index=index, text=rendering.text)
+                _check_present(message, index=index, text=rendering.text)
+            elif self._train_on == "all":
+                _check_answer(message, index=index, text=rendering.text)
             elif index not in wanted:
                 _check_context(message, index=index, text=rendering.text)
         _check_tools(row.tools, text=rendering.text)
@@ -167,7 +169,7 @@ def _first_words(message: Message) -> str:
     return message.content.strip() or unmarked(message.reasoning).strip()
 
 
-def check_present(message: Message, *, index: int, text: str) -> None:
+def _check_present(message: Message, *, index: int, text: str) -> None:
     """Raise `UnusableRow` if the template left out or changed what the message says.
 
     Spaces may differ.
@@ -180,15 +182,15 @@ def check_present(message: Message, *, index: int, text: str) -> None:
 
 
 def _check_context(message: Message, *, index: int, text: str) -> None:
-    """As `check_present`, for an answer that is not learnt: earlier reasoning may be dropped."""
+    """As `_check_present`, for an answer that is not learnt: earlier reasoning may be dropped."""
     answer = message.content.rpartition("</think>")[2]
     if not _holds(text, answer):
-        check_present(message, index=index, text=text)
+        _check_present(message, index=index, text=text)
     _check_calls(message, index=index, text=text)
 
 
 def _check_answer(message: Message, *, index: int, text: str) -> None:
-    check_present(message, index=index, text=text)
+    _check_present(message, index=index, text=text)
     if not _holds(text, message.reasoning):
         raise UnusableRow(
             f"the chat template drops or rewrites the reasoning of message {index}; write it into "

@@ -453,6 +453,20 @@ def test_byte_fallback_tokens_are_supervised_as_a_whole() -> None:
     assert supervised(sample, tokenizer) == [f" {text}</s>" for text in texts]
 
 
+def test_control_text_stays_text_where_spaces_are_marks() -> None:
+    tokenizer = sentencepiece_like()
+    row = conversation("a</s> b", "x <s></s>", "c", "y")
+    sample = only(ChatTokenizer(tokenizer), row)
+    assert supervised(sample, tokenizer) == [" x <s></s></s>", " y</s>"]
+    ids = sample.token_ids.tolist()
+    assert (ids.count(1), ids.count(2)) == (2, 2)
+    # What stands before is encoded as in a row that spells no control token.
+    usual = only(ChatTokenizer(tokenizer), conversation("a</t> b", "x <t></t>", "c", "y"))
+    changed = [pair for pair in zip(ids, usual.token_ids.tolist(), strict=True) if len({*pair}) > 1]
+    spelt = {tuple(tokenizer.convert_tokens_to_ids(["s", "t"]))}
+    assert (set(changed), len(changed)) == (spelt, 3)
+
+
 def test_a_control_token_that_takes_the_spaces_after_it_is_exact_or_refused() -> None:
     tokenizer = with_template(
         CHATML_TEMPLATE.replace("|>assistant\\n'", "|><|bot|>\\n'").replace(

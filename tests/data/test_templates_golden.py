@@ -173,6 +173,8 @@ def test_all_tokens_but_those_of_turns_that_are_not_to_be_learnt(name: str) -> N
     if name == "qwen3":  # the answer is written without its think block once others follow
         with pytest.raises(UnusableRow, match="rewrites earlier turns"):
             chat.tokenize(cases()["untrained"])
+        with pytest.raises(UnusableRow, match="drops or rewrites the reasoning of message 1"):
+            chat.tokenize(cases()["reasoning"])
         return
     (sample,) = chat.tokenize(cases()["untrained"])
     left_out = sample.token_ids[1:][sample.label_mask[:-1] == 0]
