@@ -214,7 +214,7 @@ def _source_problems(data: DataConfig) -> Iterator[str]:
         for index, source in enumerate(getattr(data, group)):
             where = f"data.{group}[{index}]"
             if not source.path:
-                yield f"{where}.path: missing; give a .json or .jsonl file"
+                yield f"{where}.path: missing; give a file, a folder or a hub dataset"
                 continue
             yield from _share_problems(source, where=where, is_trained=group == "train")
             name = source_name(source)

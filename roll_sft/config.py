@@ -386,5 +386,12 @@ def _wanted(kind: Any) -> str:
 
 
 def source_name(source: SourceConfig) -> str:
-    """The name of a source in reports and logs: its own, or the stem of its file."""
-    return source.name or re.sub(r"\.\w+$", "", (source.path or "").rstrip("/").split("/")[-1])
+    """The name of a source in reports and logs: its own, or what its path ends in.
+
+    That is the last part that is no pattern, without the suffixes of a file.
+    """
+    parts = [
+        part for part in (source.path or "").split("/") if part and not re.search(r"[*?[]", part)
+    ]
+    last = parts[-1] if parts else "data"
+    return source.name or re.sub(r"(\.\w+)?\.(gz|zst)$|\.\w+$", "", last) or last

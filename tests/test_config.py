@@ -16,10 +16,12 @@ from roll_sft.checks import check_config, layout_problems
 from roll_sft.config import (
     ParallelConfig,
     RunConfig,
+    SourceConfig,
     all_keys,
     build_config,
     layout_of,
     schema,
+    source_name,
 )
 from roll_sft.errors import ConfigError
 
@@ -275,7 +277,10 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
             "data.train: empty; give a list such as data.train=[{path: my.jsonl}]",
         ),
         ({"data.train": [{"path": "a"}, {"path": "b/a"}]}, "data.train[1].name: 'a' is used twice"),
-        ({"data.validation": [{"name": "x"}]}, "data.validation[0].path: missing; give a .json"),
+        (
+            {"data.validation": [{"name": "x"}]},
+            "data.validation[0].path: missing; give a file, a folder",
+        ),
         ({"data.train[0].weight": 0}, "data.train[0].weight: 0.0 must be above 0 and finite"),
         ({"data.train[0].samples": 0}, "data.train[0].samples: 0 must be at least 1"),
         (
@@ -419,3 +424,23 @@ def test_a_cuda_attention_backend_names_what_stands_in_its_way(backend: str) -> 
         check_config(config)
     assert "model.dtype=fp32" in str(raised.value)
     assert "parallel.device=cpu" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/rows.jsonl", "rows"),
+        ("a/rows.jsonl.gz", "rows"),
+        ("a/rows.v2.json.zst", "rows.v2"),
+        ("a/rows.v2.parquet", "rows.v2"),
+        ("data/", "data"),
+        ("data/*.jsonl", "data"),
+        ("data/**/part-*.json", "data"),
+        ("*.jsonl", "data"),
+        ("s3://bucket/folder", "folder"),
+        ("org/name", "name"),
+    ],
+)
+def test_a_source_is_named_by_the_end_of_its_path(path: str, name: str) -> None:
+    assert source_name(SourceConfig(path=path)) == name
+    assert source_name(SourceConfig(path=path, name="own")) == "own"

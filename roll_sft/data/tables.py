@@ -55,9 +55,9 @@ def table_rows(
 
 def _batches(file: BinaryIO, *, kind: str, parts: range) -> Iterator[pa.RecordBatch]:
     if kind == "parquet":
-        # Without pre-buffering, which would hold all row groups that are asked for.
         table = pq.ParquetFile(file, pre_buffer=False)
-        yield from table.iter_batches(_ROWS_PER_BATCH, row_groups=list(parts))
+        for part in parts:  # one at a time: those that are asked for together are held together
+            yield from table.iter_batches(_ROWS_PER_BATCH, row_groups=[part])
         return
     for batch in itertools.islice(_record_batches(file), parts.start, parts.stop):
         for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
