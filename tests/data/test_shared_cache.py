@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from roll_sft.data import fill as fill_module
-from roll_sft.data import known, pool
+from roll_sft.data import known
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.fill import Filled, ShardTask, SourceOptions
@@ -126,20 +126,33 @@ def test_an_error_in_a_process_is_the_error_of_the_run(tmp_path: Path) -> None:
         run(tmp_path / "rows", replace(OPTIONS, on_bad_row="error"), num_proc=2)
 
 
-def die(task: ShardTask) -> Filled:
-    """Stands for `pool._fill` where memory runs out."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError(task)
+class DiesAtWork(ChatTokenizer):
+    """As where memory runs out."""
+
+    def tokenize_many(self, rows: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DiesAtStart(ChatTokenizer):
+    """Its helper dies before it has read the rest, more than a pipe holds."""
+
+    def __reduce__(self) -> Any:
+        return (os._exit, (3,), bytes(1 << 20))
+
+
+@pytest.mark.parametrize("tokenizer", [DiesAtWork, DiesAtStart])
 def test_a_process_that_dies_ends_the_run_and_nothing_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: type[ChatTokenizer]
 ) -> None:
     for number in range(3):
         write(tmp_path / "rows", number)
-    monkeypatch.setattr(pool, "_fill", die)
-    with pytest.raises(ResourceError, match=r"one of 2 \(out of memory\?\); what is done is kept"):
-        run(tmp_path / "rows", num_proc=2)
+    with pytest.raises(ResourceError, match=r"one of 2 \(out of .*; what is done is kept, so run"):
+        prepare_sources(
+            [Source(str(tmp_path / "rows"), "demo")],
+            tokenizer=tokenizer(tiny_tokenizer()),
+            options=OPTIONS,
+            place=CachePlace(tmp_path / "cache", num_proc=2),
+        )
 
 
 def slow_run(path: Path) -> None:
