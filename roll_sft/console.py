@@ -214,7 +214,7 @@ def _steps_table(plan: Plan) -> Table:
         f"tokens in the run{guessed}": f"{round(tokens * epochs):,}",
         "weights, gradients, optimizer": f"{memory.state_gib:.1f} GiB per GPU",
         "activations (estimate)": f"{memory.activations_gib:.1f} GiB per GPU",
-        "logits (estimate)": f"{memory.logits_gib:.1f} GiB per GPU",
+        "head and loss (estimate)": f"{memory.head_gib:.1f} GiB per GPU",
         "in all (estimate)": f"{memory.total_gib:.1f} GiB per GPU",
         "host memory of a save": f"{memory.save_host_gib:.1f} GiB per worker",
     }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from roll_sft.engine.chunks import chunk_rows
 from roll_sft.engine.preflight import Plan
 
 GIB = 2**30
@@ -18,13 +19,13 @@ class MemoryEstimate:
 
     state_gib: float  # weights, fp32 gradients, master weights and Adam moments
     activations_gib: float
-    logits_gib: float
+    head_gib: float
     save_host_gib: float
 
     @property
     def total_gib(self) -> float:
         """Device memory in all."""
-        return self.state_gib + self.activations_gib + self.logits_gib
+        return self.state_gib + self.activations_gib + self.head_gib
 
 
 def estimate(plan: Plan) -> MemoryEstimate:
@@ -41,7 +42,7 @@ def estimate(plan: Plan) -> MemoryEstimate:
     replicas = layout.data_size * layout.context_size if parallel.use_distributed_optimizer else 1
     weight_bytes, master_bytes = (2, 4) if is_bf16 else (4, 0)
     state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
-    tokens = plan.pack_tokens / layout.context_size
+    tokens = plan.pack_tokens // layout.context_size
     width = 1 if is_bf16 else 2  # in units of bf16
     if layout.sequence_parallel:
         per_unit = ACTIVATION_BYTES / layout.tensor_size
@@ -52,12 +53,15 @@ def estimate(plan: Plan) -> MemoryEstimate:
     in_flight = layout.pipeline_size
     stage_layers = -(-shape.num_layers // layout.pipeline_size)
     activations = tokens * shape.hidden_size * per_unit * width * stage_layers * in_flight
-    # Logits, their fp32 copy and the softmax kept for the backward, on supervised rows; all may be.
-    logits = tokens * embedding / shape.hidden_size / layout.tensor_size * (4 + 4 + 2 * width)
+    # A chunk's logits, in bf16 also before and after the softmax, and the two gradients that the
+    # head keeps for the backward: of its rows, all of which may be, and of its weight in fp32.
+    words = embedding / shape.hidden_size / layout.tensor_size
+    chunk = chunk_rows(tokens, round(words)) * words * (4 + (4 if is_bf16 else 0))
+    head = chunk + tokens * shape.hidden_size * 2 * width + words * shape.hidden_size * 4
     return MemoryEstimate(
         state_gib=state / GIB,
         activations_gib=activations / GIB,
-        logits_gib=logits / GIB,
+        head_gib=head / GIB,
         save_host_gib=_save_host_bytes(plan, parameters) / GIB,
     )
 

@@ -15,16 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-# Chunks are this small only where logits are large: below, one chunk is quicker.
-SMALL_LOGITS_BYTES = 16 << 20
-CHUNKS, MIN_ROWS, MAX_ROWS = 8, 128, 512
-
-
-def chunk_rows(rows: int, width: int) -> int:
-    """Rows of a chunk, for logits fp32 [rows, width]."""
-    if rows * width * 4 <= SMALL_LOGITS_BYTES:
-        return max(rows, 1)
-    return min(max(rows // CHUNKS, MIN_ROWS), MAX_ROWS)
+from roll_sft.engine.chunks import chunk_rows
 
 
 def cross_entropy_of_rows(

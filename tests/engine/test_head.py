@@ -7,6 +7,7 @@ import torch
 
 from roll_sft.config import layout_of
 from roll_sft.engine import head
+from roll_sft.engine.chunks import chunk_rows
 from tests import parity
 from tests.pool import RankPool
 
@@ -99,4 +100,4 @@ def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
     ],
 )
 def test_chunks_are_a_small_part_of_large_logits(rows: int, width: int, size: int) -> None:
-    assert head.chunk_rows(rows, width) == size
+    assert chunk_rows(rows, width) == size

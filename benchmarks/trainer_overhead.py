@@ -1,0 +1,174 @@
+"""What our step costs over a bare Megatron-Core loop on the same micro-batches.
+
+    python benchmarks/trainer_overhead.py
+
+One rank. The bare loop calls Megatron's schedule and optimizer on packed tensors that were built
+beforehand, and nothing else: no batch is built, no metric is made, no loss is reduced. Ours is
+`Engine.train_step`, from the plan's indices to the step's metrics. Both run the same model, the
+same optimizer and the same packs of the demo's data, so what differs is what we add. CPU time;
+blocks of steps are interleaved, `ratio` is the median of the pairs, `low` and `high` the extremes.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from roll_sft.demo import make_assets
+from roll_sft.engine.preflight import Job, prepare
+from roll_sft.run import compose
+
+PAIRS, STEPS = 7, 12
+GOAL = 1.03
+
+
+def main() -> None:
+    """Measures and prints one JSON line."""
+    with tempfile.TemporaryDirectory() as folder, _engine(Path(folder)) as (engine, job):
+        ours, bare = _our_steps(engine, job), _bare_steps(engine, job)
+        ours()
+        bare()
+        ratios = []
+        for pair in range(PAIRS):
+            # Each is first in turn, so that what warms up or drifts meets both.
+            first, second = (ours, bare) if pair % 2 else (bare, ours)
+            seconds = {first: _cpu_seconds(first), second: _cpu_seconds(second)}
+            ratios.append(seconds[ours] / seconds[bare])
+        bare_step_s = seconds[bare] / STEPS
+    ratio = statistics.median(ratios)
+    line = {
+        "name": "trainer_overhead",
+        "ratio": round(ratio, 4),
+        "low": round(min(ratios), 4),
+        "high": round(max(ratios), 4),
+        "pairs": PAIRS,
+        "goal": f"<= {GOAL}",
+        "holds": ratio <= GOAL,
+        "denominator": "Megatron's schedule and optimizer on the same packs, built beforehand",
+        "bare_step_ms": round(1e3 * bare_step_s, 1),
+        "device": "cpu",
+        "versions": {name: version(name) for name in ("roll_sft", "torch", "megatron-core")},
+    }
+    print(json.dumps(line))
+
+
+def _our_steps(engine: Any, job: Job) -> Callable[[], None]:
+    works = [job.planner.step(step).work_for(0, learning_rate=1e-4) for step in _steps()]
+
+    def run() -> None:
+        for work in works:
+            engine.train_step(work)
+
+    return run
+
+
+def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from roll_sft.engine import setup
+
+    forward_backward = get_forward_backward_func()
+    batches = [_tensors(engine, job, step) for step in _steps()]
+
+    def forward_step(iterator: Iterator[Any], model: Any) -> Any:
+        inputs, options, count = next(iterator)
+        rows = model(*inputs, **options)
+
+        def loss(rows: torch.Tensor) -> Any:
+            total = rows.sum()
+            return total, count, total.detach()
+
+        return rows, loss
+
+    def run() -> None:
+        for packs in batches:
+            for chunk in engine._wrapped:
+                chunk.zero_grad_buffer()
+            engine.optimizer.zero_grad()
+            forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=[iter(packs)],
+                model=engine._wrapped,
+                num_microbatches=len(packs),
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=False,
+            )
+            setup.set_learning_rate(engine.optimizer, 1e-4)
+            engine.optimizer.step()
+
+    return run
+
+
+def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
+    """The packs of a step as the model takes them: inputs, options, number of labels."""
+    from roll_sft.engine.attention import PackedSegments, segments_of
+    from roll_sft.engine.loss import loss_arguments
+
+    packs = []
+    for batch in engine.build(job.data.train, job.planner.step(step).ranks[0]):
+        segments = segments_of(
+            batch.cu_seqlens, context_size=1, context_rank=0, device=torch.device("cpu")
+        )
+        packed = PackedSegments(
+            qkv_format="thd",
+            segments=segments,
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        options = {"packed_seq_params": packed, **loss_arguments(engine.supervised_rows(batch))}
+        count = torch.tensor(batch.num_supervised, dtype=torch.int)
+        packs.append(((batch.tokens_T, batch.positions_T, None), options, count))
+    return packs
+
+
+def _steps() -> range:
+    return range(1, STEPS + 1)
+
+
+def _cpu_seconds(run: Callable[[], None]) -> float:
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+@contextmanager
+def _engine(folder: Path) -> Iterator[tuple[Any, Job]]:
+    """The engine of the demo's run on one rank."""
+    make_assets(folder)
+    composed = compose(
+        [
+            "--config-name=demo",
+            f"model.path={folder}/model",
+            f"data.train=[{{path: {folder}/train.jsonl}}]",
+            "data.validation=[]",
+            f"data.cache_dir={folder}/cache",
+            "parallel.num_workers=1",
+            "parallel.tensor_model_parallel_size=1",
+            "parallel.sequence_parallel=false",
+        ]
+    )
+    assert composed is not None
+    job = prepare(composed[0])
+    from roll_sft.engine.engine import Engine
+    from roll_sft.engine.parallel import Rendezvous, process_groups
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 1)
+    rendezvous = Rendezvous("", 0, 0, 1, 60.0, 60.0)
+    with process_groups(rendezvous, job.layout, device="cpu", store=store):
+        yield Engine(job.config, source=job.source, data=job.data), job
+
+
+if __name__ == "__main__":
+    main()
