@@ -125,9 +125,9 @@ def _preview(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    from roll_sft.engine import export
+    from roll_sft.engine import convert
 
-    return export.main(arguments, program="roll-sft convert")
+    return convert.main(arguments, program="roll-sft convert")
 
 
 def _rows(text: str) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ COMMANDS = {
     "plan": Command("what a run would do, without starting it", _plan),
     "preview": Command("rows as they are trained on, token by token", _preview),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
-    "convert": Command("a checkpoint to a folder that transformers loads", _convert),
+    "convert": Command("a checkpoint to a folder that transformers loads, or back", _convert),
 }
 
 

@@ -73,7 +73,10 @@ def test_each_command_says_what_it_takes(script: Door, command: str, parts: list
         (["parity", "--samples", "few"], ["argument --samples: invalid int value: 'few'"]),
         (["parity", "modle.path=x"], ["modle.path: no such key; did you mean `model.path`?"]),
         (["plan", "--config-name", "dmeo"], ["did you mean 'demo'?"]),
-        (["convert", "--output", "x"], ["the following arguments are required: --checkpoint"]),
+        (
+            ["convert", "--output", "x"],
+            ["one of the arguments input --checkpoint --model is required"],
+        ),
     ],
 )
 def test_what_there_is_not_is_refused_with_code_2(

@@ -5,7 +5,7 @@ python tools/convert_megatron_to_hf.py --checkpoint outputs/RUN/checkpoints/step
 
 import sys
 
-from roll_sft.engine.export import main
+from roll_sft.engine.convert import main
 
 if __name__ == "__main__":
     sys.exit(main())

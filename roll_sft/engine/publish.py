@@ -69,7 +69,7 @@ def publish_step(job: Job, plan: StepPlan, *, staging: Path) -> Path:
         optimizer_step=parts[0].optimizer_step,
     )
     hashes = {part.name: part.sha256 for part in parts}
-    return publish(staging, state=state, versions=_versions(), hashes=hashes)
+    return publish(staging, state=state, versions=versions_here(), hashes=hashes)
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
@@ -91,29 +91,36 @@ def publish(
 
     `hashes` are of files that are known and on disk already; the others are read for theirs.
     """
-    files, known = sorted(path for path in staging.rglob("*") if path.is_file()), hashes or {}
+    write_manifest(staging, state=state, versions=versions, hashes=hashes or {})
+    final = staging.with_name(f"step_{state.step:08d}")
+    staging.rename(final)
+    _sync(final.parent)
+    write_durably(staging.with_name(LATEST), final.name + "\n")
+    return final
+
+
+def write_manifest(
+    folder: Path, *, state: RunState, versions: dict[str, str], hashes: Mapping[str, str]
+) -> None:
+    """Write the manifest into `folder`, of all that it holds, with `hashes` as in `publish`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         **dataclasses.asdict(state),
         "versions": versions,
         "files": {
-            str(path.relative_to(staging)): {
+            str(path.relative_to(folder)): {
                 "size": path.stat().st_size,
-                "sha256": known.get(path.name) or sha256_of(path),
+                "sha256": hashes.get(path.name) or sha256_of(path),
             }
             for path in files
         },
     }
     # In this order a crash of the machine, too, leaves all of a checkpoint or no name for it.
     for path in (*files, *{path.parent for path in files}):
-        if path.name not in known:
+        if path.name not in hashes:
             _sync(path)
-    write_durably(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    final = staging.with_name(f"step_{state.step:08d}")
-    staging.rename(final)
-    _sync(final.parent)
-    write_durably(staging.with_name(LATEST), final.name + "\n")
-    return final
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def check_complete(folder: Path) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     """Versions of what wrote the checkpoint; a package that runs from its sources has none."""
     versions = {}
     for package in PACKAGES:

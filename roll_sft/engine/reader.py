@@ -2,24 +2,22 @@
 
 Parameters of equal layers lie in one stored tensor with the layer as its first dimension; `Reader`
 hides that and reads one layer without the others, so memory follows the parameter, not the model.
+It remembers what it has read, so that nothing in a checkpoint is left out unnoticed.
 """
 
 import math
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from roll_sft.engine.safe_load import DAMAGE, load_metadata
+from roll_sft.engine.distcp import read_index
+from roll_sft.engine.shards import Piece
 from roll_sft.errors import CheckpointError
 
 _LAYERS = "decoder.layers."
+_OPTIMIZER = "optimizer."
+_MASTERS = "optimizer.state.param."
 # The local layer spec stores its norms under the names they have when fused into the next linear
 # layer, so that checkpoints do not depend on the spec.
 _STORED_NAMES = {
@@ -29,63 +27,58 @@ _STORED_NAMES = {
 
 
 class Reader:
-    """One checkpoint's parameters, by Megatron's names with global layer indices."""
+    """One checkpoint's parameters, by Megatron's names with global layer indices.
 
-    def __init__(self, folder: Path) -> None:
+    With `dtype`, a parameter that is stored rounded to another dtype is read from the optimizer's
+    fp32 copy, if there is one, so that it is rounded once.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None) -> None:
         self._folder = folder
-        self._storage = FileSystemReader(folder)
-        self._metadata = load_metadata(folder)
-        self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._index = read_index(folder)
+        self._dtype = dtype
+        self._num_read: Counter[str] = Counter()
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def read(self, name: str) -> torch.Tensor:
         """Parameter `name` with all tensor shards merged, in the dtype it was saved in, on the CPU.
 
-        Raises `CheckpointError` where it is missing, not whole, or its file is damaged.
+        In memory that the next call takes again. Raises `CheckpointError` where it is missing, not
+        whole, or its file is damaged.
         """
-        key, layer = _stored_name(name)
-        stored = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
+        key, layer = stored_name(name)
+        dtype, shape = self._index.stored(key)
+        if layer is not None and layer >= shape[0]:
             raise CheckpointError(f"{self._folder}: {name} is not in this checkpoint")
-        shape = list(stored.size)
-        start = [0] * len(shape)
-        if layer is not None:
-            start[0], shape[0] = layer, 1
-        tensor = torch.empty(shape, dtype=stored.properties.dtype)
-        wanted = ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
-        found = sum(math.prod(item.lengths) for item in items)
-        if found != tensor.numel():
-            raise CheckpointError(
-                f"{self._folder}: {name} has {found} of its {tensor.numel()} numbers"
-            )
-        try:
-            self._storage.read_data(LoadPlan(items), _Into(tensor)).wait()
-        except (CheckpointException, *DAMAGE) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{self._folder}: cannot read {name}: {reason}") from error
+        self._num_read[key] += math.prod(shape if layer is None else shape[1:])
+        if dtype != self._dtype and self._dtype is not None and _MASTERS + key in self._index.keys:
+            key = _MASTERS + key
+            dtype, shape = self._index.stored(key)
+        sizes = shape if layer is None else (1, *shape[1:])
+        num_bytes = math.prod(sizes) * dtype.itemsize
+        if self._room.numel() < num_bytes:  # fresh memory costs more than reading into it
+            self._room = torch.empty(num_bytes, dtype=torch.uint8)
+        tensor = self._room[:num_bytes].view(dtype).view(sizes)
+        first = 0 if layer is None else layer
+        self._index.fill(Piece(key, shape, (first, *(0 for _ in shape[1:])), tensor))
         return tensor if layer is None else tensor[0]
 
-
-class _Into(DefaultLoadPlanner):
-    """Tells the storage where the parts of one tensor go."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
-        self._tensor = tensor
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        part = self._tensor
-        offsets_and_lengths = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        for dim, (offset, length) in enumerate(offsets_and_lengths):
-            part = part.narrow(dim, offset, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:
-        """Nothing to do: the storage has written into the tensor itself."""
+    def check_all_read(self) -> None:
+        """Raise `CheckpointError` for a tensor of the model that was not read, or not all of it."""
+        for key in sorted(self._index.keys):
+            if key.startswith(_OPTIMIZER):
+                continue
+            num_stored, num_read = math.prod(self._index.stored(key)[1]), self._num_read[key]
+            if num_read != num_stored:
+                raise CheckpointError(
+                    f"{self._folder}: {key} has {num_stored} numbers, and the model that"
+                    f" config.json describes takes {num_read} of them; the checkpoint belongs to"
+                    " another model"
+                )
 
 
-def _stored_name(name: str) -> tuple[str, int | None]:
-    """The name that `name` is stored under, and its layer if it has one."""
+def stored_name(name: str) -> tuple[str, int | None]:
+    """The name that parameter `name` is stored under, and its layer if it has one."""
     prefix, dot, rest = name.partition(_LAYERS)
     if not dot:
         return name, None

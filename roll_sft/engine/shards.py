@@ -183,12 +183,20 @@ class Index:
         self._chunks: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             self._chunks.setdefault(chunk.key, []).append(chunk)
+        self._room = torch.empty(0, dtype=torch.uint8)
         self.bytes_read = 0
 
     @property
     def keys(self) -> frozenset[str]:
         """The names of all stored tensors."""
         return frozenset(self._chunks)
+
+    def stored(self, key: str) -> tuple[torch.dtype, Shape]:
+        """dtype and shape of the stored tensor `key`. Raises `CheckpointError` if there is none."""
+        chunks = self._chunks.get(key)
+        if not chunks:
+            raise CheckpointError(f"{self._folder}: {key} is not in this checkpoint")
+        return DTYPES[chunks[0].dtype], chunks[0].shape
 
     def fill(self, piece: Piece) -> None:
         """Copy the stored numbers of the rectangle `piece` into its tensor.
@@ -224,24 +232,24 @@ class Index:
         ]
         if min(sizes, default=1) <= 0:
             return 0
-        source = self._read(
-            chunk, [a - b for a, b in zip(low, chunk.offset, strict=True)], sizes=sizes
-        )
         target = piece.tensor
         for dim, (first, offset, size) in enumerate(zip(low, piece.offset, sizes, strict=True)):
             target = target.narrow(dim, first - offset, size)
-        target.copy_(source)
+        self._read(chunk, [a - b for a, b in zip(low, chunk.offset, strict=True)], target=target)
         return math.prod(sizes)
 
-    def _read(self, chunk: Chunk, begin: list[int], *, sizes: list[int]) -> torch.Tensor:
-        path, dtype = self._folder / chunk.file, DTYPES[chunk.dtype]
+    def _read(self, chunk: Chunk, begin: list[int], *, target: torch.Tensor) -> None:
+        """Fill `target` with the rectangle of its shape that starts at `begin` in `chunk`."""
+        path, dtype, sizes = self._folder / chunk.file, DTYPES[chunk.dtype], list(target.shape)
         try:
             if chunk.data_start is None:
                 whole = self._read_record(path, chunk)
                 for dim, (first, size) in enumerate(zip(begin, sizes, strict=True)):
                     whole = whole.narrow(dim, first, size)
-                return whole
-            result = torch.empty(sizes, dtype=dtype)
+                target.copy_(whole)
+                return
+            is_direct = target.is_contiguous() and target.dtype == dtype and target.is_cpu
+            result = target if is_direct else self._room_for(sizes, dtype)
             memory = memoryview(cast(Any, result.view(-1).view(torch.uint8).numpy()))
             with path.open("rb", buffering=0) as file:
                 for start, length in _runs(chunk.sizes, begin, sizes):
@@ -252,7 +260,15 @@ class Index:
         except (OSError, EOFError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{path}: cannot read {chunk.key}: {reason}") from error
-        return result
+        if not is_direct:
+            target.copy_(result)
+
+    def _room_for(self, sizes: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory that is used over and over: fresh memory costs more than reading into it."""
+        num_bytes = math.prod(sizes) * dtype.itemsize
+        if self._room.numel() < num_bytes:
+            self._room = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._room[:num_bytes].view(dtype).view(sizes)
 
     def _read_record(self, path: Path, chunk: Chunk) -> torch.Tensor:
         """A chunk of which only the torch.save record is known."""

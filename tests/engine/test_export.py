@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from roll_sft.config import layout_of
-from roll_sft.engine import export
+from roll_sft.engine import convert
 from roll_sft.engine.preflight import prepare
 from roll_sft.engine.publish import MANIFEST, RunState, publish, staging_folder
 from roll_sft.engine.reader import Reader
@@ -80,7 +80,7 @@ def test_the_export_keeps_the_source_dtype_and_rounds_on_request(
     plain = load_file(checkpoint.parents[1] / "hf" / "model.safetensors")
     assert {tensor.dtype for tensor in plain.values()} == {torch.float32}
     arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "half")]
-    assert export.main([*arguments, "--dtype", "bf16"]) == 0
+    assert convert.main([*arguments, "--dtype", "bf16"]) == 0
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert half.keys() == plain.keys()
     for name, tensor in plain.items():
@@ -93,7 +93,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "hf")]
-    assert export.main(arguments) == 6
+    assert convert.main(arguments) == 6
     assert "not a complete checkpoint" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "hf").exists()
 
@@ -110,7 +110,7 @@ def test_a_damaged_shard_gives_one_line_and_no_model(
             shard.unlink()
         else:
             shard.write_bytes(shard.read_bytes()[:100])
-    assert export.main(["--checkpoint", str(copy), "--output", str(tmp_path / "hf")]) == 6
+    assert convert.main(["--checkpoint", str(copy), "--output", str(tmp_path / "hf")]) == 6
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert str(copy) in last_line
     assert "damaged" in last_line
@@ -136,7 +136,7 @@ def test_a_model_in_the_way_is_kept_unless_told(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "hf")]
-    assert export.main(arguments) == 0
-    assert export.main(arguments) == 6
+    assert convert.main(arguments) == 0
+    assert convert.main(arguments) == 6
     assert "not empty" in capsys.readouterr().err.splitlines()[-1]
-    assert export.main([*arguments, "--replace"]) == 0
+    assert convert.main([*arguments, "--replace"]) == 0

@@ -18,6 +18,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {"num_workers": 1},
     "TP2": {"num_workers": 2, "tensor_model_parallel_size": 2},
     "PP2": {"num_workers": 2, "pipeline_model_parallel_size": 2},
+    "PP2x2 virtual": {
+        "num_workers": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+    },
     "TP2xPP2": {
         "num_workers": 4,
         "tensor_model_parallel_size": 2,

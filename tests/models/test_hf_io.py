@@ -19,13 +19,9 @@ from transformers import (
 )
 
 from roll_sft.errors import CheckpointError, ConfigError
-from roll_sft.models.hf_io import (
-    RandomSource,
-    SafetensorsSource,
-    plan_shards,
-    save_assets,
-    write_hf_folder,
-)
+from roll_sft.models.hf_io import RandomSource, SafetensorsSource, save_assets
+from roll_sft.models.hf_write import plan_shards, write_hf_folder
+from roll_sft.models.new_folder import new_folder
 from roll_sft.models.qwen import QWEN2
 from tests.tiny import tiny_tokenizer
 
@@ -220,13 +216,14 @@ def test_an_exported_folder_loads_in_transformers_and_is_equal(
     save_assets(
         model_folder, tokenizer=tiny_tokenizer(), output=tmp_path / "assets", end_of_turn_id=2
     )
+    folder = tmp_path / "hf"
+    folder.mkdir()
     write_hf_folder(
         ((name, source.read(name).float()) for name in shapes),
         plan=plan_shards(shapes, dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes),
         assets=tmp_path / "assets",
-        output=tmp_path / "deep" / "hf",
+        folder=folder,
     )
-    folder = tmp_path / "deep" / "hf"
     index = folder / "model.safetensors.index.json"
     assert index.exists() == (max_shard_bytes < 1_000_000)
     if index.exists():
@@ -236,22 +233,24 @@ def test_an_exported_folder_loads_in_transformers_and_is_equal(
         assert {(folder / file).is_file() for file in content["weight_map"].values()} == {True}
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == torch.bfloat16
-    assert list(folder.parent.iterdir()) == [folder]
     for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
 
 
-def write(assets: Path, output: Path, *, tensors: Any = None, **changes: Any) -> None:
+def write(assets: Path, output: Path, *, tensors: Any = None, replace: bool = False) -> None:
     stream: Iterator[tuple[str, torch.Tensor]] = iter(tensors or TENSORS.items())
     plan = plan_shards(SHAPES, dtype=torch.float32, max_shard_bytes=150)
-    write_hf_folder(stream, plan=plan, assets=assets, output=output, **changes)
+    with new_folder(output, kind="model", marker="config.json", replace=replace) as folder:
+        write_hf_folder(stream, plan=plan, assets=assets, folder=folder)
 
 
 def test_files_are_as_readable_as_any_new_file(assets: Path, tmp_path: Path):
     assets.chmod(0o700)
-    write(assets, tmp_path / "hf")
+    write(assets, tmp_path / "deep" / "hf")
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "hf"]
+    (tmp_path / "deep" / "hf").rename(tmp_path / "hf")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").touch()
     modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir() if path.is_file()}
@@ -273,7 +272,8 @@ def test_the_exported_dtype_is_written_under_the_key_the_file_uses(
 ):
     (assets / "config.json").write_text(json.dumps(written))
     plan = plan_shards(SHAPES, dtype=torch.bfloat16)
-    write_hf_folder(TENSORS.items(), plan=plan, assets=assets, output=tmp_path / "hf")
+    (tmp_path / "hf").mkdir()
+    write_hf_folder(TENSORS.items(), plan=plan, assets=assets, folder=tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == expected
     stored = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(stored[name], TENSORS[name].bfloat16()) for name in SHAPES)
