@@ -77,3 +77,25 @@ def test_there_and_back_every_tensor_is_as_it_was(kind: str, home: Path, tmp_pat
     assert back.keys() == source.keys()
     for name, tensor in source.items():
         assert torch.equal(back[name], tensor), name
+
+
+def test_a_tensor_that_nobody_reads_is_named(home: Path, tmp_path: Path) -> None:
+    from roll_sft.engine.reader import Reader
+    from roll_sft.errors import CheckpointError
+
+    reader = Reader(home / "qwen2" / "megatron")
+    reader.read("decoder.layers.0.mlp.linear_fc1.weight")
+    with pytest.raises(CheckpointError, match=r"takes \d+ of them; the checkpoint belongs"):
+        reader.check_all_read()
+
+
+def test_a_checkpoint_of_a_newer_megatron_core_is_refused(tmp_path: Path) -> None:
+    from roll_sft.engine.versions import check_megatron
+    from roll_sft.errors import CheckpointError
+
+    check_megatron(tmp_path, {"versions": {"megatron-core": "0.12.0"}})
+    check_megatron(tmp_path, {"versions": {}})
+    with pytest.raises(
+        CheckpointError, match=r"written with megatron-core 99\.1\.0, which is newer"
+    ):
+        check_megatron(tmp_path, {"versions": {"megatron-core": "99.1.0"}})
