@@ -61,11 +61,20 @@ def named_in(row: dict[str, str]) -> str:
 
 
 # Run in a bare interpreter, as the examples were: libraries patch the standard one on import.
+# A name may be both a module and what its package has under that name (unittest.main).
 PRINT_STRANGERS = """
-import inspect, json, pydoc, sys
+import functools, importlib, inspect, json, sys
+def texts(name):
+    parts = name.split('.')
+    for size in range(1, len(parts) + 1):
+        try:
+            module = importlib.import_module('.'.join(parts[:size]))
+            yield functools.reduce(getattr, parts[size:], module).__doc__ or ''
+        except (ImportError, AttributeError):
+            pass
 for name, answer in json.load(sys.stdin):
-    text = inspect.cleandoc(pydoc.locate(name).__doc__)
-    if not text.startswith(answer):
+    found = [*texts(name), *texts('builtins.' + name)]
+    if not any(inspect.cleandoc(text).startswith(answer) for text in found):
         print(name)
 """
 
