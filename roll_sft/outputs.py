@@ -106,11 +106,15 @@ def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
             LOG.warning("%s has not every line up to step %d: its beginning is lost", name, step)
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of `JsonLines`; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def losses(folder: Path, name: str | None) -> dict[int, float]:
     """The loss of validation set `name` by step, from `eval.jsonl`."""
-    path = folder / "eval.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = lines_of(folder / "eval.jsonl")
     return {each["step"]: each["loss"] for each in records if each["name"] == name}
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from roll_sft import metrics
@@ -15,7 +15,7 @@ from roll_sft.console import StepDisplay, step_display
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.preflight import Job
 from roll_sft.metrics import EvalMetrics, StepMetrics, StepRecord
-from roll_sft.outputs import JsonLines
+from roll_sft.outputs import JsonLines, lines_of
 from roll_sft.tracking import MlflowTracker
 
 
@@ -33,6 +33,8 @@ class Records:
         self._samples = self._open(folder / "samples.jsonl") if wanted else None
         self.tracker = _tracker(job, folder, resumes=first_step > 1)
         self.device_name: str | None = None
+        if self.tracker is not None and first_step > 1:
+            self._track_again(folder)
 
     def sync(self) -> None:
         """Bring every line so far to disk, as a checkpoint that goes on after it needs."""
@@ -47,11 +49,7 @@ class Records:
         if self._samples is not None:
             self._samples.write({"step": plan.step, "samples": names})
         self._display.show(record, fill=plan.fill)
-        due = plan.step % self._job.config.train.logging_steps == 0
-        if self.tracker is not None and (due or plan.step == self._job.total_steps):
-            values = dataclasses.asdict(record)
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.tracker.log_metrics(plan.step, numbers)
+        self._track(dataclasses.asdict(record))
         return record
 
     def evaluation(self, step: int, name: str, result: EvalMetrics, *, seconds: float) -> float:
@@ -70,6 +68,23 @@ class Records:
         if self.tracker is not None:
             self.tracker.log_metrics(step, {f"eval/{name}/loss": loss})
         return loss
+
+    def _track(self, values: Mapping[str, object]) -> None:
+        """Tell the tracker of a step's line, if it is one of those that it is told."""
+        step = values["step"]
+        assert isinstance(step, int), f"step {step!r} is no number"
+        due = step % self._job.config.train.logging_steps == 0 or step == self._job.total_steps
+        if self.tracker is not None and due:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self.tracker.log_metrics(step, numbers)
+
+    def _track_again(self, folder: Path) -> None:
+        """Tell the tracker what it may not have heard before the run was killed; it knows what."""
+        for line in lines_of(folder / "steps.jsonl"):
+            self._track(line)
+        for line in lines_of(folder / "eval.jsonl"):
+            if self.tracker is not None:
+                self.tracker.log_metrics(line["step"], {f"eval/{line['name']}/loss": line["loss"]})
 
     def close(self, *, succeeded: bool) -> None:
         """Close the files and finish the tracker's run."""
