@@ -26,6 +26,7 @@ from roll_sft.records import Records, open_records
 from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.placement import Slots, reserved
+from roll_sft.runtime.spread import spread_over_cluster
 from roll_sft.saving import Saves
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
     with outputs.claimed(folder, resumes=config.resume != NONE) as folder:
         is_run = not config.prepare_only
         checkpoint = find_checkpoint(config, folder / outputs.CHECKPOINTS) if is_run else None
-        job = prepare(config)
+        job = prepare(config, spread=spread_over_cluster(config))
         start = start_from(job, checkpoint)
         (folder / "config.yaml").write_text(composed_yaml, encoding="utf-8")
         outputs.write_json(folder / "data_report.json", _data_report(job))

@@ -1,0 +1,115 @@
+"""Shards of data prepared by the cluster that a run joins, one Ray task and one CPU each.
+
+Only a node that sees the driver's token cache can help: what it writes must be found again. So each
+task first looks for a file that the driver has just put there. What no such node took is prepared
+by the driver's machine, so a cluster without shared disks costs time and never the run.
+"""
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from roll_sft.config import RunConfig
+from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.fill import Filled, ShardTask, fill
+from roll_sft.data.pool import Spread, spread_for
+from roll_sft.errors import ResourceError, RollSftError, first_line
+from roll_sft.runtime.connection import connected
+
+LOG = logging.getLogger(__name__)
+# Each task has one CPU, and the tokenizer would take them all.
+ENVIRONMENT = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+
+
+def spread_over_cluster(config: RunConfig) -> Spread | None:
+    """Prepares shards on the cluster that `config` joins; None where it joins none."""
+    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return None
+
+    def over_cluster(
+        tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]
+    ) -> Generator[Filled, None, None]:
+        # One shard is quicker done than sent.
+        if len(tasks) > 1:
+            with connected(config), _visible(tasks[0].folder.parent) as nonce:
+                left = yield from _over_nodes(tokenizer, tasks, nonce=nonce)
+        else:
+            left = list(tasks)
+        if left:
+            yield from spread_for(left, num_proc=config.data.num_proc)(tokenizer, left)
+
+    return over_cluster
+
+
+def _over_nodes(
+    tokenizer: ChatTokenizer, tasks: Sequence[ShardTask], *, nonce: Path
+) -> Generator[Filled, None, list[ShardTask]]:
+    """Yield what nodes prepared; return the tasks that met a node which cannot help."""
+    remote: Any = ray.remote(_fill_if_visible)
+    remote = remote.options(num_cpus=1, scheduling_strategy="SPREAD", runtime_env=ENVIRONMENT)
+    sent_tokenizer, left = ray.put(tokenizer), list[ShardTask]()
+    waiting = {remote.remote(sent_tokenizer, task, nonce): task for task in tasks}
+    try:
+        while waiting:
+            (ready, *_), _rest = ray.wait(list(waiting))
+            task = waiting.pop(ready)
+            filled = _result(ready, task)
+            if filled is None:
+                left.append(task)
+            else:
+                yield filled
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+    if left:
+        LOG.info(
+            "%d of %d shards met nodes that do not share data.cache_dir or the data; this machine"
+            " prepares them",
+            len(left),
+            len(tasks),
+        )
+    return left
+
+
+def _fill_if_visible(tokenizer: ChatTokenizer, task: ShardTask, nonce: Path) -> Filled | None:
+    """`fill` where this node shares the driver's cache and sees the file; None elsewhere."""
+    if not nonce.exists():
+        return None
+    is_local = "://" not in task.shard.file
+    if is_local and not Path(task.shard.file).exists():
+        return None
+    return fill(tokenizer, task)
+
+
+def _result(reference: Any, task: ShardTask) -> Filled | None:
+    try:
+        filled: Filled | None = ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, RollSftError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise ResourceError(
+            f"{task.shard.file}: a Ray task that prepared it ended ({first_line(error)}); look at"
+            " the memory of the nodes, or set data.num_proc and prepare it with prepare_only=true"
+        ) from error
+    return filled
+
+
+@contextlib.contextmanager
+def _visible(folder: Path) -> Iterator[Path]:
+    """A file in `folder` that a node sees if it sees this folder and not one of the same name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    nonce = folder / f".visible_{uuid.uuid4().hex}"
+    try:
+        nonce.touch()
+        yield nonce
+    finally:
+        nonce.unlink(missing_ok=True)
