@@ -22,10 +22,14 @@ class RankPool:
     """Up to `size` ranks."""
 
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        for _ in range(size):
+        for _ in range(self._size):
             ours, theirs = context.Pipe()
             # Not a daemon: Megatron forks writers. It ends when our end of the pipe closes.
             process = context.Process(target=_serve, args=(theirs,))
@@ -56,6 +60,9 @@ class RankPool:
 
     def _answer(self, rank: int, function: Callable[..., Any]) -> tuple[str | None, Any]:
         if not self._pipes[rank].poll(TIMEOUT_S):
+            # Anew: a late answer would be taken for that to the next question.
+            self.close()
+            self._start()
             raise TimeoutError(f"rank {rank} did not answer {function}")
         answer: tuple[str | None, Any] = self._pipes[rank].recv()
         return answer
