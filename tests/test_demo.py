@@ -61,7 +61,8 @@ def named_in(row: dict[str, str]) -> str:
 
 
 # Run in a bare interpreter, as the examples were: libraries patch the standard one on import.
-# A name may be both a module and what its package has under that name (unittest.main).
+# A name may be both a module and what its package has under that name (unittest.main), and a method
+# may be documented in its class and nowhere else (zoneinfo.ZoneInfo.no_cache on Python 3.12).
 PRINT_STRANGERS = """
 import functools, importlib, inspect, json, sys
 def texts(name):
@@ -70,7 +71,9 @@ def texts(name):
         try:
             module = importlib.import_module('.'.join(parts[:size]))
             yield functools.reduce(getattr, parts[size:], module).__doc__ or ''
-        except (ImportError, AttributeError):
+            owner = functools.reduce(getattr, parts[size:-1], module)
+            yield vars(owner)[parts[-1]].__doc__ or ''
+        except (ImportError, AttributeError, KeyError, TypeError):
             pass
 for name, answer in json.load(sys.stdin):
     found = [*texts(name), *texts('builtins.' + name)]
