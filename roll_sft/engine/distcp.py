@@ -66,6 +66,8 @@ def read_index(folder: Path) -> Index:
 def _chunks(tensors: dict[str, dict[str, Any]]) -> Iterable[Chunk]:
     for key, entry in tensors.items():
         for offset, sizes, file, start, length, data_start in entry["chunks"]:
+            if file != Path(file).name:
+                raise ValueError(f"{file!r} lies outside of the folder")
             place = (file, start, length, data_start)
             yield Chunk(
                 key, entry["dtype"], tuple(entry["shape"]), tuple(offset), tuple(sizes), *place

@@ -137,6 +137,8 @@ def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
 
 def _check_same_run(job: Job, manifest: dict[str, Any], *, checkpoint: Path) -> None:
     found, allowed = changes(job, manifest), job.config.checkpoint.allow_changes
+    if manifest["step"] == 0:  # a converted model: weights to start from, and no run behind them
+        return
     if updates_of(manifest) is None:
         found["optimizer"] = "the checkpoint has none, so moments would begin at zero"
     refused = {name: what for name, what in found.items() if name not in allowed}

@@ -1,5 +1,8 @@
 """A HuggingFace folder as a checkpoint, and back: for Megatron-Core, for our engine, for people."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,9 @@ from safetensors.torch import load_file
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.engine import convert
 from roll_sft.engine.preflight import prepare
+from roll_sft.engine.resume import start_from
 from tests import parity
+from tests.engine.test_resume import steps_of
 from tests.engine.test_roundtrip import KINDS, LAYOUTS
 from tests.pool import RankPool
 
@@ -99,3 +104,62 @@ def test_a_checkpoint_of_a_newer_megatron_core_is_refused(tmp_path: Path) -> Non
         CheckpointError, match=r"written with megatron-core 99\.1\.0, which is newer"
     ):
         check_megatron(tmp_path, {"versions": {"megatron-core": "99.1.0"}})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_starts_from_a_converted_model_as_from_the_model(
+    layout: str, home: Path, pool: RankPool
+) -> None:
+    kind = KINDS[0]
+    config = parity.parity_config(
+        home, parallel=LAYOUTS[layout], model={"path": str(home / kind / "model")}
+    )
+    job, folder = prepare(config), home / kind / "megatron"
+    assert start_from(job, folder).step == 0
+    runs = [
+        pool.run(steps_of, layout_of(config.parallel), config, 1, 2, loads, None)
+        for loads in (None, folder)
+    ]
+    assert runs[0] == runs[1]
+
+
+# A converter that is killed where it has written a part.
+KILLED = """
+import os, signal, sys
+from roll_sft.engine import convert, export, import_hf
+
+def killed_after(number, original):
+    def part(*args, **options):
+        for count, value in enumerate(original(*args, **options)):
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield value
+    return part
+
+export._hf_tensors = killed_after(5, export._hf_tensors)
+import_hf._pieces = killed_after(5, import_hf._pieces)
+sys.exit(convert.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("source", ["model", "megatron"])
+def test_a_killed_conversion_leaves_no_model_and_is_done_again(
+    source: str, home: Path, tmp_path: Path
+) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name not in ("README.md", ".metadata")
+        }
+
+    kind = KINDS[0]
+    arguments = [str(home / kind / source), "--output", str(tmp_path / "out" / "made")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not (tmp_path / "out" / "made").exists()
+    assert convert.main(arguments) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["made"]
+    arguments[-1] = str(tmp_path / "other" / "made")
+    assert convert.main(arguments) == 0
+    assert files(tmp_path / "out" / "made") == files(tmp_path / "other" / "made")
