@@ -61,7 +61,11 @@ def main() -> None:
 
 
 def _our_steps(engine: Any, job: Job) -> Callable[[], None]:
-    works = [job.planner.step(step).work_for(0, learning_rate=1e-4) for step in _steps()]
+    plans = [job.planner.step(step) for step in _steps()]
+    works = [
+        plan.work_for(0, learning_rate=1e-4, following=following)
+        for plan, following in zip(plans, [*plans[1:], plans[0]], strict=True)
+    ]
 
     def run() -> None:
         for work in works:
@@ -110,25 +114,23 @@ def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
 
 def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
     """The packs of a step as the model takes them: inputs, options, number of labels."""
-    from roll_sft.engine.attention import PackedSegments, segments_of
+    from roll_sft.engine.attention import PackedSegments
     from roll_sft.engine.loss import loss_arguments
 
     packs = []
     for batch in engine.build(job.data.train, job.planner.step(step).ranks[0]):
-        segments = segments_of(
-            batch.cu_seqlens, context_size=1, context_rank=0, device=torch.device("cpu")
-        )
+        pack = batch.pack
         packed = PackedSegments(
             qkv_format="thd",
-            segments=segments,
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
+            segments=batch.segments,
+            cu_seqlens_q=pack.cu_seqlens,
+            cu_seqlens_kv=pack.cu_seqlens,
+            max_seqlen_q=pack.max_seqlen,
+            max_seqlen_kv=pack.max_seqlen,
         )
-        options = {"packed_seq_params": packed, **loss_arguments(engine.supervised_rows(batch))}
-        count = torch.tensor(batch.num_supervised, dtype=torch.int)
-        packs.append(((batch.tokens_T, batch.positions_T, None), options, count))
+        options = {"packed_seq_params": packed, **loss_arguments(batch.rows)}
+        count = torch.tensor(pack.num_supervised, dtype=torch.int)
+        packs.append(((pack.tokens_T, pack.positions_T, None), options, count))
     return packs
 
 

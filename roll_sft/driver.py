@@ -89,10 +89,12 @@ def train(
     """Queue a step, collect the one before it; drain where something else is due."""
     train, pending = job.config.train, deque[tuple[StepPlan, Pending]]()
     saves = Saves(job, group, records, folder=folder)
+    plan = job.planner.step(first_step)
     for step in range(first_step, job.total_steps + 1):
-        plan = job.planner.step(step)
-        pending.append((plan, group.train_step(plan, learning_rate=job.schedule.at(step))))
         is_last = step == job.total_steps
+        following = None if is_last else job.planner.step(step + 1)
+        queued = group.train_step(plan, learning_rate=job.schedule.at(step), following=following)
+        pending.append((plan, queued))
         is_saved = job.config.checkpoint.save and (is_last or _is_due(step, train.save_steps))
         # The best checkpoint is told by its own loss, so each has one.
         is_judged = is_saved and job.config.checkpoint.keep_best is not None
@@ -104,6 +106,8 @@ def train(
             _evaluate(job, group, records, step=step)
         if is_saved:
             saves.begin(plan)
+        if following is not None:
+            plan = following
     saves.finish()
 
 

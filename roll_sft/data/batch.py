@@ -12,7 +12,7 @@ pack once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -46,19 +46,6 @@ class PackedBatch:
     rows: torch.Tensor
     row_labels: torch.Tensor
     num_supervised: int
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            tokens_T=self.tokens_T.to(device),
-            labels_T=self.labels_T.to(device),
-            positions_T=self.positions_T.to(device),
-            supervised_T=self.supervised_T.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            rows=self.rows.to(device),
-            row_labels=self.row_labels.to(device),
-        )
 
 
 def build_batch(

@@ -51,12 +51,14 @@ class RankWork:
 
     All ranks of one model replica get equal work. `supervised_tokens` counts the whole global
     batch: it is the denominator of the loss. An empty micro-batch stands for a pack of weight 0.
+    `next_micro_batches` may be built while this step runs.
     """
 
     step: int
     micro_batches: tuple[tuple[int, ...], ...]
     supervised_tokens: int
     learning_rate: float
+    next_micro_batches: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,17 @@ class StepPlan:
     fill: float
     dp_imbalance: float
 
-    def work_for(self, data_rank: int, *, learning_rate: float) -> RankWork:
-        """The share of one data-parallel rank."""
-        return RankWork(self.step, self.ranks[data_rank], self.supervised_tokens, learning_rate)
+    def work_for(
+        self, data_rank: int, *, learning_rate: float, following: "StepPlan | None" = None
+    ) -> RankWork:
+        """The share of one data-parallel rank, and its share of the step that comes after."""
+        return RankWork(
+            self.step,
+            self.ranks[data_rank],
+            self.supervised_tokens,
+            learning_rate,
+            None if following is None else following.ranks[data_rank],
+        )
 
 
 class Planner:

@@ -15,7 +15,8 @@ of its triangle on every rank.
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ class Segments:
     key_bounds: torch.Tensor  # int32 [N + 1]
     key_index: torch.Tensor | None  # int64 [K] into the gathered keys; None: keys as they lie
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Segments":
+        """The same with tensors where `move` brings them."""
+        return replace(
+            self,
+            query_bounds=move(self.query_bounds),
+            key_bounds=move(self.key_bounds),
+            key_index=None if self.key_index is None else move(self.key_index),
+        )
+
 
 @dataclass
 class PackedSegments(PackedSeqParams):
@@ -46,10 +56,8 @@ class PackedSegments(PackedSeqParams):
     segments: Segments | None = None
 
 
-def segments_of(
-    cu_seqlens: torch.Tensor, *, context_size: int, context_rank: int, device: torch.device
-) -> Segments:
-    """`cu_seqlens` int32 [S + 1] on the CPU, of the whole pack -> this rank's segments.
+def segments_of(cu_seqlens: torch.Tensor, *, context_size: int, context_rank: int) -> Segments:
+    """`cu_seqlens` int32 [S + 1] of the whole pack -> this rank's segments; all on the CPU.
 
     The index of keys undoes the zig-zag order of the gather and lists every segment's keys.
     """
@@ -63,12 +71,12 @@ def segments_of(
     index = None
     if context_size > 1:
         places = [torch.arange(s, s + n) for s, n in zip(starts, keys, strict=True)]
-        index = zigzag_inverse(cu_seqlens, context_size=context_size)[torch.cat(places)].to(device)
+        index = zigzag_inverse(cu_seqlens, context_size=context_size)[torch.cat(places)]
     return Segments(
         query_lengths=tuple(queries),
         key_lengths=tuple(keys),
-        query_bounds=_bounds(queries).to(device),
-        key_bounds=_bounds(keys).to(device),
+        query_bounds=_bounds(queries),
+        key_bounds=_bounds(keys),
         key_index=index,
     )
 

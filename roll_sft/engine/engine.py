@@ -2,7 +2,8 @@
 
 Assumes it runs inside `parallel.process_groups`. All ranks make the same calls in the same order;
 each gets the micro-batches of its data rank. Promises: the loss and the gradient are those of the
-global batch, whatever the layout; a call returns metrics on the reporting rank and None elsewhere.
+global batch, whatever the layout; a call returns metrics on the reporting rank and None elsewhere;
+within a step nothing of ours waits for the device, and its end is the only wait.
 """
 
 import resource
@@ -26,10 +27,28 @@ from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.kernels import choose_kernel
 from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
+from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
 from roll_sft.engine.parallel import seed_step
 from roll_sft.engine.publish import read_manifest, updates_of
 from roll_sft.engine.saver import Saver
 from roll_sft.metrics import EvalMetrics, StepMetrics
+
+
+class Readout:
+    """Numbers on their way from the device; reading waits for them and for nothing queued later."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)  # pinned memory, from a GPU
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The values."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[float] = self._values.tolist()
+        return numbers
 
 
 class Engine:
@@ -69,29 +88,36 @@ class Engine:
         self.optimizer = setup.build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._saver = Saver()
+        self._ahead = BuildAhead(lambda indices: self.build(data.train, indices))
         if checkpoint is not None:
             self._load(checkpoint)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
-        """One optimizer step over the global batch that `work` is this rank's share of."""
+        """One optimizer step over the global batch that `work` is this rank's share of.
+
+        On a GPU the update itself is queued when this returns, and runs while the next is launched.
+        """
         started = time.perf_counter()
         seed_step(self._config.seed, step=work.step)
-        batches = self.build(self._data.train, work.micro_batches)
+        batches = self._ahead.take(work.micro_batches)
+        if work.next_micro_batches is not None:
+            self._ahead.begin(work.next_micro_batches)
         data_wait_s = time.perf_counter() - started
         self.accumulate_gradients(batches)
-        loss_sum, supervised = self.reduce_losses()
+        report = Readout(self._report())
         setup.set_learning_rate(self.optimizer, work.learning_rate)
         _updated, grad_norm, _zeros = self.optimizer.step()
+        loss_sum, supervised = report.read()
         if not self._is_reporter:
             return None
         assert supervised == work.supervised_tokens, (
-            f"step {work.step}: {supervised} tokens carried a label, the plan has"
+            f"step {work.step}: {supervised:.0f} tokens carried a label, the plan has"
             f" {work.supervised_tokens}"
         )
         return StepMetrics(
             step=work.step,
             loss_sum=loss_sum,
-            supervised_tokens=supervised,
+            supervised_tokens=work.supervised_tokens,
             grad_norm=float(grad_norm),
             learning_rate=work.learning_rate,
             step_time_s=time.perf_counter() - started,
@@ -156,28 +182,28 @@ class Engine:
             checkpoint.make_optimizer_state(self.optimizer, step=0)
         return checkpoint.rank_state(self.chunks, self.optimizer), step
 
-    def build(
-        self, tokens: TokenSet, micro_batches: tuple[tuple[int, ...], ...]
-    ) -> list[PackedBatch]:
-        """This context rank's slices of `micro_batches` of `tokens`, on the CPU."""
-        context_rank = parallel_state.get_context_parallel_rank()
-        return [
-            build_batch(
-                [tokens.sample(index) for index in ids],
-                layout=self._layout,
-                context_rank=context_rank,
+    def build(self, tokens: TokenSet, indices: Indices) -> list[MicroBatch]:
+        """This context rank's slices of the micro-batches `indices` of `tokens`, on the host."""
+        layout, rank = self._layout, parallel_state.get_context_parallel_rank()
+        batches = []
+        for ids in indices:
+            samples = [tokens.sample(index) for index in ids]
+            pack = build_batch(samples, layout=layout, context_rank=rank)
+            segments = segments_of(
+                pack.cu_seqlens, context_size=layout.context_size, context_rank=rank
             )
-            for ids in micro_batches
-        ]
+            batch = MicroBatch(pack, segments, self._supervised_rows(pack))
+            batches.append(batch.pinned() if self._device.type == "cuda" else batch)
+        return batches
 
-    def forward(self, batches: Sequence[PackedBatch]) -> None:
+    def forward(self, batches: Sequence[MicroBatch]) -> None:
         """Forward alone over `batches`, for their losses; changes no state."""
         self._set_training(training=False)
         with torch.no_grad():
             self._run_schedule(batches, forward_only=True)
         self._set_training(training=True)
 
-    def accumulate_gradients(self, batches: Sequence[PackedBatch]) -> None:
+    def accumulate_gradients(self, batches: Sequence[MicroBatch]) -> None:
         """Forward and backward over `batches`; leaves reduced, scaled gradients in `main_grad`."""
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -186,14 +212,7 @@ class Engine:
 
     def reduce_losses(self) -> tuple[float, int]:
         """Loss sum and supervised tokens over the global batch, on the last pipeline stage."""
-        if not parallel_state.is_pipeline_last_stage():
-            return 0.0, 0
-        total = torch.stack([rows.sum() for rows in self.row_losses]).double().sum()
-        report = torch.stack([total, total.new_tensor(self._num_supervised)])
-        dist.all_reduce(
-            report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
-        loss_sum, supervised = report.tolist()
+        loss_sum, supervised = self._report().tolist()
         return loss_sum, round(supervised)
 
     def gradient_norm(self) -> float:
@@ -201,8 +220,21 @@ class Engine:
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
-    def supervised_rows(self, batch: PackedBatch) -> SupervisedRows:
-        """What the head of this rank takes of `batch`, on the CPU."""
+    def _report(self) -> torch.Tensor:
+        """`reduce_losses` as float64 [2] on the device, without waiting for it."""
+        if not parallel_state.is_pipeline_last_stage():
+            return torch.zeros(2, dtype=torch.float64, device=self._device)
+        # By a fill: a tensor made of a Python number would be copied, and the copy waited for.
+        count = torch.full((), self._num_supervised, dtype=torch.float64, device=self._device)
+        total = torch.stack([rows.sum() for rows in self.row_losses]).double().sum()
+        report = torch.stack([total, count])
+        dist.all_reduce(
+            report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        return report
+
+    def _supervised_rows(self, batch: PackedBatch) -> SupervisedRows:
+        """What the head of this rank takes of `batch`, on the host."""
         shards = self._layout.tensor_size if self._layout.sequence_parallel else 1
         return supervised_rows(
             batch.rows,
@@ -217,7 +249,7 @@ class Engine:
         for chunk in self._wrapped:
             chunk.train(training)
 
-    def _run_schedule(self, batches: Sequence[PackedBatch], *, forward_only: bool) -> None:
+    def _run_schedule(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> None:
         # Of each micro-batch, on the last pipeline stage: float32 [R], as `supervised_rows` orders.
         self.row_losses: list[torch.Tensor] = []
         self._num_supervised = 0
@@ -231,34 +263,29 @@ class Engine:
             forward_only=forward_only,
         )
 
-    def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> Any:
-        batch = next(batches)
-        boundaries = batch.cu_seqlens.to(self._device)
+    def _forward_step(self, batches: Iterator[MicroBatch], model: Any) -> Any:
+        batch = next(batches).to(self._device)
+        pack = batch.pack
         losses = model(
-            batch.tokens_T.to(self._device),
-            batch.positions_T.to(self._device),
+            pack.tokens_T,
+            pack.positions_T,
             None,
             packed_seq_params=PackedSegments(
                 qkv_format="thd",
-                segments=segments_of(
-                    batch.cu_seqlens,
-                    context_size=self._layout.context_size,
-                    context_rank=parallel_state.get_context_parallel_rank(),
-                    device=self._device,
-                ),
-                cu_seqlens_q=boundaries,
-                cu_seqlens_kv=boundaries,
-                max_seqlen_q=batch.max_seqlen,
-                max_seqlen_kv=batch.max_seqlen,
+                segments=batch.segments,
+                cu_seqlens_q=pack.cu_seqlens,
+                cu_seqlens_kv=pack.cu_seqlens,
+                max_seqlen_q=pack.max_seqlen,
+                max_seqlen_kv=pack.max_seqlen,
             ),
-            **loss_arguments(self.supervised_rows(batch).to(self._device)),
+            **loss_arguments(batch.rows),
         )
 
         def loss(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             # No collective here: data ranks may differ in their number of micro-batches.
             self.row_losses.append(rows.detach())
-            self._num_supervised += batch.num_supervised
-            count = torch.tensor(batch.num_supervised, dtype=torch.int, device=rows.device)
+            self._num_supervised += pack.num_supervised
+            count = torch.full((), pack.num_supervised, dtype=torch.int, device=rows.device)
             loss_sum = rows.sum()
             return loss_sum, count, loss_sum.detach()
 

@@ -14,6 +14,7 @@ equal sizes, so short shards are filled up and the filling is dropped behind it.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -42,13 +43,13 @@ class SupervisedRows:
     vocab_size: int  # without padding
     is_sharded: bool  # whether each tensor rank has a part of the sequence
 
-    def to(self, device: torch.device) -> "SupervisedRows":
-        """The same rows on `device`."""
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "SupervisedRows":
+        """The same with tensors where `move` brings them."""
         return replace(
             self,
-            index=self.index.to(device),
-            kept=None if self.kept is None else self.kept.to(device),
-            labels=self.labels.to(device),
+            index=move(self.index),
+            kept=None if self.kept is None else move(self.kept),
+            labels=move(self.labels),
         )
 
 

@@ -22,6 +22,7 @@ from roll_sft.data.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import setup
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.inputs import ParityTask
+from roll_sft.engine.microbatch import MicroBatch
 from roll_sft.engine.oracle import Reference, probed_columns, read_reference, write_reference
 from roll_sft.layout import Coordinate, ParallelLayout
 from roll_sft.metrics import RankParity, TensorError, TokenError, badness
@@ -61,7 +62,7 @@ def measure(engine: Engine, task: ParityTask) -> RankParity:
     return RankParity(
         loss=loss_sum / num_supervised if num_supervised else None,
         grad_norm=engine.gradient_norm(),
-        num_tokens=sum(batch.num_supervised for batch in batches) if rank.counts_tokens else 0,
+        num_tokens=sum(batch.pack.num_supervised for batch in batches) if rank.counts_tokens else 0,
         worst_token=max(tokens, key=lambda token: badness(token.error), default=None),
         tensors=(*outputs, *_gradient_errors(engine, rank)),
     )
@@ -110,14 +111,15 @@ class _Rank:
 
 
 def _token_errors(
-    engine: Engine, batches: Sequence[PackedBatch], *, rank: _Rank
+    engine: Engine, batches: Sequence[MicroBatch], *, rank: _Rank
 ) -> Iterator[TokenError]:
     """The worst token of each sample that has supervised tokens here."""
     if not rank.is_last_stage:
         return
     for ids, batch, row_losses in zip(rank.micro_batches, batches, engine.row_losses, strict=True):
+        pack = batch.pack
         losses = row_losses.cpu()
-        samples, positions = (values[batch.rows] for values in rank.origins(batch))
+        samples, positions = (values[pack.rows] for values in rank.origins(pack))
         for place, index in enumerate(ids):
             mine = samples == place
             if not mine.any():
@@ -144,13 +146,13 @@ def _gradient_errors(engine: Engine, rank: _Rank) -> Iterator[TensorError]:
 
 
 def _output_errors(
-    engine: Engine, batches: Sequence[PackedBatch], *, rank: _Rank
+    engine: Engine, batches: Sequence[MicroBatch], *, rank: _Rank
 ) -> Iterator[TensorError]:
     """The error of the output of each module with a weight, at the probed tokens of this rank."""
     largest, probed = rank.reference.facts.largest_output, probed_columns(rank.task)
     num_columns = sum(len(positions) for _, positions in probed.values())
     columns = [
-        _columns_of(batch, ids, probed, rank=rank)
+        _columns_of(batch.pack, ids, probed, rank=rank)
         for batch, ids in zip(batches, rank.micro_batches, strict=True)
     ]
     for name, taken in _module_outputs(engine, batches, columns, rank=rank).items():
@@ -181,7 +183,7 @@ def _columns_of(
 
 
 def _module_outputs(
-    engine: Engine, batches: Sequence[PackedBatch], columns: list[torch.Tensor], *, rank: _Rank
+    engine: Engine, batches: Sequence[MicroBatch], columns: list[torch.Tensor], *, rank: _Rank
 ) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Parameter name -> of each micro-batch its module's output and columns, [X, k] and [k]."""
     outputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -126,9 +126,7 @@ def _logits_of_megatron(
             None,
             packed_seq_params=PackedSegments(
                 qkv_format="thd",
-                segments=segments_of(
-                    bounds, context_size=1, context_rank=0, device=torch.device("cpu")
-                ),
+                segments=segments_of(bounds, context_size=1, context_rank=0),
                 cu_seqlens_q=bounds,
                 cu_seqlens_kv=bounds,
                 max_seqlen_q=int(lengths.max()),

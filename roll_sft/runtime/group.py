@@ -90,10 +90,15 @@ class WorkerGroup:
         setup_s = setup_deadline_s(self._config, self._checkpoint)
         self.device_name = self._collect(Pending("setup", setup_s, ready))[0]
 
-    def train_step(self, plan: StepPlan, *, learning_rate: float) -> Pending:
-        """Queue one optimizer step; each rank gets its data rank's micro-batches."""
+    def train_step(
+        self, plan: StepPlan, *, learning_rate: float, following: StepPlan | None = None
+    ) -> Pending:
+        """Queue one optimizer step; each rank gets its data rank's micro-batches.
+
+        It builds those of the `following` step meanwhile.
+        """
         works = [
-            plan.work_for(data_rank, learning_rate=learning_rate)
+            plan.work_for(data_rank, learning_rate=learning_rate, following=following)
             for data_rank in range(self._layout.data_size)
         ]
         references = [

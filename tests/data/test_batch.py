@@ -1,6 +1,5 @@
 """Micro-batches as tensors, and their split over context-parallel ranks."""
 
-import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -185,11 +184,3 @@ def test_a_mask_on_the_last_token_is_refused() -> None:
     sample = (np.array([1, 2], np.int32), np.array([0, 1], np.uint8))
     with pytest.raises(AssertionError, match="nothing to predict"):
         build_batch([sample], layout=ParallelLayout(1), context_rank=0)
-
-
-def test_moving_a_batch_moves_every_tensor() -> None:
-    sample = (np.array([1, 2, 3], np.int32), np.array([0, 1, 0], np.uint8))
-    moved = build_batch([sample], layout=ParallelLayout(1), context_rank=0).to(torch.device("meta"))
-    values = [getattr(moved, field.name) for field in dataclasses.fields(moved)]
-    assert all(one.is_meta for one in values if isinstance(one, torch.Tensor))
-    assert moved.num_supervised == 1

@@ -65,7 +65,7 @@ def test_the_segments_of_all_context_ranks_make_plain_causal_attention(
     ]
     gathered = torch.cat(slices)  # the order in which a gather brings the keys
     for rank, mine in enumerate(slices):
-        segments = segments_of(BOUNDS, context_size=context_size, context_rank=rank, device=CPU)
+        segments = segments_of(BOUNDS, context_size=context_size, context_rank=rank)
         index = segments.key_index
         keys, values = (x if index is None else x[gathered][index] for x in (key, value))
         assert callable(kernel)
@@ -75,7 +75,7 @@ def test_the_segments_of_all_context_ranks_make_plain_causal_attention(
 
 def test_a_sample_never_sees_another() -> None:
     query, key, value = states(48, 4, 1), states(48, 2, 2), states(48, 2, 3)
-    segments = segments_of(BOUNDS, context_size=1, context_rank=0, device=CPU)
+    segments = segments_of(BOUNDS, context_size=1, context_rank=0)
     before = sdpa(query, key, value, segments)
     key[16:24], value[16:24] = 9.0, -9.0
     after = sdpa(query, key, value, segments)

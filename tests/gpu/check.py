@@ -99,7 +99,8 @@ def check_kernels(device: str) -> Iterator[tuple[str, float, float]]:
     bounds = torch.tensor([0, 512, 768, 2048], dtype=torch.int32)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for context_size in (1, 2):
-        segments = segments_of(bounds, context_size=context_size, context_rank=0, device=where)
+        segments = segments_of(bounds, context_size=context_size, context_rank=0)
+        segments = segments.moved(lambda tensor: tensor.to(where))
         sizes = (sum(segments.query_lengths), sum(segments.key_lengths), sum(segments.key_lengths))
         torch.manual_seed(1)
         inputs = [
