@@ -28,6 +28,7 @@ from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.placement import Slots, reserved
 from roll_sft.runtime.spread import spread_over_cluster
 from roll_sft.saving import Saves
+from roll_sft.startup import StartUp
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -38,6 +39,8 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
 
     Raises errors of `roll_sft.errors`, each with the exit code that the doors end with.
     """
+    clock = StartUp()
+    clock.passed("imports")
     folder = outputs.output_folder(config)
     if config.dry_run:
         console.show_plan(dry_plan(config))
@@ -56,7 +59,8 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
             LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
         else:
             check_room(job.plan, folder, first_step=start.step)
-            _train_from(start, job, folder)
+            clock.passed("data and plan")
+            _train_from(start, job, folder, clock=clock)
         if not config.checkpoint.save and config.checkpoint.hf_export != "none":
             LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
         elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
@@ -64,7 +68,7 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
             _export(own[-1] if own else start.checkpoint, folder / "hf")
 
 
-def _train_from(start: Start, job: Job, folder: Path) -> None:
+def _train_from(start: Start, job: Job, folder: Path, *, clock: StartUp) -> None:
     """Train to the end, on workers that begin where `start` says."""
     config, checkpoints = job.config, folder / outputs.CHECKPOINTS
     make_way(checkpoints, start)
@@ -73,14 +77,16 @@ def _train_from(start: Start, job: Job, folder: Path) -> None:
     first_step = start.step + 1
     if start.checkpoint is not None:
         LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
-    with (
-        connected(config),
-        reserved(config) as slots,
-        open_records(job, folder, first_step=first_step) as records,
-        workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
-    ):
-        records.device_name = group.device_name
-        train(job, group, records, folder=folder, first_step=first_step)
+    with connected(config), reserved(config) as slots:
+        clock.passed("Ray and placement")
+        with (
+            open_records(job, folder, first_step=first_step) as records,
+            workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
+        ):
+            clock.passed("workers and model")
+            LOG.info("step %d begins %s", first_step, clock)
+            records.device_name = group.device_name
+            train(job, group, records, folder=folder, first_step=first_step)
 
 
 def train(

@@ -7,18 +7,20 @@ micro-batches, recomputation) is not here.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roll_sft.checks import RESUME_CHANGES
-from roll_sft.engine.preflight import Job
 from roll_sft.errors import ConfigError
+
+if TYPE_CHECKING:  # the workers, who read manifests, need no transformers
+    from roll_sft.engine.preflight import Job
 
 # A change of these gives every source another address, so the address says nothing more then.
 _BEHIND_THE_DATA = ("tokenizer", "chat_template", "sequence_length")
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
 
 
-def facts_of(job: Job) -> dict[str, object]:
+def facts_of(job: "Job") -> dict[str, object]:
     """What the manifest keeps of `job` beside its seed, sizes and sources, in JSON's types."""
     tokenizer, train = job.tokenizer, job.config.train
     backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
@@ -32,7 +34,7 @@ def facts_of(job: Job) -> dict[str, object]:
     }
 
 
-def changes(job: Job, manifest: Mapping[str, Any]) -> dict[str, str]:
+def changes(job: "Job", manifest: Mapping[str, Any]) -> dict[str, str]:
     """Name of each change since the checkpoint of `manifest` -> what was and what is.
 
     Raises `ConfigError` for another dtype, which no flag allows.

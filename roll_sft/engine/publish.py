@@ -14,15 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roll_sft.data.plan import StepPlan
-from roll_sft.engine.distcp import write_descriptions
 from roll_sft.engine.facts import facts_of
-from roll_sft.engine.preflight import Job
 from roll_sft.engine.shards import take_parts
 from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
+
+if TYPE_CHECKING:  # as in facts.py
+    from roll_sft.engine.preflight import Job
 
 MANIFEST = "manifest.json"
 ASSETS = "hf_assets"
@@ -49,9 +50,11 @@ class RunState:
     optimizer_step: int | None = None  # Adam's count; None where no optimizer was saved
 
 
-def publish_step(job: Job, plan: StepPlan, *, staging: Path) -> Path:
+def publish_step(job: "Job", plan: StepPlan, *, staging: Path) -> Path:
     """Make what all ranks wrote into `staging` after the step of `plan` a checkpoint."""
     parts = take_parts(staging)
+    from roll_sft.engine.distcp import write_descriptions  # half a second, that only a save pays
+
     write_descriptions(staging, parts)
     job.save_assets(staging / ASSETS)
     state = RunState(

@@ -76,15 +76,15 @@ class WorkerGroup:
 
     def start(self, source: ModelSource, data: TokenData) -> None:
         """Build process groups and engines on all ranks."""
-        deadline_s, first = self._config.cluster.setup_timeout_s, self._actors[0]
+        deadline_s = self._config.cluster.setup_timeout_s
         started = [actor.start.remote() for actor in self._actors]
         try:
             self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
         finally:
             self._nonce.unlink(missing_ok=True)
         self._supply(source, data)
-        store = [first.serve_store.remote()]
-        (store_address,) = self._collect(Pending("rendezvous", deadline_s, store))
+        stores = [actor.serve_store.remote() for actor in self._actors]
+        store_address = self._collect(Pending("rendezvous", deadline_s, stores))[0]
         inputs = ray.put((source, data))
         ready = [actor.setup.remote(store_address, inputs) for actor in self._actors]
         setup_s = setup_deadline_s(self._config, self._checkpoint)

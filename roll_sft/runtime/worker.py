@@ -122,12 +122,15 @@ class Worker:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return self._address
 
-    def serve_store(self) -> tuple[str, int]:
-        """Rank 0: serve the rendezvous store; returns its host and port."""
+    def serve_store(self) -> tuple[str, int] | None:
+        """Import the engine, and on rank 0 serve the rendezvous store; its host and port."""
         cluster = self._spec.config.cluster
         with self._phase("rendezvous", cluster.setup_timeout_s):
+            import roll_sft.engine.engine  # noqa: F401 -- most of the start, on all ranks at once
             from roll_sft.engine.parallel import serve_store
 
+            if self._spec.rank != 0:
+                return None
             self._store = serve_store(
                 self._address.ip,
                 world_size=self._spec.config.parallel.num_workers,
