@@ -121,12 +121,16 @@ def stop_node(name: str) -> int:
         print(f"node {name!r} does not run")
     else:
         family = [process, *process.children(recursive=True)]
-        for member in family:
-            end(member, gently=True)
-        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-        for member in alive:
+        daemons = {process.pid, *(child.pid for child in process.children())}
+        # Jobs and workers first, who may have something to save; then `ray start`, which ends its
+        # daemons in an order in which none waits for another.
+        for members in ([each for each in family if each.pid not in daemons], [process]):
+            for member in members:
+                end(member, gently=True)
+            psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
+        for member in psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)[1]:
             end(member, gently=False)
-        psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+        psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
         print(f"node {name!r} stopped, {len(family)} processes")
     record.unlink(missing_ok=True)
     return 0

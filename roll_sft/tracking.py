@@ -135,6 +135,8 @@ class MlflowTracker:
         if self._database is not None:
             self._database.open("ab").close()  # where it cannot, MLflow would try for minutes
         with self._alone():
+            if self._database is not None and self._database.stat().st_size == 0:
+                _make_tables(self._database, client_class)
             self._client = client_class(tracking_uri=self._uri)
             found = self._client.get_experiment_by_name(self._experiment)
             experiment_id = (
@@ -203,6 +205,14 @@ class MlflowTracker:
             waiting = [self._metrics.get_nowait() for _ in range(size)]
             batch = [Metric(*each) for each in waiting if each[3] > self._recorded.get(each[0], -1)]
             self._try(functools.partial(self._client.log_batch, self._run_id, metrics=batch))
+
+
+def _make_tables(database: Path, client_class: Any) -> None:
+    """Fill the empty `database` in one move: MLflow cannot use one whose tables are half made."""
+    aside = database.with_name(f".{database.name}.new")
+    aside.unlink(missing_ok=True)
+    client_class(tracking_uri=f"{SQLITE}{aside}").search_experiments(max_results=1)
+    aside.replace(database)
 
 
 def without_password(text: str) -> str:

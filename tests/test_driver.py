@@ -1,5 +1,6 @@
 """Real runs through the main job's door, on a real cluster: what they leave, and how they end."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import roll_sft.run
 from roll_sft.metrics import StepRecord
+from roll_sft.runtime import group
+from roll_sft.runtime.worker import Worker
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program, is_alive, two_nodes, wait_until
 
@@ -231,7 +235,14 @@ def test_exported_model_answers_through_transformers_and_stops_at_the_end_of_tur
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    assert model.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
+    length = prompt["input_ids"].shape[1]
+    assert model.generate(**prompt, do_sample=False, max_new_tokens=4).shape[1] > length
+    # A model that has learnt to say nothing: it must stop there, by what the export says alone.
+    with torch.no_grad():
+        hidden = model(**prompt, output_hidden_states=True).hidden_states[-1][0, -1]
+        model.lm_head.weight[end] = 100 * hidden / hidden.norm() ** 2
+    said = model.generate(**prompt, do_sample=False, max_new_tokens=8)[0, length:]
+    assert said.tolist() == [end]
 
 
 def test_configuration_is_kept_as_composed_and_the_data_as_counted(run):
@@ -398,3 +409,59 @@ def test_driver_killed_during_a_save_leaves_no_process_and_no_checkpoint(assets,
         program.close()
     assert not [*checkpoints.glob("step_*")]
     assert not (checkpoints / "latest").exists()
+
+
+def one_rank_cannot_write() -> type[Worker]:
+    """Workers whose rank 1 meets an error of its disk in the save of step 4, once a folder.
+
+    Made in a function, the class travels to the workers by value.
+    """
+
+    class Failing(Worker):
+        def setup(self, *args: Any) -> str | None:
+            name = super().setup(*args)
+            from roll_sft.engine import shards
+
+            write_file, fired = shards._write_file, self._spec.logs / "fault_fired"
+
+            def failing(path: Path, *rest: Any, **options: Any) -> Any:
+                if self._spec.rank == 1 and "00000004" in str(path) and not fired.exists():
+                    fired.touch()
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+                return write_file(path, *rest, **options)
+
+            shards._write_file = failing
+            return name
+
+    return Failing
+
+
+def test_a_save_that_fails_on_one_rank_ends_the_run_and_the_same_command_goes_on(
+    assets, door, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(group, "Worker", one_rank_cannot_write())
+    output = tmp_path / "runs" / "failing"
+    overrides = {
+        "cluster__address": two_nodes().address,
+        "train__save_steps": 2,
+        "train__max_steps": 6,
+        "train__num_train_epochs": 3,
+        "checkpoint__async_save": True,
+        "checkpoint__keep_last": 3,
+        "checkpoint__hf_export": "none",
+        "data__validation": "[]",
+        "tracking__backends": "[jsonl]",
+    }
+    started = time.monotonic()
+    assert door(arguments_of(assets, output, **overrides)) == 6
+    assert time.monotonic() - started < 60
+    assert (output / "logs" / "fault_fired").exists(), "the fault did not happen"
+    last_line = capfd.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("rank 1 on ")
+    assert "cannot be written" in last_line
+    assert "Input/output error" in last_line
+    checkpoints = output / "checkpoints"
+    assert [path.name for path in checkpoints.glob("step_*")] == ["step_00000002"]
+    assert door(arguments_of(assets, output, **overrides)) == 0
+    assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert f"goes on from {checkpoints / 'step_00000002'}" in capfd.readouterr().err

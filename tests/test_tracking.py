@@ -1,4 +1,5 @@
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -123,6 +124,36 @@ def test_two_runs_that_start_together_make_one_database(tmp_path):
         "first": "FINISHED",
         "second": "FINISHED",
     }
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_tables_are_made_leaves_a_database_that_can_be_used(tmp_path):
+    made = tmp_path / "made"
+    program = """
+import os, signal, sys
+from pathlib import Path
+
+steps = 0
+
+def killed(*args):
+    global steps
+    steps += 1
+    if steps == 3:
+        Path(sys.argv[2]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+
+import alembic.runtime.migration as migration
+original = migration.HeadMaintainer.update_to_step
+migration.HeadMaintainer.update_to_step = killed
+""" + TWO_STARTS.replace("tracker.close", "import time; time.sleep(60); tracker.close")
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path / "first"), str(made)])
+    assert result.returncode == -signal.SIGKILL
+    assert made.exists(), "the fault did not happen where it should"
+    tracker = tracker_of(tmp_path / "second")
+    tracker.log_metrics(1, {"loss": 2.0})
+    tracker.close(succeeded=True)
+    assert runs_of(client_of(tmp_path))["second"].data.metrics == {"loss": 2.0}
 
 
 @pytest.mark.slow

@@ -118,6 +118,9 @@ class PostNormMLP(MLP):
     """MLP whose output is normed before the residual addition."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault(
+            "ffn_hidden_size", config.ffn_hidden_size
+        )  # Megatron's own MLP is given it
         super().__init__(config, *args, **kwargs)
         self.post_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 

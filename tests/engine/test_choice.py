@@ -244,6 +244,13 @@ def test_changed_rows_tokenizer_and_template_are_told_apart(job: Job, tmp_path: 
     template.write_text(template.read_text().replace("You are a", "You are no"))
     with pytest.raises(ConfigError, match=r"differs in chat_template \("):
         find_start(prepare(same.config), tmp_path / "run")
+    shutil.copy(root / "model" / "chat_template.jinja", template)
+    tokenizer = moved / "model" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"].pop()
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"differs in tokenizer \(.*allow_changes=\[tokenizer\]"):
+        find_start(prepare(same.config), tmp_path / "run")
 
 
 def test_layout_packing_and_micro_batches_are_no_change(job: Job, tmp_path: Path) -> None:

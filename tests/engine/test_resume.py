@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from roll_sft.config import RunConfig, layout_of
+from roll_sft.engine.distcp import read_index
 from roll_sft.engine.preflight import prepare
 from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.engine.shards import Piece
 from tests import parity
 from tests.pool import RankPool
 
@@ -114,6 +117,36 @@ def test_every_layout_goes_on_from_every_other_with_the_same_losses(runs: Runs) 
         assert loss == pytest.approx(wanted_loss, rel=1e-6)
         assert norm == pytest.approx(wanted_norm, rel=5e-5)
         assert tokens == wanted_tokens
+
+
+def moments_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What Adam keeps in `checkpoint` after its first step, in whole-model coordinates."""
+    index = read_index(checkpoint)
+    moments = {}
+    for key in index.keys:
+        if "exp_avg" in key:
+            dtype, shape = index.stored(key)
+            moments[key] = torch.full(shape, torch.nan, dtype=dtype)
+            index.fill(Piece(key, shape, (0,) * len(shape), moments[key]))
+    return moments
+
+
+@pytest.mark.parametrize("layout", [TP2_DP2, VPP2, DP4, CP2_PP2], ids=str)
+def test_the_optimizer_has_the_same_moments_on_every_layout(
+    layout: dict[str, Any], runs: Runs
+) -> None:
+    """After one step the first moment is a tenth of the gradient: of all ranks, each part once."""
+    _, single = runs.steps(runs.config({"num_workers": 1}), 1, 1, save="single")
+    _, parallel = runs.steps(runs.config(layout), 1, 1, save="parallel")
+    assert single is not None
+    assert parallel is not None
+    wanted, found = moments_of(single), moments_of(parallel)
+    assert found.keys() == wanted.keys()
+    for key, moment in wanted.items():
+        assert moment.abs().max() > 0, key
+        rows = min(len(moment), len(found[key]))  # the padding of the vocabulary may differ
+        error = (found[key][:rows] - moment[:rows]).abs().max() / moment.abs().max()
+        assert error < (2e-6 if "exp_avg_sq" in key else 1e-6), key
 
 
 def megatron_loads(config: RunConfig, folder: Path) -> list[tuple[str, bool]]:
