@@ -114,20 +114,13 @@ def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
 
 def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
     """The packs of a step as the model takes them: inputs, options, number of labels."""
-    from roll_sft.engine.attention import PackedSegments
+    from roll_sft.engine.attention import describe_pack
     from roll_sft.engine.loss import loss_arguments
 
     packs = []
     for batch in engine.build(job.data.train, job.planner.step(step).ranks[0]):
         pack = batch.pack
-        packed = PackedSegments(
-            qkv_format="thd",
-            segments=batch.segments,
-            cu_seqlens_q=pack.cu_seqlens,
-            cu_seqlens_kv=pack.cu_seqlens,
-            max_seqlen_q=pack.max_seqlen,
-            max_seqlen_kv=pack.max_seqlen,
-        )
+        packed = describe_pack(batch.segments, pack.positions_T, max_seqlen=pack.max_seqlen)
         options = {"packed_seq_params": packed, **loss_arguments(batch.rows)}
         count = torch.tensor(pack.num_supervised, dtype=torch.int)
         packs.append(((pack.tokens_T, pack.positions_T, None), options, count))

@@ -56,6 +56,22 @@ class PackedSegments(PackedSeqParams):
     segments: Segments | None = None
 
 
+def describe_pack(
+    segments: Segments, positions_T: torch.Tensor, *, max_seqlen: int
+) -> PackedSegments:
+    """What the model's forward takes of a pack, as `packed_seq_params`; its longest sample has
+    `max_seqlen` tokens. `positions_T` is int64 [1, T], for `rotary`.
+    """
+    return PackedSegments(
+        qkv_format="thd",
+        segments=segments,
+        cu_seqlens_q=positions_T[0],
+        cu_seqlens_kv=positions_T[0],
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
 def segments_of(cu_seqlens: torch.Tensor, *, context_size: int, context_rank: int) -> Segments:
     """`cu_seqlens` int32 [S + 1] of the whole pack -> this rank's segments; all on the CPU.
 

@@ -22,7 +22,7 @@ from roll_sft.data.batch import PackedBatch, build_batch
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.plan import RankWork
 from roll_sft.engine import checkpoint, setup, shards
-from roll_sft.engine.attention import PackedSegments, segments_of
+from roll_sft.engine.attention import describe_pack, segments_of
 from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.kernels import choose_kernel
@@ -270,13 +270,8 @@ class Engine:
             pack.tokens_T,
             pack.positions_T,
             None,
-            packed_seq_params=PackedSegments(
-                qkv_format="thd",
-                segments=batch.segments,
-                cu_seqlens_q=pack.cu_seqlens,
-                cu_seqlens_kv=pack.cu_seqlens,
-                max_seqlen_q=pack.max_seqlen,
-                max_seqlen_kv=pack.max_seqlen,
+            packed_seq_params=describe_pack(
+                batch.segments, pack.positions_T, max_seqlen=pack.max_seqlen
             ),
             **loss_arguments(batch.rows),
         )

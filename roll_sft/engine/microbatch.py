@@ -43,7 +43,6 @@ class MicroBatch:
             self.pack,
             tokens_T=move(self.pack.tokens_T),
             positions_T=move(self.pack.positions_T),
-            cu_seqlens=move(self.pack.cu_seqlens),
         )
         return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move))
 

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from roll_sft.config import RunConfig
+from roll_sft.engine import rotary
 from roll_sft.engine.attention import packed_attention
 from roll_sft.engine.kernels import Kernel
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
@@ -128,6 +129,7 @@ def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
 
 def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel) -> list[GPTModel]:
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
+    rotary.install()
     layer = layer_spec(shape, core_attention=packed_attention(kernel))
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual_size is None else range(virtual_size)

@@ -101,7 +101,7 @@ def _logits_of_megatron(
     import torch.distributed as dist
 
     from roll_sft.engine import setup
-    from roll_sft.engine.attention import PackedSegments, segments_of
+    from roll_sft.engine.attention import describe_pack, segments_of
     from roll_sft.engine.kernels import sdpa
     from roll_sft.engine.parallel import Rendezvous, process_groups
 
@@ -120,17 +120,15 @@ def _logits_of_megatron(
             parameter.copy_(value.to(dtype or value.dtype))
         lengths = torch.tensor([len(ids) for ids in samples])
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        positions = torch.cat([torch.arange(len(ids)) for ids in samples])[None]
         logits: torch.Tensor = chunks[0].eval()(
             torch.cat(samples)[None],
-            torch.cat([torch.arange(len(ids)) for ids in samples])[None],
+            positions,
             None,
-            packed_seq_params=PackedSegments(
-                qkv_format="thd",
-                segments=segments_of(bounds, context_size=1, context_rank=0),
-                cu_seqlens_q=bounds,
-                cu_seqlens_kv=bounds,
-                max_seqlen_q=int(lengths.max()),
-                max_seqlen_kv=int(lengths.max()),
+            packed_seq_params=describe_pack(
+                segments_of(bounds, context_size=1, context_rank=0),
+                positions,
+                max_seqlen=int(lengths.max()),
             ),
         )
     return logits[0]
