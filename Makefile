@@ -25,7 +25,7 @@ TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu check fmt parity bench clean
+.PHONY: help install run test test-fast test-gpu check fmt parity bench bench-gpu clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ parity: $(TOOLS) ## the loss on every parallel layout against one process
 
 test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron-core and transformers
 	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 tests/gpu/check.py $(ARGS)
+
+bench-gpu: ## a training step on one GPU, as test-gpu
+	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/gpu/step.py $(ARGS)
 
 bench: $(RUNTIME) ## every benchmark, one JSON line for each measure
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \

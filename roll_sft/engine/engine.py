@@ -88,7 +88,7 @@ class Engine:
         self.optimizer = setup.build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._saver = Saver()
-        self._ahead = BuildAhead(lambda indices: self.build(data.train, indices))
+        self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
         if checkpoint is not None:
             self._load(checkpoint)
 
