@@ -25,7 +25,7 @@ TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu check fmt parity bench bench-gpu clean
+.PHONY: help install run test test-fast test-gpu check fmt parity bench bench-gpu bench-page clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,10 +60,13 @@ test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron
 bench-gpu: ## a training step on one GPU, as test-gpu
 	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/gpu/step.py $(ARGS)
 
-bench: $(RUNTIME) ## every benchmark, one JSON line for each measure
+bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in benchmarks/results; QUICK=1
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \
-		$(BIN)/python $$benchmark || status=$$?; \
+		KEEP=1 $(BIN)/python $$benchmark || status=$$?; \
 	done; exit $$status
+
+bench-page: $(RUNTIME) ## the tables of docs/performance.md, of what was kept
+	$(BIN)/python benchmarks/shared/page.py
 
 clean: ## remove what tools leave behind; keeps outputs/ and the virtual environment
 	rm -rf build dist roll_sft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

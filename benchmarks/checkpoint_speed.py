@@ -10,17 +10,15 @@ data ranks do, beside those of the checkpoint. Pairs are interleaved; `ratio` is
 pairs' ratios, `low` and `high` are the extremes.
 """
 
-import json
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from shared import measures
 
 from roll_sft.engine import shards
 from roll_sft.engine.distcp import read_index, write_descriptions
@@ -29,7 +27,7 @@ from roll_sft.engine.resume import verify_hashes
 from roll_sft.engine.saver import Saver
 from roll_sft.engine.shards import Piece, Writer, take_parts
 
-PAIRS = 5
+PAIRS = measures.pairs(9)
 NUM_LAYERS, HIDDEN, FFN = 4, 1024, 2816  # 0.45 GiB with two moments
 NUM_RANKS = 4
 
@@ -122,21 +120,7 @@ def _bytes_read() -> int:
 
 
 def _report(name: str, ratios: list[float], *, goal: str, denominator: str) -> None:
-    ratio, (sign, bound) = statistics.median(ratios), goal.split()
-    holds = ratio <= float(bound) if sign == "<=" else ratio >= float(bound)
-    line = {
-        "name": name,
-        "ratio": round(ratio, 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
-        "pairs": len(ratios),
-        "goal": goal,
-        "holds": holds,
-        "denominator": denominator,
-        "device": "cpu",
-        "versions": {package: version(package) for package in ("roll_sft", "torch")},
-    }
-    print(json.dumps(line))
+    measures.show(name, ratios, goal=goal, denominator=denominator, packages=("torch",))
 
 
 if __name__ == "__main__":

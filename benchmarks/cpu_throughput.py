@@ -30,20 +30,22 @@ from roll_sft.engine.preflight import Job, prepare
 from roll_sft.run import compose
 
 LENGTH, ROWS, STEPS, WARM_UP = 2048, 600, 6, 2
-PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers")
+PACKAGES = ("torch", "megatron-core", "transformers")
 
 
 def main() -> None:
     """Measures and prints one line for each denominator."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trl", help="an interpreter that has trl")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument(
+        "--trl", help="an interpreter that has trl", default=os.environ.get("TRL_PYTHON")
+    )
+    parser.add_argument("--pairs", type=int, default=measures.pairs(5))
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_model(folder)
-        with _engine(folder) as (engine, job):
+        write_model(folder)
+        with engine_of(folder) as (engine, job):
             ours, bare = _our_steps(engine, job), _bare_steps(folder, job)
             ours(range(1, 1 + WARM_UP))
             bare(range(1, 1 + WARM_UP))
@@ -54,7 +56,10 @@ def main() -> None:
             pairs = [(ours(steps), bare(steps)) for steps in blocks]
             _show("train_over_bare_transformers", pairs, goal=">= 0.95", of="transformers + AdamW")
             if options.trl is None:
-                print("train_over_trl: left out, no --trl PYTHON is given", file=sys.stderr)
+                print(
+                    "train_over_trl: left out, neither --trl nor TRL_PYTHON is given",
+                    file=sys.stderr,
+                )
                 return
             pairs = [(ours(steps), _trl(options.trl, folder)) for steps in blocks]
             _show("train_over_trl", pairs, goal=">= 1.4", of="TRL's SFTTrainer with packing")
@@ -140,7 +145,8 @@ def _trl(python: str, folder: Path) -> float:
     return float(measured["tokens"] / measured["cpu_s"])
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path) -> None:
+    """The model, the tokenizer and the rows in `folder`."""
     chat_data.write(folder, num_rows=ROWS)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
     torch.manual_seed(0)
@@ -161,7 +167,8 @@ def _write_model(folder: Path) -> None:
 
 
 @contextmanager
-def _engine(folder: Path) -> Iterator[tuple[Any, Job]]:
+def engine_of(folder: Path) -> Iterator[tuple[Any, Job]]:
+    """The engine of a run on what `write_model` made."""
     composed = compose(
         [
             "--config-name=demo",

@@ -11,16 +11,15 @@ training run feels of it: the next step is queued while one runs.
 
 import contextlib
 import itertools
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+from shared import measures
 
 from roll_sft import demo, driver
 from roll_sft.config import RunConfig, build_config
@@ -34,40 +33,70 @@ from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved
 from roll_sft.runtime.worker import Worker
 
-PAIRS = 15
+PAIRS = measures.pairs(9)
 ROUNDS = 150  # of each kind in a pair
-GOAL = 3.0
+BATCH, LARGE_BATCH = 8, 512
+MANY = 16
 BUSY_S = 0.02
 
 
 def main() -> None:
-    """Measures and prints one JSON line."""
-    with tempfile.TemporaryDirectory() as name, _workers(Path(name)) as (job, group):
-        _round_trips(group)
-        _steps(job, group, Path(name) / "warm_up")
-        pairs = [
-            (_steps(job, group, Path(name) / f"pair_{index}"), _round_trips(group))
-            for index in range(PAIRS)
-        ]
-        idle_s = _worker_idle(job, group, Path(name) / "busy")
-    ratios = [step_s / round_trip_s for step_s, round_trip_s in pairs]
-    ratio = statistics.median(ratios)
-    line = {
-        "name": "driver_overhead",
-        "ratio": round(ratio, 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
-        "pairs": PAIRS,
-        "goal": f"<= {GOAL:g}",
-        "holds": ratio <= GOAL,
-        "denominator": "an empty call to each of the same two workers and back",
-        "step_ms": round(1e3 * statistics.median(step for step, _ in pairs), 3),
-        "round_trip_ms": round(1e3 * statistics.median(trip for _, trip in pairs), 3),
-        "worker_idle_ms": round(1e3 * idle_s, 3),
-        "device": "cpu",
-        "versions": {name: version(name) for name in ("roll_sft", "ray", "torch")},
-    }
-    print(json.dumps(line))
+    """Measures and prints a JSON line for each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with _workers(folder / "few") as (job, group):
+            _round_trips(group)
+            _steps(job, group, folder / "warm_up")
+            pairs = [
+                (_steps(job, group, folder / f"pair_{index}"), _round_trips(group))
+                for index in range(PAIRS)
+            ]
+            idle_s = _worker_idle(job, group, folder / "busy")
+        with _workers(folder / "large", batch=LARGE_BATCH) as (job, group):
+            _steps(job, group, folder / "warm_up_large")
+            large_idle_s = _worker_idle(job, group, folder / "busy_large")
+        with _workers(folder / "many", num_workers=MANY) as (job, group):
+            _steps(job, group, folder / "warm_up_many")
+            many = [
+                (_steps(job, group, folder / f"many_{index}"), _round_trips(group))
+                for index in range(PAIRS)
+            ]
+    few_s = statistics.median(step_s for step_s, _ in pairs)
+    _show(
+        "driver_overhead",
+        [step_s / round_trip_s for step_s, round_trip_s in pairs],
+        goal="<= 3",
+        denominator="an empty call to each of the same two workers and back",
+        step_ms=_ms(step for step, _ in pairs),
+        round_trip_ms=_ms(trip for _, trip in pairs),
+        worker_idle_ms=_ms([idle_s]),
+    )
+    _show(
+        "worker_idle_at_64_times_the_tokens",
+        [large_idle_s / idle_s],
+        goal="<= 1.2",
+        denominator=f"a worker's wait between two steps of 20 ms at {BATCH} samples a step",
+        worker_idle_ms=_ms([large_idle_s]),
+        samples=LARGE_BATCH,
+    )
+    _show(
+        "driver_at_16_workers",
+        [step_s / few_s for step_s, _ in many],
+        goal="<= 4",
+        denominator="the same with 2 workers; one message goes to each for each step",
+        step_ms=_ms(step_s for step_s, _ in many),
+        round_trip_ms=_ms(trip_s for _, trip_s in many),
+    )
+
+
+def _show(name: str, ratios: list[float], *, goal: str, denominator: str, **facts: object) -> None:
+    measures.show(
+        name, ratios, goal=goal, denominator=denominator, packages=("ray", "torch"), **facts
+    )
+
+
+def _ms(seconds: Iterable[float]) -> float:
+    return round(1e3 * statistics.median(seconds), 3)
 
 
 class EmptyEngine:
@@ -110,8 +139,10 @@ class EmptyWorker(Worker):
 
 
 @contextlib.contextmanager
-def _workers(folder: Path) -> Iterator[tuple[Job, WorkerGroup]]:
-    config = _config(folder)
+def _workers(
+    folder: Path, *, num_workers: int = 2, batch: int = BATCH
+) -> Iterator[tuple[Job, WorkerGroup]]:
+    config = _config(folder, num_workers=num_workers, batch=batch)
     group_module.Worker = EmptyWorker  # type: ignore[misc]
     job = prepare(config)
     with connected(config), reserved(config) as slots:
@@ -123,8 +154,8 @@ def _workers(folder: Path) -> Iterator[tuple[Job, WorkerGroup]]:
             group.kill()
 
 
-def _config(folder: Path) -> RunConfig:
-    """A run of two data ranks over the demonstration's rows, 64 samples a step."""
+def _config(folder: Path, *, num_workers: int, batch: int) -> RunConfig:
+    """A run of data ranks alone over the demonstration's rows."""
     demo.make_assets(folder / "assets")
     return build_config(
         {
@@ -134,10 +165,10 @@ def _config(folder: Path) -> RunConfig:
                 "sequence_length": 512,
                 "cache_dir": str(folder / "cache"),
             },
-            "train": {"max_steps": ROUNDS, "global_batch_size": 64, "logging_steps": 10},
+            "train": {"max_steps": ROUNDS, "global_batch_size": batch, "logging_steps": 10},
             "checkpoint": {"save": False},
             "tracking": {"backends": ["jsonl"]},
-            "parallel": {"num_workers": 2, "device": "cpu"},
+            "parallel": {"num_workers": num_workers, "device": "cpu"},
         }
     )
 

@@ -10,22 +10,20 @@ fp32 on the CPU. Pairs are interleaved; `ratio` is the median, `low` and `high` 
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+from shared import measures
 
 WORDS, HIDDEN, SHARE = 151_936, 896, 0.6
-PAIRS = 5
+PAIRS = measures.pairs(5)
 MEMORY_GOAL, TIME_GOAL = 0.15, 0.65
 POLL_S = 0.0005
 
@@ -131,20 +129,16 @@ def _one_rank() -> Iterator[None]:
 
 
 def _print(name: str, ratios: list[float], *, goal: float, denominator: str) -> None:
-    ratio = statistics.median(ratios)
-    line = {
-        "name": name,
-        "ratio": round(ratio, 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
-        "pairs": len(ratios),
-        "goal": f"<= {goal}",
-        "holds": ratio <= goal,
-        "denominator": denominator,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
-    }
-    print(json.dumps(line), flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    packages = ("torch", "megatron-core")
+    measures.show(
+        name,
+        ratios,
+        goal=f"<= {goal}",
+        denominator=denominator,
+        packages=packages,
+        device=device,
+    )
 
 
 if __name__ == "__main__":

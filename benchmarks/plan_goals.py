@@ -21,7 +21,7 @@ from roll_sft.layout import ParallelLayout
 
 COST = CostModel(70_450.0)  # of a 7B model
 MILLION = 1_000_000
-PACKAGES = ("roll_sft", "numpy")
+PACKAGES = "numpy"
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def main() -> None:
     _show("dp_imbalance", dp_imbalance, goal="<= 1.01", denominator="mean cost of a rank")
     _show("pack_imbalance", pack_imbalance, goal="<= 1.05", denominator="mean cost of a pack")
     _show("cap_violations", [_violations()], goal="<= 0", denominator="1,000 random batches")
+    _show("tokens_kept", [_kept()], goal=">= 1", denominator="tokens of the samples; one epoch")
     seconds, num_bytes = _epochs()
     _show("epoch_plan_seconds", seconds, goal="<= 2", denominator="one CPU second, 1M samples")
     _show("epoch_plan_bytes", num_bytes, goal="<= 64", denominator="one sample of 1M")
@@ -91,6 +92,14 @@ def _violations() -> float:
         packs = [pack for rank in plan.ranks for pack in rank]
         found += sum(int(lengths[list(pack)].sum()) > cap for pack in packs if pack)
     return float(found)
+
+
+def _kept() -> float:
+    """Tokens of all steps of an epoch over those of its samples."""
+    lengths = _lengths(20_000, cap=8192, seed=3)
+    planner = _planner(lengths, batch=512, cap=8192)
+    steps = range(1, planner.steps_per_epoch + 1)
+    return sum(planner.step(step).total_tokens for step in steps) / int(lengths.sum())
 
 
 def _epochs() -> tuple[list[float], list[float]]:

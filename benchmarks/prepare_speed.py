@@ -10,6 +10,7 @@ named. CPU seconds, since wall time on a shared machine says little.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,14 +30,16 @@ from roll_sft.data.shapes import ColumnKeys
 from roll_sft.layout import ParallelLayout
 
 LENGTH = 8192
-PACKAGES = ("roll_sft", "tokenizers", "transformers")
+PACKAGES = ("tokenizers", "transformers")
 
 
 def main() -> None:
     """Measures and prints one line for each denominator."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trl", help="an interpreter that has trl")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument(
+        "--trl", help="an interpreter that has trl", default=os.environ.get("TRL_PYTHON")
+    )
+    parser.add_argument("--pairs", type=int, default=measures.pairs(5))
     parser.add_argument("--rows", type=int, default=5000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +61,9 @@ def main() -> None:
             packages=PACKAGES,
         )
         if options.trl is None:
-            print("prepare_over_trl: left out, no --trl PYTHON is given", file=sys.stderr)
+            print(
+                "prepare_over_trl: left out, neither --trl nor TRL_PYTHON is given", file=sys.stderr
+            )
             return
         pairs = [
             (_ours(folder, tokenizer, place=folder / f"trl_{pair}"), _trl(options.trl, folder))

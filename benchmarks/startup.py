@@ -19,7 +19,7 @@ from shared import measures
 from roll_sft.demo import make_assets
 
 GOAL = "<= 25"
-PACKAGES = ("roll_sft", "ray", "torch", "megatron-core", "transformers")
+PACKAGES = ("ray", "torch", "megatron-core", "transformers")
 LINE = re.compile(r"begins ([\d.]+) s after the command: (.*)")
 STEP = re.compile(r"step 1/1 .*?([\d.]+) s\b")
 
@@ -27,7 +27,7 @@ STEP = re.compile(r"step 1/1 .*?([\d.]+) s\b")
 def main() -> None:
     """Measures and prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=measures.pairs(5))
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -42,8 +42,8 @@ def main() -> None:
         goal=GOAL,
         denominator="one second; wall time of this machine",
         packages=PACKAGES,
+        parts_s=middle,
     )
-    print(middle)
 
 
 def _run(folder: Path, number: int) -> tuple[float, str]:

@@ -9,24 +9,22 @@ same optimizer and the same packs of the demo's data, so what differs is what we
 blocks of steps are interleaved, `ratio` is the median of the pairs, `low` and `high` the extremes.
 """
 
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from shared import measures
 
 from roll_sft.demo import make_assets
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.run import compose
 
-PAIRS, STEPS = 7, 12
+PAIRS, STEPS = measures.pairs(7), 12
 GOAL = 1.03
 
 
@@ -43,21 +41,14 @@ def main() -> None:
             seconds = {first: _cpu_seconds(first), second: _cpu_seconds(second)}
             ratios.append(seconds[ours] / seconds[bare])
         bare_step_s = seconds[bare] / STEPS
-    ratio = statistics.median(ratios)
-    line = {
-        "name": "trainer_overhead",
-        "ratio": round(ratio, 4),
-        "low": round(min(ratios), 4),
-        "high": round(max(ratios), 4),
-        "pairs": PAIRS,
-        "goal": f"<= {GOAL}",
-        "holds": ratio <= GOAL,
-        "denominator": "Megatron's schedule and optimizer on the same packs, built beforehand",
-        "bare_step_ms": round(1e3 * bare_step_s, 1),
-        "device": "cpu",
-        "versions": {name: version(name) for name in ("roll_sft", "torch", "megatron-core")},
-    }
-    print(json.dumps(line))
+    measures.show(
+        "trainer_overhead",
+        ratios,
+        goal=f"<= {GOAL}",
+        denominator="Megatron's schedule and optimizer on the same packs, built beforehand",
+        packages=("torch", "megatron-core"),
+        bare_step_ms=round(1e3 * bare_step_s, 1),
+    )
 
 
 def _our_steps(engine: Any, job: Job) -> Callable[[], None]:

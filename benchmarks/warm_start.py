@@ -49,19 +49,19 @@ def main() -> None:
     """Measures and prints one line for the ratio and one for the seconds."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=measures.pairs(5))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chat_data.write(folder, num_rows=FEW)
         few, many = folder / "few.jsonl", folder / "many.jsonl"
-        _write(few, FEW)
-        _write(many, options.rows)
+        write_rows(few, FEW)
+        write_rows(many, options.rows)
         time.sleep(SETTLED_S)
         for path in (few, many):  # fills the cache
             _start(folder, path)
         pairs = [(_start(folder, few), _start(folder, many)) for _ in range(options.pairs)]
-    packages = ("roll_sft", "numpy", "transformers")
+    packages = ("numpy", "transformers")
     measures.show(
         "warm_start_growth",
         [many / few for few, many in pairs],
@@ -78,7 +78,7 @@ def main() -> None:
     )
 
 
-def _write(path: Path, num_rows: int) -> None:
+def write_rows(path: Path, num_rows: int) -> None:
     answer = "words of an answer " * 12
     with path.open("w", encoding="utf-8") as file:
         for row in range(num_rows):
@@ -88,17 +88,7 @@ def _write(path: Path, num_rows: int) -> None:
 def _start(folder: Path, path: Path) -> float:
     """Seconds from nothing to the plan of the first step."""
     started = time.perf_counter()
-    tokenizer = QuickTokenizer(AutoTokenizer.from_pretrained(folder / "tok"))
-    source_options = SourceOptions(
-        ColumnKeys(), sequence_length=8192, on_bad_row="error", max_bad_fraction=0.0
-    )
-    ((source, _),) = prepare_sources(
-        [Source(str(path), "rows")],
-        tokenizer=tokenizer,
-        options=source_options,
-        place=CachePlace(folder / "cache", num_proc=1),
-    )
-    tokens = TokenSet([source])
+    tokens = token_set(folder, path)
     options = PlanOptions(
         seed=1,
         global_batch_size=128,
@@ -110,6 +100,21 @@ def _start(folder: Path, path: Path) -> float:
     )
     Planner(tokens.lengths, tokens.supervised, options=options).step(1)
     return time.perf_counter() - started
+
+
+def token_set(folder: Path, path: Path) -> TokenSet:
+    """The samples of `path`, whose tokens lie in the cache below `folder`."""
+    tokenizer = QuickTokenizer(AutoTokenizer.from_pretrained(folder / "tok"))
+    source_options = SourceOptions(
+        ColumnKeys(), sequence_length=8192, on_bad_row="error", max_bad_fraction=0.0
+    )
+    ((source, _),) = prepare_sources(
+        [Source(str(path), "rows")],
+        tokenizer=tokenizer,
+        options=source_options,
+        place=CachePlace(folder / "cache", num_proc=1),
+    )
+    return TokenSet([source])
 
 
 if __name__ == "__main__":

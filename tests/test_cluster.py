@@ -122,33 +122,17 @@ def test_a_job_with_a_relative_output_dir_is_refused(cluster: tuple[Path, int]) 
     assert "under a Ray job it would lie in" in result.stdout + result.stderr
 
 
-def test_stop_ends_its_own_node_and_no_other(tmp_path: Path) -> None:
-    mine, other = tmp_path / "mine", tmp_path / "other"
-    for home in (mine, other):
-        home.mkdir()
-        started = node(
-            home,
-            "head",
-            "--port",
-            str(free_port()),
-            "--dashboard-port",
-            str(free_port()),
-            "--",
-            "--num-cpus=1",
-            "--include-dashboard=false",
-        )
-        assert started.returncode == 0, started.stderr
-    try:
-        families = [_family(home) for home in (mine, other)]
-        assert all(len(family) > 3 for family in families)
-        assert node(mine, "head").returncode == 2  # it runs already
-        assert node(mine, "stop").returncode == 0
-        assert not [process for process in families[0] if process.is_running()]
-        assert all(process.is_running() for process in families[1])
-        assert node(mine, "stop").returncode == 0  # nothing left to stop is no error
-    finally:
-        node(other, "stop")
-        node(mine, "stop")
+def test_stop_ends_its_own_node_and_no_other(cluster: tuple[Path, int]) -> None:
+    home, _ = cluster
+    mine, other = (_family(home, name) for name in ("second", "main"))
+    assert len(mine) > 3
+    assert len(other) > 3
+    assert node(home, "head").returncode == 2  # it runs already
+    assert node(home, "stop", "--name", "second").returncode == 0
+    assert not [process for process in mine if process.is_running()]
+    assert all(process.is_running() for process in other)
+    # Nothing left to stop is no error.
+    assert node(home, "stop", "--name", "second").returncode == 0
 
 
 def test_a_node_without_the_token_does_not_join(tmp_path: Path) -> None:
@@ -157,7 +141,7 @@ def test_a_node_without_the_token_does_not_join(tmp_path: Path) -> None:
     assert "copy the head's there" in result.stderr
 
 
-def _family(home: Path) -> list[psutil.Process]:
-    pid = int((home / ".roll_sft" / "nodes" / "main.pid").read_text().split()[0])
+def _family(home: Path, name: str) -> list[psutil.Process]:
+    pid = int((home / ".roll_sft" / "nodes" / f"{name}.pid").read_text().split()[0])
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]

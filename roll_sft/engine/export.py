@@ -15,6 +15,7 @@ from roll_sft.engine.card import write_card
 from roll_sft.engine.import_hf import DTYPES
 from roll_sft.engine.publish import ASSETS, check_complete, read_manifest
 from roll_sft.engine.reader import Reader
+from roll_sft.engine.resume import verify_hashes
 from roll_sft.engine.safe_load import check_pickles
 from roll_sft.engine.versions import check_megatron
 from roll_sft.models.hf_write import plan_shards, write_hf_folder
@@ -28,12 +29,16 @@ def export(
 ) -> str | None:
     """Write `checkpoint` as a model folder that transformers loads.
 
-    `dtype` is fp32, bf16 or fp16; None keeps that of the source model. With `verified` the two are
-    compared before the folder gets its name; returns what was found. Raises `CheckpointError` for a
+    `dtype` is fp32, bf16 or fp16; None keeps that of the source model. With `verified` every file
+    of the checkpoint must have the manifest's SHA-256, and the two are compared before the folder
+    gets its name; returns what was found. Raises `CheckpointError` for a
     folder that is no complete checkpoint, an `output` that is in the way, or logits that differ.
     """
     check_complete(checkpoint)
-    check_megatron(checkpoint, read_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    if verified:
+        verify_hashes(checkpoint, manifest)
+    check_megatron(checkpoint, manifest)
     check_pickles(checkpoint)
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
     family = family_of(config)
