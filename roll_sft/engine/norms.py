@@ -118,9 +118,8 @@ class PostNormMLP(MLP):
     """MLP whose output is normed before the residual addition."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault(
-            "ffn_hidden_size", config.ffn_hidden_size
-        )  # Megatron's own MLP is given it
+        if kwargs.get("ffn_hidden_size") is None:  # Megatron gives it to an MLP of its own alone
+            kwargs["ffn_hidden_size"] = config.ffn_hidden_size
         super().__init__(config, *args, **kwargs)
         self.post_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
