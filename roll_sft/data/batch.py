@@ -5,6 +5,7 @@ Shapes: T packed tokens of this rank, S sequences in the pack, R supervised rows
 Alignment lives here and nowhere before: each sample is padded at its tail so that the zig-zag
 split cuts it evenly, then the last one so that the pack divides by the pack alignment. Padding
 sits behind the real tokens of its sample, where causal attention hides it, and carries no loss.
+Where the packs of a step are of one length, a short one ends in a sequence of padding alone.
 
 Invariants: labels are made before the split, inside each sample, so no token predicts the first
 token of the next sample; no sequence is empty; all ranks of one context group together hold the
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from roll_sft.data.packing import padded_lengths
+from roll_sft.data.packing import common_length, padded_lengths
 from roll_sft.layout import ParallelLayout
 
 Sample = tuple[NDArray[np.int32], NDArray[np.uint8]]
@@ -34,6 +35,7 @@ class PackedBatch:
     supervised_T: bool [T], where labels_T counts in the loss.
     cu_seqlens: int32 [S + 1], bounds of the padded sequences of the whole pack, before the split:
     Megatron divides by the context size itself. max_seqlen: the longest of those sequences.
+    A sequence behind those of the samples is padding.
     rows: int64 [R], the places in T that are supervised, ascending; row_labels: int64 [R].
     """
 
@@ -54,13 +56,19 @@ def build_batch(
     layout: ParallelLayout,
     context_rank: int,
     pad_token_id: int = 0,
+    num_tokens: int | None = None,
 ) -> PackedBatch:
-    """Packs `samples` and takes the slice of `context_rank`, on the CPU.
+    """Packs `samples`, filled up to `num_tokens`, and takes `context_rank`'s slice, on the CPU.
 
     No samples make a pack of one sequence of padding without supervised rows: a rank that has
     nothing to do must still run forward and backward, or the others wait for it.
     """
-    lengths = padded_lengths([tokens.size for tokens, _ in samples], layout=layout)
+    lengths = _sequence_lengths(samples, layout)
+    if num_tokens is not None and num_tokens != sum(lengths):
+        filling = num_tokens - sum(lengths)
+        assert filling > 0, f"a pack of {sum(lengths)} tokens does not fit {num_tokens}"
+        assert filling % layout.pack_alignment == 0, f"{num_tokens} tokens cannot be cut evenly"
+        lengths.append(filling)
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     packed_tokens = np.full(bounds[-1], pad_token_id, dtype=np.int64)
     labels = np.zeros(bounds[-1], dtype=np.int64)
@@ -90,6 +98,15 @@ def build_batch(
         row_labels=torch.from_numpy(labels[mine][rows]),
         num_supervised=rows.size,
     )
+
+
+def common_tokens(packs: Sequence[Sequence[Sample]], *, layout: ParallelLayout) -> int | None:
+    """`num_tokens` of all `packs` of a rank's step; see `packing.common_length`."""
+    return common_length([sum(_sequence_lengths(pack, layout)) for pack in packs], layout=layout)
+
+
+def _sequence_lengths(samples: Sequence[Sample], layout: ParallelLayout) -> list[int]:
+    return padded_lengths([tokens.size for tokens, _ in samples], layout=layout)
 
 
 def zigzag_indices(

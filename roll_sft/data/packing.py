@@ -25,6 +25,8 @@ Bin = tuple[int, ...]
 _EVEN_RANKS = 1.0005
 _EVEN_PACKS = 1.01
 _EXCHANGES_PER_BIN = 4
+# Padding that a pipeline takes, over a step's tokens, to know the length of its packs beforehand.
+_MOST_FILLING = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,20 @@ def padded_lengths(lengths: Sequence[int], *, layout: ParallelLayout) -> list[in
     padded = [round_up(length, alignment) for length in lengths]
     padded[-1] += -sum(padded) % layout.pack_alignment
     return padded
+
+
+def common_length(packs: Sequence[int], *, layout: ParallelLayout) -> int | None:
+    """Tokens that each of a rank's packs is filled up to; None where each keeps its own.
+
+    `packs` are the tokens of a rank's packs in one step, as they would run. Stages of a pipeline
+    that do not know the length of what comes next exchange it before every tensor, and wait for the
+    device to read it; a little padding is cheaper. The ranks of a pipeline hold the same packs, so
+    they agree without a word.
+    """
+    longest = max(packs)
+    filling = longest * len(packs) - sum(packs)
+    is_cheap = layout.pipeline_size > 1 and filling <= _MOST_FILLING * sum(packs)
+    return longest if is_cheap else None
 
 
 def assign_to_ranks(

@@ -173,9 +173,7 @@ class Planner:
         aligned = (-(-lengths // alignment) * alignment).tolist()
         shares, imbalance = self._deal(aligned)
         packs = [[sum(aligned[i] for i in members) for members in share] for share in shares]
-        padded = sum(
-            round_up(tokens or 2, layout.pack_alignment) for rank in packs for tokens in rank
-        )
+        padded = sum(_tokens_as_run(rank, layout) for rank in packs)
         num_packs, total = sum(map(len, packs)), int(lengths.sum())
         return StepPlan(
             step=step,
@@ -227,3 +225,10 @@ class Planner:
         """
         tokens_per_round = self._options.layout.data_size * self._capacity
         return round_up(tokens, tokens_per_round) // self._options.layout.data_size + self._capacity
+
+
+def _tokens_as_run(packs: Sequence[int], layout: ParallelLayout) -> int:
+    """Tokens of a rank's `packs`, aligned samples summed, with all padding that they run with."""
+    lengths = [round_up(tokens or 2, layout.pack_alignment) for tokens in packs]
+    length = packing.common_length(lengths, layout=layout)
+    return sum(lengths) if length is None else length * len(lengths)

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_sft.config import RunConfig, layout_of
-from roll_sft.data.batch import PackedBatch, build_batch
+from roll_sft.data.batch import PackedBatch, build_batch, common_tokens
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.plan import RankWork
 from roll_sft.engine import checkpoint, setup, shards
@@ -69,20 +69,20 @@ class Engine:
         self._data = data
         self._device = torch.device(torch.cuda.current_device())
         torch.use_deterministic_algorithms(config.deterministic)
-        transformer = setup.transformer_config(source.shape, self._layout, config=config)
+        self._transformer = setup.transformer_config(source.shape, self._layout, config=config)
         kernel = choose_kernel(
             config.model.attention_backend,
             device=self._device,
             dtype=setup.DTYPES[config.model.dtype],
         )
-        self.chunks = setup.build_model(source.shape, transformer, kernel=kernel)
+        self.chunks = setup.build_model(source.shape, self._transformer, kernel=kernel)
         if checkpoint is None:
             setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
         else:
             setup.clear_weights(self.chunks)
         self._wrapped = setup.wrap_model(
             self.chunks,
-            transformer,
+            self._transformer,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
         self.optimizer = setup.build_optimizer(config, self._wrapped)
@@ -186,9 +186,10 @@ class Engine:
         """This context rank's slices of the micro-batches `indices` of `tokens`, on the host."""
         layout, rank = self._layout, parallel_state.get_context_parallel_rank()
         batches = []
-        for ids in indices:
-            samples = [tokens.sample(index) for index in ids]
-            pack = build_batch(samples, layout=layout, context_rank=rank)
+        samples = [[tokens.sample(index) for index in ids] for ids in indices]
+        num_tokens = common_tokens(samples, layout=layout)
+        for members in samples:
+            pack = build_batch(members, layout=layout, context_rank=rank, num_tokens=num_tokens)
             segments = segments_of(
                 pack.cu_seqlens, context_size=layout.context_size, context_rank=rank
             )
@@ -253,12 +254,16 @@ class Engine:
         # Of each micro-batch, on the last pipeline stage: float32 [R], as `supervised_rows` orders.
         self.row_losses: list[torch.Tensor] = []
         self._num_supervised = 0
+        lengths = {batch.pack.tokens_T.shape[1] for batch in batches}
+        # Read by the schedules at every call. Stages hold the same packs, so they agree.
+        self._transformer.variable_seq_lengths = len(lengths) > 1
         get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=[iter(batches) for _ in self._wrapped],
             model=self._wrapped,
             num_microbatches=len(batches),
-            seq_length=1,  # unused: packs differ in length and send their shape ahead
+            # Of a whole pack; unused where packs differ in length and send their shapes ahead.
+            seq_length=lengths.pop() * self._layout.context_size,
             micro_batch_size=1,
             forward_only=forward_only,
         )

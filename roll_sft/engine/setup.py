@@ -86,7 +86,8 @@ def transformer_config(
         # tensor-parallel parameter from a replicated one (a third of the norm lost at TP 2).
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
-        # Packs differ in length; the default token dispatcher refuses that even without experts.
+        # Where packs differ in length, see Engine; the default token dispatcher refuses that even
+        # without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # One definition of the loss: sum over supervised tokens / their number in the global batch.

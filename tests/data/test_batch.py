@@ -149,6 +149,40 @@ def test_an_empty_micro_batch_is_one_sequence_of_padding(layout: ParallelLayout)
 
 
 @FEW
+@given(packs(), st.sampled_from(LAYOUTS), st.integers(0, 5))
+def test_a_pack_that_is_filled_up_is_the_pack_and_a_sequence_of_padding(
+    samples: list[Sample], layout: ParallelLayout, times: int
+) -> None:
+    filling = times * layout.pack_alignment
+    for rank, own in enumerate(slices(samples, layout)):
+        num_tokens = int(own.cu_seqlens[-1]) + filling
+        part = build_batch(
+            samples, layout=layout, context_rank=rank, pad_token_id=PAD, num_tokens=num_tokens
+        )
+        share = filling // layout.context_size
+        size = own.tokens_T.shape[1]
+        tail = [num_tokens] if filling else []
+        assert part.cu_seqlens.tolist() == [*own.cu_seqlens.tolist(), *tail]
+        assert part.max_seqlen == max(own.max_seqlen, filling)
+        assert part.tokens_T[0].tolist() == own.tokens_T[0].tolist() + [PAD] * share
+        assert torch.equal(part.positions_T[:, :size], own.positions_T)
+        for name in ("labels_T", "supervised_T"):
+            whole = torch.cat([getattr(own, name), torch.zeros(share)])
+            assert torch.equal(getattr(part, name), whole.to(getattr(part, name).dtype))
+        assert torch.equal(part.rows, own.rows)
+        assert torch.equal(part.row_labels, own.row_labels)
+
+
+def test_a_pack_is_not_filled_up_to_less_than_it_holds_nor_to_what_cannot_be_cut() -> None:
+    sample = (np.arange(8, dtype=np.int32), np.zeros(8, np.uint8))
+    with pytest.raises(AssertionError, match="8 tokens does not fit 6"):
+        build_batch([sample], layout=ParallelLayout(1), context_rank=0, num_tokens=6)
+    layout = ParallelLayout(2, context_size=2)
+    with pytest.raises(AssertionError, match="10 tokens cannot be cut evenly"):
+        build_batch([sample], layout=layout, context_rank=0, num_tokens=10)
+
+
+@FEW
 @given(st.sampled_from([1, 2, 3, 4, 8]), st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_zigzag_takes_the_chunks_of_the_formula(context_size: int, chunks: list[int]) -> None:
     bounds = [0, *np.cumsum(np.array(chunks) * 2 * context_size).tolist()]

@@ -12,6 +12,7 @@ from roll_sft.data.packing import (
     balance_bins,
     best_fit_decreasing,
     bin_cost,
+    common_length,
     order_for_pipeline,
     padded_lengths,
 )
@@ -224,3 +225,13 @@ def test_a_pipeline_gets_rising_then_falling_costs(lengths: list[int]) -> None:
     assert costs[: top + 1] == sorted(costs[: top + 1])
     assert costs[top:] == sorted(costs[top:], reverse=True)
     assert abs(top - (len(costs) - 1 - top)) <= 1 or costs.count(max(costs)) > 1
+
+
+def test_packs_are_filled_up_in_a_pipeline_alone_and_where_it_is_cheap() -> None:
+    pipeline = ParallelLayout(2, pipeline_size=2)
+    assert common_length([100, 98, 97], layout=pipeline) == 100
+    assert common_length([100, 100], layout=pipeline) == 100
+    assert common_length([7], layout=pipeline) == 7
+    assert common_length([100, 94], layout=pipeline) is None
+    assert common_length([100, 2], layout=pipeline) is None
+    assert common_length([100, 100], layout=ParallelLayout(2)) is None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roll_sft.data.batch import build_batch
+from roll_sft.data.batch import PackedBatch, build_batch, common_tokens
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions, StepPlan
 from roll_sft.layout import ParallelLayout
@@ -53,6 +53,25 @@ def epoch_of(plans: Planner, epoch: int = 0) -> list[StepPlan]:
 
 def ids_of(plan: StepPlan) -> list[int]:
     return [sample for rank in plan.ranks for pack in rank for sample in pack]
+
+
+def as_run(
+    lengths: list[int],
+    packs: tuple[tuple[int, ...], ...],
+    *,
+    layout: ParallelLayout,
+    context_rank: int = 0,
+) -> list[PackedBatch]:
+    """The micro-batches of one rank, as an engine builds them."""
+    samples = [
+        [(np.zeros(lengths[i], np.int32), np.zeros(lengths[i], np.uint8)) for i in pack]
+        for pack in packs
+    ]
+    num_tokens = common_tokens(samples, layout=layout)
+    return [
+        build_batch(pack, layout=layout, context_rank=context_rank, num_tokens=num_tokens)
+        for pack in samples
+    ]
 
 
 some_lengths = st.lists(st.integers(1, 96), min_size=1, max_size=70)
@@ -100,12 +119,9 @@ def test_no_micro_batch_exceeds_the_cap_as_it_is_run(
     lengths: list[int], options: PlanOptions
 ) -> None:
     for plan in epoch_of(planner(lengths, options=options)):
-        for pack in (pack for rank in plan.ranks for pack in rank):
-            samples = [
-                (np.zeros(lengths[i], np.int32), np.zeros(lengths[i], np.uint8)) for i in pack
-            ]
-            batch = build_batch(samples, layout=options.layout, context_rank=0)
-            assert batch.cu_seqlens[-1] <= options.micro_batch_tokens
+        for rank in plan.ranks:
+            for batch in as_run(lengths, rank, layout=options.layout):
+                assert batch.cu_seqlens[-1] <= options.micro_batch_tokens
 
 
 @FEW
@@ -130,14 +146,13 @@ def test_tokens_are_counted_as_they_are_run(lengths: list[int], options: PlanOpt
     for plan in epoch_of(plans):
         assert plan.total_tokens == sum(lengths[i] for i in plan.sample_ids)
         assert plan.supervised_tokens == sum(lengths[i] // 2 for i in plan.sample_ids)
-        run = 0
-        for pack in (pack for rank in plan.ranks for pack in rank):
-            samples = [
-                (np.zeros(lengths[i], np.int32), np.zeros(lengths[i], np.uint8)) for i in pack
-            ]
-            for context_rank in range(layout.context_size):
-                batch = build_batch(samples, layout=layout, context_rank=context_rank)
-                run += batch.tokens_T.numel()
+        batches = [
+            batch
+            for rank in plan.ranks
+            for context_rank in range(layout.context_size)
+            for batch in as_run(lengths, rank, layout=layout, context_rank=context_rank)
+        ]
+        run = sum(batch.tokens_T.numel() for batch in batches)
         assert plan.total_tokens_including_padding == run
 
 
