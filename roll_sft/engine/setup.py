@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from roll_sft.config import RunConfig
-from roll_sft.engine import rotary
+from roll_sft.engine import grad_norm, rotary
 from roll_sft.engine.attention import packed_attention
 from roll_sft.engine.kernels import Kernel
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
@@ -230,6 +230,7 @@ def wrap_model(
 
 def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm."""
+    grad_norm.install()
     train = config.train
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

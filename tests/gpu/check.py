@@ -1,9 +1,9 @@
 """What only a GPU can show, floors 0 to 2 alone: `make test-gpu` (torchrun, one process).
 
 Checks every attention kernel that is installed against torch's SDPA, the engine against
-transformers in fp32, bf16 against fp32, and a checkpoint's way back to transformers; then measures
-tokens per second, model FLOPs utilisation and memory. Prints a line for each and ends with 1 if any
-failed.
+transformers in fp32, bf16 against fp32, a checkpoint's way back to transformers, and that nothing
+of ours waits for the device within a step; then measures tokens per second, model FLOPs utilisation
+and memory. Prints a line for each and ends with 1 if any failed.
 `--device cpu` runs what a CPU can, to try the script itself.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from roll_sft.layout import ParallelLayout
 from roll_sft.metrics import flops_per_step, peak_flops
 from roll_sft.models.hf_io import RandomSource
 from roll_sft.models.registry import family_of
-from tests import parity
+from tests import parity, waits
 
 SHAPES = {  # hidden, ffn, layers, heads, key-value heads; all tied
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2),
@@ -73,7 +74,11 @@ def main() -> int:
         process_groups(rendezvous, ParallelLayout(1), device=options.device, store=store),
         tempfile.TemporaryDirectory() as folder,
     ):
-        checks = [check_kernels(options.device), check_engine(options.device, Path(folder))]
+        checks = [
+            check_kernels(options.device),
+            check_engine(options.device, Path(folder)),
+            check_waits(options.device, Path(folder)),
+        ]
         for results in checks:
             for name, value, bound in results:
                 holds = value <= bound
@@ -150,6 +155,26 @@ def check_engine(device: str, folder: Path) -> Iterator[tuple[str, float, float]
         losses = parity.engine_run(half, None) or []
         worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(losses, steps, strict=True))
         yield f"bf16 loss with {name} against fp32", worst, 1e-2
+
+
+def check_waits(device: str, folder: Path) -> Iterator[tuple[str, float, float]]:
+    """Waits for the device that are ours, before a step's end; Megatron's are listed alone.
+
+    `folder` is that of `check_engine`.
+    """
+    config = parity.parity_config(folder, model={"dtype": "bf16"}, parallel={"device": device})
+    job = prepare(config)
+    engine = Engine(config, source=job.source, data=job.data)
+    work = [job.planner.step(step).work_for(0, learning_rate=1e-5) for step in (1, 2, 3)]
+    for first in work[:2]:  # kernels are compiled, and states made
+        engine.train_step(first)
+    engine._ahead.begin(work[2].micro_batches)
+    with waits.recorded(device) as found:
+        engine.train_step(work[2])
+    within = [wait for wait in found if not wait.is_end_of_step]
+    for text, count in Counter(map(str, within)).items():
+        print(f"     {count} x {text}", flush=True)
+    yield "waits of ours within a step", sum(wait.is_ours for wait in within), 0
 
 
 def measure(device: str) -> Iterator[dict[str, Any]]:
