@@ -19,6 +19,8 @@ CONSTRAINTS := constraints/$(PINS).txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Side by side in up to four processes: see pytest_collection_modifyitems in tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 GPU_PYTHON ?= python3
 RUNTIME := $(VENV)/.runtime
 TOOLS := $(VENV)/.tools
@@ -36,10 +38,10 @@ run: $(RUNTIME) ## install what is missing, then train, export and sample a smal
 	$(BIN)/python -m roll_sft.demo $(ARGS)
 
 test: $(TOOLS) ## the whole test suite; needs no GPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(TOOLS) ## the tests of a few seconds each, before a commit
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 check: $(TOOLS) ## format, lint, types, and the floors
 	$(BIN)/ruff format --check .

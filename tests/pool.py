@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,15 @@ TIMEOUT_S = 120.0
 
 
 class RankPool:
-    """Up to `size` ranks."""
+    """As many ranks as were asked for at once so far."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._start()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
         self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(self._size):
+        self._processes: list[BaseProcess] = []
+
+    def _grow(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._pipes) < size:
             ours, theirs = context.Pipe()
             # Not a daemon: Megatron forks writers. It ends when our end of the pipe closes.
             process = context.Process(target=_serve, args=(theirs,))
@@ -41,6 +40,7 @@ class RankPool:
 
     def run_alone(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` in one process, without process groups."""
+        self._grow(1)
         self._pipes[0].send((function, None, 0, "", args))
         text, value = self._answer(0, function)
         if text:
@@ -48,6 +48,7 @@ class RankPool:
         return value
 
     def run(self, function: Callable[..., Any], layout: ParallelLayout, *args: Any) -> list[Any]:
+        self._grow(layout.world_size)
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             pipes = self._pipes[: layout.world_size]
@@ -63,7 +64,6 @@ class RankPool:
         if not self._pipes[rank].poll(TIMEOUT_S):
             # Anew: a late answer would be taken for that to the next question.
             self.close()
-            self._start()
             raise TimeoutError(f"rank {rank} did not answer {function}")
         answer: tuple[str | None, Any] = self._pipes[rank].recv()
         return answer
@@ -72,6 +72,7 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
+        self._pipes, self._processes = [], []
 
 
 def _serve(pipe: Connection) -> None:

@@ -26,7 +26,7 @@ from roll_sft.runtime.worker import Worker
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program, is_alive, two_nodes, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NUM_ROWS, BATCH, STEPS = 24, 7, 4
 STEP_KEYS = [
