@@ -66,7 +66,7 @@ def end_of_turn(probes: Sequence[Probe]) -> int | None:
 
 def find_anchor(probes: Sequence[Probe], encoder: Encoder) -> Anchor | None:
     """Return the tokens around every answer, None if they are not always the same and proved."""
-    flat = Flat.of([probe.encoded.ids for probe in probes])
+    flat = Flat.of([np.array(probe.encoded.ids, np.int32) for probe in probes])
     texts = [probe.text for probe in probes]
     for num_control in range(1, _MAX_HEADER_CONTROL + 1):
         anchor = _common(probes, control_ids=encoder.control_ids, num_control=num_control)

@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from roll_sft.data.anchor import Probe, end_of_turn, find_anchor, prove_probes
@@ -241,15 +242,13 @@ class ChatTokenizer:
         if not plans:
             return
         # The template writes what begins a text; adding it again would double it.
-        encodings = self._encoder.backend.encode_batch_fast(
-            [plan.text.text for plan in plans], add_special_tokens=False
-        )
-        chats: list[tuple[_Plan, list[int]]] = []
-        for plan, encoding in zip(plans, encodings, strict=True):
+        encoded = self._encoder.encode([plan.text.text for plan in plans])
+        chats: list[tuple[_Plan, NDArray[np.int32]]] = []
+        for plan, ids in zip(plans, encoded, strict=True):
             if plan.is_document:
-                plan.result = self._document_sample(encoding.ids)
+                plan.result = self._document_sample(ids)
             else:
-                chats.append((plan, encoding.ids))
+                chats.append((plan, ids))
         if not chats:
             return
         assert self._anchor is not None, "nothing is planned by ids without an anchor"

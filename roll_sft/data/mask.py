@@ -138,14 +138,11 @@ class Flat:
     bounds: NDArray[np.int64]
 
     @classmethod
-    def of(cls, ids: Sequence[Sequence[int]]) -> "Flat":
+    def of(cls, ids: Sequence[NDArray[np.int32]]) -> "Flat":
         """Join the ids of several texts."""
         bounds = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum([len(each) for each in ids], out=bounds[1:])
-        flat = np.empty(int(bounds[-1]), np.int32)
-        for each, start, stop in zip(ids, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            flat[start:stop] = each
-        return cls(flat, bounds)
+        np.cumsum([each.size for each in ids], out=bounds[1:])
+        return cls(np.concatenate([np.empty(0, np.int32), *ids]), bounds)
 
 
 def masks_by_ids(
