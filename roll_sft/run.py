@@ -27,6 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, build_config, nearest_key, schema
 from roll_sft.errors import ConfigError, RollSftError
+from roll_sft.leaving import leave_quickly
 
 FAULT = 1
 INTERRUPTED = 130
@@ -54,6 +55,7 @@ def main(
 
     `action` is what to do with the configuration and its text instead of running it.
     """
+    leave_quickly()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     signals: list[int] = []

@@ -14,6 +14,7 @@ from roll_sft.engine.export import export
 from roll_sft.engine.import_hf import DTYPES, import_model
 from roll_sft.engine.publish import MANIFEST
 from roll_sft.errors import ConfigError, RollSftError
+from roll_sft.leaving import leave_quickly
 
 FAULT = 1
 _DESCRIPTION = "A checkpoint to a folder that transformers loads, or such a folder to a checkpoint."
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     parser.add_argument("--verify", action="store_true", help="compare the logits of both at last")
     parser.add_argument("--replace", action="store_true", help="take the place of an earlier one")
     options = parser.parse_args(arguments)
+    leave_quickly()
     try:
         found = _convert(options)
     except RollSftError as error:

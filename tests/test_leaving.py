@@ -1,0 +1,28 @@
+"""The end of a process: nothing that others left for it is skipped."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import atexit, gc, sys, threading, time
+# Registered before, so what is said here is said last.
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))
+from roll_sft.leaving import leave_quickly
+leave_quickly()
+leave_quickly()
+atexit.register(lambda: print("other", gc.get_freeze_count()))
+threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+unflushed = open(sys.argv[1], "w")
+unflushed.write("kept")
+print("end", gc.get_freeze_count())
+sys.exit(3)
+"""
+
+
+def test_a_process_ends_in_its_usual_order_and_with_its_code(tmp_path: object) -> None:
+    command = [sys.executable, "-c", PROGRAM, f"{tmp_path}/file"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (3, "")
+    assert result.stdout.splitlines() == ["end 0", "thread", "other 0", "frozen True"]
+    with open(f"{tmp_path}/file") as file:
+        assert file.read() == "kept"
