@@ -5,16 +5,17 @@ import sys
 
 PROGRAM = """
 import atexit, gc, sys, threading, time
+own = gc.get_freeze_count()  # some versions of Python freeze what they begin with
 # Registered before, so what is said here is said last.
-atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > own))
 from roll_sft.leaving import leave_quickly
 leave_quickly()
 leave_quickly()
-atexit.register(lambda: print("other", gc.get_freeze_count()))
+atexit.register(lambda: print("other", gc.get_freeze_count() > own))
 threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
 unflushed = open(sys.argv[1], "w")
 unflushed.write("kept")
-print("end", gc.get_freeze_count())
+print("end", gc.get_freeze_count() > own)
 sys.exit(3)
 """
 
@@ -23,6 +24,6 @@ def test_a_process_ends_in_its_usual_order_and_with_its_code(tmp_path: object) -
     command = [sys.executable, "-c", PROGRAM, f"{tmp_path}/file"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (3, "")
-    assert result.stdout.splitlines() == ["end 0", "thread", "other 0", "frozen True"]
+    assert result.stdout.splitlines() == ["end False", "thread", "other False", "frozen True"]
     with open(f"{tmp_path}/file") as file:
         assert file.read() == "kept"
