@@ -190,7 +190,8 @@ def test_an_engine_holds_what_was_estimated(
     assert estimate(plan).state_gib * GIB == pytest.approx(fullest, rel=0.01)
     if dtype == "fp32":
         shape = plan.shape
-        # On a CPU a norm is two steps, and attention is joined from its samples'; and angles.
-        also = 2 * shape.hidden_size + shape.hidden_size + 4 * shape.head_dim
+        # On a CPU a norm is two steps, and attention is joined from its samples'.
+        least = kept_of(shape) + 2 * shape.hidden_size + shape.hidden_size
+        angles, scales = 4 * shape.head_dim, 2 + shape.num_attention_heads
         for _, kept, tokens in found:
-            assert kept / tokens / 4 == pytest.approx(kept_of(shape) + also, rel=0.01)
+            assert least <= kept / tokens / 4 <= least + angles + scales
