@@ -40,6 +40,7 @@ class ModelConfig:
     random_init: bool = False  # weights from the config and the seed alone
     trust_remote_code: bool = False
     attention_backend: str = "auto"  # auto | te | flash | varlen | sdpa
+    compile: bool | None = None  # torch.compile of what is elementwise; null = where a GPU is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

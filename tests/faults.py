@@ -112,8 +112,8 @@ def _cross_entropy() -> Any:
     return cross_entropy_of_rows
 
 
-def _unmasked(original: Any, *tensors: torch.Tensor, vocab_size: int) -> Any:
-    return original(*tensors, vocab_size=1 << 30)
+def _unmasked(original: Any, *tensors: torch.Tensor, vocab_size: int, **options: bool) -> Any:
+    return original(*tensors, vocab_size=1 << 30, **options)
 
 
 class _Swapped:

@@ -21,7 +21,7 @@ from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.batch import PackedBatch, build_batch, common_tokens
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.plan import RankWork
-from roll_sft.engine import checkpoint, setup, shards
+from roll_sft.engine import checkpoint, compiling, setup, shards
 from roll_sft.engine.attention import describe_pack, segments_of
 from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
@@ -70,6 +70,9 @@ class Engine:
         self._device = torch.device(torch.cuda.current_device())
         torch.use_deterministic_algorithms(config.deterministic)
         self._transformer = setup.transformer_config(source.shape, self._layout, config=config)
+        compiling.turn_on(
+            self._transformer, on=compiling.choose(config.model.compile, device=self._device)
+        )
         kernel = choose_kernel(
             config.model.attention_backend,
             device=self._device,

@@ -1,6 +1,7 @@
 """The output layer and its cross-entropy in one, in chunks of rows: logits never exist at once.
 
-Legend: R rows, D hidden size, V padded vocabulary of the model, W = V / TP columns of this rank.
+Legend: R rows, r rows of a chunk, D hidden size, V padded vocabulary of the model, W = V / TP
+columns of this rank.
 
 A chunk's logits become its probabilities and those its gradient, in one buffer; the gradients of
 the hidden states and of the weight are formed there and then, in the forward, so that nothing of
@@ -9,17 +10,24 @@ gradient of the size of the rows and one, in fp32, of the size of the weight. Th
 be a plain sum of rows: `backward` accepts one factor for all of them and no other.
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from roll_sft.engine import compiling
 from roll_sft.engine.chunks import chunk_rows
 
 
 def cross_entropy_of_rows(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, vocab_size: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int,
+    is_compiled: bool = False,
 ) -> torch.Tensor:
     """Cross-entropy in nats of each row, float32 [R], differentiable in `hidden` and `weight`.
 
@@ -29,21 +37,28 @@ def cross_entropy_of_rows(
     would shift the loss by 1e-4.
     """
     if torch.is_grad_enabled():
-        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, vocab_size)
+        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, vocab_size, is_compiled)
         return losses
-    return _forward(hidden, weight, labels, vocab_size=vocab_size, gradients=None)
+    softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
+    return _forward(hidden, weight, labels, softmax=softmax, gradients=None)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocab_size: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        is_compiled: bool,
     ) -> torch.Tensor:
         gradients = (
             torch.empty_like(hidden),
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
         )
-        losses = _forward(hidden, weight, labels, vocab_size=vocab_size, gradients=gradients)
+        softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
+        losses = _forward(hidden, weight, labels, softmax=softmax, gradients=gradients)
         ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
         return losses
@@ -57,7 +72,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grad_losses[:1].sum()  # 0 where there are no rows
         # In place: a copy of the weight's gradient may be a gigabyte, and a graph is walked once.
-        return grad_hidden.mul_(factor), grad_weight.mul_(factor).to(ctx.weight_dtype), None, None
+        grad_hidden.mul_(factor)
+        return grad_hidden, grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
 
 
 def _forward(
@@ -65,53 +81,142 @@ def _forward(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    vocab_size: int,
+    softmax: Any,
     gradients: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """The losses; adds the gradients of their sum to `gradients` (of hidden and of weight)."""
     width = weight.shape[0]
     first = parallel_state.get_tensor_model_parallel_rank() * width
-    num_real = max(0, min(width, vocab_size - first))
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     size = chunk_rows(len(hidden), width)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        logits = (hidden[rows] @ weight.t()).float()
-        logits[:, num_real:] = torch.finfo(torch.float32).min
         local = labels[rows, None] - first
         is_here = (local >= 0) & (local < width)
-        local = local.clamp(0, width - 1)
-        losses[rows] = _softmax_(logits, local, is_here)
+        # The product has no name here, so that what takes it may let it go.
+        losses[rows], gradient = softmax(
+            hidden[rows] @ weight.t(),
+            local.clamp(0, width - 1),
+            is_here,
+            needs_gradient=gradients is not None,
+        )
         if gradients is not None:
-            # Of cross-entropy by the logits: the probabilities, less one at the label.
-            logits.scatter_add_(1, local, -is_here.float())
-            gradient = logits.to(hidden.dtype)
             torch.mm(gradient, weight, out=gradients[0][rows])
-            if hidden.dtype == torch.float32:
-                gradients[1].addmm_(gradient.t(), hidden[rows])
-            else:
-                gradients[1].add_(gradient.t() @ hidden[rows])
-            del gradient
-        del logits  # before the next chunk takes as much
+            _add_product(gradients[1], gradient.t(), hidden[rows])
+        del gradient  # before the next chunk takes as much
     return losses
 
 
-def _softmax_(logits: torch.Tensor, local: torch.Tensor, is_here: torch.Tensor) -> torch.Tensor:
-    """Turn fp32 `logits` [r, W] into probabilities in place; return the losses [r].
+def _softmax_of(weight: torch.Tensor, *, vocab_size: int, is_compiled: bool) -> Any:
+    """How this rank takes a chunk's softmax: logits [r, W], local and is_here [r, 1] -> its losses
+    [r] and, where it is needed, their gradient by the logits [r, W] in the dtype of the logits.
 
-    `local` int64 [r, 1] is the label's column where it `is_here`. Two small all-reduces over the
-    tensor ranks, of r and of 2 r numbers.
+    `local` int64 is the label's column where it `is_here`.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
-    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
-    largest = logits.amax(dim=1, keepdim=True)
-    if is_split:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    width = weight.shape[0]
+    first = parallel_state.get_tensor_model_parallel_rank() * width
+    num_real = max(0, min(width, vocab_size - first))
+    return functools.partial(_compiled_softmax if is_compiled else _softmax, num_real=num_real)
+
+
+def _softmax(
+    logits: torch.Tensor,
+    local: torch.Tensor,
+    is_here: torch.Tensor,
+    *,
+    num_real: int,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Op by op, in one fp32 buffer."""
+    dtype = logits.dtype
+    logits = logits.float()
+    logits[:, num_real:] = torch.finfo(torch.float32).min
+    largest = _over_tensor_ranks(logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
     logits.sub_(largest)
     picked = logits.gather(1, local) * is_here
     sums = torch.cat([logits.exp_().sum(dim=1, keepdim=True), picked], dim=1)
-    if is_split:
-        dist.all_reduce(sums, group=group)
+    sums = _over_tensor_ranks(sums, dist.ReduceOp.SUM)
     total = sums[:, :1]
+    losses = (total.log() - sums[:, 1:])[:, 0]
+    if not needs_gradient:
+        return losses, None
+    # Of cross-entropy by the logits: the probabilities, less one at the label.
     logits.div_(total)
-    return (total.log() - sums[:, 1:])[:, 0]
+    logits.scatter_add_(1, local, -is_here.float())
+    return losses, logits.to(dtype)
+
+
+def _compiled_softmax(
+    logits: torch.Tensor,
+    local: torch.Tensor,
+    is_here: torch.Tensor,
+    *,
+    num_real: int,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The logits are read once for the sums and once for the gradient, in their own dtype."""
+    of_rank, total = compiling.run(exponential_sums, [logits], num_real)
+    largest = _over_tensor_ranks(of_rank.clone(), dist.ReduceOp.MAX)
+    picked = (logits.gather(1, local).float() - largest) * is_here
+    sums = torch.cat([total * (of_rank - largest).exp(), picked], dim=1)
+    sums = _over_tensor_ranks(sums, dist.ReduceOp.SUM)
+    total = sums[:, :1].contiguous()
+    losses = (total.log() - sums[:, 1:])[:, 0]
+    if not needs_gradient:
+        return losses, None
+    per_row = [largest, total, torch.where(is_here, local, -1)]
+    return losses, compiling.run(logit_gradient, [logits, *per_row], num_real)
+
+
+def exponential_sums(logits: torch.Tensor, num_real: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first `num_real` columns of [r, W]: the largest and the sum of exponentials relative
+    to it, both float32 [r, 1]."""
+    values = logits.float()
+    if num_real < logits.shape[1]:
+        values = values.masked_fill(_columns(logits) >= num_real, torch.finfo(torch.float32).min)
+    largest = values.amax(dim=1, keepdim=True)
+    return largest, (values - largest).exp().sum(dim=1, keepdim=True)
+
+
+def logit_gradient(
+    logits: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    local: torch.Tensor,
+    num_real: int,
+) -> torch.Tensor:
+    """The probabilities [r, W], less one at column `local` int64 [r, 1] (-1: in no column)."""
+    columns = _columns(logits)
+    gradient = (logits.float() - largest).exp() / total - (columns == local).float()
+    if num_real < logits.shape[1]:
+        gradient = gradient.masked_fill(columns >= num_real, 0.0)
+    return gradient.to(logits.dtype)
+
+
+def _columns(logits: torch.Tensor) -> torch.Tensor:
+    return torch.arange(logits.shape[1], device=logits.device)
+
+
+def _over_tensor_ranks(values: torch.Tensor, operation: Any) -> torch.Tensor:
+    """`values` of one or two numbers a row, reduced in place over the tensor ranks."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_reduce(values, op=operation, group=group)
+    return values
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left` @ `right` to the fp32 `total`, without a rounding between if it can be had."""
+    if right.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif right.is_cuda and _adds_to_fp32(right.device):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(left @ right)
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device) -> bool:
+    """Whether a product of half precision can be added to fp32 in one: torch 2.8, Ampere."""
+    is_known = "dtype_out" in torch.ops.aten.addmm.overloads()
+    return is_known and torch.cuda.get_device_capability(device) >= (8, 0)

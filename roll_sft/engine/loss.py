@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
+from roll_sft.engine import compiling
 from roll_sft.engine.head import cross_entropy_of_rows
 
 # GPTModel.forward takes an output processor from megatron-core 0.19 on.
@@ -109,7 +110,13 @@ def supervised_losses(
         rows = rows[context.kept]
     weight = output_layer.weight if output_weight is None else output_weight
     assert isinstance(weight, torch.Tensor), f"the head's weight is a {type(weight).__name__}"
-    return cross_entropy_of_rows(rows, weight, context.labels, vocab_size=context.vocab_size)
+    return cross_entropy_of_rows(
+        rows,
+        weight,
+        context.labels,
+        vocab_size=context.vocab_size,
+        is_compiled=compiling.is_on(output_layer.config),
+    )
 
 
 class SupervisedGPTModel(GPTModel):

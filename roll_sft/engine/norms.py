@@ -20,18 +20,32 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from roll_sft.engine import compiling
 from roll_sft.models.spec import ModelShape
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked as replicated over sequence-parallel shards."""
+    """RMSNorm whose weight is marked as replicated over sequence-parallel shards.
+
+    On CUDA from torch 2.9 on it is one kernel forward and, with the sum for the weight, two
+    backward; elsewhere it is seven and more, and `compiling` makes one of them.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps)
+        self._is_compiled = compiling.is_on(config)
         # finalize_model_grads sums the gradients of marked parameters over the tensor group.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> the same shape and dtype."""
+        if not self._is_compiled or (values.is_cuda and _has_cuda_kernel()):
+            return super().forward(values)
+        rows = values.reshape(-1, values.shape[-1])
+        normed: torch.Tensor = compiling.run(normed_rows, [rows], self.weight, self.eps)
+        return normed.view(values.shape)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
@@ -51,6 +65,7 @@ class ProjectionNorm(torch.nn.Module):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
         super().__init__()
+        self._is_compiled = compiling.is_on(config)
         self._eps = eps
         self._width = self._heads_in(config) * hidden_size
         local = self._width // parallel_state.get_tensor_model_parallel_world_size()
@@ -65,15 +80,18 @@ class ProjectionNorm(torch.nn.Module):
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """[N, 1, H, E] -> the same shape and dtype."""
-        values = heads.float().flatten(-2)
-        squares = values.square().sum(-1, keepdim=True)
+        rows = heads.reshape(len(heads), -1)
+        squares = self._call(square_sums, [rows])
         # Every rank's output depends on every rank's heads: the sum is reduced on the way there,
         # and so is its gradient on the way back.
         total = copy_to_tensor_model_parallel_region(
             reduce_from_tensor_model_parallel_region(squares)
         )
-        normed = values * torch.rsqrt(total / self._width + self._eps)
-        return (self.weight * normed).to(heads.dtype).view_as(heads)
+        normed = self._call(scaled_rows, [rows, total], self.weight, self._width, self._eps)
+        return normed.view(heads.shape)
+
+    def _call(self, function: Any, rows: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+        return compiling.run(function, rows, *rest) if self._is_compiled else function(*rows, *rest)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
@@ -127,6 +145,30 @@ class PostNormMLP(MLP):
         """As `MLP`: [N, 1, D] and no bias."""
         output, bias = super().forward(*args, **kwargs)
         return self.post_layernorm(output), bias
+
+
+def square_sums(rows: torch.Tensor) -> torch.Tensor:
+    """[N, D] -> float32 [N, 1]."""
+    return rows.float().square().sum(-1, keepdim=True)
+
+
+def scaled_rows(
+    rows: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, width: int, eps: float
+) -> torch.Tensor:
+    """`rows` [N, D], whose `width` parts have `squares` [N, 1] in all, normed by `weight` [D]."""
+    normed = rows.float() * torch.rsqrt(squares / width + eps)
+    return (weight * normed).to(rows.dtype)
+
+
+def normed_rows(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm as one function: [N, D] by `weight` [D], same dtype; computed in fp32."""
+    return scaled_rows(rows, square_sums(rows), weight, rows.shape[-1], eps)
+
+
+@functools.cache
+def _has_cuda_kernel() -> bool:
+    # With this operator came the kernels of both ways; see aten's layer_norm_kernel.cu.
+    return hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
 def layer_spec(shape: ModelShape, *, core_attention: type) -> ModuleSpec:

@@ -3,16 +3,33 @@
 Megatron-Core's own way cuts the pack at its bounds, which lie on the device, and asks for their
 values twice a layer, for queries and for keys: each time the host waits for all that is queued.
 Positions say the same without a question, under context parallelism too, where a rank's tokens are
-chunks of each sample. The angles are the same numbers, so results are equal to the last bit.
+chunks of each sample. Cosines and sines are taken once for each position and not in every layer;
+they are the same numbers, so results are equal to the last bit.
+
+Legend: T tokens of this context rank, H heads of this tensor rank, E head dimension, L tokens of
+the longest sample.
 """
 
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.transformer import attention
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import TransformerConfig, attention
 
-_of_megatron = rope_utils.apply_rotary_pos_emb
+from roll_sft.engine import compiling
+
+
+class RotaryTable(RotaryEmbedding):
+    """In place of the model's angles: the cosines and the sines of each position, [L, 1, 1, E]."""
+
+    def __init__(self, inv_freq: torch.Tensor) -> None:
+        """`inv_freq` is float32 [E / 2], on the device where the table is to be."""
+        super().__init__(2 * len(inv_freq), rotary_percent=1.0, use_cpu_initialization=True)
+        self.inv_freq = inv_freq
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """float32 [L, 1, 1, E]; Megatron-Core keeps the latest."""
+        return torch.cat(self.get_cos_sin(max_seq_len, offset), dim=-1)[:, None, None]
 
 
 def install() -> None:
@@ -22,23 +39,35 @@ def install() -> None:
 
 def rotate(
     states: torch.Tensor,
-    angles: torch.Tensor,
-    config: Any,
+    table: torch.Tensor,
+    config: TransformerConfig,
     cu_seqlens: torch.Tensor | None = None,
     mscale: float = 1.0,
-    **options: Any,
+    **_: Any,
 ) -> torch.Tensor:
-    """`states` [T, H, E] by `angles` [longest sample, 1, 1, E] at positions int64 [T].
+    """`states` [T, H, E] by `table` (of `RotaryTable`) at positions int64 [T].
 
     The positions come where Megatron has the bounds of samples, which is the one thing that its
     attention hands over: `attention.describe_pack` puts them there.
     """
-    if cu_seqlens is None:
-        return _of_megatron(states, angles, config, mscale=mscale, **options)
-    rotated: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
-        states.unsqueeze(1),
-        angles[cu_seqlens],
-        rotary_interleaved=config.rotary_interleaved,
-        mscale=mscale,
-    )
-    return rotated.squeeze(1)
+    positions = cu_seqlens
+    assert positions is not None, "the engine describes every pack"
+    assert mscale == 1.0, f"an attention scale of {mscale}, and no family has one"
+    if compiling.is_on(config):
+        rotated: torch.Tensor = compiling.run(rotated_states, [states, table, positions])
+        return rotated
+    return _rotated(states, table[positions, 0].to(states.dtype))
+
+
+def rotated_states(
+    states: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """`rotate` as one function, computed in fp32."""
+    return _rotated(states.float(), table[positions, 0]).to(states.dtype)
+
+
+def _rotated(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """[T, H, E] by the cosines and sines of its tokens, [T, 1, E]."""
+    cos, sin = angles.chunk(2, dim=-1)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

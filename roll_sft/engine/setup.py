@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from roll_sft.config import RunConfig
-from roll_sft.engine import grad_norm, rotary
+from roll_sft.engine import grad_norm, rotary, swiglu
 from roll_sft.engine.attention import packed_attention
 from roll_sft.engine.kernels import Kernel
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
@@ -93,7 +93,8 @@ def transformer_config(
         # One definition of the loss: sum over supervised tokens / their number in the global batch.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # The fused cross-entropy returns a bf16 gradient (4e-4 on the norm); the others need CUDA.
+        # The fused cross-entropy returns a bf16 gradient (4e-4 on the norm); the others need CUDA,
+        # or Transformer Engine. What is fused without them: `compiling`.
         cross_entropy_loss_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -131,6 +132,7 @@ def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
 def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel) -> list[GPTModel]:
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
     rotary.install()
+    swiglu.install()
     layer = layer_spec(shape, core_attention=packed_attention(kernel))
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual_size is None else range(virtual_size)
@@ -165,9 +167,8 @@ def _build_chunk(
     )
     # Megatron derives frequencies from a base and fixes some scalings; take transformers' own.
     device = torch.cuda.current_device()
-    model.rotary_pos_emb.inv_freq = torch.tensor(
-        shape.rotary_inv_freq, dtype=torch.float32, device=device
-    )
+    frequencies = torch.tensor(shape.rotary_inv_freq, dtype=torch.float32, device=device)
+    model.rotary_pos_emb = rotary.RotaryTable(frequencies)
     return model.to(device)
 
 

@@ -23,8 +23,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels
 
 
-def chunked(dtype: torch.dtype, chunk: int) -> dict[str, Any]:
+def chunked(dtype: torch.dtype, chunk: int, is_compiled: bool = False) -> dict[str, Any]:
     """On a rank of a pool: losses, the gradients of FACTOR times their sum, the rank's words."""
+    options = {"vocab_size": REAL_WORDS, "is_compiled": is_compiled}
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
@@ -36,9 +37,9 @@ def chunked(dtype: torch.dtype, chunk: int) -> dict[str, Any]:
     small, head.chunk_rows = head.chunk_rows, lambda *_: chunk
     try:
         entered = copy_to_tensor_model_parallel_region(rows)
-        losses = head.cross_entropy_of_rows(entered, ours, labels, vocab_size=REAL_WORDS)
+        losses = head.cross_entropy_of_rows(entered, ours, labels, **options)
         with torch.no_grad():
-            again = head.cross_entropy_of_rows(rows, ours, labels, vocab_size=REAL_WORDS)
+            again = head.cross_entropy_of_rows(rows, ours, labels, **options)
     finally:
         head.chunk_rows = small
     (losses.sum() * FACTOR).backward()
@@ -59,6 +60,22 @@ def chunked(dtype: torch.dtype, chunk: int) -> dict[str, Any]:
 def test_chunks_equal_whole_logits(
     workers: int, chunk: int, dtype: torch.dtype, tolerance: float, pool: RankPool
 ) -> None:
+    check_head(workers, (dtype, chunk), tolerance, pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "dtype", "tolerance"), [(2, torch.float32, 1e-6), (1, torch.bfloat16, 2e-2)]
+)
+def test_a_compiled_head_equals_whole_logits(
+    workers: int, dtype: torch.dtype, tolerance: float, pool: RankPool
+) -> None:
+    check_head(workers, (dtype, 7, True), tolerance, pool)
+
+
+def check_head(workers: int, how: tuple[Any, ...], tolerance: float, pool: RankPool) -> None:
+    """`how` is what `chunked` takes."""
+    dtype = how[0]
     hidden, weight, labels = inputs()
     hidden, weight = (each.to(dtype).float().requires_grad_() for each in (hidden, weight))
     logits = hidden @ weight[:REAL_WORDS].t()
@@ -70,7 +87,7 @@ def test_chunks_equal_whole_logits(
         parity.Path("unused"),
         parallel={"num_workers": workers, "tensor_model_parallel_size": workers},
     ).parallel
-    ranks = pool.run(chunked, layout_of(parallel), dtype, chunk)
+    ranks = pool.run(chunked, layout_of(parallel), *how)
     for rank in ranks:
         assert rank["losses"].dtype == torch.float32
         assert torch.equal(rank["losses"], rank["without gradients"])

@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from roll_sft.data.batch import build_batch
-from roll_sft.engine.rotary import rotate
+from roll_sft.engine.rotary import RotaryTable, rotate
 from roll_sft.layout import ParallelLayout
 
 LENGTHS = (5, 1, 17, 8, 32)
@@ -30,6 +30,7 @@ def test_a_pack_is_rotated_as_megatron_rotates_it(context_size: int, dtype: torc
         wanted = rope_utils._apply_rotary_pos_emb_thd(
             states, pack.cu_seqlens, angles, cp_group=group
         )
-        config = SimpleNamespace(rotary_interleaved=False)
-        found = rotate(states, angles, config, pack.positions_T[0], cp_group=group)
+        table = RotaryTable(frequencies).get_emb(pack.max_seqlen)
+        config = SimpleNamespace(bias_activation_fusion=False)
+        found = rotate(states, table, config, pack.positions_T[0], cp_group=group)
         assert torch.equal(found, wanted)

@@ -1,0 +1,166 @@
+"""Compiled functions are the plain ones: values, gradients, whole runs; one compilation for all
+lengths, and one line where there is no compiler."""
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.engine import compiling
+from roll_sft.engine.norms import normed_rows
+from roll_sft.engine.rotary import RotaryTable, rotate, rotated_states
+from roll_sft.engine.swiglu import swiglu
+from roll_sft.errors import ConfigError
+from tests import parity
+from tests.pool import RankPool
+
+pytestmark = pytest.mark.slow
+
+LENGTHS = (7, 12, 33, 2, 130)
+HEADS, WIDTH, EPSILON = 3, 24, 1e-5
+BOUNDS = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (5e-3, 1e-2)}
+
+
+def plain_swiglu(pairs: torch.Tensor) -> torch.Tensor:
+    gates, gated = pairs.chunk(2, -1)
+    return F.silu(gates) * gated
+
+
+def plain_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return F.rms_norm(rows, (WIDTH,), weight, epsilon)
+
+
+def plain_rotation(
+    states: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    class Config:
+        bias_activation_fusion = False
+
+    return rotate(states, table, Config(), positions)  # type: ignore[arg-type]
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "swiglu": (swiglu, plain_swiglu),
+    "norm": (normed_rows, plain_norm),
+    "rotation": (rotated_states, plain_rotation),
+}
+
+
+def arguments(name: str, length: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
+    """The rows, of which the first is trained, and the rest."""
+    torch.manual_seed(length)
+    if name == "rotation":
+        table = RotaryTable(10_000.0 ** (-torch.arange(WIDTH // 2) / WIDTH)).get_emb(length + 3)
+        states = torch.randn(length, HEADS, WIDTH).to(dtype)
+        return [states, table, torch.randint(0, length + 3, (length,))], []
+    rows = torch.randn(length, WIDTH).to(dtype)
+    if name == "norm":
+        return [rows], [torch.randn(WIDTH).to(dtype), EPSILON]
+    return [rows], []
+
+
+def outcome(
+    function: Callable[..., torch.Tensor], rows: list[torch.Tensor], rest: list[Any]
+) -> list[torch.Tensor]:
+    """The value, and the gradients of what is trained by a sum that tells its parts apart."""
+    trained = [rows[0].clone().requires_grad_()]
+    if rest:
+        trained.append(rest[0].clone().requires_grad_())
+        rest = [trained[1], *rest[1:]]
+    value = function([trained[0], *rows[1:]], *rest)
+    weights = torch.linspace(0.5, 1.5, value.numel()).view_as(value).to(value.dtype)
+    (value * weights).sum().backward()
+    return [value.detach(), *(each.grad for each in trained if each.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_compiled_function_is_the_plain_one_at_every_length(
+    name: str, dtype: torch.dtype
+) -> None:
+    function, plain = FUNCTIONS[name]
+    before = graphs()
+    for length in LENGTHS:
+        rows, rest = arguments(name, length, dtype)
+        found = outcome(lambda rows, *rest: compiling.run(function, rows, *rest), rows, rest)
+        wanted = outcome(lambda rows, *rest: plain(*rows, *rest), rows, rest)
+        for ours, theirs, bound in zip(found, wanted, (*BOUNDS[dtype], 1e-2), strict=False):
+            assert ours.dtype == theirs.dtype == dtype
+            assert distance(ours, theirs) < bound
+        if dtype == torch.bfloat16:  # rounded once, so at least as near to what fp32 gives
+            exact = plain(
+                *(each.float() if each.is_floating_point() else each for each in rows),
+                *(each.float() if isinstance(each, torch.Tensor) else each for each in rest),
+            )
+            assert distance(found[0], exact) <= distance(wanted[0], exact) * 1.01
+    assert graphs() - before == 1
+
+
+def distance(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((ours.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def graphs() -> int:
+    """Compilations in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def trained(config: RunConfig) -> tuple[list[dict[str, float]], list[int]]:
+    """In a pool: the steps of a run, and how many compilations each of two such runs adds."""
+    counts = [graphs()]
+    for _ in range(2):
+        steps = parity.engine_run(config, None) or []
+        counts.append(graphs())
+    return steps, [after - before for before, after in pairwise(counts)]
+
+
+def test_a_compiled_run_equals_the_plain_run(tmp_path: Path, pool: RankPool) -> None:
+    # With recomputation every function runs without gradients, too, and again within the backward.
+    # Compiled runs on several ranks are among those of `make parity`.
+    parity.write_model(tmp_path / "model", kind="qwen3", num_layers=2)
+    parity.write_rows(tmp_path / "rows.jsonl")
+    runs = []
+    for compiled in (True, False):
+        config = parity.parity_config(
+            tmp_path,
+            deterministic=True,
+            model={"compile": compiled},
+            train={"recompute": "full", "max_steps": 4},
+        )
+        runs.append(pool.run(trained, layout_of(config.parallel), config)[0])
+    (ours, compilations), (theirs, none) = runs
+    assert compilations[0] > 0
+    assert compilations[1] == 0, "a pack of a known width was compiled again"
+    assert none == [0, 0]
+    for left, right in zip(ours, theirs, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-6)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5)
+
+
+def test_without_a_compiler_it_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(compiling, "_sample", lambda numbers: (numbers * 3).tanh())
+    broken = {"cpp.cxx": ("/nowhere/c++",), "force_disable_caches": True}
+    cpu = torch.device("cpu")
+    with inductor.patch(broken), pytest.raises(ConfigError, match=r"C\+\+ compiler.*compile=false"):
+        compiling.choose(True, device=cpu)
+    monkeypatch.setattr(compiling, "_why_not", lambda device: "no compiler")
+    with caplog.at_level(logging.WARNING):
+        assert not compiling.choose(None, device=torch.device("cuda"))
+    lines = [each.getMessage() for each in caplog.records if each.name == compiling.LOG.name]
+    assert lines == [
+        "model.compile: off, as torch.compile does not work here (no compiler); slower"
+    ]
+    assert not compiling.choose(None, device=cpu)
+    assert not compiling.choose(False, device=torch.device("cuda"))
