@@ -60,11 +60,13 @@ class Case:
     layout: str
     packing: bool
     capacity: int  # micro_batch_tokens in units of sequence_length
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         packing = "packed" if self.packing else "single"
-        return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x"
+        compiled = "-compiled" if self.compiled else ""
+        return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x{compiled}"
 
 
 MAIN_KINDS = ("qwen2", "qwen2-tied")
@@ -84,6 +86,11 @@ def in_turns(kinds: tuple[str, ...], layouts: Iterable[str]) -> list[Case]:
 ALL = [
     *(Case(k, n, p, c) for k in MAIN_KINDS for n in LAYOUTS for p in (True, False) for c in (1, 4)),
     *in_turns(OTHER_KINDS, LAYOUTS),
+    *(
+        Case(k, n, True, 1, compiled=True)
+        for k, n in (("qwen3", "TP2xCP2+SP"), ("olmo2", "TP2+SP"))
+    ),
+    *(Case(k, n, True, 4, compiled=True) for k, n in (("olmo2", "TP2xPP2x2+SP"), ("qwen2", "DP2"))),
 ]
 # Tied and untied by turns; the gradients of both are compared at every layout below.
 SUBSET = [
@@ -134,6 +141,7 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     config = parity.parity_config(
         home,
         parallel=LAYOUTS[case.layout],
+        model={"compile": case.compiled},
         data={"packing": case.packing},
         train={"micro_batch_tokens": 200 * case.capacity},
     )
