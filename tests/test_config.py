@@ -30,7 +30,7 @@ CONF = Path(__file__).parents[1] / "conf"
 # The public keys, as documented: "" is the top.
 KEYS = {
     "": "output_dir run_name seed dry_run prepare_only deterministic resume",
-    "model.": "path tokenizer_path dtype random_init trust_remote_code attention_backend",
+    "model.": "path tokenizer_path dtype random_init trust_remote_code attention_backend compile",
     "data.": "train validation prompt_key query_key response_key system_key messages_key text_key"
     " tools_key chat_template sequence_length overlong train_on packing num_proc cache_dir"
     " on_bad_row max_bad_fraction shuffle",

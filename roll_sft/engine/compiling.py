@@ -10,6 +10,7 @@ derivative. Intermediates of a kernel are fp32 whatever the dtype of the tensors
 import functools
 import importlib.util
 import logging
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,14 +85,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _why_not(device: torch.device) -> str | None:
     """One line on what keeps torch.compile from working on `device`, or None if it does."""
-    import torch._dynamo.exc
-
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     numbers = torch.ones(2, 4, device=device, requires_grad=True)
     try:
         run(_sample, [numbers]).sum().backward()
-    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return str(error).strip().splitlines()[0]
     return None
 
