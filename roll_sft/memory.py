@@ -69,6 +69,12 @@ def _weight_bytes(plan: Plan) -> tuple[int, int]:
     return (2, 4) if plan.config.model.dtype == "bf16" else (4, 0)
 
 
+def _is_compiled(plan: Plan) -> bool:
+    """Whether what is elementwise is one kernel, as it is on a GPU by default."""
+    wanted, device = plan.config.model.compile, plan.config.parallel.device
+    return device != "cpu" if wanted is None else wanted
+
+
 def _parameters(plan: Plan, stage: int) -> float:
     """Of a rank of `stage`; what tensor ranks hold alike is too little to count."""
     shape, layout = plan.shape, plan.layout
@@ -99,10 +105,11 @@ def _kept_per_layer(plan: Plan) -> tuple[float, float]:
     q, k = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
     hidden = shape.hidden_size / (layout.tensor_size if layout.sequence_parallel else 1)
     # What enters each norm and what leaves it; queries, keys and values as projected, queries and
-    # keys normed and rotated, the attention's output; of the MLP what is projected, the gates
-    # activated, what they gate once more, and the product.
+    # keys normed and rotated, the attention's output; of the MLP what is projected and the product,
+    # and op by op also the gates activated and what they gate once more.
     attention = 3 * (q + k) + (0 if shape.qk_norm == "none" else q + k)
-    kept = 4 * hidden + (attention + 5 * shape.ffn_hidden_size) / layout.tensor_size
+    mlp = (3 if _is_compiled(plan) else 5) * shape.ffn_hidden_size
+    kept = 4 * hidden + (attention + mlp) / layout.tensor_size
     if layout.context_size > 1:  # keys and values of the whole pack
         kept += 2 * k * layout.context_size / layout.tensor_size
     return hidden, kept
@@ -118,16 +125,17 @@ def _gradients_of_layer(plan: Plan, tokens: int) -> float:
 def _head_bytes(plan: Plan, tokens: int) -> float:
     """A chunk's logits, and what the head keeps: its rows, their gradient, and its weight's, fp32.
 
-    In bf16 logits exist in bf16, too, before and after the softmax, and when they are gone the
-    weight's gradient does.
+    Logits exist before the softmax and as gradients; op by op in fp32 between. When they are gone,
+    the weight's gradient is there in its own dtype, too.
     """
     shape, layout = plan.shape, plan.layout
     width, _ = _weight_bytes(plan)
     words = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
     weight = words * shape.hidden_size
-    halves = 2 if width == 2 else 0
-    chunk = chunk_rows(tokens, words) * words * (4 + 2 * halves)
-    return max(chunk, weight * halves) + 2 * tokens * shape.hidden_size * width + weight * 4
+    logits = 2 * width if _is_compiled(plan) else max(2 * width, width + 4)
+    chunk = chunk_rows(tokens, words) * words * logits
+    copy = weight * width if width < 4 else 0
+    return max(chunk, copy) + 2 * tokens * shape.hidden_size * width + weight * 4
 
 
 def _save_host_bytes(plan: Plan, parameters: float) -> float:

@@ -28,15 +28,20 @@ HALF_B = Qwen2Config(
     architectures=["Qwen2ForCausalLM"],
 )
 TP2 = {"num_workers": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
-KEPT = 4 * 896 + 3 * (896 + 128) + 5 * 4864  # numbers that a layer keeps of a token
+KEPT = 4 * 896 + 3 * (896 + 128) + 3 * 4864  # numbers that a layer keeps of a token
 # Of the widest moment of its backward: the MLP's and its weight's.
 GRADIENTS = TOKENS * (2 * 896 + 3 * 4864) + 2 * 896 * 4864
 
 
-def plan_of(recompute: str = "none", dtype: str = "bf16", **parallel: Any) -> Plan:
+def plan_of(
+    recompute: str = "none",
+    dtype: str = "bf16",
+    is_compiled: bool | None = None,
+    **parallel: Any,
+) -> Plan:
     config = plain_config(
         {
-            "model": {"dtype": dtype},
+            "model": {"dtype": dtype, "compile": is_compiled},
             "parallel": {"num_workers": 1, **parallel},
             "train": {"micro_batch_tokens": TOKENS, "recompute": recompute},
         }
@@ -46,20 +51,20 @@ def plan_of(recompute: str = "none", dtype: str = "bf16", **parallel: Any) -> Pl
     return Plan(config, layout, shape, reports={}, steps_per_epoch=1, total_steps=1, shares={})
 
 
-def kept_of(shape: ModelShape) -> int:
+def kept_of(shape: ModelShape, *, of_mlp: int) -> int:
     """`KEPT` of any shape with as many query heads as fill its width."""
     keys = shape.num_key_value_heads * shape.head_dim
-    return 4 * shape.hidden_size + 3 * (shape.hidden_size + keys) + 5 * shape.ffn_hidden_size
+    return 4 * shape.hidden_size + 3 * (shape.hidden_size + keys) + of_mlp * shape.ffn_hidden_size
 
 
 def test_the_memory_of_a_small_model_on_one_gpu_is_the_sum_done_by_hand() -> None:
     plan = plan_of()
-    assert kept_of(plan.shape) == KEPT
+    assert kept_of(plan.shape, of_mlp=3) == KEPT
     found = estimate(plan)
     assert found.state_gib == pytest.approx(494_032_768 * (2 + 4 + 4 + 8) / GIB, rel=1e-3)
     assert found.activations_gib == pytest.approx((24 * TOKENS * KEPT + GRADIENTS) * 2 / GIB)
-    # 512 rows of logits in fp32 and twice in bf16, rows and their gradient, the weight's gradient.
-    head = 512 * WORDS * 8 + 2 * TOKENS * 896 * 2 + WORDS * 896 * 4
+    # 512 rows of logits and their gradient, rows and theirs, the weight's gradient in fp32.
+    head = 512 * WORDS * (2 + 2) + 2 * TOKENS * 896 * 2 + WORDS * 896 * 4
     assert found.head_gib == pytest.approx(head / GIB)
     assert found.update_gib == pytest.approx(494_032_768 * 4 / GIB, rel=1e-3)
     assert found.total_gib == found.state_gib + found.activations_gib + found.head_gib
@@ -71,6 +76,14 @@ def test_full_recomputation_keeps_what_enters_a_layer_and_one_layer() -> None:
     assert found.activations_gib == pytest.approx(numbers * 2 / GIB)
     in_fp32 = estimate(plan_of("full", dtype="fp32"))
     assert in_fp32.activations_gib == pytest.approx(numbers * 4 / GIB)
+
+
+def test_op_by_op_more_is_kept_of_the_mlp_and_of_the_head() -> None:
+    compiled, plain = estimate(plan_of()), estimate(plan_of(is_compiled=False))
+    more = 24 * TOKENS * 2 * 4864 * 2 / GIB
+    assert plain.activations_gib - compiled.activations_gib == pytest.approx(more)
+    assert plain.head_gib - compiled.head_gib == pytest.approx(512 * WORDS * (6 - 4) / GIB)
+    assert estimate(plan_of(device="cpu")).activations_gib == plain.activations_gib
 
 
 def test_each_axis_cuts_its_part() -> None:
@@ -191,7 +204,7 @@ def test_an_engine_holds_what_was_estimated(
     if dtype == "fp32":
         shape = plan.shape
         # On a CPU a norm is two steps, and attention is joined from its samples'.
-        least = kept_of(shape) + 2 * shape.hidden_size + shape.hidden_size
+        least = kept_of(shape, of_mlp=5) + 2 * shape.hidden_size + shape.hidden_size
         angles, scales = 4 * shape.head_dim, 2 + shape.num_attention_heads
         for _, kept, tokens in found:
             assert least <= kept / tokens / 4 <= least + angles + scales
