@@ -2,81 +2,23 @@
 lengths, and one line where there is no compiler."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.engine import compiling
-from roll_sft.engine.norms import normed_rows
-from roll_sft.engine.rotary import RotaryTable, rotate, rotated_states
-from roll_sft.engine.swiglu import swiglu
 from roll_sft.errors import ConfigError
 from tests import parity
+from tests.compiled import BOUNDS, FUNCTIONS, arguments, distance, outcome
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.slow
 
 LENGTHS = (7, 12, 33, 2, 130)
-# Those of the model of the run below, which finds on disk what was compiled here.
-HIDDEN, HEADS, HEAD_DIM, FFN, EPSILON = 64, 4, 16, 160, 3e-5
-BOUNDS = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (5e-3, 1e-2)}
-
-
-def plain_swiglu(pairs: torch.Tensor) -> torch.Tensor:
-    gates, gated = pairs.chunk(2, -1)
-    return F.silu(gates) * gated
-
-
-def plain_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return F.rms_norm(rows, (HIDDEN,), weight, epsilon)
-
-
-def plain_rotation(
-    states: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    class Config:
-        bias_activation_fusion = False
-
-    return rotate(states, table, Config(), positions)  # type: ignore[arg-type]
-
-
-FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "swiglu": (swiglu, plain_swiglu),
-    "norm": (normed_rows, plain_norm),
-    "rotation": (rotated_states, plain_rotation),
-}
-
-
-def arguments(name: str, length: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
-    """The rows, of which the first is trained, and the rest."""
-    torch.manual_seed(length)
-    if name == "rotation":
-        table = RotaryTable(10_000.0 ** (-torch.arange(HEAD_DIM // 2) / 8)).get_emb(length + 3)
-        states = torch.randn(length, HEADS, HEAD_DIM).to(dtype)
-        return [states, table, torch.randint(0, length + 3, (length,))], []
-    if name == "norm":
-        return [torch.randn(length, HIDDEN).to(dtype)], [torch.randn(HIDDEN).to(dtype), EPSILON]
-    return [torch.randn(length, 2 * FFN).to(dtype)], []
-
-
-def outcome(
-    function: Callable[..., torch.Tensor], rows: list[torch.Tensor], rest: list[Any]
-) -> list[torch.Tensor]:
-    """The value, and the gradients of what is trained by a sum that tells its parts apart."""
-    trained = [rows[0].clone().requires_grad_()]
-    if rest:
-        trained.append(rest[0].clone().requires_grad_())
-        rest = [trained[1], *rest[1:]]
-    value = function([trained[0], *rows[1:]], *rest)
-    weights = torch.linspace(0.5, 1.5, value.numel()).view_as(value).to(value.dtype)
-    (value * weights).sum().backward()
-    return [value.detach(), *(each.grad for each in trained if each.grad is not None)]
 
 
 @pytest.fixture
@@ -110,10 +52,6 @@ def test_a_compiled_function_is_the_plain_one_at_every_length(
             )
             assert distance(found[0], exact) <= distance(wanted[0], exact) * 1.01
     assert graphs() - before == 1
-
-
-def distance(ours: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((ours.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def graphs() -> int:

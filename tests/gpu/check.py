@@ -1,9 +1,9 @@
 """What only a GPU can show, floors 0 to 2 alone: `make test-gpu` (torchrun, one process).
 
 Checks every attention kernel that is installed against torch's SDPA, the engine against
-transformers in fp32, bf16 against fp32, a checkpoint's way back to transformers, and that nothing
-of ours waits for the device within a step; then measures tokens per second, model FLOPs utilisation
-and memory. Prints a line for each and ends with 1 if any failed.
+transformers in fp32, bf16 against fp32, a checkpoint's way back to transformers, that nothing of
+ours waits for the device within a step, and compiled code against plain; then measures tokens per
+second, model FLOPs utilisation and memory. Prints a line for each and ends with 1 if any failed.
 `--device cpu` runs what a CPU can, to try the script itself.
 """
 
@@ -35,6 +35,7 @@ from roll_sft.metrics import flops_per_step, peak_flops
 from roll_sft.models.hf_io import RandomSource
 from roll_sft.models.registry import family_of
 from tests import parity, waits
+from tests.gpu.compiled_checks import check_compiled
 
 SHAPES = {  # hidden, ffn, layers, heads, key-value heads; all tied
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2),
@@ -78,6 +79,7 @@ def main() -> int:
             check_kernels(options.device),
             check_engine(options.device, Path(folder)),
             check_waits(options.device, Path(folder)),
+            check_compiled(options.device, Path(folder)),
         ]
         for results in checks:
             for name, value, bound in results:
