@@ -23,6 +23,7 @@ import roll_sft.run
 from roll_sft.metrics import StepRecord
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker
+from tests import slow_worker
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program, is_alive, two_nodes, wait_until
 
@@ -393,9 +394,8 @@ def test_signal_to_the_driver_ends_all_promptly(
 def test_driver_killed_during_a_save_leaves_no_process_and_no_checkpoint(assets, tmp_path):
     output = tmp_path / "runs" / "killed"
     overrides = {"train__max_steps": 1, "data__validation": "[]"}
-    program = Program(
-        "-m", "roll_sft.run", *arguments_of(assets, output, **overrides), folder=tmp_path
-    )
+    arguments = arguments_of(assets, output, **overrides)
+    program = Program("-m", slow_worker.__name__, *arguments, folder=tmp_path)
     try:
         checkpoints = output / "checkpoints"
         writing = functools.partial(checkpoints.glob, ".staging*/*.distcp")
