@@ -1,6 +1,5 @@
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: pools of threads that wait
 # for each other by spinning cost a third of the suite's time where four ranks share two cores.
@@ -8,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.pool import RankPool
 
@@ -24,23 +24,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
+# Side by side, tests that share something costly stay in one process: Ray's cluster is started
+# once, and so are the ranks.
+LANES = (
+    ("tests/runtime/", "tests/test_cluster.py", "tests/test_driver.py", "tests/test_killed.py"),
+    ("tests/engine/", "tests/test_parity_command.py"),
+)
+
+
+def lane_of(nodeid: str) -> int:
+    """Which of LANES a test is in; their number for all others, which stay together by module."""
+    places = (number for number, lane in enumerate(LANES) if nodeid.startswith(lane))
+    return next(places, len(LANES))
+
+
+class Lanes(LoadScopeScheduling):
+    """Gives a process a whole lane, or else a whole module."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        lane = lane_of(nodeid)
+        return f"lane {lane}" if lane < len(LANES) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> Lanes:
+    return Lanes(config)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side, what needs Ray is one lane, what needs ranks another, each started once.
-
-    The two come first, since they last longest; all other tests stay together by module.
-    """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    in_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    in_ranks = {item.path for item in items if "pool" in getattr(item, "fixturenames", ())}
-
-    def lane(path: Path) -> str:
-        return "0_ray" if path in in_ray else "1_ranks" if path in in_ranks else f"2_{path}"
-
-    items.sort(key=lambda item: lane(item.path)[0])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(lane(item.path)))
+    """The lanes first where tests run side by side, since these last longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: lane_of(item.nodeid))
 
 
 @pytest.fixture(scope="session")

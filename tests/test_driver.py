@@ -27,7 +27,7 @@ from tests import slow_worker
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program, is_alive, two_nodes, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 NUM_ROWS, BATCH, STEPS = 24, 7, 4
 STEP_KEYS = [

@@ -15,7 +15,7 @@ from tests import parity
 from tests.pool import RankPool
 from tests.runtime.ray_cluster import Program, two_nodes
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVE_STEPS = 12, 2
 LAYOUTS: dict[str, dict[str, Any]] = {

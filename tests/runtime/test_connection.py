@@ -14,8 +14,6 @@ from roll_sft.runtime import connection, reaper
 from roll_sft.runtime.connection import connected
 from tests.runtime.ray_cluster import free_port
 
-pytestmark = pytest.mark.ray
-
 # Prints what an own cluster is, then waits to be ended.
 OWN_CLUSTER = """
 import json, logging, os, signal, sys, time

@@ -16,7 +16,7 @@ from roll_sft.runtime.worker import log_path
 from tests.runtime.light import NO_INPUTS, LightWorker, gloo_worker, light_worker, plan
 from tests.runtime.ray_cluster import is_alive, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 DEADLINE_S = 1.0
 
 

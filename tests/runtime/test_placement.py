@@ -10,7 +10,7 @@ from roll_sft.runtime import placement
 from roll_sft.runtime.placement import reserved
 from tests.runtime.ray_cluster import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 ALL_CPUS = 4.0
 
 

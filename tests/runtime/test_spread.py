@@ -18,7 +18,7 @@ from roll_sft.runtime import spread
 from roll_sft.runtime.spread import spread_over_cluster
 from tests.tiny import tiny_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 OPTIONS = SourceOptions(ColumnKeys(), sequence_length=512, on_bad_row="error", max_bad_fraction=0.5)
 FILES = 6
 

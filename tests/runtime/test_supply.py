@@ -17,8 +17,6 @@ from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved
 from tests.runtime.light import NO_INPUTS, LightWorker
 
-pytestmark = pytest.mark.ray
-
 LENGTHS = (5, 40, 3)
 
 
