@@ -1,6 +1,9 @@
-"""Makes docs/performance.md of what `make bench` kept; the text around the tables is written there.
+"""Makes docs/performance.md of what was kept; the text around the tables is written there.
 
 python benchmarks/shared/page.py
+
+`make bench` keeps benchmarks/results/MACHINE.jsonl. What `make bench-gpu ARGS="--out FOLDER"`
+leaves in FOLDER/measures.jsonl is to be kept as benchmarks/results/gpu/DEVICE.jsonl.
 """
 
 import json
@@ -10,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
-GPU = "not measured: needs a GPU, `make bench-gpu`"
+RESULTS = ROOT / "benchmarks" / "results"
+GPU = "GPU"
 SUITE = "the test suite: "
 # Of each measure its number, what it is, and the names of its lines or why it has none.
 MEASURES: tuple[tuple[int, str, tuple[str, ...] | str], ...] = (
@@ -68,10 +72,8 @@ EXTRA = (
 def main() -> int:
     """Rewrites the parts of the page between its marks."""
     text = PAGE.read_text(encoding="utf-8")
-    files = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
-    for path in files:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        known = {line["name"]: line for line in lines}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        known = {line["name"]: line for line in _lines(path)}
         parts = {
             "measures": _measures(known),
             "workers": _growth(known, "ranks"),
@@ -80,8 +82,29 @@ def main() -> int:
         }
         for name, rows in parts.items():
             text = _between(text, f"<!-- {name} -->\n", f"<!-- end of {name} -->", rows)
+    text = _between(text, "<!-- gpu -->\n", "<!-- end of gpu -->", _gpu())
     PAGE.write_text(text, encoding="utf-8")
     return 0
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _gpu_lines() -> list[dict[str, Any]]:
+    return [line for path in sorted((RESULTS / "gpu").glob("*.jsonl")) for line in _lines(path)]
+
+
+def _gpu() -> list[str]:
+    lines = _gpu_lines()
+    if not lines:
+        return ["Unmeasured so far: no figure of a GPU is in this page."]
+    rows = ["| measure | shape | figure | goal | holds | device |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        holds = {True: "yes", False: "**no**", None: ""}[line["holds"]]
+        cells = (line["name"], line.get("shape", ""), line["ratio"], line["goal"] or "", holds)
+        rows.append("| " + " | ".join(map(str, (*cells, line["device"]))) + " |")
+    return rows
 
 
 def _between(text: str, begin: str, end: str, rows: list[str]) -> str:
@@ -96,6 +119,9 @@ def _measures(known: dict[str, dict[str, Any]]) -> list[str]:
     ]
     for number, title, names in MEASURES:
         if isinstance(names, str):
+            if names == GPU:
+                names = "see below" if _gpu_lines() else "not measured: needs a GPU"
+                names += ", `make bench-gpu`"
             rows.append(f"| {number} | {title} | {names} | | | | |")
             continue
         titles = title.split("; ") if len(names) > 1 else [title]
