@@ -217,6 +217,14 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 @functools.cache
 def _adds_to_fp32(device: torch.device) -> bool:
-    """Whether a product of half precision can be added to fp32 in one: torch 2.8, Ampere."""
-    is_known = "dtype_out" in torch.ops.aten.addmm.overloads()
-    return is_known and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether half precision times half precision can be added to fp32 at once (torch 2.8).
+
+    Tried on a few numbers, since what torch offers depends on the device and its libraries.
+    """
+    left, right = (torch.ones(16, 16, device=device, dtype=torch.bfloat16) for _ in range(2))
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((total == 17.0).all())

@@ -2,6 +2,7 @@
 lengths, and one line where there is no compiler."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,10 @@ from tests import parity
 from tests.compiled import BOUNDS, FUNCTIONS, arguments, distance, outcome
 from tests.pool import RankPool
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler"),
+]
 
 LENGTHS = (7, 12, 33, 2, 130)
 

@@ -77,7 +77,8 @@ def test_the_door_imports_no_ray_hydra_or_mlflow() -> None:
 @pytest.mark.slow
 def test_the_gpu_checks_run_on_a_cpu_as_far_as_they_can() -> None:
     script = Path(__file__).parents[1] / "gpu" / "check.py"
-    result = run([*TORCHRUN, str(script), "--device", "cpu", "--no-speed"])
+    # Compiled code has tests of its own, and takes a compiler's time.
+    result = run([*TORCHRUN, str(script), "--device", "cpu", "--no-speed", "--no-compile"])
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("ok  ") >= 5
     assert "FAIL" not in result.stdout
