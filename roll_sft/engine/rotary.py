@@ -56,18 +56,24 @@ def rotate(
     if compiling.is_on(config):
         rotated: torch.Tensor = compiling.run(rotated_states, [states, table, positions])
         return rotated
-    return _rotated(states, table[positions, 0].to(states.dtype))
+    angles = table[positions, 0].to(states.dtype)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat(_rotated(first, second, angles), dim=-1)
 
 
 def rotated_states(
     states: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """`rotate` as one function, computed in fp32."""
-    return _rotated(states.float(), table[positions, 0]).to(states.dtype)
-
-
-def _rotated(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """[T, H, E] by the cosines and sines of its tokens, [T, 1, E]."""
-    cos, sin = angles.chunk(2, dim=-1)
+    # Halves are converted, not the whole: a tensor that is cut or joined in fp32 would be written.
     first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    halves = _rotated(first.float(), second.float(), table[positions, 0])
+    return torch.cat([half.to(states.dtype) for half in halves], dim=-1)
+
+
+def _rotated(
+    first: torch.Tensor, second: torch.Tensor, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The halves [T, H, E / 2] by the cosines and sines of their tokens, [T, 1, E]."""
+    cos, sin = angles.chunk(2, dim=-1)
+    return first * cos - second * sin, second * cos + first * sin

@@ -20,8 +20,9 @@ def install() -> None:
 
 def swiglu(pairs: torch.Tensor) -> torch.Tensor:
     """[T, 2 F], the gates and then what they gate -> [T, F], same dtype; computed in fp32."""
-    gates, gated = pairs.float().chunk(2, dim=-1)
-    return (F.silu(gates) * gated).to(pairs.dtype)
+    # Halves are converted, not the whole: a tensor that is cut in fp32 would be joined in fp32.
+    gates, gated = pairs.chunk(2, dim=-1)
+    return (F.silu(gates.float()) * gated.float()).to(pairs.dtype)
 
 
 def _of_mlp(pairs: torch.Tensor, bias: torch.Tensor | None, *_: bool) -> torch.Tensor:

@@ -12,9 +12,10 @@ import torch
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.engine import compiling
+from roll_sft.engine.swiglu import swiglu
 from roll_sft.errors import ConfigError
 from tests import parity
-from tests.compiled import BOUNDS, FUNCTIONS, arguments, distance, outcome
+from tests.compiled import BOUNDS, FFN, FUNCTIONS, arguments, distance, outcome
 from tests.pool import RankPool
 
 pytestmark = [
@@ -56,6 +57,19 @@ def test_a_compiled_function_is_the_plain_one_at_every_length(
             )
             assert distance(found[0], exact) <= distance(wanted[0], exact) * 1.01
     assert graphs() - before == 1
+
+
+def test_nothing_but_activations_is_written() -> None:
+    import torch._inductor.config as inductor
+    from torch._inductor.utils import run_and_get_code
+
+    rows = [torch.randn(LENGTHS[0], 6 * FFN).bfloat16()]  # a width not compiled before
+    with inductor.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(outcome, lambda rows: compiling.run(swiglu, rows), rows, [])
+    assert len(codes) == 2, "forward and backward"
+    for code in codes:
+        assert "BFloat16* out_ptr" in code
+        assert "float* out_ptr" not in code, "an fp32 intermediate goes through memory"
 
 
 def graphs() -> int:
