@@ -61,12 +61,19 @@ def run(function: Callable[..., Any], rows: Sequence[torch.Tensor], *rest: Any) 
 
     The first dimension of each of `rows` may differ between calls, and the same code serves all
     lengths; other dimensions, all of `rest`, and numbers in it are compiled in, since a kernel that
-    knows its width is quicker.
+    knows its width is quicker. Raises `ConfigError` if it does not compile.
     """
     compiled = _compiled(function)
     for tensor in rows:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return compiled(*rows, *rest)
+    try:
+        return compiled(*rows, *rest)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.compile: {function.__name__} of {[*rows[0].shape]} {rows[0].dtype} does not"
+            f" compile here ({reason}); set model.compile=false"
+        ) from error
 
 
 @functools.cache
@@ -90,8 +97,8 @@ def _why_not(device: torch.device) -> str | None:
     numbers = torch.ones(2, 4, device=device, requires_grad=True)
     try:
         run(_sample, [numbers]).sum().backward()
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        return str(error).strip().splitlines()[0]
+    except (ConfigError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return str(error.__cause__ or error).strip().splitlines()[0]
     return None
 
 

@@ -119,8 +119,11 @@ def test_without_a_compiler_it_is_one_line(
     monkeypatch.setattr(compiling, "_sample", lambda numbers: (numbers * 3).tanh())
     broken = {"cpp.cxx": ("/nowhere/c++",), "force_disable_caches": True}
     cpu = torch.device("cpu")
-    with inductor.patch(broken), pytest.raises(ConfigError, match=r"C\+\+ compiler.*compile=false"):
+    asked = r"torch.compile does not work here \([^(]*C\+\+ compiler.*compile=false"
+    with inductor.patch(broken), pytest.raises(ConfigError, match=asked):
         compiling.choose(True, device=cpu)
+    with inductor.patch(broken), pytest.raises(ConfigError, match=r"<lambda> of \[2, 4\]"):
+        compiling.run(lambda numbers: numbers.exp().tanh(), [torch.ones(2, 4)])
     monkeypatch.setattr(compiling, "_why_not", lambda device: "no compiler")
     with caplog.at_level(logging.WARNING):
         assert not compiling.choose(None, device=torch.device("cuda"))
