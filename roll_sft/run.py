@@ -27,7 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, build_config, nearest_key, schema
 from roll_sft.errors import ConfigError, RollSftError
-from roll_sft.leaving import leave_quickly
+from roll_sft.garbage import imports_kept, leave_quickly
 
 FAULT = 1
 INTERRUPTED = 130
@@ -138,8 +138,9 @@ def _checked(composed: DictConfig) -> RunConfig:
 
 def _run(config: RunConfig, composed_yaml: str) -> None:
     # Heavy imports after composition, so that a typo is reported in half a second.
-    from roll_sft.console import set_up_logging
-    from roll_sft.driver import run
+    with imports_kept():
+        from roll_sft.console import set_up_logging
+        from roll_sft.driver import run
 
     set_up_logging()
     run(config, composed_yaml=composed_yaml)

@@ -10,6 +10,7 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from roll_sft.garbage import keep_all
 from tests.pool import RankPool
 
 # The same examples on every run: what hypothesis finds by chance belongs in an @example.
@@ -56,6 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The lanes first where tests run side by side, since these last longest."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: lane_of(item.nodeid))
+
+
+def pytest_collection_finish() -> None:
+    keep_all()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from roll_sft.garbage import imports_kept
 from roll_sft.layout import ParallelLayout
 
 TIMEOUT_S = 120.0
@@ -76,11 +77,13 @@ class RankPool:
 
 
 def _serve(pipe: Connection) -> None:
-    import torch
-    import torch.distributed as dist
+    with imports_kept():
+        import torch
+        import torch.distributed as dist
 
+        from roll_sft.engine.parallel import Rendezvous, process_groups
+        from tests import parity  # noqa: F401 -- what most tests run
     torch.set_num_threads(1)
-    from roll_sft.engine.parallel import Rendezvous, process_groups
 
     while True:
         try:

@@ -23,7 +23,7 @@ FLOORS = (
     ("roll_sft/checks.py", 0),  # the second half of config.py
     ("roll_sft/config.py", 0),
     ("roll_sft/layout.py", 0),
-    ("roll_sft/leaving.py", 0),
+    ("roll_sft/garbage.py", 0),
     ("roll_sft/metrics.py", 0),
     ("roll_sft/errors.py", 0),
     ("roll_sft/data/", 1),

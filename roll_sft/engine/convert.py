@@ -14,7 +14,7 @@ from roll_sft.engine.export import export
 from roll_sft.engine.import_hf import DTYPES, import_model
 from roll_sft.engine.publish import MANIFEST
 from roll_sft.errors import ConfigError, RollSftError
-from roll_sft.leaving import leave_quickly
+from roll_sft.garbage import leave_quickly
 
 FAULT = 1
 _DESCRIPTION = "A checkpoint to a folder that transformers loads, or such a folder to a checkpoint."

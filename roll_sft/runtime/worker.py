@@ -24,6 +24,7 @@ import ray.util
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.errors import ConfigError, RollSftError, first_line
+from roll_sft.garbage import imports_kept, keep_all
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 from roll_sft.runtime import supply
 
@@ -126,8 +127,10 @@ class Worker:
         """Import the engine, and on rank 0 serve the rendezvous store; its host and port."""
         cluster = self._spec.config.cluster
         with self._phase("rendezvous", cluster.setup_timeout_s):
-            import roll_sft.engine.engine  # noqa: F401 -- most of the start, on all ranks at once
-            from roll_sft.engine.parallel import serve_store
+            with imports_kept():
+                # Most of the start, on all ranks at once.
+                import roll_sft.engine.engine  # noqa: F401
+                from roll_sft.engine.parallel import serve_store
 
             if self._spec.rank != 0:
                 return None
@@ -180,6 +183,7 @@ class Worker:
             self._engine = Engine(
                 self._spec.config, source=source, data=data, checkpoint=self._spec.checkpoint
             )
+            keep_all()
             return torch.cuda.get_device_name() if self._spec.device == "cuda" else None
 
     def train_step(self, work: "RankWork") -> StepMetrics | None:
