@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.run import compose
 
-LENGTH, ROWS, STEPS, WARM_UP = 2048, 600, 6, 2
+LENGTH, ROWS, STEPS, WARM_UP = 2048, 600, measures.size(6, quick=2), 2
 PACKAGES = ("torch", "megatron-core", "transformers")
 
 

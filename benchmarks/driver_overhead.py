@@ -34,7 +34,7 @@ from roll_sft.runtime.placement import reserved
 from roll_sft.runtime.worker import Worker
 
 PAIRS = measures.pairs(9)
-ROUNDS = 150  # of each kind in a pair
+ROUNDS = measures.size(150, quick=30)  # of each kind in a pair
 BATCH, LARGE_BATCH = 8, 512
 MANY = 16
 BUSY_S = 0.02

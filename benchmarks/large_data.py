@@ -34,7 +34,7 @@ PACKAGES = ("numpy", "torch", "megatron-core")
 def main() -> None:
     """Measures and prints one line for each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=100_000 if measures.QUICK else 1_000_000)
+    parser.add_argument("--rows", type=int, default=measures.size(1_000_000, quick=20_000))
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:

@@ -40,7 +40,7 @@ def main() -> None:
         "--trl", help="an interpreter that has trl", default=os.environ.get("TRL_PYTHON")
     )
     parser.add_argument("--pairs", type=int, default=measures.pairs(5))
-    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--rows", type=int, default=measures.size(5000, quick=1500))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

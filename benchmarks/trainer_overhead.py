@@ -24,7 +24,7 @@ from roll_sft.demo import make_assets
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.run import compose
 
-PAIRS, STEPS = measures.pairs(7), 12
+PAIRS, STEPS = measures.pairs(7), measures.size(12, quick=4)
 GOAL = 1.03
 
 

@@ -19,7 +19,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def pairs(number: int) -> int:
     """How many pairs to take where `number` is due."""
-    return min(2, number) if QUICK else number
+    return 1 if QUICK else number
+
+
+def size(number: int, *, quick: int) -> int:
+    """How large or how often something is that is `number` in full."""
+    return quick if QUICK else number
 
 
 def show(
