@@ -27,7 +27,7 @@ from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.layout import ParallelLayout
 
-FEW, STEPS = 1000, 12
+FEW, STEPS = 1000, measures.size(12, quick=4)
 PACKAGES = ("numpy", "torch", "megatron-core")
 
 
