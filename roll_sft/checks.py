@@ -82,6 +82,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "train.max_grad_norm": (0, True),
     "train.eval_steps": (1, True),
     "train.save_steps": (1, True),
+    "train.save_minutes": (0, False),
     "train.logging_steps": (1, True),
     "checkpoint.keep_last": (2, True),  # the newest may be the one that a crash damages
     "cluster.step_timeout_s": (0, False),

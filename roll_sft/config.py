@@ -120,7 +120,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0 = no clipping
     recompute: str = "none"  # none | selective | full
     eval_steps: int | None = None  # null = only at the end, when there is validation data
-    save_steps: int | None = None  # null = only at the end
+    save_steps: int | None = None  # null = by time alone, and at the end
+    save_minutes: float | None = 30.0  # a checkpoint at least so often; null = by steps alone
     logging_steps: int = 1
     log_samples: bool = False
 
@@ -131,7 +132,7 @@ class CheckpointConfig:
 
     save: bool = True
     async_save: bool = False  # write in the background; training waits for a copy alone
-    keep_last: int | None = None  # null = all
+    keep_last: int | None = 3  # newest checkpoints that are kept; null = all
     keep_best: str | None = None  # also the one with the lowest loss on this validation set
     verify: bool = True  # compare every file's SHA-256 before resuming; sizes always
     allow_changes: list[str] = field(default_factory=list)  # of the run, to go on all the same

@@ -58,7 +58,7 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
         if start.step >= job.total_steps:
             LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
         else:
-            check_room(job.plan, folder, first_step=start.step)
+            check_room(job.plan, folder / outputs.CHECKPOINTS, first_step=start.step)
             clock.passed("data and plan")
             _train_from(start, job, folder, clock=clock)
         if not config.checkpoint.save and config.checkpoint.hf_export != "none":
@@ -101,9 +101,11 @@ def train(
         following = None if is_last else job.planner.step(step + 1)
         queued = group.train_step(plan, learning_rate=job.schedule.at(step), following=following)
         pending.append((plan, queued))
-        is_saved = job.config.checkpoint.save and (is_last or _is_due(step, train.save_steps))
-        # The best checkpoint is told by its own loss, so each has one.
-        is_judged = is_saved and job.config.checkpoint.keep_best is not None
+        is_planned = job.config.checkpoint.save and (is_last or _is_due(step, train.save_steps))
+        # The best checkpoint is told by its own loss. One that only the clock asks for has none,
+        # so that the clock does not decide what is evaluated.
+        is_judged = is_planned and job.config.checkpoint.keep_best is not None
+        is_saved = is_planned or saves.is_overdue()
         is_evaluated = is_last or is_judged or _is_due(step, train.eval_steps)
         while len(pending) > (0 if is_last or is_evaluated or is_saved else STEPS_AHEAD):
             _finish_step(*pending.popleft(), group=group, records=records)

@@ -14,7 +14,7 @@ from roll_sft import outputs
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.preflight import Job
 from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.engine.retention import retain
+from roll_sft.engine.retention import GIB, checkpoint_bytes, free_bytes, retain
 from roll_sft.errors import CheckpointError, first_line
 from roll_sft.records import Records
 from roll_sft.runtime.group import Pending, WorkerGroup
@@ -39,10 +39,32 @@ class Saves:
         self._job, self._group, self._records, self._folder = job, group, records, folder
         self._checkpoints = folder / outputs.CHECKPOINTS
         self._writing: _Writing | None = None
+        self._last_save = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Whether `train.save_minutes` have passed since the last save, and there is room."""
+        config = self._job.config
+        minutes = config.train.save_minutes
+        passed_s = time.monotonic() - self._last_save
+        if not config.checkpoint.save or minutes is None or passed_s < 60 * minutes:
+            return False
+        size = checkpoint_bytes(config, self._job.source.shape)
+        if free_bytes(self._folder) < size:
+            # The steps of `save_steps` end a run that cannot keep them; the clock need not.
+            LOG.warning(
+                "no checkpoint after %.0f minutes: %s has no room for %.3g GiB; make room",
+                passed_s / 60,
+                self._folder,
+                size / GIB,
+            )
+            self._last_save = time.monotonic()
+            return False
+        return True
 
     def begin(self, plan: StepPlan) -> None:
         """Save the state after the step of `plan`, which all workers have finished."""
         self.finish()
+        self._last_save = time.monotonic()
         began = time.perf_counter()
         staging = self._staging(plan.step)
         self._group.begin_save(staging)

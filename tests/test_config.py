@@ -42,7 +42,7 @@ KEYS = {
     "train.": "num_train_epochs max_steps global_batch_size global_batch_tokens micro_batch_tokens"
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
     " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
-    " logging_steps log_samples",
+    " save_minutes logging_steps log_samples",
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
     " hf_export",
     "lora.": "rank alpha dropout target_modules quantize_base",

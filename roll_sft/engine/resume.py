@@ -29,6 +29,7 @@ from roll_sft.errors import CheckpointError, ConfigError
 
 LOG = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"
+LEFT_OVER = (".staging_*", ".deleted_*")  # what a killed run left half written, half deleted
 NUM_HASHERS = 8
 _STEP = re.compile(r"step_(\d+)")
 
@@ -78,16 +79,21 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a step folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def make_way(checkpoints: Path, start: Start) -> None:
     """Clear what a killed run left half-done, and set aside what lies after `start`.
 
     A later folder is damaged, or the run was told to go back behind it.
     """
-    for pattern in (".staging_*", ".deleted_*"):
+    for pattern in LEFT_OVER:
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for path in step_folders(checkpoints):
-        if int(path.name.removeprefix("step_")) > start.step:
+        if step_of(path) > start.step:
             aside = _set_aside(path)
             LOG.warning("%s is not what this run goes on from; it is now %s", path, aside.name)
     if start.checkpoint is not None and start.checkpoint.parent == checkpoints:

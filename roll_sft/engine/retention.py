@@ -2,14 +2,16 @@
 
 import logging
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from roll_sft.config import CheckpointConfig
+from roll_sft.config import CheckpointConfig, RunConfig
 from roll_sft.engine.preflight import Plan
 from roll_sft.engine.publish import check_complete
-from roll_sft.engine.resume import step_folders
+from roll_sft.engine.resume import LEFT_OVER, step_folders, step_of
 from roll_sft.errors import CheckpointError, ResourceError
+from roll_sft.models.spec import ModelShape
 
 LOG = logging.getLogger(__name__)
 GIB = 2**30
@@ -29,7 +31,7 @@ def retain(checkpoints: Path, config: CheckpointConfig, *, losses: Mapping[int, 
     except CheckpointError as error:
         LOG.error("no checkpoint is deleted: %s", error)
         return
-    steps = {int(path.name.removeprefix("step_")): path for path in folders}
+    steps = {step_of(path): path for path in folders}
     kept = set(folders[-config.keep_last :])
     known = [step for step in steps if step in losses]
     if config.keep_best is not None and known:
@@ -39,32 +41,63 @@ def retain(checkpoints: Path, config: CheckpointConfig, *, losses: Mapping[int, 
             _delete(folder)
 
 
-def check_room(plan: Plan, folder: Path, *, first_step: int) -> None:
+def check_room(plan: Plan, checkpoints: Path, *, first_step: int) -> None:
     """Raise `ResourceError` where the checkpoints of the rest of a run would not fit on the disk.
 
-    One more than are kept exists while a new one is written.
+    Older ones in `checkpoints` make room when they are deleted, which is after the next one is
+    whole. What `train.save_minutes` adds is looked at when it is due.
     """
     checkpoint, train = plan.config.checkpoint, plan.config.train
     if not checkpoint.save:
         return
     every = train.save_steps or plan.total_steps
     coming = -(-plan.total_steps // every) - first_step // every
-    number = coming if checkpoint.keep_last is None else min(coming, checkpoint.keep_last + 1)
-    size, free = checkpoint_bytes(plan), shutil.disk_usage(folder).free
-    if number * size > free:
+    folder, size = checkpoints.parent, checkpoint_bytes(plan.config, plan.shape)
+    there = [_bytes_in(each) for each in step_folders(checkpoints) if step_of(each) <= first_step]
+    left_over = [each for pattern in LEFT_OVER for each in checkpoints.glob(pattern)]
+    needed = _most_added(size, coming=coming, there=there, config=checkpoint)
+    free = free_bytes(folder) + sum(map(_bytes_in, left_over))
+    if needed > free:
         raise ResourceError(
-            f"output_dir: {number} checkpoints of {size / GIB:.3g} GiB need"
-            f" {number * size / GIB:.3g} GiB, and {str(folder)!r} has {free / GIB:.3g} GiB free;"
-            " make room, set checkpoint.keep_last, raise train.save_steps, or choose another"
+            f"output_dir: {-(-needed // size)} more checkpoints of {size / GIB:.3g} GiB need"
+            f" {needed / GIB:.3g} GiB at once, and {str(folder)!r} has {free / GIB:.3g} GiB free;"
+            " make room, lower checkpoint.keep_last, raise train.save_steps, or choose another"
             " output_dir"
         )
 
 
-def checkpoint_bytes(plan: Plan) -> int:
+def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Size of a checkpoint's tensors: weights, and two fp32 moments; masters where not fp32."""
-    weight, master = (2, 4) if plan.config.model.dtype == "bf16" else (4, 0)
-    optimizer = 8 + master if plan.config.checkpoint.save_optimizer else 0
-    return plan.shape.num_parameters * (weight + optimizer)
+    weight, master = (2, 4) if config.model.dtype == "bf16" else (4, 0)
+    optimizer = 8 + master if config.checkpoint.save_optimizer else 0
+    return shape.num_parameters * (weight + optimizer)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where `folder` lies."""
+    return shutil.disk_usage(folder).free
+
+
+def _most_added(size: int, *, coming: int, there: list[int], config: CheckpointConfig) -> int:
+    """The most bytes that `coming` checkpoints of `size` bytes add at any time.
+
+    `there` are the sizes of those that lie there, oldest first.
+    """
+    if config.keep_last is None:
+        return coming * size
+    kept = config.keep_last + (1 if config.keep_best is not None else 0)
+    queue, added, most = deque(there), 0, 0
+    for _ in range(min(coming, len(there) + kept + 1)):  # from then on it repeats itself
+        queue.append(size)
+        added += size
+        most = max(most, added)
+        while len(queue) > kept:
+            added -= queue.popleft()
+    return most
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _delete(folder: Path) -> None:

@@ -140,3 +140,31 @@ def test_a_checkpoint_is_published_once_written_and_before_the_next(
         "logs on disk",
         "publish 6",
     ]
+
+
+def test_the_clock_asks_for_a_checkpoint_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, now = build_config({"train": {"save_minutes": 10}}), [0.0]
+    shape = SimpleNamespace(num_parameters=1000)
+    job = cast(Any, SimpleNamespace(config=config, source=SimpleNamespace(shape=shape)))
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    saves = Saves(job, cast(Any, None), cast(Any, None), folder=tmp_path)
+    now[0] = 599.0
+    assert not saves.is_overdue()
+    now[0] = 600.0
+    assert saves.is_overdue()
+    monkeypatch.setattr(saving, "free_bytes", lambda _folder: 11_999)
+    assert not saves.is_overdue()
+    assert f"no checkpoint after 10 minutes: {tmp_path} has no room" in caplog.text
+    caplog.clear()
+    assert not saves.is_overdue()
+    assert caplog.text == "", "said again before the next is due"
+    by_steps = Saves(
+        cast(Any, SimpleNamespace(config=build_config({"train": {"save_minutes": None}}))),
+        cast(Any, None),
+        cast(Any, None),
+        folder=tmp_path,
+    )
+    now[0] = 1e9
+    assert not by_steps.is_overdue()
