@@ -42,6 +42,7 @@ class Message:
 class Conversation:
     """The messages of one row, and the tools it offers (JSON schemas, as given).
 
+    `template_kwargs` are the variables that this row gives the chat template, by name.
     `row` counts from 0 over all rows of what is read (a file, or a shard of one), `line` from 1
     over the lines of the file.
     """
@@ -50,6 +51,7 @@ class Conversation:
     row: int
     line: int
     tools: tuple[Mapping[str, Any], ...] = field(default=())
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
