@@ -35,7 +35,7 @@ help: ## list the verbs
 install: $(TOOLS) ## the project and its development tools, into .venv
 
 run: $(RUNTIME) ## install what is missing, then train, export and sample a small model on this CPU
-	$(BIN)/python -m roll_sft.demo $(ARGS)
+	$(BIN)/roll-sft train --config-name demo $(ARGS)
 
 test: $(TOOLS) ## the whole test suite; needs no GPU
 	$(PYTEST) $(ARGS)

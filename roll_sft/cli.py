@@ -8,14 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from roll_sft import __version__
 from roll_sft.config import RunConfig
 from roll_sft.errors import ConfigError
 
 USAGE_ERROR = ConfigError.exit_code
 CONFIGURATION = (
-    "Every other argument is one of `python -m roll_sft.run`: --config-name NAME, --config-dir"
+    "Every other argument is one of `roll-sft train`: --config-name NAME, --config-dir"
     " FOLDER, key=value, --cfg job. Exit codes are those of a run, see the README"
 )
+USAGE = "usage: roll-sft COMMAND [arguments]; roll-sft COMMAND --help says more"
+EXAMPLES = """\
+Try it, on a CPU and without a download:
+  roll-sft train --config-name demo
+Train your model on your data, after a look at the plan:
+  roll-sft plan  model.path=MODEL 'data.train=[{path: FILE.jsonl}]'
+  roll-sft train model.path=MODEL 'data.train=[{path: FILE.jsonl}]'
+roll-sft --version prints the version.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return 0
+    if given and given[0] in ("-V", "--version"):
+        sys.stdout.write(f"roll-sft {__version__}\n")
+        return 0
     if not given or given[0] not in COMMANDS:
         sys.stderr.write(f"{_refusal(given)}\n")
         return USAGE_ERROR
@@ -44,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    usage = "usage: roll-sft COMMAND [arguments]; roll-sft COMMAND --help says more"
-    return "\n".join([usage, "", *lines]) + "\n"
+    return "\n".join([USAGE, "", *lines, "", EXAMPLES])
 
 
 def _refusal(given: list[str]) -> str:
@@ -55,6 +67,12 @@ def _refusal(given: list[str]) -> str:
     nearest = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"roll-sft: there is no command {given[0]!r}; {hint}there are {names}"
+
+
+def _train(arguments: list[str]) -> int:
+    from roll_sft import run
+
+    return run.main(arguments)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -78,9 +96,7 @@ def _parity(arguments: list[str]) -> int:
     def action(config: RunConfig, _composed_yaml: str) -> None:
         # Heavy imports after composition, so that a typo is reported in half a second.
         from roll_sft import parity
-        from roll_sft.console import set_up_logging
 
-        set_up_logging()
         parity.run(config, samples=options.samples)
 
     return run.main(rest, action=action)
@@ -110,9 +126,7 @@ def _preview(arguments: list[str]) -> int:
 
     def action(config: RunConfig, _composed_yaml: str) -> None:
         from roll_sft import preview
-        from roll_sft.console import set_up_logging
 
-        set_up_logging()
         choice = preview.Choice(
             source=options.source,
             rows=options.index,
@@ -152,6 +166,7 @@ def _parser(name: str, exit_codes: str) -> argparse.ArgumentParser:
 
 
 COMMANDS = {
+    "train": Command("fine-tune a model", _train),
     "plan": Command("what a run would do, without starting it", _plan),
     "preview": Command("rows as they are trained on, token by token", _preview),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),

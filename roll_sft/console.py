@@ -1,40 +1,13 @@
-"""What the driver shows: the plan before, one progress display during, the files after.
+"""What a run will do, as tables: layout, model, data, steps, memory."""
 
-On a terminal a single live line carries loss, speed and time left; elsewhere one plain line per
-`logging_steps`. Nothing here is read by programs: they read `steps.jsonl`.
-"""
-
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from roll_sft.data.prepare import SourceReport
 from roll_sft.engine.preflight import Plan, drawn_tokens
 from roll_sft.memory import MemoryEstimate, estimate
-from roll_sft.metrics import StepRecord
-
-LOG = logging.getLogger(__name__)
-CONSOLE = Console(stderr=True, highlight=False)
-
-
-def set_up_logging() -> None:
-    """Send the package's log to the console: through Rich on a terminal, plain elsewhere."""
-    handler: logging.Handler
-    if CONSOLE.is_terminal:
-        handler = RichHandler(console=CONSOLE, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("roll_sft")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def show_plan(plan: Plan) -> None:
@@ -50,57 +23,6 @@ def show_plan(plan: Plan) -> None:
     )
     for table in filter(None, (make(plan) for make in tables)):
         console.print(table)
-
-
-class StepDisplay:
-    """One line for the step in hand."""
-
-    def __init__(
-        self, progress: Progress | None, total_steps: int, *, logging_steps: int, first_step: int
-    ) -> None:
-        self._progress, self._logging_steps = progress, logging_steps
-        self._total = total_steps
-        if progress is not None:
-            done = first_step - 1
-            self._task = progress.add_task("training", total=total_steps, completed=done, text="")
-
-    def show(self, record: StepRecord, *, fill: float) -> None:
-        """Report one finished step; speaks every `logging_steps` and on the last.
-
-        `fill` is the share of its packs that holds tokens.
-        """
-        due = record.step % self._logging_steps == 0 or record.step == self._total
-        text = (
-            f"loss {record.train_loss:.4f}  grad {record.grad_norm:.3f}"
-            f"  lr {record.learning_rate:.2e}  {record.per_device_tps:,.0f} tok/s/device"
-            f"  {record.step_time_s:.2f} s  packs {100 * fill:.0f} % full"
-        )
-        if self._progress is None:
-            if due:
-                LOG.info("step %d/%d  %s", record.step, self._total, text)
-            return
-        self._progress.advance(self._task)
-        if due:
-            self._progress.update(self._task, text=text)
-
-
-@contextmanager
-def step_display(
-    total_steps: int, *, logging_steps: int, first_step: int = 1
-) -> Iterator[StepDisplay]:
-    """The run's only progress display."""
-    if not CONSOLE.is_terminal:
-        yield StepDisplay(None, total_steps, logging_steps=logging_steps, first_step=first_step)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=CONSOLE) as progress:
-        yield StepDisplay(progress, total_steps, logging_steps=logging_steps, first_step=first_step)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from roll_sft import metrics
-from roll_sft.console import StepDisplay, step_display
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.preflight import Job
 from roll_sft.metrics import EvalMetrics, StepMetrics, StepRecord
 from roll_sft.outputs import JsonLines, lines_of
+from roll_sft.terminal import StepDisplay, step_display
 from roll_sft.tracking import MlflowTracker
 
 

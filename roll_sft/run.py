@@ -1,4 +1,4 @@
-"""`python -m roll_sft.run --config-name NAME [key=value ...]`: the main job's door.
+"""The main job: `roll-sft train`, or `python -m roll_sft.run`, `--config-name NAME key=value ...`.
 
 Hydra composes `conf/`; this module builds the configuration, runs it, and turns every outcome into
 the exit code of the contract. The last line on stderr names the cause; only faults of ours show a
@@ -14,7 +14,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
@@ -24,10 +23,13 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from roll_sft import demo
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, build_config, nearest_key, schema
 from roll_sft.errors import ConfigError, RollSftError
 from roll_sft.garbage import imports_kept, leave_quickly
+from roll_sft.outputs import output_folder
+from roll_sft.terminal import set_up_logging
 
 FAULT = 1
 INTERRUPTED = 130
@@ -68,6 +70,9 @@ def main(
     try:
         composed = compose(sys.argv[1:] if arguments is None else arguments)
         if composed is not None:
+            set_up_logging()
+            if demo.is_asked(composed[0]):
+                demo.make_assets(demo.ASSETS)
             (action or _run)(*composed)
     except RollSftError as error:
         return _report(error, error.exit_code)
@@ -96,7 +101,7 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
     outcome: list[tuple[RunConfig, str] | ConfigError] = []
     is_composed = False
 
-    @hydra.main(version_base="1.3", config_path="pkg://roll_sft.conf", config_name="base")
+    @hydra.main(version_base="1.3", config_path=str(shipped_configurations()), config_name="base")
     def task(composed: DictConfig) -> None:
         nonlocal is_composed
         is_composed = True
@@ -124,6 +129,12 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
     return None
 
 
+def shipped_configurations() -> Path:
+    """The folder of our own YAML: inside the package once installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return next(each for each in (package / "conf", package.parent / "conf") if each.is_dir())
+
+
 def _checked(composed: DictConfig) -> RunConfig:
     absent = [field.name for field in dataclasses.fields(RunConfig) if field.name not in composed]
     if absent:
@@ -139,11 +150,12 @@ def _checked(composed: DictConfig) -> RunConfig:
 def _run(config: RunConfig, composed_yaml: str) -> None:
     # Heavy imports after composition, so that a typo is reported in half a second.
     with imports_kept():
-        from roll_sft.console import set_up_logging
         from roll_sft.driver import run
 
-    set_up_logging()
     run(config, composed_yaml=composed_yaml)
+    model = output_folder(config) / "hf"
+    if demo.is_asked(config) and model.is_dir() and not (config.dry_run or config.prepare_only):
+        demo.show_answer(model)
 
 
 def _flags(arguments: list[str]) -> argparse.Namespace:
@@ -178,7 +190,7 @@ def _missing_config(error: MissingConfigException, config_dir: str | None) -> st
     text = " ".join(str(error).partition("Config search path:")[0].split())
     if error.options or not error.missing_cfg_file:
         return text
-    folders = [files("roll_sft.conf"), *([Path(config_dir)] if config_dir else [])]
+    folders = [shipped_configurations(), *([Path(config_dir)] if config_dir else [])]
     paths = [path.name for folder in folders for path in folder.iterdir()]
     names = sorted({path.removesuffix(".yaml") for path in paths if path.endswith(".yaml")})
     nearest = difflib.get_close_matches(error.missing_cfg_file, names, n=1, cutoff=0.5)

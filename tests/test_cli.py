@@ -1,5 +1,7 @@
 """The console script: what there is, and what is said of what there is not."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from roll_sft import cli
+import roll_sft
+from roll_sft import cli, demo
 from tests import doors
-from tests.doors import Door, Outcome, cells, contents, refused
+from tests.doors import Door, Outcome, cells, contents, process, refused
 
 door, assets, arguments = doors.door, doors.assets, doors.arguments
 ROOT = Path(__file__).parents[1]
@@ -43,9 +46,55 @@ def test_help_lists_what_exists_without_the_heavy_libraries(flag: str, tmp_path:
     )
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    lines = shown.stdout.splitlines()
-    assert lines[0].startswith("usage: roll-sft COMMAND")
-    assert [line.split()[0] for line in lines[2:]] == ["plan", "preview", "parity", "convert"]
+    usage, commands, examples = shown.stdout.split("\n\n")
+    assert usage.startswith("usage: roll-sft COMMAND")
+    names = [line.split()[0] for line in commands.splitlines()]
+    assert names == ["train", "plan", "preview", "parity", "convert"]
+    assert "roll-sft train --config-name demo" in examples
+
+
+def test_the_version_is_the_package_s(script: Door) -> None:
+    assert script("--version") == Outcome(0, f"roll-sft {roll_sft.__version__}\n", "")
+
+
+def test_train_is_the_main_job(script: Door, arguments: list[str], tmp_path: Path) -> None:
+    by_name, by_module = (
+        script("train", *arguments, "--cfg", "job"),
+        process(tmp_path, "--cfg", "job", *arguments),
+    )
+    assert (by_name.code, by_name.stdout) == (0, by_module.stdout)
+    refused(script("train", "modle.path=x"), 2, "modle.path: no such key")
+
+
+@pytest.mark.slow
+def test_the_demo_needs_nothing_that_a_fresh_checkout_lacks(script: Door, tmp_path: Path) -> None:
+    outcome = script("train", "--config-name", "demo", "dry_run=true")
+    assert outcome.code == 0, outcome.stderr
+    assert cells(outcome.stdout, "optimizer steps")[1].startswith("450 ")
+    assert (tmp_path / demo.ASSETS / "train.jsonl").is_file()
+
+
+@pytest.mark.parametrize("settings", ["conf", "roll_sft/conf"])
+@pytest.mark.parametrize("command", ["roll_sft.run", "roll_sft.cli train"])
+def test_a_tree_that_is_not_installed_finds_its_settings(
+    tmp_path: Path, settings: str, command: str
+) -> None:
+    """In a checkout they lie beside the package, in a wheel within it."""
+    tree, folder = tmp_path / "tree", tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copytree(ROOT / "roll_sft", tree / "roll_sft")
+    shutil.copytree(ROOT / "conf", tree / settings)
+    demo_yaml = tree / settings / "demo.yaml"
+    demo_yaml.write_text(demo_yaml.read_text().replace("run_name: demo", "run_name: of_this_tree"))
+    shown = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--config-name", "demo", "--cfg", "job"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "run_name: of_this_tree" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -67,8 +116,8 @@ def test_each_command_says_what_it_takes(script: Door, command: str, parts: list
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ([], ["roll-sft: no command; there are plan, preview, parity, convert"]),
-        (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are plan,"]),
+        ([], ["roll-sft: no command; there are train, plan, preview, parity, convert"]),
+        (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are train,"]),
         (["--config-name", "demo"], ["there is no command '--config-name'"]),
         (["parity", "--samples", "few"], ["argument --samples: invalid int value: 'few'"]),
         (["parity", "modle.path=x"], ["modle.path: no such key; did you mean `model.path`?"]),

@@ -1,16 +1,16 @@
+import functools
 import inspect
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from roll_sft import demo, demo_data
+from roll_sft.config import DataConfig, ModelConfig, RunConfig, SourceConfig
+from roll_sft.errors import ConfigError
 
 COLUMNS = {"instruction", "input", "output"}
 
@@ -20,6 +20,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "outputs" / "assets"
     demo.make_assets(folder)
     return folder
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,8 +49,8 @@ def test_examples_do_not_depend_on_what_this_process_imported(monkeypatch):
 
 
 def test_data_has_the_promised_rows_in_alpaca_columns(assets):
-    train = demo.read_jsonl(assets / "train.jsonl")
-    validation = demo.read_jsonl(assets / "validation.jsonl")
+    train = read_rows(assets / "train.jsonl")
+    validation = read_rows(assets / "validation.jsonl")
     assert (len(train), len(validation)) == (2400, 100)
     assert all(row.keys() == COLUMNS for row in train + validation)
     answers = [row["output"] for row in train + validation]
@@ -83,7 +87,7 @@ for name, answer in json.load(sys.stdin):
 
 
 def test_every_answer_is_the_beginning_of_the_documentation_it_is_asked_for(assets):
-    rows = demo.read_jsonl(assets / "train.jsonl") + demo.read_jsonl(assets / "validation.jsonl")
+    rows = read_rows(assets / "train.jsonl") + read_rows(assets / "validation.jsonl")
     strangers = subprocess.run(
         [sys.executable, "-I", "-S", "-c", PRINT_STRANGERS],
         input=json.dumps([(named_in(row), row["output"]) for row in rows]),
@@ -112,7 +116,7 @@ def test_an_answer_is_cut_between_paragraphs_only(text, answer):
 
 
 def test_tokenizer_reads_back_from_disk_as_it_was_trained(assets):
-    rows = demo.read_jsonl(assets / "train.jsonl")
+    rows = read_rows(assets / "train.jsonl")
     trained = demo.train_tokenizer([demo_data.Example(**row) for row in rows])
     loaded = AutoTokenizer.from_pretrained(str(assets / "model"))
     texts = [row["output"] for row in rows] + [
@@ -152,7 +156,7 @@ def test_model_configuration_loads_and_fits_the_tokenizer(assets):
 
 def test_every_example_fits_the_models_positions(assets):
     tokenizer = AutoTokenizer.from_pretrained(str(assets / "model"))
-    for row in demo.read_jsonl(assets / "train.jsonl"):
+    for row in read_rows(assets / "train.jsonl"):
         messages = [
             {"role": "user", "content": f"{row['instruction']}\n{row['input']}"},
             {"role": "assistant", "content": row["output"]},
@@ -174,69 +178,28 @@ def test_complete_assets_are_kept_and_incomplete_ones_made_again(assets, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["assets"], "no draft is left behind"
 
 
-@pytest.mark.parametrize(
-    ("argv", "folder"),
-    [
-        ([], "outputs/demo"),
-        (["run_name=second"], "outputs/second"),
-        (["output_dir=/tmp/x", "run_name=second"], "/tmp/x"),
-        (["output_dir=a", "++output_dir='b c'"], "b c"),
-        (["train.output_dir=a"], "outputs/demo"),
-    ],
-)
-def test_output_dir_follows_the_overrides(argv, folder):
-    assert demo.output_dir(argv) == Path(folder)
+def test_the_run_asks_for_the_assets_by_their_paths_alone():
+    ours, other = str(demo.ASSETS / "model"), "models/Qwen2.5-0.5B"
+    sources = [SourceConfig(path=str(demo.ASSETS / "train.jsonl"))]
+    run = functools.partial(RunConfig, run_name="x")
+    assert demo.is_asked(run(model=ModelConfig(path=ours)))
+    assert demo.is_asked(run(model=ModelConfig(path=other), data=DataConfig(train=sources)))
+    assert not demo.is_asked(run(model=ModelConfig(path=other)))
+    assert not demo.is_asked(run())
 
 
-@pytest.mark.parametrize(
-    ("argv", "answer"),
-    [
-        ([], True),
-        (["train.max_steps=5"], True),
-        (["dry_run=false"], True),
-        (["dry_run=true"], False),
-        (["+prepare_only=True"], False),
-        (["--cfg", "job"], False),
-    ],
-)
-def test_results_are_shown_only_after_training(argv, answer):
-    assert demo.trains(argv) is answer
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    with pytest.raises(ConfigError, match="change to one that you may write to"):
+        demo.make_assets(tmp_path / "outputs" / "demo_assets")
 
 
-@pytest.fixture
-def finished_run(assets: Path, tmp_path: Path) -> Path:
-    """A run's folder with an untrained model in it."""
+def test_an_answer_is_shown_beside_the_right_one(assets, tmp_path, monkeypatch, capsys):
     config = AutoConfig.from_pretrained(str(assets / "model"))
     AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path / "hf"))
     AutoTokenizer.from_pretrained(str(assets / "model")).save_pretrained(str(tmp_path / "hf"))
-    steps = [{"step": 1, "train_loss": 8.25}, {"step": 2, "train_loss": 7.5}]
-    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    return tmp_path
-
-
-@pytest.fixture
-def shown(assets: Path) -> Callable[[Path], str]:
-    def show(folder: Path) -> str:
-        screen = io.StringIO()
-        demo.show_results(folder, assets / "validation.jsonl", Console(file=screen, width=200))
-        return screen.getvalue()
-
-    return show
-
-
-def test_results_name_the_loss_every_file_and_an_answer(finished_run, shown):
-    text = shown(finished_run)
-    assert "loss 8.2500 at step 1 -> 7.5000 at step 2" in text
-    size = (finished_run / "hf" / "model.safetensors").stat().st_size
-    assert f"{size:,}" in text
-    for path in finished_run.rglob("*.*"):
-        assert str(path.relative_to(finished_run)) in text
+    monkeypatch.setattr(demo, "ASSETS", assets)
+    demo.show_answer(tmp_path / "hf")
+    text = capsys.readouterr().out
     for label in ("question: ", "answer: ", "truth: "):
         assert label in text
-
-
-def test_results_say_when_no_model_was_exported(finished_run, shown):
-    (finished_run / "hf").rename(finished_run.parent / "elsewhere")
-    text = shown(finished_run)
-    assert "no model was exported" in text
-    assert "answer:" not in text
