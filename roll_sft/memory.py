@@ -10,7 +10,9 @@ from roll_sft.engine.chunks import chunk_rows
 from roll_sft.engine.preflight import Plan
 
 GIB = 2**30
-UPDATE_BYTES = 4  # of a parameter: torch's AdamW makes the root of all second moments at once
+# Of a parameter on a CPU: torch's AdamW makes the root of all second moments at once. On a GPU the
+# update is one kernel, in place.
+UPDATE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ def _of_stage(plan: Plan, stage: int) -> MemoryEstimate:
     numbers = tokens * (layers * hidden + kept if train.recompute == "full" else layers * kept)
     numbers += _gradients_of_layer(plan, tokens)
     is_last = stage == layout.pipeline_size - 1
+    update_bytes = UPDATE_BYTES if plan.config.parallel.device == "cpu" else 0
     return MemoryEstimate(
         state_gib=state / GIB,
         activations_gib=numbers * weight_bytes / GIB,
         head_gib=_head_bytes(plan, tokens) / GIB if is_last else 0.0,
-        update_gib=parameters * UPDATE_BYTES / replicas / GIB,
+        update_gib=parameters * update_bytes / replicas / GIB,
         save_host_gib=_save_host_bytes(plan, parameters) / GIB,
     )
 

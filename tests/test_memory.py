@@ -66,7 +66,7 @@ def test_the_memory_of_a_small_model_on_one_gpu_is_the_sum_done_by_hand() -> Non
     # 512 rows of logits and their gradient, rows and theirs, the weight's gradient in fp32.
     head = 512 * WORDS * (2 + 2) + 2 * TOKENS * 896 * 2 + WORDS * 896 * 4
     assert found.head_gib == pytest.approx(head / GIB)
-    assert found.update_gib == pytest.approx(494_032_768 * 4 / GIB, rel=1e-3)
+    assert found.update_gib == 0.0  # one kernel, in place
     assert found.total_gib == found.state_gib + found.activations_gib + found.head_gib
 
 
@@ -117,14 +117,15 @@ def test_the_first_stage_holds_a_micro_batch_for_every_stage_and_the_last_the_he
     assert full.head_gib == one.head_gib  # with little else in flight, the last is the fuller
 
 
-def test_where_packs_are_short_the_update_needs_the_most() -> None:
-    plan = plan_of()
+def test_where_packs_are_short_the_update_needs_the_most_on_a_cpu() -> None:
+    plan = plan_of(device="cpu")
     short = replace(
         plan.config,
         train=replace(plan.config.train, micro_batch_tokens=64),
         data=replace(plan.config.data, sequence_length=64),
     )
     found = estimate(replace(plan, config=short))
+    assert found.update_gib == pytest.approx(494_032_768 * 4 / GIB, rel=1e-3)
     assert found.total_gib == found.state_gib + found.update_gib
 
 

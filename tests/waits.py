@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -56,8 +57,21 @@ def recorded(device: str) -> Iterator[list[Wait]]:
     waits: list[Wait] = []
     # On this thread, so that the stack of a wait in the backward is whole.
     recorder = _said_by_torch(waits) if device == "cuda" else _looked_for(waits)
-    with torch.autograd.set_multithreading_enabled(False), recorder:
+    with torch.autograd.set_multithreading_enabled(False), _synchronizing(waits), recorder:
         yield waits
+
+
+@contextlib.contextmanager
+def _synchronizing(waits: list[Wait]) -> Iterator[None]:
+    """Also calls of `torch.cuda.synchronize`, which torch's debug mode does not report."""
+    original = torch.cuda.synchronize
+
+    def synchronize(*arguments: Any, **options: Any) -> None:
+        waits.append(_wait("synchronize"))
+        original(*arguments, **options)
+
+    with patch.object(torch.cuda, "synchronize", synchronize):
+        yield
 
 
 @contextlib.contextmanager

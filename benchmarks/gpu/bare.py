@@ -17,7 +17,7 @@ from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from roll_sft.data.batch import build_batch
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.attention import Segments, segments_of
-from roll_sft.engine.kernels import choose_kernel
+from roll_sft.engine.kernels import Heads, choose_kernel
 from roll_sft.layout import ParallelLayout
 
 NO_LABEL = -100
@@ -50,7 +50,12 @@ def _model(
     config: Qwen2Config, device: torch.device
 ) -> tuple[Qwen2ForCausalLM, Callable[..., Any]]:
     """The model, and what to call."""
-    kernel = choose_kernel("auto", device=device, dtype=torch.bfloat16)
+    heads = Heads(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+    )
+    kernel = choose_kernel("auto", device=device, dtype=torch.bfloat16, heads=heads)
 
     @torch.compiler.disable
     def attention(

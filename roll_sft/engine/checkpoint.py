@@ -115,8 +115,10 @@ def make_optimizer_state(optimizer: MegatronOptimizer, *, step: int) -> None:
                 if name not in state:
                     state[name] = torch.zeros_like(main, dtype=torch.float32)
             if counts_each:
-                # One tensor each: a shared one would advance once for every parameter.
-                state["step"] = torch.tensor(float(step))
+                # One tensor each: a shared one would advance once for every parameter. The fused
+                # kernel reads it on the device, every other on the host.
+                device = main.device if adam.param_groups[0].get("fused") else None
+                state["step"] = torch.tensor(float(step), device=device)
         if not counts_each:
             for group in adam.param_groups:
                 group["step"] = step

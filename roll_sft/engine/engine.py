@@ -25,7 +25,7 @@ from roll_sft.engine import checkpoint, compiling, setup, shards
 from roll_sft.engine.attention import describe_pack, segments_of
 from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.engine.kernels import choose_kernel
+from roll_sft.engine.kernels import Heads, choose_kernel
 from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
 from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
 from roll_sft.engine.parallel import seed_step
@@ -77,6 +77,11 @@ class Engine:
             config.model.attention_backend,
             device=self._device,
             dtype=setup.DTYPES[config.model.dtype],
+            heads=Heads(
+                source.shape.num_attention_heads // self._layout.tensor_size,
+                max(1, source.shape.num_key_value_heads // self._layout.tensor_size),
+                source.shape.head_dim,
+            ),
         )
         self.chunks = setup.build_model(source.shape, self._transformer, kernel=kernel)
         if checkpoint is None:

@@ -10,20 +10,34 @@ and half precision, and are written against the documentation of flash-attn 2.7,
 """
 
 import functools
-import importlib.util
 import inspect
+import logging
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from roll_sft.errors import ConfigError
+from roll_sft.errors import ConfigError, first_line
 
+LOG = logging.getLogger(__name__)
 INSTALL = {
     "te": "Transformer Engine; install roll_sft[cuda]",
     "flash": "flash-attn; install roll_sft[cuda]",
     "varlen": "torch 2.10 or newer",
 }
+# What a package that does not fit the machine raises: at import (another CUDA, another torch, a
+# folder of a namesake), or at the first call (an old card, a head it has no kernel for).
+NOT_FIT = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
+TRIAL_TOLERANCE = 0.05  # of the largest value; bf16 keeps 8 bits
 
 
 class Packing(Protocol):
@@ -47,21 +61,82 @@ class Kernel(Protocol):
     ) -> torch.Tensor: ...
 
 
-def choose_kernel(backend: str, *, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel of `model.attention_backend`; `auto` takes the best that imports.
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention heads of one tensor rank."""
 
-    Raises `ConfigError` for one that is asked for by name and is not installed.
+    num_heads: int
+    num_groups: int  # of keys and values
+    head_dim: int
+
+
+def choose_kernel(
+    backend: str, *, device: torch.device, dtype: torch.dtype, heads: Heads
+) -> Kernel:
+    """The kernel of `model.attention_backend`; `auto` takes the best that works.
+
+    Each candidate computes a small pack with `heads` first, forward and backward, and is compared
+    with `sdpa`: an import that fails or a card that is too old shows here, not in the first step.
+    Raises `ConfigError` for one that is asked for by name and does not work.
     """
     kernels: dict[str, Kernel] = {"te": te, "flash": flash, "varlen": varlen, "sdpa": sdpa}
-    if backend != "auto":
-        if not _is_available(backend):
-            raise ConfigError(
-                f"model.attention_backend: {backend!r} needs {INSTALL[backend]}, or choose auto"
-            )
-        return kernels[backend]
-    if device.type != "cuda" or dtype == torch.float32:
+    if backend == "sdpa" or (
+        backend == "auto" and (device.type != "cuda" or dtype == torch.float32)
+    ):
         return sdpa
-    return kernels[next(name for name in kernels if _is_available(name))]
+    reasons: list[str] = []
+    for name in kernels if backend == "auto" else [backend]:
+        reason = None if name == "sdpa" else why_not(kernels[name], device, dtype, heads)
+        if reason is None:
+            passed_over = "".join(f"; not {each}" for each in reasons)
+            LOG.info("model.attention_backend: %s%s", name, passed_over)
+            return kernels[name]
+        reasons.append(f"{name} ({reason})")
+    raise ConfigError(
+        f"model.attention_backend: {backend!r} does not work here: {reason}; it needs"
+        f" {INSTALL[backend]}, or choose auto"
+    )
+
+
+def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
+    """One line on why `kernel` cannot be used for `heads`, or None if it can."""
+    try:
+        found, wanted = (_trial(each, device, dtype, heads) for each in (kernel, sdpa))
+    except NOT_FIT as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    for ours, right in zip(found, wanted, strict=True):
+        difference = float((ours - right).abs().max() / right.abs().max())
+        if not difference <= TRIAL_TOLERANCE:  # a NaN is no match
+            return f"its output or gradient differs from torch's by {difference:.2g}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _TrialPack:
+    """A whole sample, and the second part of a longer one, as context parallelism makes them."""
+
+    query_bounds: torch.Tensor
+    key_bounds: torch.Tensor
+    query_lengths: tuple[int, ...] = (24, 40)
+    key_lengths: tuple[int, ...] = (24, 104)
+
+
+def _trial(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads
+) -> list[torch.Tensor]:
+    """Output [64, H, E] and the gradients of query, key and value, all fp32."""
+    bounds = ([0, 24, 64], [0, 24, 128])
+    pack = _TrialPack(*(torch.tensor(each, dtype=torch.int32, device=device) for each in bounds))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (64, heads.num_heads), (128, heads.num_groups), (128, heads.num_groups)
+    states = [
+        torch.randn(*shape, heads.head_dim, generator=generator).to(device, dtype).requires_grad_()
+        for shape in shapes
+    ]
+    output = kernel(*states, pack)
+    output.float().square().sum().backward()
+    gradients = [state.grad for state in states if state.grad is not None]
+    return [tensor.detach().float() for tensor in (output, *gradients)]
 
 
 def sdpa(
@@ -119,6 +194,8 @@ def flash(
         max_seqlen_q=max(segments.query_lengths),
         max_seqlen_k=max(segments.key_lengths),
         causal=True,
+        # Its backward adds in any order otherwise; torch's own switch does not reach it.
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return output
 
@@ -172,12 +249,3 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
         enable_gqa=True,
     )
     return output[0].transpose(0, 1)
-
-
-def _is_available(backend: str) -> bool:
-    modules = {
-        "te": "transformer_engine",
-        "flash": "flash_attn",
-        "varlen": "torch.nn.attention.varlen",
-    }
-    return backend not in modules or importlib.util.find_spec(modules[backend]) is not None

@@ -101,7 +101,7 @@ def supervised_losses(
     `hidden_states` is [T or T / TP, 1, D]. The signature is that of Megatron-Core's
     `output_processor`, which hands over the head with a tied weight already resolved.
     """
-    rows = hidden_states[context.index, 0]
+    rows = hidden_states.flatten(0, 1)[context.index]
     if context.is_sharded:
         rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=True)
     else:

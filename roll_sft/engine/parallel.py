@@ -71,6 +71,8 @@ def process_groups(
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
         timeout=timedelta(seconds=rendezvous.collective_timeout_s),
+        # NCCL then connects here, not in the first step, and makes its subgroups by splitting.
+        device_id=None if device == "cpu" else torch.device("cuda", rendezvous.local_device),
     )
     try:
         parallel_state.initialize_model_parallel(
@@ -79,6 +81,8 @@ def process_groups(
             layout.virtual_size if layout.virtual_size > 1 else None,
             context_parallel_size=layout.context_size,
             distributed_timeout_minutes=max(1, round(rendezvous.collective_timeout_s / 60)),
+            # Beside NCCL nothing uses gloo, whose mesh fails where a host's name is 127.0.1.1.
+            create_gloo_process_groups=device == "cpu",
         )
         _check_agreement(layout, rendezvous.rank)
         # Megatron forks its dropout state around every layer, so the tracker must exist.

@@ -28,5 +28,6 @@ def swiglu(pairs: torch.Tensor) -> torch.Tensor:
 def _of_mlp(pairs: torch.Tensor, bias: torch.Tensor | None, *_: bool) -> torch.Tensor:
     """As Megatron-Core's `bias_swiglu_impl`: [T, 1, 2 F] -> [T, 1, F]."""
     assert bias is None, "no family has a bias in its MLP"
-    activated: torch.Tensor = compiling.run(swiglu, [pairs[:, 0]])
-    return activated[:, None]
+    # A view, not `pairs[:, 0]`: the backward of an index fills and copies the whole activation.
+    activated: torch.Tensor = compiling.run(swiglu, [pairs.flatten(0, 1)])
+    return activated.unsqueeze(1)

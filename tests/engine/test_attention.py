@@ -1,11 +1,14 @@
 """Segments say what attends to what; every kernel computes segments."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from roll_sft.data.batch import zigzag_indices
 from roll_sft.engine.attention import Segments, segments_of
-from roll_sft.engine.kernels import choose_kernel, sdpa
+from roll_sft.engine.kernels import Heads, choose_kernel, flash, sdpa, why_not
 from roll_sft.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -84,8 +87,44 @@ def test_a_sample_never_sees_another() -> None:
     assert not torch.equal(before[16:24], after[16:24])
 
 
+HEADS = Heads(4, 2, 8)
+
+
 def test_auto_takes_what_runs_here_and_a_missing_backend_is_named() -> None:
-    assert choose_kernel("auto", device=CPU, dtype=torch.bfloat16) is sdpa
-    assert choose_kernel("auto", device=torch.device("cuda"), dtype=torch.float32) is sdpa
-    with pytest.raises(ConfigError, match=r"'flash' needs flash-attn.*roll_sft\[cuda\]"):
-        choose_kernel("flash", device=CPU, dtype=torch.bfloat16)
+    assert choose_kernel("auto", device=CPU, dtype=torch.bfloat16, heads=HEADS) is sdpa
+    cuda = torch.device("cuda")
+    assert choose_kernel("auto", device=cuda, dtype=torch.float32, heads=HEADS) is sdpa
+    with pytest.raises(ConfigError, match=r"'flash' does not work here: ModuleNotFoundError.*auto"):
+        choose_kernel("flash", device=CPU, dtype=torch.bfloat16, heads=HEADS)
+
+
+# What a package may hold: a namesake's folder, a build for another machine, wrong numbers.
+PACKAGES = {
+    "only a namesake": ("", "ImportError"),
+    "another CUDA": ("raise OSError('undefined symbol: _ZN2at')", "undefined symbol"),
+    "an old card": (
+        "def flash_attn_varlen_func(*_, **__): raise RuntimeError('only supports Ampere')",
+        "only supports Ampere",
+    ),
+    "no gradient": ("def flash_attn_varlen_func(q, *_, **__): return q.detach()", "grad"),
+    "wrong numbers": ("def flash_attn_varlen_func(q, *_, **__): return q * 1.0", "differs"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), PACKAGES.values(), ids=PACKAGES)
+def test_a_package_that_does_not_work_is_passed_over_with_its_reason(
+    content: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "flash_attn" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    found = why_not(flash, CPU, torch.float32, HEADS)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert found is not None
+    assert reason in found
+
+
+def test_a_kernel_that_computes_segments_is_taken() -> None:
+    assert why_not(packing_by_documentation, CPU, torch.float32, HEADS) is None

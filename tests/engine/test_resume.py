@@ -1,5 +1,6 @@
 """A run that stops and goes on equals one that does not: at the engine, without Ray."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,13 @@ STEPS, HALF = 4, 2
 
 
 def steps_of(
-    config: RunConfig, first: int, last: int, loads: Path | None, saves: Path | None
+    config: RunConfig,
+    first: int,
+    last: int,
+    loads: Path | None,
+    saves: Path | None,
+    *,
+    fused: bool = False,
 ) -> tuple[list[Any], Any]:
     """Metrics of steps `first` to `last` on the reporting rank, and a digest. In a pool."""
     import torch.distributed as dist
@@ -36,6 +43,8 @@ def steps_of(
 
     job = prepare(config)
     engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
+    for group in engine.optimizer.param_groups if fused else ():
+        group["fused"], group["foreach"] = True, False  # as on a GPU
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     steps = []
     for step in range(first, last + 1):
@@ -68,12 +77,20 @@ class Runs:
         )
 
     def steps(
-        self, config: RunConfig, first: int, last: int, loads: Path | None = None, save: str = ""
+        self,
+        config: RunConfig,
+        first: int,
+        last: int,
+        loads: Path | None = None,
+        save: str = "",
+        *,
+        fused: bool = False,
     ) -> tuple[list[Any], Path | None]:
         """Metrics of some steps, and the checkpoint after the last if `save` names a folder."""
         staging = staging_folder(self._root / save, last) if save else None
         layout = layout_of(config.parallel)
-        ranks = self._pool.run(steps_of, layout, config, first, last, loads, staging)
+        steps = functools.partial(steps_of, fused=fused)
+        ranks = self._pool.run(steps, layout, config, first, last, loads, staging)
         (metrics,) = [rank for rank in ranks if rank]
         if staging is None:
             return metrics, None
@@ -176,3 +193,15 @@ def test_megatron_core_itself_loads_what_we_write(runs: Runs, pool: RankPool) ->
     for ranks in pool.run(megatron_loads, layout_of(other.parallel), other, checkpoint):
         assert len(ranks) > 10
         assert [name for name, equal in ranks if not equal] == []
+
+
+def test_the_fused_update_is_the_plain_one_and_goes_on_to_the_last_bit(runs: Runs) -> None:
+    config = runs.config(TP2)
+    plain, _ = runs.steps(config, 1, STEPS)
+    straight, _ = runs.steps(config, 1, STEPS, fused=True)
+    before, checkpoint = runs.steps(config, 1, HALF, save="half", fused=True)
+    after, _ = runs.steps(config, HALF + 1, STEPS, loads=checkpoint, fused=True)
+    assert before + after == straight
+    for (loss, norm, _), (wanted_loss, wanted_norm, _) in zip(straight, plain, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=1e-6)
+        assert norm == pytest.approx(wanted_norm, rel=5e-5)

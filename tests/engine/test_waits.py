@@ -19,6 +19,7 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_
 LAYOUTS = {
     "1": ALONE,
     "TP2xCP2+SP": {**FOUR, "context_parallel_size": 2},
+    "PP2": {"num_workers": 2, "pipeline_model_parallel_size": 2},
     "TP2xPP2x2+SP": {**FOUR, **PIPELINE},
 }
 
@@ -76,6 +77,10 @@ def test_within_a_step_nothing_of_ours_waits(layout: str, folder: Path, pool: Ra
         ours = [wait for wait in rank if wait.is_ours]
         assert [str(wait) for wait in ours if not wait.is_end_of_step] == []
         assert any(wait.function == "read" for wait in ours)
+        # Megatron waits for the whole device where packs of unequal length send their shapes ahead,
+        # and at no other exchange.
+        whole = {wait.function for wait in rank if wait.what == "synchronize"}
+        assert whole <= {"_communicate_shapes"}
 
 
 @pytest.mark.slow
@@ -111,3 +116,23 @@ def test_the_norm_of_all_gradients_is_megatrons(pool: RankPool) -> None:
     ((ours, theirs),) = pool.run(norms_of_gradients, ParallelLayout(1))
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert len(ours) == 1
+
+
+def scaled_gradients() -> list[list[torch.Tensor]]:
+    """Ours and Megatron's. In a pool."""
+    from megatron.core.utils import local_multi_tensor_scale
+
+    from roll_sft.engine.grad_norm import scale_all
+
+    found, none = [], torch.zeros(1, dtype=torch.int)
+    for scale in (scale_all, local_multi_tensor_scale):
+        gradients = [torch.linspace(-1.0, 3.0, 7), torch.ones(3, 5) / 3]
+        scale(1 << 16, none, [gradients, gradients], 0.3)
+        found.append(gradients)
+    return found
+
+
+@pytest.mark.slow
+def test_clipping_is_megatrons_to_the_last_bit(pool: RankPool) -> None:
+    ((ours, theirs),) = pool.run(scaled_gradients, ParallelLayout(1))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -99,7 +99,15 @@ def main() -> int:
 def available(device: str) -> list[str]:
     if device == "cpu":
         return ["sdpa"]
-    return [name for name in BACKENDS if kernels._is_available(name)]
+    where, heads = torch.device(torch.cuda.current_device()), kernels.Heads(8, 2, 64)
+    found = {
+        name: kernels.why_not(getattr(kernels, name), where, torch.bfloat16, heads)
+        for name in BACKENDS
+    }
+    for name, reason in found.items():
+        if reason is not None:
+            sys.stdout.write(f"not checked: {name} ({reason})\n")
+    return [name for name, reason in found.items() if reason is None]
 
 
 def check_kernels(device: str) -> Iterator[tuple[str, float, float]]:
@@ -118,9 +126,7 @@ def check_kernels(device: str) -> Iterator[tuple[str, float, float]]:
         ]
         reference = _outputs(kernels.sdpa, [x.float() for x in inputs], segments)
         for name in available(device):
-            results = _outputs(
-                kernels.choose_kernel(name, device=where, dtype=dtype), inputs, segments
-            )
+            results = _outputs(getattr(kernels, name), inputs, segments)
             worst = max(
                 float((a.float() - b).abs().max() / b.abs().max())
                 for a, b in zip(results, reference, strict=True)
