@@ -33,6 +33,7 @@ from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions, StepPlan
 from roll_sft.engine.engine import Engine
+from roll_sft.engine.environment import set_variables
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.layout import ParallelLayout
@@ -114,6 +115,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, help="folder for the table of kernels")
     options = parser.parse_args()
+    set_variables(deterministic=False)
     store, rank, world_size = next(dist.rendezvous("env://"))
     rendezvous = Rendezvous("", 0, rank, world_size, 120.0, 600.0)
     with process_groups(rendezvous, ParallelLayout(1), device=options.device, store=store):

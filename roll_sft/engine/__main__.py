@@ -20,6 +20,7 @@ import yaml
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, layout_of, plain_config
 from roll_sft.engine.engine import Engine
+from roll_sft.engine.environment import set_variables
 from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.engine.publish import check_complete, publish_step, read_manifest, staging_folder
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _config(options.config)
         check_config(config)
+        set_variables(deterministic=config.deterministic)
         if options.load is not None:
             check_complete(options.load)
         _run(prepare(config), steps=options.steps, loads=options.load, saves=options.save)

@@ -125,18 +125,20 @@ def _trial(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads
 ) -> list[torch.Tensor]:
     """Output [64, H, E] and the gradients of query, key and value, all fp32."""
-    bounds = ([0, 24, 64], [0, 24, 128])
-    pack = _TrialPack(*(torch.tensor(each, dtype=torch.int32, device=device) for each in bounds))
+    query_bounds, key_bounds = (
+        torch.tensor(bounds, dtype=torch.int32, device=device)
+        for bounds in ([0, 24, 64], [0, 24, 128])
+    )
     generator = torch.Generator().manual_seed(0)
     shapes = (64, heads.num_heads), (128, heads.num_groups), (128, heads.num_groups)
-    states = [
+    query, key, value = (
         torch.randn(*shape, heads.head_dim, generator=generator).to(device, dtype).requires_grad_()
         for shape in shapes
-    ]
-    output = kernel(*states, pack)
+    )
+    output = kernel(query, key, value, _TrialPack(query_bounds, key_bounds))
     output.float().square().sum().backward()
-    gradients = [state.grad for state in states if state.grad is not None]
-    return [tensor.detach().float() for tensor in (output, *gradients)]
+    results = (output.detach(), query.grad, key.grad, value.grad)
+    return [tensor.float() for tensor in results if tensor is not None]
 
 
 def sdpa(

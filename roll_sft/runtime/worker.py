@@ -23,6 +23,7 @@ import ray
 import ray.util
 
 from roll_sft.config import RunConfig, layout_of
+from roll_sft.engine.environment import set_variables
 from roll_sft.errors import ConfigError, RollSftError, first_line
 from roll_sft.garbage import imports_kept, keep_all
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
@@ -115,12 +116,7 @@ class Worker:
         with self._errors_of("start"):
             _check_shared(self._spec, self._address)
             self._log = _open_log(self._spec, self._address)
-            # Megatron's tensor parallelism relies on one hardware queue to order its kernels.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            if self._spec.config.deterministic:
-                # cuBLAS needs a fixed workspace to repeat itself, and reads this when it starts.
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            set_variables(deterministic=self._spec.config.deterministic)
         return self._address
 
     def serve_store(self) -> tuple[str, int] | None:
@@ -174,6 +170,7 @@ class Worker:
                 world_size=self._spec.config.parallel.num_workers,
                 setup_timeout_s=cluster.setup_timeout_s,
                 collective_timeout_s=max(cluster.step_timeout_s, cluster.checkpoint_timeout_s),
+                local_device=_local_device() if self._spec.device == "cuda" else 0,
             )
             layout = layout_of(self._spec.config.parallel)
             self._resources.enter_context(
@@ -255,6 +252,24 @@ def setup_deadline_s(config: RunConfig, checkpoint: Path | None) -> float:
     """How long the set-up may take, the load of a checkpoint included."""
     cluster = config.cluster
     return cluster.setup_timeout_s + (cluster.checkpoint_timeout_s if checkpoint else 0.0)
+
+
+def _local_device() -> int:
+    """Which of the GPUs that this process sees Ray lent to it."""
+    lent = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return device_index(lent[0], visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def device_index(lent: str, *, visible: str | None) -> int:
+    """The place of the GPU `lent` among those of `CUDA_VISIBLE_DEVICES`, whose value is `visible`.
+
+    Ray shows a worker its own GPU alone, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set
+    in the cluster: then all ranks of a node see all of its GPUs.
+    """
+    if visible is None:
+        return int(lent)
+    names = visible.split(",")
+    return names.index(lent) if lent in names else 0
 
 
 def log_path(logs: Path, rank: int) -> Path:

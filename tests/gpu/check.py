@@ -27,6 +27,7 @@ from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.engine import kernels
 from roll_sft.engine.attention import segments_of
 from roll_sft.engine.engine import Engine
+from roll_sft.engine.environment import set_variables
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.engine.preflight import prepare
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--no-speed", action="store_true", help="check, do not measure")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled code out")
     options = parser.parse_args()
+    set_variables(deterministic=False)
     store, rank, world_size = next(dist.rendezvous("env://"))
     rendezvous = Rendezvous("", 0, rank, world_size, 120.0, 600.0)
     failures = 0

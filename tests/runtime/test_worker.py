@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from roll_sft.errors import CheckpointError, DataError
-from roll_sft.runtime.worker import RankError, WorkerAddress, _fault_of
+from roll_sft.runtime.worker import RankError, WorkerAddress, _fault_of, device_index
 
 ADDRESS = WorkerAddress(3, host="gpu-7", ip="10.0.0.7", node_id="ab12", pid=4711)
 
@@ -61,3 +61,16 @@ def test_error_of_a_user_keeps_its_words_and_exit_code():
 
 def test_long_error_of_a_library_is_its_first_line():
     assert fault_of(RuntimeError("first\nC++ stack\n#0")).summary == "RuntimeError: first"
+
+
+@pytest.mark.parametrize(
+    ("lent", "visible", "index"),
+    [
+        pytest.param("6", "6", 0, id="Ray shows the worker its own GPU alone"),
+        pytest.param("6", "4,5,6,7", 2, id="all of a node's share are shown"),
+        pytest.param("6", None, 6, id="nothing is hidden"),
+        pytest.param("0", "GPU-8932f937", 0, id="a GPU by its uuid"),
+    ],
+)
+def test_a_rank_uses_the_gpu_that_ray_lent_it(lent, visible, index):
+    assert device_index(lent, visible=visible) == index

@@ -1,0 +1,28 @@
+"""What both doors set for the libraries of a rank."""
+
+import os
+
+import pytest
+
+from roll_sft.engine.environment import set_variables
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+
+
+def test_memory_grows_in_segments_and_a_deterministic_run_fixes_cublas() -> None:
+    set_variables(deterministic=True)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    set_variables(deterministic=False)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
