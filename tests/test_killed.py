@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from roll_sft.config import layout_of
-from roll_sft.engine.publish import read_manifest
+from roll_sft.engine.manifest import read_manifest
 from roll_sft.engine.resume import step_folders
 from tests import parity
 from tests.pool import RankPool
@@ -127,7 +127,7 @@ def _check_what_is_kept(output: Path) -> None:
     kept = [int(folder.name.removeprefix("step_")) for folder in folders]
     best = min((step for step in losses if step % SAVE_STEPS == 0), key=lambda step: losses[step])
     assert kept == sorted({8, 10, 12, best})
-    assert read_manifest(folders[-1])["optimizer_step"] == STEPS
+    assert read_manifest(folders[-1]).state.optimizer_step == STEPS
     assert {path.name for path in (output / "checkpoints").iterdir()} == {
         "latest",
         *(folder.name for folder in folders),

@@ -21,9 +21,10 @@ from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, layout_of, plain_config
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
+from roll_sft.engine.manifest import check_complete, read_manifest
 from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.engine.preflight import Job, prepare
-from roll_sft.engine.publish import check_complete, publish_step, read_manifest, staging_folder
+from roll_sft.engine.publish import publish_step, staging_folder
 from roll_sft.errors import RollSftError
 
 FAULT = 1
@@ -81,7 +82,7 @@ def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None)
     layout = layout_of(parallel)
     with process_groups(rendezvous, layout, device=parallel.device, store=store):
         engine = Engine(job.config, source=job.source, data=job.data, checkpoint=loads)
-        done = 0 if loads is None else int(read_manifest(loads)["step"])
+        done = 0 if loads is None else read_manifest(loads).state.step
         data_rank = layout.coordinate(rank).data_rank
         last = min(steps or job.total_steps, job.total_steps)
         for step in range(done + 1, last + 1):

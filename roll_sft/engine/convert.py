@@ -12,7 +12,7 @@ from pathlib import Path
 
 from roll_sft.engine.export import export
 from roll_sft.engine.import_hf import DTYPES, import_model
-from roll_sft.engine.publish import MANIFEST
+from roll_sft.engine.manifest import MANIFEST
 from roll_sft.errors import ConfigError, RollSftError
 from roll_sft.garbage import leave_quickly
 

@@ -6,7 +6,9 @@ where a checkpoint has no index.
 """
 
 import json
+import math
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from roll_sft.engine.safe_load import DAMAGE, METADATA, check_pickles, load_metadata
-from roll_sft.engine.shards import DTYPES, INDEX, Chunk, Index, ShardFile
+from roll_sft.engine.shards import DTYPES, INDEX, Chunk, Index, Shape, ShardFile
 from roll_sft.errors import CheckpointError
 
 FORMAT = {
@@ -53,25 +55,68 @@ def read_index(folder: Path) -> Index:
     """Where everything lies in `folder`. Raises `CheckpointError` where that cannot be read."""
     path = folder / INDEX
     try:
-        if not path.exists():  # written by Megatron-Core, or by an earlier version of ours
-            return Index(folder, _chunks_of_metadata(folder))
-        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        return Index(folder, list(_chunks(tensors)))
+        if path.exists():
+            tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+            chunks = list(_chunks(tensors))
+        else:  # written by Megatron-Core, or by an earlier version of ours
+            chunks = _chunks_of_metadata(folder)
+        _check_chunks(chunks, folder)
     except DAMAGE as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); take another checkpoint"
+            f"{path}: does not describe what lies beside it ({error}); take another checkpoint"
         ) from error
+    return Index(folder, chunks)
 
 
 def _chunks(tensors: dict[str, dict[str, Any]]) -> Iterable[Chunk]:
     for key, entry in tensors.items():
         for offset, sizes, file, start, length, data_start in entry["chunks"]:
-            if file != Path(file).name:
-                raise ValueError(f"{file!r} lies outside of the folder")
             place = (file, start, length, data_start)
             yield Chunk(
                 key, entry["dtype"], tuple(entry["shape"]), tuple(offset), tuple(sizes), *place
             )
+
+
+def _check_chunks(chunks: Sequence[Chunk], folder: Path) -> None:
+    """Raise `ValueError` for a chunk that cannot be where it says, or is more than its file holds.
+
+    Afterwards no read leaves the folder, and no tensor takes more memory than the files have bytes.
+    """
+    file_sizes: dict[str, int] = {}
+    stored: dict[str, tuple[str, Shape]] = {}
+    num_stored: Counter[str] = Counter()
+    for chunk in chunks:
+        if chunk.file not in file_sizes:
+            file_sizes[chunk.file] = _file_size(folder, chunk.file)
+        _check_chunk(chunk, file_size=file_sizes[chunk.file])
+        if stored.setdefault(chunk.key, (chunk.dtype, chunk.shape)) != (chunk.dtype, chunk.shape):
+            raise ValueError(f"{chunk.key}: its parts disagree about dtype or shape")
+        num_stored[chunk.key] += math.prod(chunk.sizes)
+    for key, (_dtype, shape) in stored.items():
+        if num_stored[key] < math.prod(shape):
+            raise ValueError(f"{key}: has {num_stored[key]} of its {math.prod(shape)} numbers")
+
+
+def _check_chunk(chunk: Chunk, *, file_size: int) -> None:
+    first = chunk.start if chunk.data_start is None else chunk.data_start
+    numbers = (*chunk.shape, *chunk.offset, *chunk.sizes, chunk.start, chunk.length, first)
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{chunk.key}: a place or size is no whole number from 0")
+    if chunk.dtype not in DTYPES:
+        raise ValueError(f"{chunk.key}: {chunk.dtype!r} is not one of {list(DTYPES)}")
+    ends = zip(chunk.offset, chunk.sizes, chunk.shape, strict=True)
+    if any(offset + size > limit for offset, size, limit in ends):
+        raise ValueError(f"{chunk.key}: a part lies outside of its shape {chunk.shape}")
+    num_bytes = math.prod(chunk.sizes) * DTYPES[chunk.dtype].itemsize
+    last = max(first + num_bytes, chunk.start + chunk.length)
+    if num_bytes > chunk.length or last > file_size:
+        raise ValueError(f"{chunk.key}: a part lies outside of {chunk.file}")
+
+
+def _file_size(folder: Path, name: object) -> int:
+    if not isinstance(name, str) or name != Path(name).name or (folder / name).is_symlink():
+        raise ValueError(f"{name!r} lies outside of the folder")
+    return (folder / name).stat().st_size
 
 
 def _chunks_of_metadata(folder: Path) -> list[Chunk]:
@@ -81,7 +126,9 @@ def _chunks_of_metadata(folder: Path) -> list[Chunk]:
         stored = metadata.state_dict_metadata[index.fqn]
         if not isinstance(stored, TensorStorageMetadata):
             continue
-        sizes = next(each.sizes for each in stored.chunks if each.offsets == index.offset)
+        sizes = next((each.sizes for each in stored.chunks if each.offsets == index.offset), None)
+        if sizes is None:
+            raise ValueError(f"{index.fqn} has no part at {index.offset}")
         chunks.append(
             Chunk(
                 key=index.fqn,

@@ -27,9 +27,9 @@ from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.kernels import Heads, choose_kernel
 from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
+from roll_sft.engine.manifest import read_manifest
 from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
 from roll_sft.engine.parallel import seed_step
-from roll_sft.engine.publish import read_manifest, updates_of
 from roll_sft.engine.saver import Saver
 from roll_sft.metrics import EvalMetrics, StepMetrics
 
@@ -174,7 +174,7 @@ class Engine:
         Collective. Where the checkpoint has no optimizer, a fresh one begins. Raises
         `CheckpointError`.
         """
-        index, step = read_index(folder), updates_of(read_manifest(folder))
+        index, step = read_index(folder), read_manifest(folder).state.optimizer_step
         checkpoint.make_optimizer_state(self.optimizer, step=step or 0)
         optimizer = None if step is None else self.optimizer
         checkpoint.load(index, checkpoint.rank_state(self.chunks, optimizer))

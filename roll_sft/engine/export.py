@@ -13,7 +13,7 @@ import torch
 
 from roll_sft.engine.card import write_card
 from roll_sft.engine.import_hf import DTYPES
-from roll_sft.engine.publish import ASSETS, check_complete, read_manifest
+from roll_sft.engine.manifest import ASSETS, check_complete
 from roll_sft.engine.reader import Reader
 from roll_sft.engine.resume import verify_hashes
 from roll_sft.engine.safe_load import check_pickles
@@ -34,11 +34,10 @@ def export(
     gets its name; returns what was found. Raises `CheckpointError` for a
     folder that is no complete checkpoint, an `output` that is in the way, or logits that differ.
     """
-    check_complete(checkpoint)
-    manifest = read_manifest(checkpoint)
+    manifest = check_complete(checkpoint)
     if verified:
         verify_hashes(checkpoint, manifest)
-    check_megatron(checkpoint, manifest)
+    check_megatron(checkpoint, manifest.versions)
     check_pickles(checkpoint)
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
     family = family_of(config)

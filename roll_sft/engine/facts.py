@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from roll_sft.checks import RESUME_CHANGES
+from roll_sft.engine.manifest import RunState
 from roll_sft.errors import ConfigError
 
 if TYPE_CHECKING:  # the workers, who read manifests, need no transformers
@@ -34,18 +35,19 @@ def facts_of(job: "Job") -> dict[str, object]:
     }
 
 
-def changes(job: "Job", manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each change since the checkpoint of `manifest` -> what was and what is.
+def changes(job: "Job", state: RunState) -> dict[str, str]:
+    """Name of each change since the checkpoint of `state` -> what was and what is.
 
     Raises `ConfigError` for another dtype, which no flag allows.
     """
     config, facts = job.config, facts_of(job)
-    if manifest["dtype"] != config.model.dtype:
+    if state.dtype != config.model.dtype:
         raise ConfigError(
-            f"model.dtype: {config.model.dtype!r}, and the checkpoint's is {manifest['dtype']!r};"
+            f"model.dtype: {config.model.dtype!r}, and the checkpoint's is {state.dtype!r};"
             " keep that, or start a new run from an export of it"
         )
-    stored = {**manifest, **manifest.get("facts", {})}
+    stored: dict[str, Any] = {"sequence_length": state.sequence_length, "seed": state.seed}
+    stored |= state.facts
     current: dict[str, Any] = {
         "data": job.source_addresses,
         "tokenizer": facts["tokenizer"],
@@ -58,10 +60,8 @@ def changes(job: "Job", manifest: Mapping[str, Any]) -> dict[str, str]:
         "schedule": facts["schedule"],
         "optimizer": facts["optimizer"],
     }
-    stored["global_batch_size"] = _batch(
-        stored["global_batch_size"], stored.get("global_batch_tokens")
-    )
-    stored["data"] = {"sources": stored["sources"], "shuffle": stored.get("shuffle", True)}
+    stored["global_batch_size"] = _batch(state.global_batch_size, state.global_batch_tokens)
+    stored["data"] = {"sources": state.sources, "shuffle": state.facts.get("shuffle", True)}
     current["data"] = {"sources": job.source_addresses, "shuffle": config.data.shuffle}
     found = {
         name: "; ".join(_differences(stored[name], current[name]))

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from roll_sft.engine.distcp import write_descriptions
-from roll_sft.engine.publish import ASSETS, MANIFEST, RunState, versions_here, write_manifest
+from roll_sft.engine.manifest import ASSETS, MANIFEST, RunState
+from roll_sft.engine.publish import versions_here, write_manifest
 from roll_sft.engine.reader import stored_name
 from roll_sft.engine.shards import Piece, Writer, take_parts, write
 from roll_sft.layout import ParallelLayout

@@ -11,43 +11,20 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.facts import facts_of
+from roll_sft.engine.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState
 from roll_sft.engine.shards import take_parts
-from roll_sft.errors import CheckpointError
-from roll_sft.layout import ParallelLayout
 
 if TYPE_CHECKING:  # as in facts.py
     from roll_sft.engine.preflight import Job
 
-MANIFEST = "manifest.json"
-ASSETS = "hf_assets"
 LATEST = "latest"
-SCHEMA_VERSION = 2
 PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers", "ray")
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """Where a run stands at a checkpoint: what a later run needs to go on, or to refuse."""
-
-    step: int
-    epoch: int
-    samples_seen_in_epoch: int
-    seed: int
-    global_batch_size: int
-    global_batch_tokens: int | None
-    sequence_length: int
-    sources: dict[str, str]  # source name -> address of its token cache
-    layout: ParallelLayout
-    dtype: str
-    facts: dict[str, object] = field(default_factory=dict)  # what else a later run must agree with
-    optimizer_step: int | None = None  # Adam's count; None where no optimizer was saved
 
 
 def publish_step(job: "Job", plan: StepPlan, *, staging: Path) -> Path:
@@ -124,48 +101,6 @@ def write_manifest(
         if path.name not in hashes:
             _sync(path)
     write_durably(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the step folder `folder`. Raises `CheckpointError`."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest["files"], dict):
-            raise ValueError("it lists no files")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}: no readable {MANIFEST} ({error}), so this is not a complete checkpoint;"
-            " give a folder such as checkpoints/step_00000010"
-        ) from error
-    if manifest.get("schema", SCHEMA_VERSION) > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{folder}: was written by a later version (schema {manifest['schema']}, and this one"
-            f" reads {SCHEMA_VERSION}); use that version"
-        )
-    return dict(manifest)
-
-
-def updates_of(manifest: Mapping[str, Any]) -> int | None:
-    """How many updates Adam has made in the checkpoint of `manifest`; None: no optimizer in it."""
-    if manifest["schema"] == 1:
-        has_optimizer = any(name.endswith(".distcp") for name in manifest["files"])
-        return int(manifest["step"]) if has_optimizer else None
-    step: int | None = manifest["optimizer_step"]
-    return step
-
-
-def check_complete(folder: Path) -> None:
-    """Raise `CheckpointError` unless `folder` has a manifest and every file at its size."""
-    manifest = read_manifest(folder)
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != facts["size"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(
-                f"{path}: {found}, and the manifest says {facts['size']} bytes; the checkpoint is"
-                " damaged, take another"
-            )
 
 
 def versions_here() -> dict[str, str]:

@@ -12,19 +12,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from roll_sft.config import RunConfig
 from roll_sft.engine.facts import changes
-from roll_sft.engine.preflight import Job
-from roll_sft.engine.publish import (
-    LATEST,
+from roll_sft.engine.manifest import (
+    Manifest,
+    NewerCheckpointError,
+    RunState,
     check_complete,
     read_manifest,
-    sha256_of,
-    updates_of,
-    write_durably,
 )
+from roll_sft.engine.preflight import Job
+from roll_sft.engine.publish import LATEST, sha256_of, write_durably
 from roll_sft.errors import CheckpointError, ConfigError
 
 LOG = logging.getLogger(__name__)
@@ -64,9 +63,9 @@ def start_from(job: Job, checkpoint: Path | None) -> Start:
     """Where `job` begins. Raises `ConfigError` where it is not the run that wrote `checkpoint`."""
     if checkpoint is None:
         return Start(0, None)
-    manifest = read_manifest(checkpoint)
-    _check_same_run(job, manifest, checkpoint=checkpoint)
-    return Start(int(manifest["step"]), checkpoint)
+    state = read_manifest(checkpoint).state
+    _check_same_run(job, state, checkpoint=checkpoint)
+    return Start(state.step, checkpoint)
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -100,16 +99,17 @@ def make_way(checkpoints: Path, start: Start) -> None:
         write_durably(checkpoints / LATEST, start.checkpoint.name + "\n")
 
 
-def verify_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+def verify_hashes(folder: Path, manifest: Manifest) -> None:
     """Read every file of `folder` once and compare its SHA-256. Raises `CheckpointError`."""
     # Hashing leaves the interpreter's lock alone, so threads read several files at once.
     with ThreadPoolExecutor(NUM_HASHERS) as pool:
-        names = list(manifest["files"])
+        names = list(manifest.files)
         for name, found in zip(names, pool.map(lambda n: _hash(folder / n), names), strict=True):
-            if found != manifest["files"][name]["sha256"]:
+            expected = manifest.files[name].sha256
+            if found != expected:
                 raise CheckpointError(
                     f"{folder / name}: its SHA-256 is {found[:12]}..., and the manifest says"
-                    f" {manifest['files'][name]['sha256'][:12]}...; the checkpoint is damaged, take"
+                    f" {expected[:12]}...; the checkpoint is damaged, take"
                     " another"
                 )
 
@@ -122,15 +122,17 @@ def _hash(path: Path) -> str:
 
 
 def _check_whole(folder: Path, *, verify: bool) -> None:
-    check_complete(folder)
+    manifest = check_complete(folder)
     if verify:
-        verify_hashes(folder, read_manifest(folder))
+        verify_hashes(folder, manifest)
 
 
 def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
     for folder in reversed(folders):
         try:
             _check_whole(folder, verify=verify)
+        except NewerCheckpointError:
+            raise
         except CheckpointError as error:
             LOG.error("NOT resuming from %s: %s", folder.name, error)
             continue
@@ -141,11 +143,11 @@ def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
     )
 
 
-def _check_same_run(job: Job, manifest: dict[str, Any], *, checkpoint: Path) -> None:
-    found, allowed = changes(job, manifest), job.config.checkpoint.allow_changes
-    if manifest["step"] == 0:  # a converted model: weights to start from, and no run behind them
+def _check_same_run(job: Job, state: RunState, *, checkpoint: Path) -> None:
+    found, allowed = changes(job, state), job.config.checkpoint.allow_changes
+    if state.step == 0:  # a converted model: weights to start from, and no run behind them
         return
-    if updates_of(manifest) is None:
+    if state.optimizer_step is None:
         found["optimizer"] = "the checkpoint has none, so moments would begin at zero"
     refused = {name: what for name, what in found.items() if name not in allowed}
     if refused:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from roll_sft.config import CheckpointConfig, RunConfig
+from roll_sft.engine.manifest import check_complete
 from roll_sft.engine.preflight import Plan
-from roll_sft.engine.publish import check_complete
 from roll_sft.engine.resume import LEFT_OVER, step_folders, step_of
 from roll_sft.errors import CheckpointError, ResourceError
 from roll_sft.models.spec import ModelShape

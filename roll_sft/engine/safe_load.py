@@ -12,6 +12,7 @@ Nothing is looked at in stored tensors: torch reads them by its own restricted r
 """
 
 import io
+import os
 import pickle
 import pickletools
 import zipfile
@@ -138,6 +139,9 @@ def _check_place(stored: Any, path: Path) -> None:
     name = str(stored.relative_path)
     if PurePosixPath(name).name != name or name == "..":
         raise CheckpointError(f"{path}: refers to {name!r}, which is outside its folder; {_REMEDY}")
+    numbers = (stored.offset, stored.length)
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise CheckpointError(f"{path}: puts a part of {name} at {numbers}; {_REMEDY}")
     if stored.transform_descriptors:
         raise CheckpointError(
             f"{path}: {name} is stored with {stored.transform_descriptors}, and only plain files"
@@ -150,7 +154,7 @@ def _check_object(folder: Path, stored: _StorageInfo, *, where: str) -> None:
     try:
         with (folder / stored.relative_path).open("rb") as file:
             file.seek(stored.offset)
-            content = file.read(stored.length)
+            content = file.read(min(stored.length, os.fstat(file.fileno()).st_size))
     except DAMAGE as error:
         raise CheckpointError(f"{where}: cannot be read: {error}") from error
     _check_archive(content, where=where)

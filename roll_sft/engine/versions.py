@@ -4,20 +4,19 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from roll_sft.errors import CheckpointError
 
 _PACKAGE = "megatron-core"
 
 
-def check_megatron(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_megatron(folder: Path, versions: Mapping[str, str]) -> None:
     """Raise `CheckpointError` if the checkpoint in `folder` is of a newer minor version.
 
     Older ones are read: Megatron-Core keeps to that, and not to the reverse. A checkpoint, or a
     machine, without Megatron-Core has nothing to compare.
     """
-    written: str | None = manifest.get("versions", {}).get(_PACKAGE)
+    written = versions.get(_PACKAGE)
     try:
         installed = version(_PACKAGE)
     except PackageNotFoundError:

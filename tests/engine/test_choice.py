@@ -18,8 +18,9 @@ import torch
 
 from roll_sft.config import CheckpointConfig
 from roll_sft.engine import publish, retention, shards
+from roll_sft.engine.manifest import MANIFEST
 from roll_sft.engine.preflight import Job, prepare
-from roll_sft.engine.publish import MANIFEST, publish_step, staging_folder
+from roll_sft.engine.publish import publish_step, staging_folder
 from roll_sft.engine.resume import Start, find_checkpoint, make_way, start_from, step_folders
 from roll_sft.engine.retention import check_room, retain
 from roll_sft.engine.shards import Piece, Writer

@@ -98,12 +98,12 @@ def test_a_checkpoint_of_a_newer_megatron_core_is_refused(tmp_path: Path) -> Non
     from roll_sft.engine.versions import check_megatron
     from roll_sft.errors import CheckpointError
 
-    check_megatron(tmp_path, {"versions": {"megatron-core": "0.12.0"}})
-    check_megatron(tmp_path, {"versions": {}})
+    check_megatron(tmp_path, {"megatron-core": "0.12.0"})
+    check_megatron(tmp_path, {})
     with pytest.raises(
         CheckpointError, match=r"written with megatron-core 99\.1\.0, which is newer"
     ):
-        check_megatron(tmp_path, {"versions": {"megatron-core": "99.1.0"}})
+        check_megatron(tmp_path, {"megatron-core": "99.1.0"})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
