@@ -185,6 +185,7 @@ def _steps(job: Job, group: WorkerGroup, folder: Path) -> float:
     """Seconds of one step of the driver's loop."""
     folder.mkdir()
     with open_records(job, folder) as records:
+        records.begin()
         started = time.perf_counter()
         driver.train(job, group, records, folder=folder)
         return (time.perf_counter() - started) / job.total_steps

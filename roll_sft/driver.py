@@ -50,17 +50,18 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
         checkpoint = find_checkpoint(config, folder / outputs.CHECKPOINTS) if is_run else None
         job = prepare(config, spread=spread_over_cluster(config))
         start = start_from(job, checkpoint)
-        (folder / "config.yaml").write_text(composed_yaml, encoding="utf-8")
-        outputs.write_json(folder / "data_report.json", _data_report(job))
         console.show_plan(job.plan)
         if not is_run:
+            outputs.write_json(folder / "data_report.json", _data_report(job))
+            if not (folder / "steps.jsonl").exists():  # else it is of the run that wrote those
+                outputs.write_text(folder / "config.yaml", composed_yaml)
             return
         if start.step >= job.total_steps:
             LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
         else:
             check_room(job.plan, folder / outputs.CHECKPOINTS, first_step=start.step)
             clock.passed("data and plan")
-            _train_from(start, job, folder, clock=clock)
+            _train_from(start, job, folder, composed_yaml=composed_yaml, clock=clock)
         if not config.checkpoint.save and config.checkpoint.hf_export != "none":
             LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
         elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
@@ -68,13 +69,11 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
             _export(own[-1] if own else start.checkpoint, folder / "hf")
 
 
-def _train_from(start: Start, job: Job, folder: Path, *, clock: StartUp) -> None:
+def _train_from(
+    start: Start, job: Job, folder: Path, *, composed_yaml: str, clock: StartUp
+) -> None:
     """Train to the end, on workers that begin where `start` says."""
-    config, checkpoints = job.config, folder / outputs.CHECKPOINTS
-    make_way(checkpoints, start)
-    origin = start.checkpoint.parents[1] if start.checkpoint else folder
-    outputs.cut_logs(folder, step=start.step, origin=origin)
-    first_step = start.step + 1
+    config, first_step = job.config, start.step + 1
     if start.checkpoint is not None:
         LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
     with connected(config), reserved(config) as slots:
@@ -84,6 +83,13 @@ def _train_from(start: Start, job: Job, folder: Path, *, clock: StartUp) -> None
             workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
         ):
             clock.passed("workers and model")
+            # Not before: a start that fails leaves logs and checkpoints as they were.
+            make_way(folder / outputs.CHECKPOINTS, start)
+            origin = start.checkpoint.parents[1] if start.checkpoint else folder
+            outputs.cut_logs(folder, step=start.step, origin=origin)
+            outputs.write_text(folder / "config.yaml", composed_yaml)
+            outputs.write_json(folder / "data_report.json", _data_report(job))
+            records.begin()
             LOG.info("step %d begins %s", first_step, clock)
             records.device_name = group.device_name
             train(job, group, records, folder=folder, first_step=first_step)

@@ -2,26 +2,32 @@
 
 Promises: one run at a time holds a folder (a lock that the kernel drops when the process dies); a
 run that begins at step 0 finds no checkpoints there; a line is complete or absent, and none is of a
-step after the checkpoint that a run goes on from.
+step after the checkpoint that a run goes on from; what is cut from a log is set aside, not deleted;
+JSON is JSON, so a number that is not finite is null.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from roll_sft.config import RunConfig
-from roll_sft.errors import ConfigError
+from roll_sft.durable import aside_name, set_aside, write_durably, writing
+from roll_sft.errors import ConfigError, ResourceError
 
 LOG = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
-LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl")  # a line has the step that it is of
+# A line has the step that it is of.
+LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl", "bad_batches.jsonl")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def output_folder(config: RunConfig) -> Path:
@@ -39,12 +45,15 @@ def output_folder(config: RunConfig) -> Path:
 def claimed(folder: Path, *, resumes: bool = False) -> Iterator[Path]:
     """Hold `folder` for one run. Raises `ConfigError` if it is in use.
 
-    Also if it has checkpoints, unless the run `resumes` where there are some.
+    Also if it has checkpoints, unless the run `resumes` where there are some. Raises
+    `ResourceError` where the disk is full.
     """
+    holder_file = folder / ".lock_holder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(blocking=False)
+        holder_file.write_text(f"{os.uname().nodename} pid {os.getpid()}")
     except Timeout as error:
         holder = _holder(folder)
         raise ConfigError(
@@ -52,31 +61,47 @@ def claimed(folder: Path, *, resumes: bool = False) -> Iterator[Path]:
             " another output_dir or run_name"
         ) from error
     except OSError as error:
-        raise ConfigError(
+        kind = ResourceError if error.errno in NO_ROOM else ConfigError
+        raise kind(
             f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); choose another"
         ) from error
     try:
         if not resumes:
             _refuse_checkpoints(folder)
-        (folder / ".lock_holder").write_text(f"{os.uname().nodename} pid {os.getpid()}")
         yield folder.resolve()
     finally:
-        (folder / ".lock_holder").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone by now
+            holder_file.unlink()
         lock.release()
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line; goes on after what is there."""
+    """A file of one JSON object per line, each written at once; goes on after what is there.
+
+    Raises `ResourceError` where a line cannot be written; what is there of it is removed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
 
     def write(self, record: Any) -> None:
-        """Append `record`, a mapping or a dataclass."""
+        """Append `record`, a mapping or a dataclass; a number that is not finite becomes null."""
         is_instance = dataclasses.is_dataclass(record) and not isinstance(record, type)
         values = dataclasses.asdict(record) if is_instance else record
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        rest = memoryview((json.dumps(finite(values), allow_nan=False) + "\n").encode())
+        with writing(self._path):
+            found = os.fstat(self._file.fileno())
+            # A file that was removed takes lines until the end, and nobody would read them.
+            if not os.path.samestat(found, self._path.stat()):
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(found.st_size)
+                raise
 
     def sync(self) -> None:
         """Bring all lines to disk."""
@@ -87,23 +112,41 @@ class JsonLines:
         self._file.close()
 
 
+def finite(value: Any) -> Any:
+    """`value` with null in place of every number that JSON does not know: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
     """Leave in the logs of `folder` the lines up to `step`, taken from the run in `origin`.
 
-    That is `folder` itself where a run goes on from its own checkpoint.
+    That is `folder` itself where a run goes on from its own checkpoint. Lines that are not kept go
+    to a file `.set_aside_<name>`. Raises `ResourceError` where the disk takes no more.
     """
     for name in LOGS:
+        path = folder / name
         lines = list(_lines_until(origin / name, step)) if step else []
-        if lines:
-            staging = folder / f".{name}.tmp"
-            staging.write_text("".join(lines), encoding="utf-8")
-            staging.replace(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+        with writing(path):
+            _replace_lines(path, "".join(lines).encode())
         if name == "steps.jsonl" and [json.loads(line)["step"] for line in lines] != [
             *range(1, step + 1)
         ]:
             LOG.warning("%s has not every line up to step %d: its beginning is lost", name, step)
+
+
+def _replace_lines(path: Path, kept: bytes) -> None:
+    """Make `kept` the content of `path`; none of what is there is lost."""
+    there = path.read_bytes() if path.exists() else b""
+    if there and not kept:
+        set_aside(path)
+    elif there != kept:
+        if lost := there.removeprefix(kept):
+            write_durably(aside_name(path), lost)
+        write_durably(path, kept)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -120,9 +163,14 @@ def losses(folder: Path, name: str | None) -> dict[int, float]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    staging.replace(path)
+    with writing(path):
+        write_durably(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, of text."""
+    with writing(path):
+        write_durably(path, text)
 
 
 def _holder(folder: Path) -> str:

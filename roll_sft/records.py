@@ -25,16 +25,24 @@ class Records:
     def __init__(
         self, job: Job, folder: Path, *, display: StepDisplay, first_step: int = 1
     ) -> None:
-        self._job, self._display = job, display
+        self._job, self._folder, self._display = job, folder, display
+        self._first_step = first_step
         self._files, self._all = contextlib.ExitStack(), list[JsonLines]()
-        self._steps = self._open(folder / "steps.jsonl")
-        self._evals = self._open(folder / "eval.jsonl") if job.validation else None
-        wanted = job.config.train.log_samples
-        self._samples = self._open(folder / "samples.jsonl") if wanted else None
         self.tracker = _tracker(job, folder, resumes=first_step > 1)
         self.device_name: str | None = None
-        if self.tracker is not None and first_step > 1:
-            self._track_again(folder)
+
+    def begin(self) -> None:
+        """Open the files, which go on after the lines that they have by now."""
+        folder = self._folder
+        self._steps = self._open(folder / "steps.jsonl")
+        self._evals = self._open(folder / "eval.jsonl") if self._job.validation else None
+        wanted = self._job.config.train.log_samples
+        self._samples = self._open(folder / "samples.jsonl") if wanted else None
+        if self.tracker is not None:
+            for name in ("config.yaml", "data_report.json"):
+                self.tracker.log_file(folder / name)
+            if self._first_step > 1:
+                self._track_again(folder)
 
     def sync(self) -> None:
         """Bring every line so far to disk, as a checkpoint that goes on after it needs."""
@@ -163,8 +171,6 @@ def _tracker(job: Job, folder: Path, *, resumes: bool) -> MlflowTracker | None:
     params = _flat(dataclasses.asdict(job.config))
     del params["tracking.mlflow_uri"]  # may hold a password, which config.yaml keeps unresolved
     tracker.log_params(params)
-    for name in ("config.yaml", "data_report.json"):
-        tracker.log_file(folder / name)
     return tracker
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from roll_sft import outputs
 from roll_sft.data.plan import StepPlan
+from roll_sft.durable import writing
 from roll_sft.engine.preflight import Job
 from roll_sft.engine.publish import publish_step, staging_folder
 from roll_sft.engine.retention import GIB, checkpoint_bytes, free_bytes, retain
-from roll_sft.errors import CheckpointError, first_line
+from roll_sft.errors import CheckpointError
 from roll_sft.records import Records
 from roll_sft.runtime.group import Pending, WorkerGroup
 
@@ -74,18 +75,18 @@ class Saves:
 
     def look(self) -> None:
         """Publish what has been written by now; waits for nothing."""
-        writing = self._writing
-        if writing is None:
+        begun = self._writing
+        if begun is None:
             return
-        if writing.question is None:
-            writing.question = self._group.is_saved()
+        if begun.question is None:
+            begun.question = self._group.is_saved()
             return
-        answer = self._group.answer_of(writing.question)
+        answer = self._group.answer_of(begun.question)
         if answer:
             self._publish()
         elif answer is not None:
-            writing.question = None
-            seconds = time.perf_counter() - writing.began
+            begun.question = None
+            seconds = time.perf_counter() - begun.began
             if seconds > self._job.config.cluster.checkpoint_timeout_s:
                 self.finish()  # where a deadline names the rank that is late
 
@@ -96,30 +97,18 @@ class Saves:
             self._publish()
 
     def _staging(self, step: int) -> Path:
-        try:
+        with writing(self._checkpoints, CheckpointError):
             return staging_folder(self._checkpoints, step)
-        except OSError as error:
-            raise _cannot_write(self._checkpoints, error) from error
 
     def _publish(self) -> None:
-        writing = self._writing
-        assert writing is not None, "nothing is being written"
-        self._writing = None
-        plan = writing.plan
-        try:
+        begun, self._writing = self._writing, None
+        assert begun is not None, "nothing is being written"
+        plan = begun.plan
+        with writing(begun.staging, CheckpointError):
             self._records.sync()
-            final = publish_step(self._job, plan, staging=writing.staging)
-        except OSError as error:
-            raise _cannot_write(writing.staging, error) from error
-        seconds = time.perf_counter() - writing.began
+            final = publish_step(self._job, plan, staging=begun.staging)
+        seconds = time.perf_counter() - begun.began
         LOG.info("step %d  checkpoint %s in %.1f s", plan.step, final, seconds)
         config = self._job.config.checkpoint
         losses = outputs.losses(self._folder, config.keep_best)
         retain(self._checkpoints, config, losses=losses)
-
-
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: cannot be written: {first_line(error)}; make room or give another output_dir, and"
-        " run the same command again"
-    )

@@ -22,6 +22,7 @@ MAX_PARAMETERS = 6
 FLOORS = (
     ("roll_sft/checks.py", 0),  # the second half of config.py
     ("roll_sft/config.py", 0),
+    ("roll_sft/durable.py", 0),
     ("roll_sft/layout.py", 0),
     ("roll_sft/garbage.py", 0),
     ("roll_sft/metrics.py", 0),

@@ -1,5 +1,8 @@
 import json
+import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +12,7 @@ import pytest
 
 from roll_sft import outputs
 from roll_sft.config import build_config
-from roll_sft.errors import ConfigError
+from roll_sft.errors import ConfigError, ResourceError
 from roll_sft.outputs import JsonLines, claimed, output_folder, write_json
 
 HOLD = """
@@ -113,7 +116,28 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
     outputs.cut_logs(tmp_path, step=9, origin=tmp_path)
     assert "has not every line up to step 9" in caplog.text
     outputs.cut_logs(tmp_path, step=0, origin=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f".set_aside_{name}.jsonl{number}"
+        for name in ("steps", "samples", "eval")
+        for number in ("", "_1")
+    }
+    set_aside = (tmp_path / ".set_aside_steps.jsonl").read_text()
+    assert set_aside == '{"step": 4}\n{"step": 5, "los', "a line is lost"
+    text = (tmp_path / ".set_aside_steps.jsonl_1").read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 4]
+
+
+def test_logs_of_another_run_take_the_place_of_what_is_there_which_is_kept(tmp_path):
+    for folder, loss in (("origin", 1.0), ("own", 2.0)):
+        (tmp_path / folder).mkdir()
+        line = json.dumps({"step": 1, "train_loss": loss}) + "\n"
+        (tmp_path / folder / "steps.jsonl").write_text(line)
+    outputs.cut_logs(tmp_path / "own", step=1, origin=tmp_path / "origin")
+    assert outputs.lines_of(tmp_path / "own" / "steps.jsonl")[0]["train_loss"] == 1.0
+    kept = outputs.lines_of(tmp_path / "own" / ".set_aside_steps.jsonl")
+    assert kept[0]["train_loss"] == 2.0
+    outputs.cut_logs(tmp_path / "own", step=1, origin=tmp_path / "own")
+    assert len(list((tmp_path / "own").iterdir())) == 2, "a cut that cuts nothing keeps a copy"
 
 
 def test_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
@@ -121,6 +145,92 @@ def test_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
     message = r"output_dir: cannot write to .* choose another$"
     with pytest.raises(ConfigError, match=message), claimed(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_number_that_is_not_finite_is_null_and_never_breaks_the_json(tmp_path):
+    lines = JsonLines(tmp_path / "lines.jsonl")
+    lines.write({"step": 1, "loss": float("nan"), "rest": [float("-inf"), {"x": 1e308 * 10}]})
+    lines.close()
+    write_json(tmp_path / "report.json", {"share": float("nan")})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (line,) = (tmp_path / "lines.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1,
+        "loss": None,
+        "rest": [None, {"x": None}],
+    }
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"share": None}
+
+
+def no_room_after(num_bytes):
+    """In a child: files end there, as on a full disk, after a part of a line."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def write_until_full(folder, kind):
+    no_room_after(250)
+    line, written = {"step": 0, "text": "x" * 50}, 0
+    try:
+        if kind == "lines":
+            lines = JsonLines(folder / "steps.jsonl")
+            for _ in range(9):
+                lines.write(line)
+                written += 1
+        elif kind == "report":
+            write_json(folder / "data_report.json", [line] * 9)
+        elif kind == "config":
+            outputs.write_text(folder / "config.yaml", "x" * 999)
+        else:
+            outputs.cut_logs(folder / "own", step=9, origin=folder / "origin")
+    except ResourceError as error:
+        (folder / "message").write_text(f"{written}|{str(error)[:200]}")
+
+
+@pytest.mark.parametrize("kind", ["lines", "report", "config", "cut"])
+def test_a_full_disk_is_one_line_with_the_path_and_tears_nothing(kind, tmp_path):
+    record = json.dumps({"step": 1, "text": "x" * 400}) + "\n"
+    for name in ("own", "origin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "origin" / "steps.jsonl").write_text(record)
+    (tmp_path / "own" / "steps.jsonl").write_text("{}\n")
+    child = multiprocessing.get_context("fork").Process(
+        target=write_until_full, args=(tmp_path, kind)
+    )
+    child.start()
+    child.join(30)
+    written, message = (tmp_path / "message").read_text().split("|")
+    assert "cannot be written: File too large; make room" in message
+    assert message.startswith(str(tmp_path))
+    assert "\n" not in message
+    assert ResourceError.exit_code == 4
+    if kind == "lines":
+        lines = outputs.lines_of(tmp_path / "steps.jsonl")
+        assert len(lines) == int(written) > 0, "a line is torn"
+    assert not (tmp_path / "data_report.json").exists()
+    assert not (tmp_path / "config.yaml").exists()
+    assert (tmp_path / "own" / "steps.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_lines_of_a_folder_that_is_gone_are_an_error_and_not_written_to_nobody(how, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = JsonLines(folder / "steps.jsonl")
+    lines.write({"step": 1})
+    if how == "removed":
+        shutil.rmtree(folder)
+    elif how == "moved":
+        folder.rename(tmp_path / "elsewhere")
+    else:
+        (folder / "steps.jsonl").rename(folder / "old")
+        (folder / "steps.jsonl").touch()
+    with pytest.raises(ResourceError, match=r"steps.jsonl: cannot be written: "):
+        lines.write({"step": 2})
+    lines.close()
 
 
 def test_lines_are_objects_in_order_and_readable_while_the_file_is_open(tmp_path):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # the workers, who read manifests, need no transformers
 
 # A change of these gives every source another address, so the address says nothing more then.
 _BEHIND_THE_DATA = ("tokenizer", "chat_template", "sequence_length")
+# Of a schedule: what it calls a value -> the key that sets it.
+_KEYS = {"kind": "lr_scheduler_type", "peak": "learning_rate", "minimum": "min_learning_rate"}
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
 
 
@@ -48,6 +50,8 @@ def changes(job: "Job", state: RunState) -> dict[str, str]:
         )
     stored: dict[str, Any] = {"sequence_length": state.sequence_length, "seed": state.seed}
     stored |= state.facts
+    if isinstance(stored.get("schedule"), Mapping):
+        stored["schedule"] = _schedule(stored["schedule"])
     current: dict[str, Any] = {
         "data": job.source_addresses,
         "tokenizer": facts["tokenizer"],
@@ -57,7 +61,7 @@ def changes(job: "Job", state: RunState) -> dict[str, str]:
             config.train.global_batch_size, config.train.global_batch_tokens
         ),
         "seed": config.seed,
-        "schedule": facts["schedule"],
+        "schedule": _schedule(dataclasses.asdict(job.schedule)),
         "optimizer": facts["optimizer"],
     }
     stored["global_batch_size"] = _batch(state.global_batch_size, state.global_batch_tokens)
@@ -71,6 +75,12 @@ def changes(job: "Job", state: RunState) -> dict[str, str]:
     if any(name in found for name in _BEHIND_THE_DATA):
         found.pop("data", None)
     return found
+
+
+def _schedule(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule by the names of its keys, without what its kind does not use."""
+    unused = () if values.get("kind") == "wsd" else ("decay_steps",)
+    return {_KEYS.get(name, name): each for name, each in values.items() if name not in unused}
 
 
 def _batch(samples: int, tokens: int | None) -> dict[str, int]:

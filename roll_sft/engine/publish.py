@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roll_sft.data.plan import StepPlan
+from roll_sft.durable import sync, write_durably
 from roll_sft.engine.facts import facts_of
 from roll_sft.engine.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState
 from roll_sft.engine.shards import take_parts
@@ -74,7 +74,7 @@ def publish(
     write_manifest(staging, state=state, versions=versions, hashes=hashes or {})
     final = staging.with_name(f"step_{state.step:08d}")
     staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     write_durably(staging.with_name(LATEST), final.name + "\n")
     return final
 
@@ -99,8 +99,8 @@ def write_manifest(
     # In this order a crash of the machine, too, leaves all of a checkpoint or no name for it.
     for path in (*files, *{path.parent for path in files}):
         if path.name not in hashes:
-            _sync(path)
-    write_durably(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            sync(path)
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
 def versions_here() -> dict[str, str]:
@@ -116,21 +116,3 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace `path` by `text` atomically, on disk before this returns."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    _sync(staging)
-    staging.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder's names to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

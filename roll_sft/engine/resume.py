@@ -8,12 +8,12 @@ begins at step 0 only in another folder.
 import logging
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from roll_sft.config import RunConfig
+from roll_sft.durable import set_aside, write_durably
 from roll_sft.engine.facts import changes
 from roll_sft.engine.manifest import (
     Manifest,
@@ -23,11 +23,12 @@ from roll_sft.engine.manifest import (
     read_manifest,
 )
 from roll_sft.engine.preflight import Job
-from roll_sft.engine.publish import LATEST, sha256_of, write_durably
+from roll_sft.engine.publish import LATEST, sha256_of
 from roll_sft.errors import CheckpointError, ConfigError
 
 LOG = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"
+ORIGIN = "origin"  # beside the step folders: that of another run which they began from
 LEFT_OVER = (".staging_*", ".deleted_*")  # what a killed run left half written, half deleted
 NUM_HASHERS = 8
 _STEP = re.compile(r"step_(\d+)")
@@ -44,19 +45,50 @@ class Start:
 def find_checkpoint(config: RunConfig, checkpoints: Path) -> Path | None:
     """The step folder that a run whose own lie in `checkpoints` goes on from; None for a new one.
 
-    Raises `CheckpointError` where the one named is not whole, or there are some and none is.
+    Raises `CheckpointError` where the one named is not whole, or there are some and none is;
+    `ConfigError` where the one named is none, or the run's own do not come from it.
     """
     resume, verify = config.resume, config.checkpoint.verify
     if resume == NONE:
         return None
     folders = step_folders(checkpoints)
     if resume != AUTO:
-        chosen = Path(resume).resolve()
+        chosen = _named(resume)
         if not folders or chosen.parent == checkpoints.resolve():
             _check_whole(chosen, verify=verify)
             return chosen
-        LOG.warning("this run has checkpoints of its own by now, and goes on from those")
+        _check_origin(checkpoints, chosen=chosen)
+        LOG.info("this run has checkpoints of its own by now, and goes on from those")
     return _newest_whole(folders, verify=verify) if folders else None
+
+
+def _named(resume: str) -> Path:
+    """The step folder that the key `resume` names."""
+    chosen, advice = Path(resume).resolve(), "give a step folder, auto or none"
+    if not chosen.is_dir():
+        found = "is a file" if chosen.exists() else "does not exist"
+        raise ConfigError(f"resume: {resume!r} {found}; {advice}")
+    inside = [*step_folders(chosen), *step_folders(chosen / "checkpoints")]
+    if inside:
+        raise ConfigError(
+            f"resume: {resume!r} holds checkpoints and is none; its newest is resume={inside[-1]}"
+        )
+    if not any(chosen.iterdir()):
+        raise ConfigError(f"resume: {resume!r} is an empty folder; {advice}")
+    read_manifest(chosen)
+    return chosen
+
+
+def _check_origin(checkpoints: Path, *, chosen: Path) -> None:
+    """Refuse a step folder of another run, unless the run of `checkpoints` began from it."""
+    origin = checkpoints / ORIGIN
+    found = origin.read_text(encoding="utf-8").strip() if origin.is_file() else "its own step 1"
+    if found != str(chosen):
+        raise ConfigError(
+            f"resume: {str(chosen)!r} is of another run, and the checkpoints in"
+            f" {str(checkpoints)!r} began from {found}; choose another output_dir or run_name, or"
+            " resume=auto to go on from the newest of these"
+        )
 
 
 def start_from(job: Job, checkpoint: Path | None) -> Start:
@@ -93,10 +125,15 @@ def make_way(checkpoints: Path, start: Start) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for path in step_folders(checkpoints):
         if step_of(path) > start.step:
-            aside = _set_aside(path)
+            aside = set_aside(path)
             LOG.warning("%s is not what this run goes on from; it is now %s", path, aside.name)
-    if start.checkpoint is not None and start.checkpoint.parent == checkpoints:
+    if start.checkpoint is None:
+        (checkpoints / ORIGIN).unlink(missing_ok=True)
+    elif start.checkpoint.parent == checkpoints:
         write_durably(checkpoints / LATEST, start.checkpoint.name + "\n")
+    else:
+        checkpoints.mkdir(exist_ok=True)
+        write_durably(checkpoints / ORIGIN, f"{start.checkpoint}\n")
 
 
 def verify_hashes(folder: Path, manifest: Manifest) -> None:
@@ -160,12 +197,3 @@ def _check_same_run(job: Job, state: RunState, *, checkpoint: Path) -> None:
         )
     for name, what in found.items():
         LOG.warning("goes on from %s with another %s: %s", checkpoint.name, name, what)
-
-
-def _set_aside(folder: Path) -> Path:
-    """Give a step folder a name that is never chosen; nothing in it is lost."""
-    names: Iterator[str] = (
-        f".set_aside_{folder.name}" + (f"_{number}" if number else "") for number in range(10_000)
-    )
-    aside = next(path for path in map(folder.with_name, names) if not path.exists())
-    return folder.rename(aside)

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.plan import StepPlan
+from roll_sft.durable import writing
 from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 from roll_sft.models.hub import HubSource
@@ -57,9 +58,10 @@ class WorkerGroup:
         self._layout = layout_of(config.parallel)
         self._logs = logs
         nonce = uuid.uuid4().hex
-        logs.mkdir(parents=True, exist_ok=True)
         self._nonce = nonce_path(logs, nonce)
-        self._nonce.touch()
+        with writing(logs):
+            logs.mkdir(parents=True, exist_ok=True)
+            self._nonce.touch()
         actor: Any = ray.remote(Worker)
         self._actors: list[Any] = [
             actor.options(

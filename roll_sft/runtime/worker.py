@@ -23,6 +23,7 @@ import ray
 import ray.util
 
 from roll_sft.config import RunConfig, layout_of
+from roll_sft.durable import writing
 from roll_sft.engine.environment import set_variables
 from roll_sft.errors import ConfigError, RollSftError, first_line
 from roll_sft.garbage import imports_kept, keep_all
@@ -317,8 +318,9 @@ def _check_shared(spec: WorkerSpec, address: WorkerAddress) -> None:
 
 def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     """The rank's own log; also what its libraries print, and the stack of a crash."""
-    spec.logs.mkdir(parents=True, exist_ok=True)
-    log = log_path(spec.logs, spec.rank).open("a", buffering=1, encoding="utf-8")
+    with writing(spec.logs):
+        spec.logs.mkdir(parents=True, exist_ok=True)
+        log = log_path(spec.logs, spec.rank).open("a", buffering=1, encoding="utf-8")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     faulthandler.enable(file=log)

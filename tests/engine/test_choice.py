@@ -186,10 +186,51 @@ def test_a_step_folder_can_be_named_and_those_after_it_are_set_aside(
     assert len([*own.glob(".set_aside_*")]) == 2
     branch = changed(job, resume=str(other / "step_00000008"))
     assert find_start(branch, tmp_path / "new") == Start(8, other / "step_00000008")
+    with pytest.raises(ConfigError, match=r"is of another run, .* began from its own step 1"):
+        find_start(branch, own)
     # The same command after a crash goes on from what it has made itself.
-    assert find_start(branch, own) == Start(2, own / "step_00000002")
-    with pytest.raises(CheckpointError, match="step_00000003"):
-        find_start(changed(job, resume=str(other / "step_00000003")), tmp_path / "new")
+    make_way(tmp_path / "new", Start(8, other / "step_00000008"))
+    save(job, tmp_path / "new", 10)
+    assert find_start(branch, tmp_path / "new") == Start(10, tmp_path / "new" / "step_00000010")
+    save(job, other, 9)
+    again = changed(job, resume=str(other / "step_00000009"))
+    with pytest.raises(ConfigError, match=r"began from .*other/step_00000008; choose another"):
+        find_start(again, tmp_path / "new")
+
+
+@pytest.mark.parametrize("has_own", [False, True], ids=["new", "with checkpoints"])
+def test_resume_names_a_step_folder_or_the_run_does_not_start(
+    has_own: bool, job: Job, tmp_path: Path
+) -> None:
+    own = tmp_path / "run" / "checkpoints"
+    if has_own:
+        save(job, own, 4)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "__0_0.distcp").write_text("half")
+    save(job, tmp_path / "other" / "checkpoints", 8)
+    for name, kind, said in (
+        ("step_00000009", ConfigError, "does not exist; give a step folder"),
+        ("empty", ConfigError, "is an empty folder"),
+        ("file", ConfigError, "is a file"),
+        ("unfinished", CheckpointError, "no readable manifest.json"),
+        ("other", ConfigError, "its newest is resume=.*other/checkpoints/step_00000008$"),
+        ("other/checkpoints", ConfigError, "its newest is resume=.*step_00000008$"),
+    ):
+        with pytest.raises(kind, match=said):
+            find_start(changed(job, resume=str(tmp_path / name)), own)
+
+
+def test_a_schedule_that_changed_is_told_by_its_keys_and_only_by_those_it_uses(
+    job: Job, tmp_path: Path
+) -> None:
+    save(job, tmp_path, 2)
+    other = changed(job, train={"max_steps": 20, "learning_rate": 1e-4})
+    with pytest.raises(ConfigError) as caught:
+        find_start(other, tmp_path)
+    told = str(caught.value).partition("schedule (")[2].partition(");")[0]
+    assert told == "learning_rate 0.0005 is now 0.0001; total_steps 8 is now 20"
 
 
 # Whether it may
