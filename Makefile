@@ -27,10 +27,10 @@ TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu check fmt parity bench bench-gpu bench-page clean
+.PHONY: help install run test test-fast test-gpu check fmt parity bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(TOOLS) ## the project and its development tools, into .venv
 
@@ -69,6 +69,9 @@ bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in be
 
 bench-page: $(RUNTIME) ## the tables of docs/performance.md, of what was kept
 	$(BIN)/python benchmarks/shared/page.py
+
+docs-reference: $(RUNTIME) ## docs/configuration.md, from the keys in roll_sft/config.py
+	$(BIN)/python -m roll_sft.config_reference > docs/configuration.md
 
 clean: ## remove what tools leave behind; keeps outputs/ and the virtual environment
 	rm -rf build dist roll_sft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

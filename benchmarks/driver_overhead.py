@@ -22,7 +22,8 @@ import ray
 from shared import measures
 
 from roll_sft import demo, driver
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.data.plan import RankWork
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.metrics import StepMetrics

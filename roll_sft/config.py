@@ -1,239 +1,332 @@
-"""The configuration of a run: frozen dataclasses and a strict build from a composed mapping.
+"""The configuration of a run: frozen dataclasses, one for each section.
 
-Each key has one owner dataclass and one default, here; YAML overrides it and code never supplies
-another. `build_config` puts a composed mapping into the dataclasses; it refuses unknown keys at
-every level with the nearest real name, and wrong types, all of them at once. What the values may
-be, alone and together, is in `checks.py`.
+Each key stands here once, with its type, its default, its bounds and one sentence that says what it
+does. YAML overrides a default and code never supplies another. `docs/configuration.md` and `--help`
+are made of these lines. `config_build.py` fills the dataclasses, and `checks.py` says which values
+can run together.
 """
 
-import dataclasses
-import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Literal, TypeAlias, get_args
 
-from roll_sft.errors import ConfigError
+from roll_sft.config_keys import key
 from roll_sft.layout import ParallelLayout
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-# What people call some keys -> the key; too short for a search by likeness.
-ABBREVIATIONS = {
-    "lr": "train.learning_rate",
-    "gbs": "train.global_batch_size",
-    "tp": "parallel.tensor_model_parallel_size",
-    "pp": "parallel.pipeline_model_parallel_size",
-    "cp": "parallel.context_parallel_size",
-    "world_size": "parallel.num_workers",
-}
+# What may differ between a checkpoint and the run that goes on from it, if it is asked for.
+ResumeChange: TypeAlias = Literal[
+    "data", "tokenizer", "chat_template", "sequence_length", "global_batch_size", "seed",
+    "schedule", "optimizer",
+]  # fmt: skip
+RESUME_CHANGES: tuple[str, ...] = get_args(ResumeChange)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """`model`: what is trained."""
+    """The model that is trained."""
 
-    path: str | None = None  # local folder with config.json, safetensors and tokenizer
-    tokenizer_path: str | None = None  # default: model.path
-    dtype: str = "fp32"  # fp32 | bf16 (fp32 master weights and gradients)
-    random_init: bool = False  # weights from the config and the seed alone
-    trust_remote_code: bool = False
-    attention_backend: str = "auto"  # auto | te | flash | varlen | sdpa
-    compile: bool | None = None  # torch.compile of what is elementwise; null = where a GPU is
+    path: str | None = key(
+        None, "Local folder with config.json, safetensors and a tokenizer, or a hub id; required."
+    )
+    tokenizer_path: str | None = key(
+        None, "Local folder or hub id of the tokenizer; null takes model.path."
+    )
+    dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "Type of weights and activations; gradients and master weights are always fp32."
+    )
+    random_init: bool = key(
+        False, "Start from random weights, which depend on config.json and seed alone."
+    )
+    trust_remote_code: bool = key(
+        False, "Run Python code that the model's folder brings for its tokenizer or configuration."
+    )
+    attention_backend: Literal["auto", "te", "flash", "varlen", "sdpa"] = key(
+        "auto",
+        "Attention kernel: Transformer Engine, flash-attn, or torch's varlen or SDPA attention;"
+        " auto takes the first that works.",
+    )
+    compile: bool | None = key(
+        None, "Compile element-wise operations with torch.compile; null compiles on GPUs only."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """One entry of `data.train` or `data.validation`."""
+    """The keys of each entry of data.train and data.validation."""
 
-    path: str | None = None
-    name: str | None = None  # default: the file's stem
-    split: str | None = None
-    weight: float = 1.0  # samples per epoch, as a multiple of those there are
-    samples: int | None = None  # samples per epoch, as a number
+    path: str | None = key(
+        None,
+        "File, folder, pattern or URL of JSON(L), Parquet or Arrow, or a hub dataset; required.",
+    )
+    name: str | None = key(
+        None, "Name in reports, logs and metrics; null takes the last part of the path."
+    )
+    split: str | None = key(None, "Split to read of a dataset that has several.")
+    weight: float = key(
+        1.0,
+        "Samples that an epoch draws, as a multiple of those there are; data.train only.",
+        above=0,
+    )
+    samples: int | None = key(
+        None,
+        "Samples that an epoch draws, as a number; data.train only, excludes weight.",
+        unit="samples",
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """`data`: what it is trained on."""
+    """The data, and how rows become samples."""
 
-    train: list[SourceConfig] = field(default_factory=list)
-    validation: list[SourceConfig] = field(default_factory=list)
-    prompt_key: str | None = None  # null = detect, here and below
-    query_key: str | None = None
-    response_key: str | None = None
-    system_key: str | None = None
-    messages_key: str | None = None
-    text_key: str | None = None
-    tools_key: str | None = None
-    chat_template: str | None = (
-        None  # null = the tokenizer's own; a Jinja file; a name: chatml, ...
+    train: list[SourceConfig] = key([], "Sources to train on; required.")
+    validation: list[SourceConfig] = key([], "Sources to evaluate on, each with its own loss.")
+    prompt_key: str | None = key(None, "Column of the user's prompt; null detects it.")
+    query_key: str | None = key(
+        None, "Column that follows the prompt after a newline; null detects it."
     )
-    sequence_length: int = 4096  # longest sample, unpadded tokens
-    overlong: str = "drop"  # drop | truncate | error
-    train_on: str = "assistant"  # assistant | last_assistant | all
-    packing: bool = True
-    num_proc: int | None = None  # processes that prepare data; null = by cores and size
-    cache_dir: str | None = None  # default: ~/.cache/roll_sft
-    on_bad_row: str = "error"  # error | skip
-    max_bad_fraction: float = 0.01  # of malformed rows, under on_bad_row=skip
-    shuffle: bool = True
+    response_key: str | None = key(None, "Column of the answer; null detects it.")
+    system_key: str | None = key(None, "Column of the system message; null detects it.")
+    messages_key: str | None = key(None, "Column of whole conversations; null detects it.")
+    text_key: str | None = key(None, "Column of plain text to train on whole; null detects it.")
+    tools_key: str | None = key(None, "Column of tool definitions; null detects it.")
+    chat_template: str | None = key(
+        None, "Jinja file or the name of a built-in template; null takes the tokenizer's own."
+    )
+    sequence_length: int = key(4096, "Longest sample, without padding.", unit="tokens", at_least=2)
+    overlong: Literal["drop", "truncate", "error"] = key(
+        "drop", "What happens to samples longer than sequence_length."
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = key(
+        "assistant", "Turns that the loss covers."
+    )
+    packing: bool = key(
+        True, "Put several samples into a micro-batch; false changes speed, never the loss."
+    )
+    num_proc: int | None = key(
+        None,
+        "Processes that prepare data; null decides by cores and size.",
+        unit="processes",
+        at_least=1,
+    )
+    cache_dir: str | None = key(None, "Folder of prepared tokens; null takes ~/.cache/roll_sft.")
+    on_bad_row: Literal["error", "skip"] = key("error", "What happens at a malformed row.")
+    max_bad_fraction: float = key(
+        0.01,
+        "Largest share of malformed rows under on_bad_row=skip before the run stops.",
+        at_least=0,
+        at_most=1,
+    )
+    shuffle: bool = key(True, "Shuffle the samples anew in each epoch, by seed.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """`parallel`: how it is spread over workers."""
+    """How the model and the data are spread over workers."""
 
-    num_workers: int = 1  # world size: one worker per GPU
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = True
-    device: str = "auto"  # auto | cpu | cuda
-    cpus_per_worker: int = 1
-    placement_timeout_s: float = 120.0
+    num_workers: int = key(
+        1, "World size; each worker has one GPU or a CPU share.", unit="workers", at_least=1
+    )
+    tensor_model_parallel_size: int = key(
+        1, "Ranks that share each matrix.", unit="ranks", at_least=1
+    )
+    pipeline_model_parallel_size: int = key(
+        1, "Stages that share the layers.", unit="stages", at_least=1
+    )
+    virtual_pipeline_model_parallel_size: int | None = key(
+        None,
+        "Interleaved chunks of layers on each stage; null does not interleave.",
+        unit="chunks",
+        at_least=1,
+    )
+    context_parallel_size: int = key(1, "Ranks that share each sequence.", unit="ranks", at_least=1)
+    sequence_parallel: bool = key(
+        False, "Split norms and residuals over tensor ranks too; needs tensor parallelism."
+    )
+    use_distributed_optimizer: bool = key(
+        True, "Split master weights and Adam moments over data-parallel ranks."
+    )
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "Device of the workers; auto takes GPUs where the cluster has any."
+    )
+    cpus_per_worker: int = key(
+        1, "CPUs that each worker reserves, and its number of threads.", unit="CPUs", at_least=1
+    )
+    placement_timeout_s: float = key(
+        120.0, "Longest wait for resources that other jobs hold.", unit="seconds", above=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """`train`: the optimisation."""
+    """The optimization, and when to evaluate and save."""
 
-    num_train_epochs: int = 1
-    max_steps: int | None = None  # wins over num_train_epochs
-    global_batch_size: int = 128  # samples per optimizer step
-    global_batch_tokens: int | None = None  # unpadded tokens per step; wins over global_batch_size
-    micro_batch_tokens: int | None = None  # padded tokens per pack; default: sequence_length
-    learning_rate: float = 1e-5
-    min_learning_rate: float = 0.0
-    lr_scheduler_type: str = "cosine"  # cosine | linear | constant | wsd
-    warmup_ratio: float = 0.03
-    warmup_steps: int | None = None  # wins over warmup_ratio
-    wsd_decay_ratio: float = 0.1
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0  # 0 = no clipping
-    recompute: str = "none"  # none | selective | full
-    eval_steps: int | None = None  # null = only at the end, when there is validation data
-    save_steps: int | None = None  # null = by time alone, and at the end
-    save_minutes: float | None = 30.0  # a checkpoint at least so often; null = by steps alone
-    logging_steps: int = 1
-    log_samples: bool = False
+    num_train_epochs: int = key(1, "Passes over the training data.", unit="epochs", at_least=1)
+    max_steps: int | None = key(
+        None,
+        "Optimizer steps of the run; wins over num_train_epochs.",
+        unit="steps",
+        at_least=1,
+    )
+    global_batch_size: int = key(
+        128, "Samples of one optimizer step, over all workers.", unit="samples", at_least=1
+    )
+    global_batch_tokens: int | None = key(
+        None,
+        "Tokens of one optimizer step, without padding; wins over global_batch_size.",
+        unit="tokens",
+        at_least=1,
+    )
+    micro_batch_tokens: int | None = key(
+        None,
+        "Most tokens of one micro-batch, with padding; null takes data.sequence_length.",
+        unit="tokens",
+        at_least=1,
+    )
+    learning_rate: float = key(1e-5, "Highest learning rate, after warmup.", above=0, at_most=1e6)
+    min_learning_rate: float = key(
+        0.0, "Learning rate at the end of the decay.", at_least=0, at_most=1e6
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = key(
+        "cosine", "Schedule after warmup; wsd is constant with a decay at the end."
+    )
+    warmup_ratio: float = key(
+        0.03, "Share of all steps over which the learning rate rises.", at_least=0, at_most=1
+    )
+    warmup_steps: int | None = key(
+        None,
+        "Steps over which the learning rate rises; wins over warmup_ratio.",
+        unit="steps",
+        at_least=0,
+    )
+    wsd_decay_ratio: float = key(
+        0.1, "Share of all steps that wsd decays over.", at_least=0, at_most=1
+    )
+    weight_decay: float = key(
+        0.0, "AdamW's weight decay, on parameters of two or more dimensions.", at_least=0
+    )
+    adam_beta1: float = key(0.9, "Decay of AdamW's first moment; below 1.", at_least=0)
+    adam_beta2: float = key(0.999, "Decay of AdamW's second moment; below 1.", at_least=0)
+    adam_eps: float = key(1e-8, "Term that AdamW adds to its denominator.", above=0)
+    max_grad_norm: float = key(
+        1.0, "Gradients are scaled down to this norm; 0 does not clip.", at_least=0
+    )
+    recompute: Literal["none", "selective", "full"] = key(
+        "none",
+        "Activations to recompute in the backward pass: those of attention's core, or of whole"
+        " layers.",
+    )
+    eval_steps: int | None = key(
+        None,
+        "Evaluate every so many steps; null evaluates at the end only.",
+        unit="steps",
+        at_least=1,
+    )
+    save_steps: int | None = key(
+        None,
+        "Write a checkpoint every so many steps; null writes them by time, and at the end.",
+        unit="steps",
+        at_least=1,
+    )
+    save_minutes: float | None = key(
+        30.0,
+        "Write a checkpoint at least so often; null writes them by save_steps alone.",
+        unit="minutes",
+        above=0,
+    )
+    logging_steps: int = key(
+        1,
+        "Tell the console and the trackers every so many steps; steps.jsonl has every step.",
+        unit="steps",
+        at_least=1,
+    )
+    log_samples: bool = key(False, "Write the samples of each step to samples.jsonl.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """`checkpoint`: what is written for later."""
+    """What is kept of a run, and what a resumed run may change."""
 
-    save: bool = True
-    async_save: bool = False  # write in the background; training waits for a copy alone
-    keep_last: int | None = 3  # newest checkpoints that are kept; null = all
-    keep_best: str | None = None  # also the one with the lowest loss on this validation set
-    verify: bool = True  # compare every file's SHA-256 before resuming; sizes always
-    allow_changes: list[str] = field(default_factory=list)  # of the run, to go on all the same
-    save_optimizer: bool = True
-    hf_export: str = "final"  # none | final | every_save
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraConfig:
-    """`lora`: low-rank adapters; rank 0 = off."""
-
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=list)
-    quantize_base: str = "none"  # none | nf4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """`evaluation`: generation during training."""
-
-    prompts: str | None = None
-    metric_fn: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
+    save: bool = key(True, "Write checkpoints.")
+    async_save: bool = key(
+        False, "Write checkpoints in the background; training waits for a copy in memory only."
+    )
+    keep_last: int | None = key(
+        3, "Newest checkpoints to keep; null keeps all.", unit="checkpoints", at_least=2
+    )
+    keep_best: str | None = key(
+        None, "Name of a validation set; the checkpoint of its lowest loss is kept as well."
+    )
+    verify: bool = key(
+        True, "Compare the SHA-256 of every file before resuming; sizes are always compared."
+    )
+    allow_changes: list[ResumeChange] = key(
+        [], "Settings that may differ from the checkpoint's when a run resumes."
+    )
+    save_optimizer: bool = key(
+        True, "Keep optimizer state in checkpoints; a run cannot resume exactly without it."
+    )
+    hf_export: Literal["none", "final"] = key(
+        "final", "Export the final model as a Hugging Face folder, or do not."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingConfig:
-    """`tracking`: where metrics go besides `steps.jsonl`."""
+    """Where metrics go besides the run's folder."""
 
-    backends: list[str] = field(default_factory=lambda: ["jsonl", "mlflow"])
-    mlflow_uri: str | None = None  # default: sqlite file mlflow.db beside the run folders
-    experiment: str = "roll_sft"
+    backends: list[Literal["jsonl", "mlflow"]] = key(
+        ["jsonl", "mlflow"], "Trackers to write to; steps.jsonl is always written."
+    )
+    mlflow_uri: str | None = key(
+        None, "MLflow server or database; null takes mlflow.db beside the run folders."
+    )
+    experiment: str = key("roll_sft", "MLflow experiment.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """`cluster`: the Ray cluster and its deadlines."""
+    """The Ray cluster and its deadlines."""
 
-    address: str | None = None  # null and no RAY_ADDRESS = a cluster of our own
-    max_restarts: int = 0
-    step_timeout_s: float = 1800.0
-    setup_timeout_s: float = 900.0
-    checkpoint_timeout_s: float = 3600.0
+    address: str | None = key(
+        None,
+        "host:port of a Ray cluster to join; null takes RAY_ADDRESS, or starts a cluster here.",
+    )
+    step_timeout_s: float = key(1800.0, "Longest step.", unit="seconds", above=0)
+    setup_timeout_s: float = key(
+        900.0, "Longest start of the workers, with loading the model.", unit="seconds", above=0
+    )
+    checkpoint_timeout_s: float = key(
+        3600.0, "Longest save of a checkpoint.", unit="seconds", above=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything a run is told."""
+    """The run itself."""
 
-    output_dir: str | None = None  # default: outputs/<run_name>
-    run_name: str = "sft"
-    seed: int = 42
-    dry_run: bool = False
-    prepare_only: bool = False
-    deterministic: bool = False
-    resume: str = "auto"  # auto | none | a step folder
+    output_dir: str | None = key(
+        None, "Folder of all results; null takes outputs/<run_name> under the current folder."
+    )
+    run_name: str = key("sft", "Name of the run: letters, digits, dot, dash and underscore.")
+    seed: int = key(42, "Seed of shuffling and random weights.", at_least=0, at_most=2**32 - 1)
+    dry_run: bool = key(False, "Print the plan and exit, without starting Ray.")
+    prepare_only: bool = key(False, "Fill the token cache, write data_report.json and exit.")
+    deterministic: bool = key(
+        False, "Use deterministic kernels only: the same bits from run to run on GPUs too."
+    )
+    resume: str = key(
+        "auto",
+        "auto goes on from the newest checkpoint of output_dir, none starts anew, a step folder"
+        " goes on from that one.",
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-
-def schema() -> "DictConfig":
-    """Every key with its default, for Hydra to compose on.
-
-    Without types: Hydra would stop at the first wrong one, and forgets where in a list it is.
-    """
-    from omegaconf import OmegaConf  # here and below: workers and GPU machines live without it
-
-    node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
-    return node
-
-
-def build_config(composed: "DictConfig | dict[str, Any]") -> RunConfig:
-    """The dataclasses with the values of `composed`, interpolations resolved.
-
-    Raises one `ConfigError` with a line for each unknown key and each wrong type.
-    """
-    problems: list[str] = []
-    config: RunConfig = _build(RunConfig, _resolved(composed), prefix="", problems=problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-def plain_config(values: dict[str, Any]) -> RunConfig:
-    """`build_config` in plain Python, for values that it has accepted before.
-
-    They are those of `--cfg job --resolve`. Raises `ConfigError` for an unknown key; types are
-    taken as they are.
-    """
-    config: RunConfig = _plain(RunConfig, values)
-    return config
 
 
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:
@@ -246,145 +339,6 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         virtual_size=parallel.virtual_pipeline_model_parallel_size or 1,
     )
-
-
-def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys, `data.train.path` standing for the entries of the list."""
-    for name, nested in _fields(cls):
-        yield f"{prefix}{name}"
-        if nested is not None:
-            yield from all_keys(nested, f"{prefix}{name}.")
-
-
-def nearest_key(key: str) -> str:
-    """What to write instead of an unknown dotted key: the nearest real one, if any is near."""
-    section, _, leaf = key.rpartition(".")
-    if leaf in ABBREVIATIONS:
-        return f"; did you mean `{ABBREVIATIONS[leaf]}`?"
-    within = re.sub(r"\[\d+\]", "", section)  # all entries of a list have the same keys
-    known = list(all_keys())
-    siblings = [name for name in known if name.rpartition(".")[0] == within]
-    # Where the section is right, a long one must not outweigh the part that is wrong.
-    nearby = (leaf, _by_leaf(siblings)) if siblings else (key, {name: name for name in known})
-    for word, candidates in (nearby, (leaf, _by_leaf(known))):
-        if matches := difflib.get_close_matches(word, candidates, n=1, cutoff=0.5):
-            found = candidates[matches[0]]
-            is_sibling = found.startswith(f"{within}.")
-            shown = f"{section}{found.removeprefix(within)}" if is_sibling else found
-            return f"; did you mean `{shown}`?"
-    return "; `--cfg job` prints all keys"
-
-
-def _plain(cls: Any, values: Any) -> Any:
-    nested, known = dict(_fields(cls)), {}
-    kinds = {item.name: item.type for item in dataclasses.fields(cls)}
-    for name, value in values.items():
-        if name not in nested:
-            raise ConfigError(f"{name}: no such key{nearest_key(name)}")
-        if nested[name] is None:
-            known[name] = float(value) if kinds[name] is float else value  # YAML reads 1e-8 as text
-        elif isinstance(value, list):
-            known[name] = [_plain(nested[name], entry) for entry in value]
-        else:
-            known[name] = _plain(nested[name], value)
-    return cls(**known)
-
-
-def _by_leaf(names: list[str]) -> dict[str, str]:
-    """Last part of each dotted name -> the first name that ends with it."""
-    return {name.rpartition(".")[2]: name for name in reversed(names)}
-
-
-def _fields(cls: Any) -> Iterator[tuple[str, Any]]:
-    """(name, nested dataclass or None) of each field; a list of dataclasses counts as nested."""
-    for item in dataclasses.fields(cls):
-        kind: Any = item.type
-        inner = kind.__args__[0] if _is_list(kind) else kind
-        yield item.name, inner if dataclasses.is_dataclass(inner) else None
-
-
-def _is_list(kind: Any) -> bool:
-    return getattr(kind, "__origin__", None) is list
-
-
-def _resolved(composed: "DictConfig | dict[str, Any]") -> Any:
-    """Plain values with interpolations resolved, over all defaults, which they may refer to."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(composed)
-    given: Any = OmegaConf.to_container(node, resolve=False)
-    try:
-        full = OmegaConf.create(_over(dataclasses.asdict(RunConfig()), given))
-        return OmegaConf.to_container(full, resolve=True)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "configuration"
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {reason}; mend the reference or write the value") from error
-
-
-def _over(defaults: Any, values: Any) -> Any:
-    """`values` over `defaults`, section by section; anything that is no section replaces."""
-    if not (isinstance(defaults, dict) and isinstance(values, dict)):
-        return values
-    return {**defaults, **{key: _over(defaults.get(key), values[key]) for key in values}}
-
-
-def _build(cls: Any, values: dict[Any, Any], *, prefix: str, problems: list[str]) -> Any:
-    """An instance of `cls` with `values` over its defaults; adds what is wrong to `problems`."""
-    from omegaconf import OmegaConf
-
-    node = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(node, False)  # OmegaConf makes a frozen dataclass read-only
-    kinds: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(cls)}
-    known, nested = dict(_fields(cls)), {}
-    for name, value in values.items():
-        full = f"{prefix}{name}"
-        if name not in known:
-            problems.append(f"{full}: no such key{nearest_key(full)}")
-        elif known[name] is None:
-            if not _fits(node, name, value=value, kind=kinds[name]):
-                problems.append(f"{full}: {value!r} is not {_wanted(kinds[name])}")
-        elif not _is_list(kinds[name]):
-            nested[name] = _section(known[name], value, full=full, problems=problems)
-        elif isinstance(value, list):
-            nested[name] = [
-                _section(known[name], entry, full=f"{full}[{index}]", problems=problems)
-                for index, entry in enumerate(value)
-            ]
-        else:
-            problems.append(f"{full}: {value!r} is not a list such as [{{path: my.jsonl}}]")
-    built: Any = OmegaConf.to_object(node)
-    return dataclasses.replace(built, **nested)
-
-
-def _fits(node: "DictConfig", name: str, *, value: object, kind: Any) -> bool:
-    """Put `value` into the typed `node`, if its type is right or can be read as the right one."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    if value == "???" or (kind is bool and isinstance(value, int) and value not in (0, 1)):
-        return False  # a blank to fill in, and a number that OmegaConf would read as true
-    try:
-        node[name] = value
-    except OmegaConfBaseException:
-        return False
-    return True
-
-
-def _section(cls: Any, value: Any, *, full: str, problems: list[str]) -> Any:
-    if isinstance(value, dict):
-        return _build(cls, value, prefix=f"{full}.", problems=problems)
-    keys = ", ".join(name for name, _ in _fields(cls))
-    problems.append(f"{full}: {value!r} is not a mapping; its keys are {keys}")
-    return cls()
-
-
-def _wanted(kind: Any) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    parts = getattr(kind, "__args__", (kind,))
-    if _is_list(kind):
-        return f"a list of {names[parts[0]]}"
-    return " or ".join(names.get(part, "null") for part in parts)
 
 
 def source_name(source: SourceConfig) -> str:

@@ -4,7 +4,11 @@ Every message names the value, the rule and the remedy in one line. The doors pr
 traceback; anything that is not a `RollSftError` is a fault of ours and keeps its traceback.
 """
 
+import reprlib
 from typing import ClassVar
+
+SHOWN_LENGTH = 200
+_AS_YAML = {None: "null", True: "true", False: "false"}
 
 
 class RollSftError(Exception):
@@ -52,6 +56,16 @@ class WorkerError(RollSftError):
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(value: object) -> str:
+    """`value` for a message: quoted, without control characters, at most some 200 characters."""
+    if value is None or isinstance(value, bool):
+        return _AS_YAML[value]
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = SHOWN_LENGTH
+    text = short.repr(value)
+    return text if len(text) <= 2 * SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}..."
 
 
 def refuse(problems: list[str]) -> None:

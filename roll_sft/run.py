@@ -10,8 +10,10 @@ import dataclasses
 import difflib
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from roll_sft import demo
 from roll_sft.checks import check_config
-from roll_sft.config import RunConfig, build_config, nearest_key, schema
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config, no_such_key, schema
+from roll_sft.config_reference import help_text
 from roll_sft.errors import ConfigError, RollSftError
 from roll_sft.garbage import imports_kept, leave_quickly
 from roll_sft.outputs import output_folder
@@ -94,6 +98,9 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
     None where they ask Hydra to show something. Raises `ConfigError`, also for Hydra's errors.
     """
     flags = _flags(arguments)
+    if flags.help:
+        sys.stdout.write(_help())
+        return None
     if flags.multirun:
         raise ConfigError("--multirun: not available in this version; start each run by itself")
     ConfigStore.instance().store(name="schema", node=schema())
@@ -162,8 +169,27 @@ def _flags(arguments: list[str]) -> argparse.Namespace:
     """The flags of Hydra's that matter here."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     return parser.parse_known_args(arguments)[0]
+
+
+def _help() -> str:
+    """Usage, the configurations there are, and every key."""
+    width = shutil.get_terminal_size().columns
+    usage = (
+        "usage: roll-sft train [--config-name NAME] [--config-dir FOLDER] [key=value ...]\n"
+        "       --cfg job prints the composed configuration; dry_run=true prints the plan\n"
+    )
+    names = textwrap.fill(f"configurations: {', '.join(_shipped_names())}", width=width)
+    return f"{usage}{names}\n\n{help_text(width=width)}"
+
+
+def _shipped_names(folder: str | None = None) -> list[str]:
+    """Names for --config-name: ours, and those in `folder`."""
+    folders = [shipped_configurations(), *([Path(folder)] if folder else [])]
+    paths = [path.name for folder in folders for path in folder.iterdir()]
+    return sorted({path.removesuffix(".yaml") for path in paths if path.endswith(".yaml")})
 
 
 def _hydra_message(error: Exception, config_dir: str | None) -> str:
@@ -172,7 +198,7 @@ def _hydra_message(error: Exception, config_dir: str | None) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         override = re.search(r"Could not override '([^']+)'", text)
         key = override.group(1) if override else str(cause.full_key)
-        return f"{key}: no such key{nearest_key(key)}"
+        return no_such_key(key)
     if isinstance(error, MissingConfigException):
         return _missing_config(error, config_dir)
     lines = [line.strip() for line in [*text.splitlines(), *str(cause or "").splitlines()]]
@@ -190,9 +216,7 @@ def _missing_config(error: MissingConfigException, config_dir: str | None) -> st
     text = " ".join(str(error).partition("Config search path:")[0].split())
     if error.options or not error.missing_cfg_file:
         return text
-    folders = [shipped_configurations(), *([Path(config_dir)] if config_dir else [])]
-    paths = [path.name for folder in folders for path in folder.iterdir()]
-    names = sorted({path.removesuffix(".yaml") for path in paths if path.endswith(".yaml")})
+    names = _shipped_names(config_dir)
     nearest = difflib.get_close_matches(error.missing_cfg_file, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     if text.startswith("Cannot find primary config"):

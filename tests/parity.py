@@ -20,7 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.engine.inputs import ParityTask
 from roll_sft.engine.oracle import Facts, read_facts, token_losses, write_reference
 from roll_sft.engine.preflight import Job, prepare

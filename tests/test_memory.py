@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config
 
-from roll_sft.config import RunConfig, layout_of, plain_config
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.config_build import plain_config
 from roll_sft.engine.preflight import Plan, prepare
 from roll_sft.memory import GIB, estimate
 from roll_sft.models.registry import family_of

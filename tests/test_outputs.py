@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from roll_sft import outputs
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.errors import ConfigError, ResourceError
 from roll_sft.outputs import JsonLines, claimed, output_folder, write_json
 

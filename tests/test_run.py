@@ -15,7 +15,8 @@ from filelock import FileLock
 
 import roll_sft.run
 from roll_sft import driver, errors
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from tests import doors
 from tests.doors import Door, alpaca, contents, process, refused, write_rows
 
@@ -84,7 +85,7 @@ def test_every_error_of_the_command_line_is_code_2_without_a_traceback(
 
 
 def test_all_values_that_cannot_run_are_shown_at_once(door: Door) -> None:
-    wrong = ["seed=-1", "model.dtype=fp8", "train.max_steps=0", "lora.rank=8"]
+    wrong = ["seed=-1", "model.dtype=fp8", "train.max_steps=0", "tracking.backends=[wandb]"]
     outcome = door(*wrong, "model.path=m", "data.train=[{path: a}]")
     refused(outcome, 2)
     shown = {line.partition(":")[0] for line in outcome.stderr.splitlines()}

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import Qwen2Config
 
-from roll_sft.config import RunConfig, layout_of, plain_config
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.config_build import plain_config
 from roll_sft.engine.preflight import Plan
 from roll_sft.memory import GIB, MemoryEstimate, estimate
 from roll_sft.models.registry import family_of

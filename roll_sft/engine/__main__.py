@@ -18,7 +18,8 @@ import torch.distributed as dist
 import yaml
 
 from roll_sft.checks import check_config
-from roll_sft.config import RunConfig, layout_of, plain_config
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.config_build import plain_config
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.manifest import check_complete, read_manifest

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from roll_sft.checks import RESUME_CHANGES
+from roll_sft.config import RESUME_CHANGES
 from roll_sft.engine.manifest import RunState
 from roll_sft.errors import ConfigError
 

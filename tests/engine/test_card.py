@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.data.prepare import SourceReport
 from roll_sft.engine import card
 from roll_sft.engine.card import write_card

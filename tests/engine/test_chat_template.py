@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.data.templates import chat_template
 from roll_sft.engine.preflight import prepare
 from roll_sft.errors import ConfigError

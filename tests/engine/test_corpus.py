@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.engine.preflight import Job, prepare
 from tests import doors
 from tests.doors import Door, alpaca, cells, write_rows

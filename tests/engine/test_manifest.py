@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.engine.distcp import read_index, write_descriptions
 from roll_sft.engine.manifest import MANIFEST, NewerCheckpointError, RunState, check_complete
 from roll_sft.engine.publish import publish, staging_folder

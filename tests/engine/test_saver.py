@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from roll_sft import saving
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.engine import shards
 from roll_sft.engine.distcp import read_index, write_descriptions
 from roll_sft.engine.saver import Saver

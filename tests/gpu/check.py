@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from roll_sft.config import RunConfig, layout_of, plain_config
+from roll_sft.config import RunConfig, layout_of
+from roll_sft.config_build import plain_config
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.engine import kernels

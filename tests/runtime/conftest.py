@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.runtime.connection import connected
 from tests.runtime.ray_cluster import Cluster, Program, two_nodes
 

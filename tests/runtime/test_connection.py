@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import ray
 
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.errors import ConfigError, ResourceError
 from roll_sft.runtime import connection, reaper
 from roll_sft.runtime.connection import connected
@@ -21,7 +21,7 @@ from pathlib import Path
 handler = lambda number, frame: sys.exit(99)
 signal.signal(signal.SIGTERM, handler)
 logging.basicConfig(format="%(levelname)s %(message)s")
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.runtime.connection import connected
 cores = len(os.sched_getaffinity(0))
 with connected(build_config({"parallel": {"num_workers": cores + 2, "device": "cpu"}})):
