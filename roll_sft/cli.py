@@ -10,7 +10,7 @@ from pathlib import Path
 
 from roll_sft import __version__
 from roll_sft.config import RunConfig
-from roll_sft.errors import ConfigError
+from roll_sft.errors import ConfigError, printable
 
 USAGE_ERROR = ConfigError.exit_code
 CONFIGURATION = (
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"roll-sft {__version__}\n")
         return 0
     if not given or given[0] not in COMMANDS:
-        sys.stderr.write(f"{_refusal(given)}\n")
+        sys.stderr.write(f"{printable(_refusal(given))}\n")
         return USAGE_ERROR
     try:
         return COMMANDS[given[0]].main(given[1:])

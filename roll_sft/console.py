@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 
 from roll_sft.data.prepare import SourceReport
 from roll_sft.engine.preflight import Plan, drawn_tokens
 from roll_sft.memory import MemoryEstimate, estimate
+from roll_sft.terminal import stdout_console
 
 
 def show_plan(plan: Plan) -> None:
     """The layout, the model, the data and the memory that a run will have, as tables."""
-    console = Console(highlight=False)
+    console = stdout_console()
     tables = (
         _layout_table,
         _model_table,
@@ -23,12 +23,13 @@ def show_plan(plan: Plan) -> None:
     )
     for table in filter(None, (make(plan) for make in tables)):
         console.print(table)
+        console.print()
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     return table
 
 

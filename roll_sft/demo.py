@@ -15,11 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from roll_sft.config import RunConfig
 from roll_sft.demo_data import Example, documentation_examples
 from roll_sft.errors import ConfigError, DataError
+from roll_sft.terminal import stdout_console
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and each run imports this module
     from transformers import Qwen2Config, Qwen2Tokenizer
@@ -149,13 +148,13 @@ def show_answer(model_folder: Path) -> None:
     """Print a question of the validation data, the model's answer, and the right one."""
     row = json.loads((ASSETS / "validation.jsonl").read_text(encoding="utf-8").splitlines()[0])
     question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-    console = Console(highlight=False)
+    console = stdout_console()
     for label, text in (
         ("question", question),
         ("answer", generate(model_folder, question)),
         ("truth", row["output"]),
     ):
-        console.print(f"{label:>8}: {text}", markup=False)
+        console.print(f"{label:>8}: {text}")
 
 
 def generate(model_folder: Path, question: str) -> str:

@@ -29,6 +29,7 @@ from roll_sft.runtime.placement import Slots, reserved
 from roll_sft.runtime.spread import spread_over_cluster
 from roll_sft.saving import Saves
 from roll_sft.startup import StartUp
+from roll_sft.summary import show_summary
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -67,6 +68,7 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
         elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
             own = step_folders(folder / outputs.CHECKPOINTS)
             _export(own[-1] if own else start.checkpoint, folder / "hf")
+        show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 
 def _train_from(
@@ -140,7 +142,7 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> N
         started = time.perf_counter()
         result = group.evaluate(name, planner.evaluation())
         loss = records.evaluation(step, name, result, seconds=time.perf_counter() - started)
-        LOG.info("step %d  validation %s  loss %.4f", step, name, loss)
+        LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
 
 
 def _is_exported(folder: Path, start: Start, job: Job) -> bool:

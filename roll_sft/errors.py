@@ -9,6 +9,7 @@ from typing import ClassVar
 
 SHOWN_LENGTH = 200
 _AS_YAML = {None: "null", True: "true", False: "false"}
+MAX_LINE_CHARS = 2000
 
 
 class RollSftError(Exception):
@@ -66,6 +67,24 @@ def shown(value: object) -> str:
     short.maxstring = short.maxother = short.maxlong = SHOWN_LENGTH
     text = short.repr(value)
     return text if len(text) <= 2 * SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}..."
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: what a file or a key brought along cannot steer it.
+
+    Control characters are escaped, and a line of more than `MAX_LINE_CHARS` loses its middle.
+    """
+    return "\n".join(_printable_line(line) for line in text.split("\n"))
+
+
+def _printable_line(line: str) -> str:
+    if len(line) > MAX_LINE_CHARS:
+        half = MAX_LINE_CHARS // 2
+        line = f"{line[:half]} ... ({len(line):,} characters) ... {line[-half:]}"
+    if line.isprintable():
+        return line
+    escaped = (each.encode("unicode_escape").decode("ascii") for each in line)
+    return "".join(c if c.isprintable() else e for c, e in zip(line, escaped, strict=True))
 
 
 def refuse(problems: list[str]) -> None:

@@ -7,13 +7,12 @@ names the tensor at which the two computations part.
 """
 
 import logging
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from roll_sft import outputs
 from roll_sft.config import RunConfig
@@ -24,6 +23,7 @@ from roll_sft.engine.preflight import prepare
 from roll_sft.errors import ConfigError, RollSftError
 from roll_sft.runtime.connection import connected
 from roll_sft.runtime.placement import reserved
+from roll_sft.terminal import stdout_console
 from roll_sft.verdict import Verdict, judge
 
 LOG = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ def _show(verdict: Verdict, *, title: str) -> None:
             check.what,
             f"{check.measured:.1e}",
             f"{check.tolerance:.1e}",
-            "[green]ok[/]" if check.holds else "[red]differs[/]",
+            Text("ok", "green") if check.holds else Text("differs", "red"),
             check.where,
         )
-    # A file has no width of its own, and the 80 columns that Rich gives it would fold the names.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    stdout_console().print(table)

@@ -6,7 +6,6 @@ is written but the page that is asked for.
 """
 
 import logging
-import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from roll_sft.engine import corpus, preflight
 from roll_sft.errors import ConfigError
 from roll_sft.preview_page import page_of
 from roll_sft.preview_rows import Choice, Preview, Reader, Shown, look
+from roll_sft.terminal import stdout_console
 
 __all__ = ["Choice", "run"]
 
@@ -47,9 +47,7 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
     preview = look(reader, choice)
     summary = _summary(preview, choice, config.data)
     if page is None:
-        # A file has no width of its own, and lines must not be broken where a row has none.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-        _show(preview, summary, console=console)
+        _show(preview, summary, console=stdout_console())
         return
     text = page_of(preview, title=config.run_name, summary=summary)
     try:

@@ -30,7 +30,7 @@ from roll_sft.checks import check_config
 from roll_sft.config import RunConfig
 from roll_sft.config_build import build_config, no_such_key, schema
 from roll_sft.config_reference import help_text
-from roll_sft.errors import ConfigError, RollSftError
+from roll_sft.errors import ConfigError, RollSftError, printable
 from roll_sft.garbage import imports_kept, leave_quickly
 from roll_sft.outputs import output_folder
 from roll_sft.terminal import set_up_logging
@@ -227,7 +227,7 @@ def _missing_config(error: MissingConfigException, config_dir: str | None) -> st
 
 def _report(error: object, code: int) -> int:
     sys.stdout.flush()
-    sys.stderr.write(f"{error}\n")
+    sys.stderr.write(f"{printable(str(error))}\n")
     return code
 
 

@@ -18,5 +18,9 @@ class StartUp:
         self._parts.append(f"{name} {now - self._last:.1f}")
         self._last = now
 
+    def elapsed_s(self) -> float:
+        """Seconds since this process began."""
+        return float(time.time() - self._began)
+
     def __str__(self) -> str:
         return f"{self._last - self._began:.1f} s after the command: {', '.join(self._parts)}"

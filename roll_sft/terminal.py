@@ -6,6 +6,7 @@ programs: they read `steps.jsonl`.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from roll_sft.errors import printable
 from roll_sft.metrics import StepRecord
 
 LOG = logging.getLogger(__name__)
 CONSOLE = Console(stderr=True, highlight=False)
+FILE_WIDTH = 120  # columns of what goes to a file, where 80, which Rich would take, breaks paths
 CLOCK = "%H:%M:%S "
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 BAR_WIDTH = 40  # columns at most; a narrow terminal has fewer
@@ -38,6 +41,12 @@ class _TerminalHandler(logging.Handler):
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {_message(record)}"
+
+
+def stdout_console() -> Console:
+    """Where a command's answer goes: tables, samples. Names in it are never read as markup."""
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def set_up_logging() -> None:
@@ -73,7 +82,9 @@ class StepDisplay:
         self._first: tuple[int, float] | None = None  # the first finished step, and when it was
         if progress is not None:
             done = first_step - 1
-            self._task = progress.add_task("", total=total_steps, completed=done, text="")
+            self._task = progress.add_task(
+                "", total=total_steps, completed=done, text="starting workers"
+            )
 
     def show(self, record: StepRecord, *, fill: float) -> None:
         """Report one finished step; a line each `logging_steps` and on the last.
@@ -121,13 +132,13 @@ def step_display(
         BarColumn(BAR_WIDTH),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=CONSOLE, transient=True) as progress:
+    with Progress(*columns, console=CONSOLE, transient=True, refresh_per_second=2) as progress:
         yield StepDisplay(progress, total_steps, logging_steps=logging_steps, first_step=first_step)
 
 
 def _message(record: logging.LogRecord) -> str:
     level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-    return f"{level}{record.getMessage()}"
+    return printable(f"{level}{record.getMessage()}")
 
 
 def _fitting(fields: list[str]) -> list[str]:

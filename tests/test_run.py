@@ -282,3 +282,19 @@ def test_nothing_is_reported_to_anyone_unless_asked_for(
     door("--cfg", "job")
     values = {name: os.environ[name] for name in roll_sft.run.QUIET}
     assert values == {**roll_sft.run.QUIET, "DO_NOT_TRACK": "asked for"}
+
+
+def test_what_a_value_brings_along_cannot_steer_the_terminal(door: Door) -> None:
+    outcome = door("--config-name", "x\x1b[31m\x9b2J")
+    refused(outcome, 2, r"x\x1b[31m\x9b2J", "base, demo")
+    assert outcome.last_line.isprintable()
+
+
+def test_a_long_line_keeps_its_beginning_and_its_remedy() -> None:
+    shown = errors.printable(f"key: {'y' * 100_000} is wrong; remedy\nnext")
+    first, second = shown.split("\n")
+    assert first.startswith("key: yyy")
+    assert first.endswith("yyy is wrong; remedy")
+    assert "(100,022 characters)" in first
+    assert len(first) < errors.MAX_LINE_CHARS + 50
+    assert second == "next"

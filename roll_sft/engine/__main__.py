@@ -26,7 +26,7 @@ from roll_sft.engine.manifest import check_complete, read_manifest
 from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.errors import RollSftError
+from roll_sft.errors import RollSftError, printable
 
 FAULT = 1
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_complete(options.load)
         _run(prepare(config), steps=options.steps, loads=options.load, saves=options.save)
     except RollSftError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return error.exit_code
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         traceback.print_exc()

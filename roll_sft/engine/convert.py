@@ -13,7 +13,7 @@ from pathlib import Path
 from roll_sft.engine.export import export
 from roll_sft.engine.import_hf import DTYPES, import_model
 from roll_sft.engine.manifest import MANIFEST
-from roll_sft.errors import ConfigError, RollSftError
+from roll_sft.errors import ConfigError, RollSftError, printable
 from roll_sft.garbage import leave_quickly
 
 FAULT = 1
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     try:
         found = _convert(options)
     except RollSftError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return error.exit_code
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         traceback.print_exc()
