@@ -8,7 +8,6 @@ when it is complete, and when it was compared, if that was asked for.
 import io
 import math
 import re
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from roll_sft.engine.publish import versions_here, write_manifest
 from roll_sft.engine.reader import stored_name
 from roll_sft.engine.shards import Piece, Writer, take_parts, write
 from roll_sft.layout import ParallelLayout
+from roll_sft.models.assets import asset_files, copy_file
 from roll_sft.models.hf_io import SafetensorsSource, TensorSource
 from roll_sft.models.new_folder import new_folder
 from roll_sft.models.pages import bring_in, let_go
@@ -32,10 +32,6 @@ MAX_FILE_BYTES = 5_000_000_000
 _IN_USE = 6  # tensors that `write` may still be hashing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What stands beside the weights and is no part of a model: weights in other forms, and code.
-_LEFT_OUT = re.compile(
-    r"\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|gguf|onnx|h5|msgpack|ot|py)(\.index\.json)?$"
-)
 # Linear layers have extra state in a checkpoint, of Transformer Engine's fp8: empty here.
 _LINEAR = re.compile(r"(.*\.linear_\w+)\.weight$")
 
@@ -58,7 +54,8 @@ def import_model(
     stored = wanted or source.read("model.norm.weight").dtype
     words, num_layers = family.weights(shape), shape.num_layers
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
-        _copy_assets(model, folder / ASSETS)
+        for name in asset_files(model):
+            copy_file(model / name, folder / ASSETS / name)
         groups = list(_groups(family, shape, dtype=stored))
         for rank, names in enumerate(groups):
             group = {name: words[name] for name in names}
@@ -137,16 +134,6 @@ def _objects(names: Iterable[str], num_layers: int) -> dict[str, bytes]:
         if linear and layer is not None:
             objects[f"{linear[1]}._extra_state/shard_{layer}_{num_layers}"] = empty.getvalue()
     return objects
-
-
-def _copy_assets(model: Path, folder: Path) -> None:
-    """Copy what an export puts beside the weights: configurations, tokenizer, chat template."""
-    folder.mkdir()
-    for path in sorted(model.iterdir()):
-        if path.name.startswith(".") or _LEFT_OUT.search(path.name):
-            continue
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
 
 
 def _state(dtype: torch.dtype) -> RunState:

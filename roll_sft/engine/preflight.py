@@ -28,7 +28,8 @@ from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.schedule import Schedule
 from roll_sft.errors import ConfigError, refuse
 from roll_sft.layout import ParallelLayout, round_up
-from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource, save_assets
+from roll_sft.models.assets import TrainedTokenizer, save_assets
+from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource
 from roll_sft.models.hub import HubModel, HubSource, local_model
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.spec import Family, ModelShape
@@ -98,14 +99,16 @@ class Job:
 
     def save_assets(self, folder: Path) -> None:
         """Write what an export needs beside the weights into `folder`."""
-        assert self.config.model.path is not None, "check_config refuses a missing model.path"
-        save_assets(
-            self.config.model.path,
-            tokenizer=self.tokenizer,
-            output=folder,
+        model = self.config.model
+        assert model.path is not None, "check_config refuses a missing model.path"
+        is_given = self.config.data.chat_template is not None
+        trained = TrainedTokenizer(
+            self.tokenizer,
+            folder=Path(model.tokenizer_path or model.path),
             end_of_turn_id=self.end_of_turn_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            chat_template=str(self.tokenizer.chat_template) if is_given else None,
         )
+        save_assets(Path(model.path), trained=trained, output=folder)
 
 
 def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:

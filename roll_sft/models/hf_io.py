@@ -1,23 +1,19 @@
 """Hugging Face model folders in, streaming; `hf_write.py` writes them.
 
 A `TensorSource` gives tensors, or slices of them, by Hugging Face name, from safetensors files or
-from a seeded generator. Pickle files are refused: loading one can run code. `save_assets` collects
-what stands beside the weights.
+from a seeded generator. Pickle files are refused: loading one can run code.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from roll_sft.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -182,42 +178,6 @@ class RandomSource:
         """Entries `start` to `stop` along `dim`, in memory of their own."""
         entries = self.read(name).narrow(dim, start, stop - start)
         return entries.clone(memory_format=torch.contiguous_format)
-
-
-def save_assets(
-    model_path: str | Path,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    output: Path,
-    end_of_turn_id: int,
-    pad_token_id: int | None = None,
-) -> None:
-    """Collect in `output` what an export needs beside the weights.
-
-    config.json stays as its author wrote it, so that older readers understand it. The tokenizer
-    carries the chat template it was trained with. generation_config.json stops at `end_of_turn_id`,
-    at the tokenizer's eos and where the source stopped, or the served model never ends its turn.
-    """
-    from transformers import GenerationConfig  # slow: paid by whoever exports, not on import
-
-    output.mkdir(parents=True, exist_ok=True)
-    config = read_json(Path(model_path) / "config.json")
-    write_json(output / "config.json", config)
-    tokenizer.save_pretrained(output)
-    generation_file = Path(model_path) / "generation_config.json"
-    if generation_file.is_file():
-        generation = read_json(generation_file)
-    else:
-        generation = GenerationConfig.from_model_config(dict(config)).to_diff_dict()
-    # Left in, transformers would compute the file anew from config.json, without our stop tokens.
-    generation.pop("_from_model_config", None)
-    earlier = generation.get("eos_token_id")
-    stops = [end_of_turn_id, tokenizer.eos_token_id]
-    stops += earlier if isinstance(earlier, list) else [earlier]
-    generation["eos_token_id"] = list(dict.fromkeys(stop for stop in stops if stop is not None))
-    if pad_token_id is not None:
-        generation["pad_token_id"] = pad_token_id
-    write_json(output / "generation_config.json", generation)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ so memory holds one tensor, not a shard.
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import BinaryIO
 import torch
 
 from roll_sft.errors import CheckpointError
+from roll_sft.models.assets import asset_files, copy_file
 from roll_sft.models.hf_io import INDEX_FILE, SINGLE_FILE, Shape, read_json, write_json
+from roll_sft.models.readers import widen
 
 # What safetensors calls the dtypes that a model is written in.
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _BLOCK_NUMBERS = 1 << 22  # rounded to another dtype, and written, at once
 
 
@@ -74,17 +74,14 @@ def _num_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _copy_assets(assets: Path, *, folder: Path, dtype: torch.dtype) -> None:
-    """Copy contents only: the modes of a private temporary folder must not reach the export."""
-    for source in sorted(path for path in assets.rglob("*") if path.is_file()):
-        assert source.suffix not in _WEIGHT_SUFFIXES, f"{source} is among the assets"
-        copy = folder / source.relative_to(assets)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
+    for name in asset_files(assets):
+        copy_file(assets / name, folder / name)
     config = read_json(folder / "config.json")
     # transformers 5 writes `dtype` and reads both; older readers know `torch_dtype` alone.
-    for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]:
+    for key in ("torch_dtype", *(["dtype"] if "dtype" in config else [])):
         config[key] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
+    widen(folder)
 
 
 def _write_shards(

@@ -1,6 +1,5 @@
 """Reading safetensors folders, random weights, and writing folders that transformers loads."""
 
-import copy
 import json
 import pickle
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from roll_sft.errors import CheckpointError, ConfigError
-from roll_sft.models.hf_io import RandomSource, SafetensorsSource, save_assets
+from roll_sft.models.assets import TrainedTokenizer, save_assets
+from roll_sft.models.hf_io import RandomSource, SafetensorsSource
 from roll_sft.models.hf_write import plan_shards, write_hf_folder
 from roll_sft.models.new_folder import new_folder
 from roll_sft.models.qwen import QWEN2
@@ -53,9 +52,9 @@ def model_folder(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def assets(tmp_path: Path) -> Path:
     path = tmp_path / "assets"
-    (path / "more").mkdir(parents=True)
+    (path / "additional_chat_templates").mkdir(parents=True)
     (path / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "float32"}')
-    (path / "more" / "template.jinja").write_text("text")
+    (path / "additional_chat_templates" / "rag.jinja").write_text("text")
     return path
 
 
@@ -213,9 +212,8 @@ def test_an_exported_folder_loads_in_transformers_and_is_equal(
 ):
     shapes = QWEN2.hf_shapes(QWEN2.shape(model.config))
     source = SafetensorsSource(model_folder)
-    save_assets(
-        model_folder, tokenizer=tiny_tokenizer(), output=tmp_path / "assets", end_of_turn_id=2
-    )
+    trained = TrainedTokenizer(tiny_tokenizer(), folder=model_folder, end_of_turn_id=2)
+    save_assets(model_folder, trained=trained, output=tmp_path / "assets")
     folder = tmp_path / "hf"
     folder.mkdir()
     write_hf_folder(
@@ -256,18 +254,18 @@ def test_files_are_as_readable_as_any_new_file(assets: Path, tmp_path: Path):
     modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir() if path.is_file()}
     assert modes == {(tmp_path / "plain" / "file").stat().st_mode}
     assert (tmp_path / "hf").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert (tmp_path / "hf" / "more" / "template.jinja").read_text() == "text"
+    assert (tmp_path / "hf" / "additional_chat_templates" / "rag.jinja").read_text() == "text"
 
 
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
         ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
-        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float32"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
         ({}, {"torch_dtype": "bfloat16"}),
     ],
 )
-def test_the_exported_dtype_is_written_under_the_key_the_file_uses(
+def test_the_exported_dtype_is_written_under_the_key_that_all_versions_read(
     assets: Path, tmp_path: Path, written: dict[str, str], expected: dict[str, str]
 ):
     (assets / "config.json").write_text(json.dumps(written))
@@ -342,49 +340,3 @@ def test_what_a_killed_export_left_is_cleared(assets: Path, tmp_path: Path):
 def test_a_disk_that_refuses_is_one_line(assets: Path):
     with pytest.raises(CheckpointError, match="/proc/hf: the model cannot be written"):
         write(assets, Path("/proc/hf"))
-
-
-# --- assets
-
-
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        ({"eos_token_id": [9, 2], "top_p": 0.5}, {"eos_token_id": [6, 2, 9], "top_p": 0.5}),
-        ({"eos_token_id": 9}, {"eos_token_id": [6, 2, 9]}),
-        ({"pad_token_id": 4}, {"eos_token_id": [6, 2], "pad_token_id": 4}),
-    ],
-)
-def test_generation_stops_at_the_end_of_turn_and_keeps_what_the_author_set(
-    model_folder: Path, tmp_path: Path, written: dict[str, Any], expected: dict[str, Any]
-):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text((model_folder / "config.json").read_text())
-    (source / "generation_config.json").write_text(json.dumps(written))
-    save_assets(source, tokenizer=tiny_tokenizer(), output=tmp_path / "out", end_of_turn_id=6)
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
-
-
-def test_a_generation_configuration_is_made_where_the_source_has_none(
-    model_folder: Path, tmp_path: Path
-):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text((model_folder / "config.json").read_text())
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    output = tmp_path / "out"
-    save_assets(source, tokenizer=tokenizer, output=output, end_of_turn_id=6, pad_token_id=0)
-    generation = GenerationConfig.from_pretrained(output)
-    assert generation.eos_token_id == [6, 2, 7]  # end of turn, tokenizer's, config.json's
-    assert generation.pad_token_id == 0
-    assert "_from_model_config" not in (output / "generation_config.json").read_text()
-    assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
-    ours, theirs = ((path / "config.json").read_text() for path in (output, source))
-    assert json.loads(ours) == json.loads(theirs)
-
-
-def test_assets_need_a_configuration(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        save_assets(tmp_path, tokenizer=tiny_tokenizer(), output=tmp_path / "o", end_of_turn_id=1)

@@ -1,0 +1,164 @@
+"""What stands beside the weights: the source's own files, and in them what training changed.
+
+A model is served by other programs and versions than it was trained with, so a file is copied byte
+for byte unless training changed it: the chat template that the user gave, the tokens that end an
+answer. What no source file says is made by transformers. Code is never among them.
+"""
+
+import fnmatch
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roll_sft.models.hf_io import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOG = logging.getLogger(__name__)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"
+_BACKEND = "tokenizer.json"
+_TEMPLATE_FILES = (TEMPLATE, "chat_template.json", f"{TEMPLATES}/*.jinja")
+TOKENIZER_FILES = (
+    _BACKEND, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "tekken.json", "*.tiktoken", *_TEMPLATE_FILES,
+)  # fmt: skip
+# Licences ask to be passed on; the card tells of the model that training began with.
+TEXT_FILES = (
+    "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt",
+    "NOTICE.md", "USE_POLICY.md",
+)  # fmt: skip
+MODEL_FILES = ("config.json", "generation_config.json")
+# Text in which tokenizers differ: splits of digits, spaces, contractions, other scripts, bytes.
+_PROBE = (
+    "It's 12345.67 - they'LL pay\r\n\n\n  for  3 x\ttabs;  \u00e9tude na\u00efve, \ufb01 "
+    "\u654f\u6377\u7684\u68d5\u8272\u72d0\u72f8 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 "
+    "\U0001f98a def f(x):\n    return x**2 "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedTokenizer:
+    """The tokenizer that a model was trained with, and the `folder` that its files are in.
+
+    `chat_template` is what was used in place of the tokenizer's own; None where that was.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    folder: Path
+    end_of_turn_id: int
+    chat_template: str | None = None
+
+
+def asset_files(folder: Path) -> Iterator[str]:
+    """Names, relative to `folder`, of its files that belong beside the weights of a model."""
+    for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
+        name = str(path.relative_to(folder))
+        if _matches(name, (*MODEL_FILES, *TOKENIZER_FILES, *TEXT_FILES)) and path.is_file():
+            yield name
+
+
+def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None:
+    """Collect in `output` what an export of `model` needs beside the weights.
+
+    generation_config.json stops at the end of a turn, at the tokenizer's eos and where the source
+    stopped, or the served model never ends its turn. Raises `ConfigError` where a file of the
+    source is no JSON.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for folder, patterns in ((model, TEXT_FILES), (trained.folder, TOKENIZER_FILES)):
+        for name in asset_files(folder):
+            if _matches(name, patterns):
+                copy_file(folder / name, output / name)
+    write_json(output / "config.json", read_json(model / "config.json"))
+    _complete_tokenizer(trained.tokenizer, output)
+    if trained.chat_template is not None:
+        _set_template(output, trained.chat_template)
+    write_json(output / "generation_config.json", _generation(model, trained))
+
+
+def copy_file(source: Path, copy: Path) -> None:
+    """Copy contents only: the mode of a private file must not reach what others read."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, copy)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(
+        fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
+        for pattern in patterns
+    )
+
+
+def _complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:
+    """Make the files that the source lacks, and tokenizer.json where it is not what was used.
+
+    transformers builds some tokenizers by its own rules, whatever tokenizer.json says; others that
+    serve the model follow the file.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
+    missing = [name for name in (TOKENIZER_CONFIG, _BACKEND) if not (output / name).is_file()]
+    if backend is not None and _BACKEND not in missing and not _encodes_alike(tokenizer, output):
+        LOG.warning(
+            "%s of the source splits text in another way than transformers does, which trained"
+            " with its own rules for %s; the export has the latter",
+            _BACKEND,
+            type(tokenizer).__name__,
+        )
+        missing.append(_BACKEND)
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        made = {path.name for path in Path(scratch).iterdir()}
+        if TOKENIZER_CONFIG in missing and not (output / TEMPLATE).is_file():
+            missing.append(TEMPLATE)
+        for name in made.intersection(missing):
+            copy_file(Path(scratch) / name, output / name)
+
+
+def _encodes_alike(tokenizer: Any, folder: Path) -> bool:
+    """Whether tokenizer.json in `folder` gives a text the ids that `tokenizer` gives it."""
+    from tokenizers import Tokenizer
+
+    special = "x".join(map(str, tokenizer.all_special_tokens))  # text after these may differ too
+    backends = (tokenizer.backend_tokenizer, Tokenizer.from_file(str(folder / _BACKEND)))
+    text = f"{_PROBE}{special} {_PROBE}"
+    ids = [each.encode(text, add_special_tokens=False).ids for each in backends]
+    return bool(ids[0] == ids[1])
+
+
+def _set_template(folder: Path, template: str) -> None:
+    """Make `template` the only one that the tokenizer in `folder` has."""
+    for name in list(asset_files(folder)):
+        if _matches(name, _TEMPLATE_FILES):
+            (folder / name).unlink()
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    config = read_json(folder / TOKENIZER_CONFIG)
+    write_json(folder / TOKENIZER_CONFIG, {**config, "chat_template": template})
+
+
+def _generation(model: Path, trained: TrainedTokenizer) -> dict[str, Any]:
+    from transformers import GenerationConfig  # slow: paid by whoever exports, not on import
+
+    path = model / "generation_config.json"
+    if path.is_file():
+        generation = read_json(path)
+    else:
+        config = read_json(model / "config.json")
+        generation = GenerationConfig.from_model_config(config).to_diff_dict()
+    # Left in, transformers would compute the file anew from config.json, without our stop tokens.
+    generation.pop("_from_model_config", None)
+    earlier = generation.get("eos_token_id")
+    stops = [trained.end_of_turn_id, trained.tokenizer.eos_token_id]
+    stops += earlier if isinstance(earlier, list) else [earlier]
+    generation["eos_token_id"] = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    if trained.tokenizer.pad_token_id is not None:
+        generation["pad_token_id"] = trained.tokenizer.pad_token_id
+    return generation
