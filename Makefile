@@ -28,7 +28,7 @@ OLDER := $(VENV)/transformers4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu check fmt parity bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-gpu check fmt parity fuzz bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ fmt: $(TOOLS) ## rewrite the code in the house format
 
 parity: $(TOOLS) ## the loss on every parallel layout against one process
 	$(BIN)/python -m pytest -q tests/engine/test_parity.py --all-layouts
+
+fuzz: $(TOOLS) ## spoilt configurations, data, checkpoints and models; ARGS="--cases 2000"
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron-core and transformers
 	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 tests/gpu/check.py $(ARGS)
