@@ -28,7 +28,7 @@ os.environ.update(
 )
 
 from tests.fuzz import kinds  # noqa: E402 -- the variables first
-from tests.fuzz.case import TIME_LIMIT_S, shown  # noqa: E402
+from tests.fuzz.case import WAIT_LIMIT_S, shown  # noqa: E402
 
 MEMORY_BYTES = 8 << 30
 GRACE_S = 5.0  # after the time limit, which native code does not hear
@@ -95,8 +95,8 @@ def _results(todo: list[tuple[str, int]], home: Path) -> Iterator[tuple[str, lis
         try:
             while done < len(todo):
                 started = time.monotonic()
-                if not here.poll(TIME_LIMIT_S + GRACE_S):
-                    yield "?", [f"no end after {TIME_LIMIT_S + GRACE_S:g} s"], TIME_LIMIT_S
+                if not here.poll(WAIT_LIMIT_S + GRACE_S):
+                    yield "?", [f"no end after {WAIT_LIMIT_S + GRACE_S:g} s"], WAIT_LIMIT_S
                     done += 1
                     break
                 try:

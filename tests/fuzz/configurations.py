@@ -108,8 +108,8 @@ NASTY = (
     "# @package train\nseed: 1\n",
     "# @package _global_\nseed: 1\n",
     "# @package\nseed: 1\n",
-    "run_name: " + "[" * 3000 + "\n",
-    "run_name: " + "{a: " * 3000 + "\n",
+    "run_name: " + "[" * 1000 + "\n",
+    "run_name: " + "{a: " * 1000 + "\n",
     "run_name: '" + "a" * 100_000 + "'\n",
     "run_name: \"\\x1b[31m\"\n",
     "run_name: \"\\ud800\"\n",
@@ -271,7 +271,7 @@ def _from_yaml(rng: random.Random, home: Path) -> Case:
             "utf-8", "surrogatepass"
         )
     except RecursionError:
-        text = b"train: " + b"[" * 5000
+        text = b"train: " + b"[" * 1000
     if rng.random() < 0.3:
         text, how = damaged(rng, text)
         what = f"{what}; {how}"

@@ -37,7 +37,7 @@ def odd_value(rng: random.Random) -> Any:
     if kind == 3:
         return rng.choice(([], {}, [[]], [None], {"": 0}, {"a": {"b": [1, "x"]}}, ["x", 1], [{}]))
     if kind == 4:
-        return nested(rng.choice((3, 40, 2000)), as_list=rng.random() < 0.5)
+        return nested(rng.choice((3, 40, 900)), as_list=rng.random() < 0.5)
     return [odd_value(rng) for _ in range(rng.randrange(3))]
 
 
