@@ -136,7 +136,8 @@ def _head_bytes(plan: Plan, tokens: int) -> float:
     words = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
     weight = words * shape.hidden_size
     logits = 2 * width if _is_compiled(plan) else max(2 * width, width + 4)
-    chunk = chunk_rows(tokens, words) * words * logits
+    on_gpu = plan.config.parallel.device != "cpu"
+    chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
     copy = weight * width if width < 4 else 0
     return max(chunk, copy) + 2 * tokens * shape.hidden_size * width + weight * 4
 

@@ -31,6 +31,7 @@ from roll_sft.engine.manifest import read_manifest
 from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
 from roll_sft.engine.parallel import seed_step
 from roll_sft.engine.saver import Saver
+from roll_sft.engine.weight_gradients import accumulate_in_products
 from roll_sft.metrics import EvalMetrics, StepMetrics
 
 
@@ -73,6 +74,7 @@ class Engine:
         compiling.turn_on(
             self._transformer, on=compiling.choose(config.model.compile, device=self._device)
         )
+        accumulate_in_products(self._transformer, device=self._device)
         kernel = choose_kernel(
             config.model.attention_backend,
             device=self._device,

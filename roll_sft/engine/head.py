@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 
 from roll_sft.engine import compiling
 from roll_sft.engine.chunks import chunk_rows
+from roll_sft.engine.weight_gradients import add_product
 
 
 def cross_entropy_of_rows(
@@ -88,7 +89,7 @@ def _forward(
     width = weight.shape[0]
     first = parallel_state.get_tensor_model_parallel_rank() * width
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    size = chunk_rows(len(hidden), width)
+    size = chunk_rows(len(hidden), width, on_gpu=hidden.is_cuda)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         local = labels[rows, None] - first
@@ -102,7 +103,7 @@ def _forward(
         )
         if gradients is not None:
             torch.mm(gradient, weight, out=gradients[0][rows])
-            _add_product(gradients[1], gradient.t(), hidden[rows])
+            add_product(gradients[1], gradient.t(), hidden[rows])
         del gradient  # before the next chunk takes as much
     return losses
 
@@ -203,28 +204,3 @@ def _over_tensor_ranks(values: torch.Tensor, operation: Any) -> torch.Tensor:
         group = parallel_state.get_tensor_model_parallel_group()
         dist.all_reduce(values, op=operation, group=group)
     return values
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left` @ `right` to the fp32 `total`, without a rounding between if it can be had."""
-    if right.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif right.is_cuda and _adds_to_fp32(right.device):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(left @ right)
-
-
-@functools.cache
-def _adds_to_fp32(device: torch.device) -> bool:
-    """Whether half precision times half precision can be added to fp32 at once (torch 2.8).
-
-    Tried on a few numbers, since what torch offers depends on the device and its libraries.
-    """
-    left, right = (torch.ones(16, 16, device=device, dtype=torch.bfloat16) for _ in range(2))
-    total = torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return bool((total == 17.0).all())

@@ -34,7 +34,7 @@ def chunked(dtype: torch.dtype, chunk: int, is_compiled: bool = False) -> dict[s
     first = parallel_state.get_tensor_model_parallel_rank() * width
     ours = weight[first : first + width].to(dtype).requires_grad_()
     rows = hidden.to(dtype).requires_grad_()
-    small, head.chunk_rows = head.chunk_rows, lambda *_: chunk
+    small, head.chunk_rows = head.chunk_rows, lambda *_, **__: chunk
     try:
         entered = copy_to_tensor_model_parallel_region(rows)
         losses = head.cross_entropy_of_rows(entered, ours, labels, **options)
@@ -117,4 +117,19 @@ def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
     ],
 )
 def test_chunks_are_a_small_part_of_large_logits(rows: int, width: int, size: int) -> None:
-    assert chunk_rows(rows, width) == size
+    assert chunk_rows(rows, width, on_gpu=False) == size
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "size"),
+    [
+        (0, 400, 1),
+        (500, 400, 500),
+        (2_000, 152_064, 2_000),
+        (4_096, 152_064, 2_048),
+        (8_192, 19_008, 8_192),
+        (300, 10**8, 100),
+    ],
+)
+def test_chunks_on_a_gpu_are_few_and_alike(rows: int, width: int, size: int) -> None:
+    assert chunk_rows(rows, width, on_gpu=True) == size
