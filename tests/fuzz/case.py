@@ -25,7 +25,8 @@ import yaml
 
 import roll_sft.run
 from roll_sft.checks import check_config
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.engine import convert
 
 TIME_LIMIT_S = 10.0  # of the processor, so that a machine that is busy fails nothing
@@ -182,10 +183,8 @@ def _composed(values: dict[str, Any]) -> tuple[RunConfig, str]:
 
 def run_config(config: RunConfig, composed_yaml: str) -> None:
     """What the door does, and never more than a plan or a preparation."""
-    from roll_sft.console import set_up_logging
     from roll_sft.driver import run
 
-    set_up_logging()
     if not config.prepare_only:
         config = dataclasses.replace(config, dry_run=True)
     run(config, composed_yaml=composed_yaml)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from roll_sft.config import RunConfig, build_config
+from roll_sft.config import RunConfig
+from roll_sft.config_build import build_config
 from roll_sft.engine import convert
 from roll_sft.engine.distcp import read_index
 from roll_sft.engine.preflight import Job, prepare
@@ -245,9 +246,6 @@ def _resumed(what: str, target: Path, home: Path, is_honest: bool) -> Case:
     chosen: list[Path] = []
 
     def action(config: RunConfig, _text: str) -> None:
-        from roll_sft.console import set_up_logging
-
-        set_up_logging()
         checkpoints = Path("checkpoints").resolve()
         found = find_checkpoint(config, checkpoints)
         start = start_from(_job(home), found)

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from roll_sft.config import RunConfig, all_keys
+from roll_sft.config import RunConfig
+from roll_sft.config_keys import all_names
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines
 from tests.fuzz.case import Case, Outcome, run_config
@@ -191,7 +192,7 @@ def _overridden(rng: random.Random, home: Path) -> Case:
 
 
 def _key(rng: random.Random) -> str:
-    key = rng.choice([key for key in all_keys() if not key.startswith("data.train.")])
+    key = rng.choice([name for name in all_names(RunConfig) if not name.startswith("data.train.")])
     if rng.random() < 0.85:
         return key
     spoiled = rng.choice(
@@ -261,7 +262,7 @@ def _is_what_was_typed(value: object, typed: str) -> bool:
 def _from_yaml(rng: random.Random, home: Path) -> Case:
     values = _values(home)
     for _ in range(rng.randrange(3)):
-        section, _, leaf = rng.choice(list(all_keys())).partition(".")
+        section, _, leaf = rng.choice(list(all_names(RunConfig))).partition(".")
         if leaf and "." not in leaf:
             values.setdefault(section, {})[leaf] = odd_value(rng)
     values, what = changed(rng, values)

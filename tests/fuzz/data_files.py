@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.data.cache import TokenSet
 from roll_sft.engine.preflight import prepare
 from tests.fuzz import reader

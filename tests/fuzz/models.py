@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from roll_sft.config import build_config
+from roll_sft.config_build import build_config
 from roll_sft.engine import convert
 from roll_sft.engine.preflight import prepare
 from tests.doors import alpaca
