@@ -30,6 +30,8 @@ from roll_sft.runtime.spread import spread_over_cluster
 from roll_sft.saving import Saves
 from roll_sft.startup import StartUp
 from roll_sft.summary import show_summary
+from roll_sft.tracking.mlflow_run import MlflowRun
+from roll_sft.tracking.tracked import tracked
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -57,22 +59,29 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
             if not (folder / "steps.jsonl").exists():  # else it is of the run that wrote those
                 outputs.write_text(folder / "config.yaml", composed_yaml)
             return
-        if start.step >= job.total_steps:
-            LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
-        else:
-            check_room(job.plan, folder / outputs.CHECKPOINTS, first_step=start.step)
-            clock.passed("data and plan")
-            _train_from(start, job, folder, composed_yaml=composed_yaml, clock=clock)
-        if not config.checkpoint.save and config.checkpoint.hf_export != "none":
-            LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
-        elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
-            own = step_folders(folder / outputs.CHECKPOINTS)
-            _export(own[-1] if own else start.checkpoint, folder / "hf")
+        with tracked(job, folder, start=start) as trackers:
+            if start.step >= job.total_steps:
+                LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
+            else:
+                check_room(job.plan, folder / outputs.CHECKPOINTS, first_step=start.step)
+                clock.passed("data and plan")
+                _train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
+            if not config.checkpoint.save and config.checkpoint.hf_export != "none":
+                LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
+            elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
+                own = step_folders(folder / outputs.CHECKPOINTS)
+                _export(own[-1] if own else start.checkpoint, folder / "hf")
         show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 
 def _train_from(
-    start: Start, job: Job, folder: Path, *, composed_yaml: str, clock: StartUp
+    start: Start,
+    job: Job,
+    folder: Path,
+    trackers: list[MlflowRun],
+    *,
+    composed_yaml: str,
+    clock: StartUp,
 ) -> None:
     """Train to the end, on workers that begin where `start` says."""
     config, first_step = job.config, start.step + 1
@@ -80,6 +89,8 @@ def _train_from(
         LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
     with connected(config), reserved(config) as slots:
         clock.passed("Ray and placement")
+        for tracker in trackers:
+            tracker.start()
         with (
             open_records(job, folder, first_step=first_step) as records,
             workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
@@ -92,6 +103,8 @@ def _train_from(
             outputs.write_text(folder / "config.yaml", composed_yaml)
             outputs.write_json(folder / "data_report.json", _data_report(job))
             records.begin()
+            for tracker in trackers:
+                tracker.begin(device=f"{job.layout.world_size} x {group.device_name or 'CPU'}")
             LOG.info("step %d begins %s", first_step, clock)
             records.device_name = group.device_name
             train(job, group, records, folder=folder, first_step=first_step)

@@ -119,6 +119,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
         ".lock",
+        ".mlflow_run",
         "checkpoints",
         "config.yaml",
         "data_report.json",
@@ -263,14 +264,26 @@ def test_mlflow_has_the_run_beside_the_folder_with_what_steps_jsonl_has(run):
     experiment = client.get_experiment_by_name("roll_sft")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
-    assert found.data.params["train.global_batch_size"] == str(BATCH)
-    history = client.get_metric_history(found.info.run_id, "train_loss")
+    params, tags = found.data.params, found.data.tags
+    assert params["train.global_batch_size"] == str(BATCH)
+    assert (params["data.train"], params["data.validation"]) == ("chat", "held_out")
+    assert not [key for key in params if key.startswith(("lora.", "evaluation.", "tracking."))]
+    assert (tags["layout"], tags["device"]) == ("TP 1, PP 1, CP 1, DP 2", "2 x CPU")
+    assert tags["version.torch"] == torch.__version__
+    assert tags["host"] == os.uname().nodename
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    (source,) = json.loads((run / "data_report.json").read_text())["sources"]
+    chat, held_out = found.inputs.dataset_inputs
+    assert (chat.dataset.name, held_out.dataset.name) == ("chat", "held_out")
+    assert json.loads(chat.dataset.profile)["tokens"] == source["tokens"]
     losses = {step["step"]: step["train_loss"] for step in lines_of(run / "steps.jsonl")}
-    assert {point.step: point.value for point in history} == {2: losses[2], 4: losses[4]}
-    held_out = client.get_metric_history(found.info.run_id, "eval/held_out/loss")
-    assert [point.step for point in held_out] == [3, 4]
+    for name in ("train/loss", "train_loss"):
+        history = client.get_metric_history(found.info.run_id, name)
+        assert {point.step: point.value for point in history} == {2: losses[2], 4: losses[4]}
+    evaluations = client.get_metric_history(found.info.run_id, "eval/held_out/loss")
+    assert [point.step for point in evaluations] == [3, 4]
     artifacts = {item.path for item in client.list_artifacts(found.info.run_id)}
-    assert artifacts == {"config.yaml", "data_report.json"}
+    assert artifacts == {"config.yaml", "data_report.json", "model"}
 
 
 def test_finished_run_started_again_says_so_and_changes_nothing(run, assets, door, capfd):
@@ -374,12 +387,12 @@ def test_signal_to_the_driver_ends_all_promptly(
     number, whole_group, code, last_line, assets, tmp_path
 ):
     output = tmp_path / "runs" / "signalled"
-    overrides = {"train__max_steps": 100_000, "tracking__backends": "[jsonl]"}
-    arguments = arguments_of(assets, output, **overrides)
+    arguments = arguments_of(assets, output, train__max_steps=100_000)
     program = Program("-m", "tests.runtime.light", *arguments, folder=tmp_path)
     try:
         steps = output / "steps.jsonl"
         program.wait_until(lambda: num_lines(steps) > 2, timeout_s=120, what="steps")
+        program.wait_until((output / ".mlflow_run").exists, timeout_s=120, what="MLflow's run")
         assert len(program.left) > 5
         started = time.monotonic()
         program.signal(number, whole_group=whole_group)
@@ -389,6 +402,7 @@ def test_signal_to_the_driver_ends_all_promptly(
         program.close()
     assert program.errors.splitlines()[-1] == last_line
     assert "Traceback" not in program.errors
+    assert (output / ".mlflow_run").read_text().endswith(" KILLED\n")
 
 
 def test_driver_killed_during_a_save_leaves_no_process_and_no_checkpoint(assets, tmp_path):

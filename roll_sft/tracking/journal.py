@@ -1,0 +1,95 @@
+"""What a run's own files say, as metrics with the names that a tracker shows.
+
+A tracker reads `steps.jsonl` and `eval.jsonl` while the driver appends to them. So nothing waits
+in memory; a tracker that was away reads on where it was; one of a resumed run reads from the start.
+
+Assumes files that only grow. Promises: every complete line is given once, in order; a name is one
+that MLflow accepts, and sets with different names keep different ones.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from roll_sft.metrics import DOCUMENTED_NAMES, EVAL_NAMES, STEP_NAMES
+
+LINES_AT_ONCE = 40  # of each file: fewer metrics than MLflow takes in one request
+MAX_NAME_LENGTH = 200  # MLflow's limit is 250 for a whole key, such as eval/<name>/perplexity
+_ACCEPTED = re.compile(r"[\w.\-: ]+(/[\w.\-: ]+)*")
+
+
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    name: str
+    value: float
+    step: int
+
+
+class Journal:
+    """Reads the metrics of the run in `folder`.
+
+    Of the steps only every `logging_steps`-th and the last of `total_steps`.
+    """
+
+    def __init__(self, folder: Path, *, logging_steps: int, total_steps: int) -> None:
+        self._folder = folder
+        self._logging_steps, self._total_steps = logging_steps, total_steps
+        self._read = {"steps.jsonl": 0, "eval.jsonl": 0}  # bytes
+
+    def points(self) -> Iterator[list[Point]]:
+        """All that was written since the last call, a request's worth at a time."""
+        while steps := self._lines("steps.jsonl"):
+            yield [point for line in steps if self._is_due(line["step"]) for point in _step(line)]
+        while evals := self._lines("eval.jsonl"):
+            yield [point for line in evals for point in _evaluation(line)]
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._logging_steps == 0 or step == self._total_steps
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The next complete lines of a file; none where there is no file yet."""
+        found = list[dict[str, Any]]()
+        try:
+            with (self._folder / name).open("rb") as file:
+                file.seek(self._read[name])
+                while len(found) < LINES_AT_ONCE and (line := file.readline()).endswith(b"\n"):
+                    found.append(json.loads(line))
+                    self._read[name] += len(line)
+        except FileNotFoundError:
+            pass
+        return found
+
+
+def safe_name(name: str) -> str:
+    """`name` as a part of an MLflow key: a name that it refuses gets other characters and a hash.
+
+    MLflow takes letters, digits and `_-.: /`, and no `..` or empty part between slashes.
+    """
+    parts_are_names = not {".", ".."}.intersection(name.split("/"))
+    if len(name) <= MAX_NAME_LENGTH and _ACCEPTED.fullmatch(name) and parts_are_names:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    readable = re.sub(r"[^\w\- ]+", "_", name)[: MAX_NAME_LENGTH - 9]
+    return f"{readable}-{digest}"
+
+
+def _step(line: Mapping[str, Any]) -> Iterator[Point]:
+    names = [*STEP_NAMES.items(), *((name, name) for name in DOCUMENTED_NAMES)]
+    return _numbers(line, names)
+
+
+def _evaluation(line: Mapping[str, Any]) -> Iterator[Point]:
+    name = safe_name(line["name"])
+    return _numbers(line, [(key, pattern.format(name)) for key, pattern in EVAL_NAMES.items()])
+
+
+def _numbers(line: Mapping[str, Any], names: list[tuple[str, str]]) -> Iterator[Point]:
+    """The values of `line` under their names; None, where there is no value, is left out."""
+    for key, name in names:
+        value = line.get(key)
+        if value is not None:
+            yield Point(name, float(value), line["step"])

@@ -1,0 +1,89 @@
+"""Metrics as trackers are told them, and the page that explains them; no tracker is needed."""
+
+import dataclasses
+import json
+
+import pytest
+
+from roll_sft import metrics
+from roll_sft.tracking.journal import LINES_AT_ONCE, Journal, safe_name
+
+NOT_NUMBERS = {"step", "sample_ids_sha256"}
+
+
+def write(path, records):
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read(journal):
+    return [point for points in journal.points() for point in points]
+
+
+def test_every_number_of_a_step_has_a_name_in_a_group_and_documented_names_stay():
+    fields = {field.name for field in dataclasses.fields(metrics.StepRecord)}
+    assert set(metrics.STEP_NAMES) == fields - NOT_NUMBERS
+    assert {name.partition("/")[0] for name in metrics.STEP_NAMES.values()} == {
+        "train",
+        "perf",
+        "data",
+    }
+    assert set(metrics.DOCUMENTED_NAMES) <= fields
+
+
+def test_journal_gives_each_complete_line_once_and_what_comes_later(tmp_path):
+    journal = Journal(tmp_path, logging_steps=2, total_steps=5)
+    assert read(journal) == []
+    write(tmp_path / "steps.jsonl", [{"step": n, "train_loss": 1 / n, "mfu": None} for n in (1, 2)])
+    write(tmp_path / "eval.jsonl", [{"step": 2, "name": "a", "loss": 3.0, "perplexity": 20.0}])
+    assert read(journal) == [
+        ("train/loss", 0.5, 2),
+        ("train_loss", 0.5, 2),
+        ("eval/a/loss", 3.0, 2),
+        ("eval/a/perplexity", 20.0, 2),
+    ]
+    assert read(journal) == []
+    with (tmp_path / "steps.jsonl").open("a") as file:
+        file.write('{"step": 4, "train')
+    assert read(journal) == []
+    with (tmp_path / "steps.jsonl").open("a") as file:
+        file.write('_loss": 0.25}\n{"step": 5, "train_loss": 0.2}\n')
+    assert [point[2] for point in read(journal)] == [4, 4, 5, 5]
+
+
+def test_a_long_history_comes_in_parts_that_fit_a_request(tmp_path):
+    fields = dict.fromkeys(metrics.STEP_NAMES, 1.0)
+    write(tmp_path / "steps.jsonl", [{"step": n, **fields} for n in range(1, 301)])
+    parts = list(Journal(tmp_path, logging_steps=1, total_steps=300).points())
+    assert len(parts) == -(-300 // LINES_AT_ONCE)
+    assert max(map(len, parts)) <= 1000
+    assert sum(map(len, parts)) == 300 * 20
+
+
+@pytest.mark.parametrize(
+    "name", ["held_out", "a/b", "v1.2", "données", "测试", "a b", "host:3", "x" * 200]
+)
+def test_names_that_mlflow_takes_stay(name):
+    assert safe_name(name) == name
+
+
+HOSTILE = [
+    "val (1)", "a|b", "a&b", "x" * 300, "../up", "/abs", "a//b", "a/./b", "", "\n", "tab\there",
+    "\ud800", "\0", "100%", "<script>", "'; drop table runs; --", "a/", ".", "..", "'", '"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_other_name_becomes_one_that_mlflow_takes(name):
+    from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
+
+    for pattern in metrics.EVAL_NAMES.values():
+        key = pattern.format(safe_name(name))
+        _validate_metric_name(key)
+        assert len(key) <= MAX_ENTITY_KEY_LENGTH
+    safe_name(name).encode()
+
+
+def test_names_that_differ_stay_different():
+    assert len({safe_name(name) for name in HOSTILE}) == len(HOSTILE)
+    assert safe_name("val (1)").startswith("val _1_-")
