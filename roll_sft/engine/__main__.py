@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,14 @@ import yaml
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.config_build import plain_config
-from roll_sft.engine.engine import Engine
-from roll_sft.engine.environment import set_variables
+from roll_sft.engine.environment import set_variables, silence_warnings
 from roll_sft.engine.manifest import check_complete, read_manifest
-from roll_sft.engine.parallel import Rendezvous, process_groups
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.engine.publish import publish_step, staging_folder
 from roll_sft.errors import RollSftError, printable
+
+if TYPE_CHECKING:
+    from roll_sft.engine.engine import Engine
 
 FAULT = 1
 
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--load", type=Path, help="go on from this step folder")
     parser.add_argument("--save", type=Path, help="write a checkpoint into this folder at the end")
     options = parser.parse_args(arguments)
+    silence_warnings()
     try:
         config = _config(options.config)
         check_config(config)
@@ -68,6 +71,10 @@ def _config(path: Path) -> RunConfig:
 
 
 def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None) -> None:
+    # These import Megatron-Core, which warns while it is imported.
+    from roll_sft.engine.engine import Engine
+    from roll_sft.engine.parallel import Rendezvous, process_groups
+
     cluster, parallel = job.config.cluster, job.config.parallel
     store, rank, world_size = next(dist.rendezvous("env://"))
     rendezvous = Rendezvous(
@@ -103,7 +110,7 @@ def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None)
             _save(job, engine, checkpoints=saves, step=last)
 
 
-def _save(job: Job, engine: Engine, *, checkpoints: Path, step: int) -> None:
+def _save(job: Job, engine: "Engine", *, checkpoints: Path, step: int) -> None:
     """Rank 0 makes and publishes the folder that all ranks write into."""
     staging = checkpoints / f".staging_{step:08d}"
     if dist.get_rank() == 0:

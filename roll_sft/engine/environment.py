@@ -1,15 +1,36 @@
-"""What the libraries of a rank read from the environment when they start.
+"""What the libraries of a rank read from the environment at their start, and what they may warn of.
 
 Set by both doors, a Ray worker and torchrun, before the first CUDA call, so that one configuration
 runs alike behind them. A value that the user set stays.
 """
 
 import os
+import warnings
 from importlib.metadata import version
 
 from packaging.version import Version
 
 OLD_ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # before torch 2.9, which warns of it
+
+# Warnings that no user of ours can act on: (beginning of the message, module that warns).
+WARNINGS = (
+    # Both are optional; the log names the kernels that are used.
+    ("Transformer Engine and Apex are not installed", r"megatron\."),
+    ("Apex is not installed", r"megatron\."),
+    # Megatron-Core's default of a setting that we do not use.
+    ("full scope is deprecated", r"megatron\.core\.transformer\.transformer_config"),
+    # Calls of Megatron-Core's, which follows torch in its own time.
+    (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\."),
+    # Megatron-Core's optimizer asks each of its shards for a gradient before it clears it. The
+    # module is the one that calls, which is ours where a CPU stands for a GPU.
+    (r"The \.grad attribute of a Tensor that is not a leaf", r"(megatron|roll_sft\.engine)\."),
+)
+
+
+def silence_warnings() -> None:
+    """Leave `WARNINGS` out; to be called before the first import of Megatron-Core."""
+    for message, module in WARNINGS:
+        warnings.filterwarnings("ignore", message, module=module)
 
 
 def set_variables(*, deterministic: bool) -> None:

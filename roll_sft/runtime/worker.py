@@ -24,7 +24,7 @@ import ray.util
 
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.durable import writing
-from roll_sft.engine.environment import set_variables
+from roll_sft.engine.environment import set_variables, silence_warnings
 from roll_sft.errors import ConfigError, RollSftError, first_line
 from roll_sft.garbage import imports_kept, keep_all
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
@@ -118,6 +118,7 @@ class Worker:
             _check_shared(self._spec, self._address)
             self._log = _open_log(self._spec, self._address)
             set_variables(deterministic=self._spec.config.deterministic)
+            silence_warnings()
         return self._address
 
     def serve_store(self) -> tuple[str, int] | None:
