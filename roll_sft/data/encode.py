@@ -71,7 +71,8 @@ class EncoderFacts:
         if tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token):
             control.pop(tokenizer.unk_token, None)
         first = tokenizer("", add_special_tokens=True).input_ids[:1]
-        named = (control[text] for text in _END_OF_TEXT if text in control)
+        # Not of `control`: transformers' class for Qwen calls its end of a text the unknown token.
+        named = (protected[text] for text in _END_OF_TEXT if text in protected)
         return cls(
             backend=_plain_backend(tokenizer),
             control=control,

@@ -356,8 +356,10 @@ def test_many_at_once_give_what_one_by_one_gives() -> None:
     assert chat.tokenize_many([]) == []
 
 
-def test_a_document_is_learnt_as_a_whole_and_ends() -> None:
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
+def test_a_document_is_learnt_as_a_whole_and_ends(unknown: str | None) -> None:
     tokenizer = with_template(None)
+    tokenizer.unk_token = unknown  # transformers' class for Qwen names the end of a text so
     chat = ChatTokenizer(tokenizer, template=CHATML_TEMPLATE)
     sample = only(chat, Document("One text.\n", row=0, line=1))
     assert tokenizer.decode(sample.token_ids) == "One text.\n<|endoftext|>"

@@ -345,7 +345,8 @@ def _compared(
 
 def _is_plain(wanted: reader.Wanted, tokenizer: PreTrainedTokenizerBase) -> bool:
     texts = [wanted.text or "", *(message["content"] for message in wanted.messages)]
-    return not any(token in text for token in tokenizer.all_special_tokens for text in texts)
+    spelt = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return not any(token in text for token in spelt for text in texts)
 
 
 def _places_learnt(
