@@ -13,7 +13,8 @@ from typing import Any
 
 from roll_sft.config import DataConfig, ParallelConfig, RunConfig, SourceConfig, source_name
 from roll_sft.config_keys import LARGEST_INTEGER
-from roll_sft.errors import refuse, shown
+from roll_sft.errors import refuse
+from roll_sft.safe_text import shown
 
 LONGEST_NAME = 255  # bytes of one part of a path, on every file system that is in use
 

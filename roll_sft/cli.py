@@ -10,7 +10,8 @@ from pathlib import Path
 
 from roll_sft import __version__
 from roll_sft.config import RunConfig
-from roll_sft.errors import ConfigError, printable
+from roll_sft.errors import ConfigError
+from roll_sft.safe_text import printable
 
 USAGE_ERROR = ConfigError.exit_code
 CONFIGURATION = (

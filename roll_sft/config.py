@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, get_args
 
 from roll_sft.config_keys import key
 from roll_sft.layout import ParallelLayout
+from roll_sft.safe_text import redacted
 
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 ResumeChange: TypeAlias = Literal[
@@ -346,8 +347,9 @@ def source_name(source: SourceConfig) -> str:
 
     That is the last part that is no pattern, without the suffixes of a file.
     """
-    parts = [
-        part for part in (source.path or "").split("/") if part and not re.search(r"[*?[]", part)
-    ]
+    path = redacted(source.path or "")  # a name is written to every file of a run
+    if "://" in path:
+        path = re.sub(r"^[^:]*://([^/]*@)?|[?#][^/]*$", "", path)
+    parts = [part for part in path.split("/") if part and not re.search(r"[*?[]", part)]
     last = parts[-1] if parts else "data"
     return source.name or re.sub(r"(\.\w+)?\.(gz|zst)$|\.\w+$", "", last) or last

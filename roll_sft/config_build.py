@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from roll_sft.checks import value_problems
 from roll_sft.config import RunConfig
 from roll_sft.config_keys import all_names, choices_of, section_of, without_null
-from roll_sft.errors import ConfigError, refuse, shown
+from roll_sft.errors import ConfigError, refuse
+from roll_sft.safe_text import shown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -150,7 +151,8 @@ def _section(cls: Any, values: Any, *, full: str, problems: list[str]) -> Any:
     for name, value in values.items():
         where = f"{full}.{name}" if full else str(name)
         if name not in kinds:
-            problems.append(no_such_key(where))
+            inside = value if where in RESERVED and isinstance(value, dict) else ()
+            problems += map(no_such_key, [f"{where}.{each}" for each in inside] or [where])
         elif section_of(kinds[name]) is None:
             try:
                 built[name] = _read(kinds[name], value, where=where)

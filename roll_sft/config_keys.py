@@ -34,6 +34,13 @@ class Key:
         return str(self.about["unit"])
 
     @property
+    def is_text(self) -> bool:
+        """Whether the key takes text, or a list of texts."""
+        inner, _ = without_null(self.kind)
+        inner = get_args(inner)[0] if get_origin(inner) is list else inner
+        return inner is str or bool(self.choices)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The texts that the key takes; empty where any text will do."""
         return choices_of(self.kind)

@@ -4,18 +4,19 @@ Every message names the value, the rule and the remedy in one line. The doors pr
 traceback; anything that is not a `RollSftError` is a fault of ours and keeps its traceback.
 """
 
-import reprlib
+import sys
+import traceback
 from typing import ClassVar
 
-SHOWN_LENGTH = 200
-_AS_YAML = {None: "null", True: "true", False: "false"}
-MAX_LINE_CHARS = 2000
+from roll_sft.safe_text import printable
+
+FAULT = 1
 
 
 class RollSftError(Exception):
     """Base of the errors a user can cause or must act on."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = FAULT
 
 
 class ConfigError(RollSftError):
@@ -59,35 +60,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def shown(value: object) -> str:
-    """`value` for a message: quoted, without control characters, at most some 200 characters."""
-    if value is None or isinstance(value, bool):
-        return _AS_YAML[value]
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = SHOWN_LENGTH
-    text = short.repr(value)
-    return text if len(text) <= 2 * SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}..."
-
-
-def printable(text: str) -> str:
-    """`text` as a terminal may show it: what a file or a key brought along cannot steer it.
-
-    Control characters are escaped, and a line of more than `MAX_LINE_CHARS` loses its middle.
-    """
-    return "\n".join(_printable_line(line) for line in text.split("\n"))
-
-
-def _printable_line(line: str) -> str:
-    if len(line) > MAX_LINE_CHARS:
-        half = MAX_LINE_CHARS // 2
-        line = f"{line[:half]} ... ({len(line):,} characters) ... {line[-half:]}"
-    if line.isprintable():
-        return line
-    escaped = (each.encode("unicode_escape").decode("ascii") for each in line)
-    return "".join(c if c.isprintable() else e for c, e in zip(line, escaped, strict=True))
-
-
 def refuse(problems: list[str]) -> None:
     """Raise all `problems` as one `ConfigError`, if there are any."""
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def report(error: BaseException) -> int:
+    """Say on stderr what a door ends with, and return its exit code.
+
+    A fault of ours shows its traceback first.
+    """
+    sys.stdout.flush()
+    text, code = str(error), FAULT
+    if isinstance(error, RollSftError):
+        code = error.exit_code
+    else:
+        text = f"{type(error).__name__}: {text}"
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))
+    sys.stderr.write(f"{printable(text)}\n")
+    return code

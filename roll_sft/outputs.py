@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from roll_sft.config import RunConfig
 from roll_sft.durable import aside_name, set_aside, write_durably, writing
 from roll_sft.errors import ConfigError, ResourceError
+from roll_sft.safe_text import redacted_tree
 
 LOG = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -164,7 +165,8 @@ def losses(folder: Path, name: str | None) -> dict[int, float]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
     with writing(path):
-        write_durably(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+        content = finite(redacted_tree(value))
+        write_durably(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -26,16 +25,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from roll_sft import demo
+from roll_sft.as_typed import override_as_typed, yaml_as_typed
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig
 from roll_sft.config_build import build_config, no_such_key, schema
 from roll_sft.config_reference import help_text
-from roll_sft.errors import ConfigError, RollSftError, printable
+from roll_sft.errors import FAULT, ConfigError, RollSftError, report
 from roll_sft.garbage import imports_kept, leave_quickly
 from roll_sft.outputs import output_folder
+from roll_sft.safe_text import redacted_tree, shown
 from roll_sft.terminal import set_up_logging
 
-FAULT = 1
 INTERRUPTED = 130
 
 # No telemetry unless the user asks for it by name.
@@ -79,21 +79,22 @@ def main(
                 demo.make_assets(demo.ASSETS)
             (action or _run)(*composed)
     except RollSftError as error:
-        return _report(error, error.exit_code)
+        return report(error)
     except KeyboardInterrupt:
-        return _report("interrupted", INTERRUPTED)
+        return _last_line("interrupted", INTERRUPTED)
     except SystemExit as leaving:
         if signals:
-            return _report(f"ended by {signal.Signals(signals[0]).name}", 128 + signals[0])
+            return _last_line(f"ended by {signal.Signals(signals[0]).name}", 128 + signals[0])
         return leaving.code if isinstance(leaving.code, int) else FAULT
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
-        traceback.print_exc()
-        return _report(f"{type(error).__name__}: {error}", FAULT)
+        return report(error)
     return 0
 
 
 def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
-    """The checked configuration that `arguments` ask for, and its text with interpolations.
+    """The checked configuration that `arguments` ask for, and its text to keep.
+
+    The text has interpolations as they are, and no credentials.
 
     None where they ask Hydra to show something. Raises `ConfigError`, also for Hydra's errors.
     """
@@ -113,13 +114,17 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
         nonlocal is_composed
         is_composed = True
         try:
-            outcome.append((_checked(composed), OmegaConf.to_yaml(composed, resolve=False)))
+            written = redacted_tree(OmegaConf.to_container(composed, resolve=False))
+            outcome.append((_checked(composed), OmegaConf.to_yaml(OmegaConf.create(written))))
         except ConfigError as error:  # kept from Hydra, which would add lines of its own
             outcome.append(error)
 
-    program, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    # Hydra takes its overrides among the flags, at any place; no flag's value has a `=`.
+    typed = [override_as_typed(each) if "=" in each else each for each in arguments]
+    program, sys.argv = sys.argv, [sys.argv[0], *typed]
     try:
-        task()
+        with yaml_as_typed():
+            task()
     except SystemExit as leaving:  # Hydra has said why, sometimes with the exit code of a fault
         raise SystemExit(ConfigError.exit_code if leaving.code == FAULT else leaving.code) from None
     except Exception as error:
@@ -203,12 +208,13 @@ def _hydra_message(error: Exception, config_dir: str | None) -> str:
         return _missing_config(error, config_dir)
     lines = [line.strip() for line in [*text.splitlines(), *str(cause or "").splitlines()]]
     noise = ("full_key:", "object_type=", "reference_type=", "See https:")
-    shown = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    text = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r}: {shown}; write key=value, in quotes where a shell needs them"
+        remedy = "write key=value, and a value with ( ) { } [ ] : , or = as key='\"a (b)\"'"
+        return f"{shown(error.override)}: {text}; {remedy}"
     if not isinstance(error, HydraException):
-        return f"--config-name: the file cannot be read: {shown}; correct it"
-    return shown or type(error).__name__
+        return f"--config-name: the file cannot be read: {text}; correct it"
+    return text or type(error).__name__
 
 
 def _missing_config(error: MissingConfigException, config_dir: str | None) -> str:
@@ -220,14 +226,14 @@ def _missing_config(error: MissingConfigException, config_dir: str | None) -> st
     nearest = difflib.get_close_matches(error.missing_cfg_file, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     if text.startswith("Cannot find primary config"):
-        text = f"--config-name: there is no configuration {error.missing_cfg_file!r}"
+        text = f"--config-name: there is no configuration {shown(error.missing_cfg_file)}"
     names_shown = ", ".join(names)
     return f"{text.rstrip('.')}; {hint}there are {names_shown}; --config-dir adds a folder of yours"
 
 
-def _report(error: object, code: int) -> int:
+def _last_line(text: str, code: int) -> int:
     sys.stdout.flush()
-    sys.stderr.write(f"{printable(str(error))}\n")
+    sys.stderr.write(f"{text}\n")
     return code
 
 

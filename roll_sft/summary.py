@@ -14,8 +14,8 @@ from rich.table import Table
 
 from roll_sft import outputs
 from roll_sft.config import RunConfig
+from roll_sft.safe_text import redacted
 from roll_sft.terminal import format_seconds, stdout_console
-from roll_sft.tracking.facts import without_secrets
 
 
 def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:
@@ -111,7 +111,7 @@ def _next_commands(config: RunConfig, folder: Path) -> Iterator[str]:
     if "mlflow" in config.tracking.backends:
         uri = config.tracking.mlflow_uri or f"sqlite:///{_shown(folder.parent / 'mlflow.db')}"
         if uri.startswith(("http://", "https://")):
-            yield f"curves: {without_secrets(uri)}, experiment {config.tracking.experiment}"
+            yield f"curves: {redacted(uri)}, experiment {config.tracking.experiment}"
         else:
             yield f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     steps = sorted(folder.glob(f"{outputs.CHECKPOINTS}/step_*"))

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from roll_sft.errors import printable
 from roll_sft.metrics import StepRecord
+from roll_sft.safe_text import printable
 
 LOG = logging.getLogger(__name__)
 CONSOLE = Console(stderr=True, highlight=False)

@@ -27,6 +27,7 @@ FLOORS = (
     ("roll_sft/garbage.py", 0),
     ("roll_sft/metrics.py", 0),
     ("roll_sft/errors.py", 0),
+    ("roll_sft/safe_text.py", 0),
     ("roll_sft/data/", 1),
     ("roll_sft/models/", 1),
     ("roll_sft/engine/", 2),
@@ -36,10 +37,10 @@ FLOORS = (
 STRANGERS = (("roll_sft/data/", "roll_sft/models/"), ("roll_sft/models/", "roll_sft/data/"))
 DOORS = ("roll_sft/driver.py", "roll_sft/run.py", "roll_sft/api.py", "roll_sft/cli.py")
 ONLY_IN = {
-    "hydra": ("roll_sft/run.py", "roll_sft/api.py", "roll_sft/cli.py"),
+    "hydra": ("roll_sft/run.py", "roll_sft/as_typed.py", "roll_sft/api.py", "roll_sft/cli.py"),
     "megatron": ("roll_sft/engine/",),
     "mlflow": ("roll_sft/tracking",),
-    "omegaconf": ("roll_sft/config_build.py", "roll_sft/run.py"),
+    "omegaconf": ("roll_sft/config_build.py", "roll_sft/as_typed.py", "roll_sft/run.py"),
     "ray": ("roll_sft/runtime/", *DOORS),
 }
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")  # split, or this line would be one
@@ -137,13 +138,13 @@ def habit_findings(tree: ast.AST, path: str) -> Iterator[str]:
 
 
 def exit_code_handlers(tree: ast.AST) -> Iterator[ast.AST]:
-    """Handlers of a `main` that show the traceback: a process ends there, with an exit code."""
+    """Handlers of a `main` that report the error: a process ends there, with an exit code."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or function.name != "main":
             continue
         for handler in ast.walk(function):
             calls = [node for node in ast.walk(handler) if isinstance(node, ast.Call)]
-            if isinstance(handler, ast.ExceptHandler) and "print_exc" in map(called_name, calls):
+            if isinstance(handler, ast.ExceptHandler) and "report" in map(called_name, calls):
                 yield handler
 
 
@@ -224,7 +225,7 @@ def test_sources_of_every_floor_are_read():
         ),
         (
             "roll_sft/run.py",
-            "def f():\n    try:\n        g()\n    except Exception:\n        print_exc()",
+            "def f():\n    try:\n        g()\n    except Exception:\n        report()",
         ),
         ("roll_sft/driver.py", "def f(a, b, c, d, *, e, g, h): ..."),
         ("roll_sft/driver.py", "def f():\n" + "    x = 1\n" * 80),
@@ -249,7 +250,7 @@ def test_broken_rule_is_found(path, source):
         ("roll_sft/driver.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise"),
         (
             "roll_sft/run.py",
-            "def main():\n    try:\n        f()\n    except Exception:\n        print_exc()",
+            "def main():\n    try:\n        f()\n    except Exception:\n        report()",
         ),
         ("roll_sft/driver.py", "try:\n    f()\nexcept OSError:\n    pass"),
         ("roll_sft/driver.py", "class C:\n    def f(self, a, b, c, d, e, g): ..."),

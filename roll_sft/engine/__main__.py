@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +24,10 @@ from roll_sft.engine.environment import set_variables, silence_warnings
 from roll_sft.engine.manifest import check_complete, read_manifest
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.errors import RollSftError, printable
+from roll_sft.errors import report
 
 if TYPE_CHECKING:
     from roll_sft.engine.engine import Engine
-
-FAULT = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,13 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.load is not None:
             check_complete(options.load)
         _run(prepare(config), steps=options.steps, loads=options.load, saves=options.save)
-    except RollSftError as error:
-        sys.stderr.write(f"{printable(str(error))}\n")
-        return error.exit_code
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
-        traceback.print_exc()
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return FAULT
+        return report(error)
     return 0
 
 

@@ -7,16 +7,14 @@ INPUT tells the direction: a step folder has a manifest, a HuggingFace model a c
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 
 from roll_sft.engine.export import export
 from roll_sft.engine.import_hf import DTYPES, import_model
 from roll_sft.engine.manifest import MANIFEST
-from roll_sft.errors import ConfigError, RollSftError, printable
+from roll_sft.errors import ConfigError, report
 from roll_sft.garbage import leave_quickly
 
-FAULT = 1
 _DESCRIPTION = "A checkpoint to a folder that transformers loads, or such a folder to a checkpoint."
 
 
@@ -38,13 +36,8 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     leave_quickly()
     try:
         found = _convert(options)
-    except RollSftError as error:
-        sys.stderr.write(f"{printable(str(error))}\n")
-        return error.exit_code
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
-        traceback.print_exc()
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return FAULT
+        return report(error)
     if found is not None:
         sys.stdout.write(f"{found}\n")
     sys.stdout.write(f"{options.output}\n")

@@ -29,6 +29,7 @@ from roll_sft.errors import ConfigError, RollSftError, first_line
 from roll_sft.garbage import imports_kept, keep_all
 from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
 from roll_sft.runtime import supply
+from roll_sft.safe_text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -317,6 +318,11 @@ def _check_shared(spec: WorkerSpec, address: WorkerAddress) -> None:
         )
 
 
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     """The rank's own log; also what its libraries print, and the stack of a crash."""
     with writing(spec.logs):
@@ -325,7 +331,10 @@ def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     faulthandler.enable(file=log)
-    form = f"%(asctime)s {address.host} rank {spec.rank} %(levelname)s %(message)s"
-    logging.basicConfig(stream=log, level=logging.INFO, format=form, force=True)
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(
+        _LogFormatter(f"%(asctime)s {address.host} rank {spec.rank} %(levelname)s %(message)s")
+    )
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     LOG.info("%s", started_line(address))
     return log

@@ -9,7 +9,6 @@ import getpass
 import hashlib
 import json
 import platform
-import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from roll_sft.config import RunConfig, SourceConfig, source_name
 from roll_sft.data.cache import TokenSet
 from roll_sft.engine.preflight import Job
 from roll_sft.layout import ParallelLayout
+from roll_sft.safe_text import redacted
 
 PACKAGES = ("roll_sft", "torch", "megatron-core", "ray", "transformers")
 # What decides the weights or the speed: in every run, so that runs compare. Of the other sections
@@ -67,18 +67,12 @@ def params_of(config: RunConfig) -> dict[str, str]:
         chosen["data"][kind] = ", ".join(map(_share, getattr(config.data, kind)))
     flat, flat_defaults = dict(_flat(chosen)), dict(_flat(defaults))
     return {
-        key: without_secrets(str(value))
+        key: redacted(str(value))
         for key, value in flat.items()
         if key not in NEVER_KEYS
         and value not in (None, "")
         and (key.startswith(ALWAYS) or value != flat_defaults.get(key))
     }
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the user and password of every URL in it masked, and its query left out."""
-    masked = re.sub(r"://[^/@\s]+@", "://***@", text)
-    return re.sub(r"(://[^?\s]+)\?\S*", r"\1", masked)
 
 
 def _share(entry: SourceConfig) -> str:
@@ -160,7 +154,7 @@ def _inputs(job: Job) -> Iterator[DataInput]:
             yield DataInput(
                 name=report.name,
                 digest=digests[report.name],
-                source=without_secrets(report.path),
+                source=redacted(report.path),
                 context=context,
                 profile={
                     "num_rows": report.rows,

@@ -23,7 +23,8 @@ from typing import Any
 from filelock import FileLock
 
 from roll_sft.errors import first_line
-from roll_sft.tracking.facts import DataInput, RunFacts, without_secrets
+from roll_sft.safe_text import redacted
+from roll_sft.tracking.facts import DataInput, RunFacts
 from roll_sft.tracking.journal import Journal, Point, safe_name
 from roll_sft.tracking.system_metrics import SystemMetrics
 
@@ -215,7 +216,7 @@ class MlflowRun:
 
     def _warn(self, kind: str, reason: str) -> None:
         if kind not in self._warned:
-            LOG.warning(without_secrets(f"MLflow at {self._address.uri}: {reason}"))
+            LOG.warning(redacted(f"MLflow at {self._address.uri}: {reason}"))
         self._warned.add(kind)
 
     def _open(self, client_class: Any) -> None:

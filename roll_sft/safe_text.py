@@ -1,0 +1,91 @@
+"""Text that may leave the process: no credentials, no control characters, no endless values.
+
+Files that a run writes, the console, the logs and the trackers all pass their text through
+`redacted`. Promises: the user and password of a URL, its query and a hub token never survive it.
+"""
+
+import re
+import reprlib
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+SHOWN_LENGTH = 200
+LINE_LENGTH = 2000  # of a line on the console; the remedy is at its end
+_AS_YAML = {None: "null", True: "true", False: "false"}
+_URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.\-]{0,30}://)(\S*)")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def redacted(text: str) -> str:
+    """`text` with the credentials of every URL in it masked."""
+    return _HUB_TOKEN.sub(f"hf_{MASK}", _URL.sub(_without_credentials, text))
+
+
+def redacted_tree(value: Any) -> Any:
+    """Mappings and lists of JSON's types, every text in them `redacted`."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {redacted_tree(key): redacted_tree(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_tree(each) for each in value]
+    return value
+
+
+def shown(value: object) -> str:
+    """`value` for a message: quoted, escaped and redacted, at most some 200 characters of it."""
+    if value is None or isinstance(value, bool):
+        return _AS_YAML[value]
+    text = _Short().repr(value)
+    return text if len(text) <= 2 * SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}..."
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal or a log: redacted, control characters escaped, long lines cut."""
+    return "\n".join(map(_cut, map(_escaped, redacted(text).split("\n"))))
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = SHOWN_LENGTH
+
+    def repr_str(self, value: str, level: int) -> str:
+        return super().repr_str(redacted(value), level)
+
+
+def _without_credentials(match: re.Match[str]) -> str:
+    scheme, rest = match.groups()
+    is_web = scheme.lower() in ("http://", "https://")
+    head, _, tail = rest.partition("/")
+    user, at, _ = head.rpartition("@")
+    # A bucket may be `container@account`; a name alone is a token on the web only.
+    if at and (":" in user or is_web):
+        rest = f"{MASK}@{rest[len(user) + 1 :]}"
+    elif "@" in tail and re.fullmatch(r"[^\[:]*:(?!\d*$).*", head):  # a password with a slash
+        rest = f"{MASK}@{rest.rpartition('@')[2]}"
+    # A query or a fragment ends where a quoted text does.
+    mark = r"[?#]" if is_web else r"\?(?=[^'\"]*=)"
+    return scheme + re.sub(rf"({mark})[^'\"\s]+", rf"\1{MASK}", rest, count=1)
+
+
+def _escaped(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(repr(each)[1:-1] if _is_hostile(each) else each for each in line)
+
+
+def _is_hostile(letter: str) -> bool:
+    """Whether a terminal would obey `letter`, or could not be given it."""
+    is_control = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") and letter != "\t"
+    return is_control or letter in _BIDIRECTIONAL
+
+
+def _cut(line: str) -> str:
+    if len(line) <= LINE_LENGTH:
+        return line
+    kept = LINE_LENGTH // 2
+    return f"{line[:kept]} ... ({len(line):,} characters) ... {line[-kept:]}"
