@@ -113,9 +113,25 @@ def _train_from(
 def train(
     job: Job, group: WorkerGroup, records: Records, *, folder: Path, first_step: int = 1
 ) -> None:
+    """All steps, evaluations and saves from `first_step` on.
+
+    Raises `DivergedError` that says how to go on. What else ends it is said with what is kept.
+    """
+    saves = Saves(job, group, records, folder=folder)
+    try:
+        _train(job, group, records, saves=saves, first_step=first_step)
+    except DivergedError as error:
+        raise DivergedError(f"{error}; {saves.way_back(error.sound_step)}") from error
+    except BaseException:
+        LOG.info("%s", saves.what_is_kept())
+        raise
+
+
+def _train(
+    job: Job, group: WorkerGroup, records: Records, *, saves: Saves, first_step: int
+) -> None:
     """Queue a step, collect the one before it; drain where something else is due."""
     train, pending = job.config.train, deque[tuple[StepPlan, Pending]]()
-    saves = Saves(job, group, records, folder=folder)
     plan = job.planner.step(first_step)
     for step in range(first_step, job.total_steps + 1):
         is_last = step == job.total_steps
@@ -141,20 +157,32 @@ def train(
 
 
 def _finish_step(plan: StepPlan, pending: Pending, *, group: WorkerGroup, records: Records) -> None:
-    record = records.step(plan, group.wait_step(pending))
-    if not (math.isfinite(record.train_loss) and math.isfinite(record.grad_norm)):
-        raise DivergedError(
-            f"step {record.step}: train_loss {record.train_loss} and grad_norm {record.grad_norm}"
-            " must be finite; lower train.learning_rate or train.max_grad_norm, and look at the"
-            " samples of this step (train.log_samples=true)"
-        )
+    result = group.wait_step(pending)
+    loss = result.loss_sum / result.supervised_tokens
+    if math.isfinite(loss) and math.isfinite(result.grad_norm):
+        records.step(plan, result)
+        return
+    records.bad_batch(plan, result)
+    # A loss is computed with the weights of the step before, so it says whether those are sound.
+    sound_step = plan.step - (1 if math.isfinite(loss) else 2)
+    raise DivergedError(
+        f"step {plan.step}: train_loss {loss} and grad_norm {result.grad_norm} must be finite; the"
+        " samples of this step are in bad_batches.jsonl",
+        sound_step=sound_step,
+    )
 
 
 def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> None:
     for name, planner in job.validation.items():
         started = time.perf_counter()
         result = group.evaluate(name, planner.evaluation())
-        loss = records.evaluation(step, name, result, seconds=time.perf_counter() - started)
+        loss = result.loss_sum / result.supervised_tokens
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"step {step}: the loss of validation set {name!r} is {loss} and must be finite",
+                sound_step=step - 1,
+            )
+        records.evaluation(step, name, result, seconds=time.perf_counter() - started)
         LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
 
 

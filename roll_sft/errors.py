@@ -38,9 +38,16 @@ class ResourceError(RollSftError):
 
 
 class DivergedError(RollSftError):
-    """The loss or the gradient norm is no longer finite."""
+    """A loss, the gradient norm or a weight is no longer finite.
+
+    `sound_step` is the last step whose weights are known to compute a finite loss.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, sound_step: int = 0) -> None:
+        super().__init__(message)
+        self.sound_step = sound_step
 
 
 class CheckpointError(RollSftError):

@@ -48,6 +48,18 @@ class Records:
         self._display.show(record, fill=plan.fill)
         return record
 
+    def bad_batch(self, plan: StepPlan, result: StepMetrics) -> None:
+        """Record the samples of a step whose loss or gradient is not finite; it has no line."""
+        names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
+        self._open(self._folder / "bad_batches.jsonl").write(
+            {
+                "step": plan.step,
+                "train_loss": result.loss_sum / result.supervised_tokens,
+                "grad_norm": result.grad_norm,
+                "samples": names,
+            }
+        )
+
     def evaluation(self, step: int, name: str, result: EvalMetrics, *, seconds: float) -> float:
         """Record the loss of validation set `name` after `step`; returns it."""
         assert self._evals is not None, "a run without validation sets evaluates nothing"

@@ -2,11 +2,14 @@
 
 With `checkpoint.async_save` the workers write while they train, and the driver publishes when all
 have written; it looks after each step, without waiting. Promises: one checkpoint is written at a
-time; it is published after the logs up to its step are on disk, and before the run ends.
+time; it is published after the logs up to its step are on disk, and before the run ends; what a
+rank finds not to be finite is never published.
 """
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from roll_sft.data.plan import StepPlan
 from roll_sft.durable import writing
 from roll_sft.engine.preflight import Job
 from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.engine.resume import newest_until, origin_of, step_folders
 from roll_sft.engine.retention import GIB, checkpoint_bytes, free_bytes, retain
-from roll_sft.errors import CheckpointError
+from roll_sft.errors import CheckpointError, DivergedError, RollSftError
 from roll_sft.records import Records
 from roll_sft.runtime.group import Pending, WorkerGroup
 
@@ -68,7 +72,8 @@ class Saves:
         self._last_save = time.monotonic()
         began = time.perf_counter()
         staging = self._staging(plan.step)
-        self._group.begin_save(staging)
+        with _not_sound_after(plan):
+            self._group.begin_save(staging)
         self._writing = _Writing(plan, staging, began)
         if not self._job.config.checkpoint.async_save:
             self._publish()
@@ -81,7 +86,8 @@ class Saves:
         if begun.question is None:
             begun.question = self._group.is_saved()
             return
-        answer = self._group.answer_of(begun.question)
+        with _not_sound_after(begun.plan):
+            answer = self._group.answer_of(begun.question)
         if answer:
             self._publish()
         elif answer is not None:
@@ -93,8 +99,42 @@ class Saves:
     def finish(self) -> None:
         """Publish what is being written, once it is."""
         if self._writing is not None:
-            self._group.finish_save()
+            with _not_sound_after(self._writing.plan):
+                self._group.finish_save()
             self._publish()
+
+    def way_back(self, sound_step: int) -> str:
+        """What to do after a divergence; publishes what is being written, if it is sound.
+
+        The state after `sound_step` is the last that is known to be.
+        """
+        if self._writing is not None and self._writing.plan.step <= sound_step:
+            try:
+                self.finish()
+            except RollSftError as error:
+                LOG.warning("the checkpoint that was being written is lost: %s", error)
+        good = newest_until(self._checkpoints, sound_step)
+        lower = "lower train.learning_rate or train.max_grad_norm"
+        if good is None:
+            elsewhere = " with another output_dir or run_name" if self._own_folders() else ""
+            return f"no checkpoint before it is known to be good: {lower} and start anew{elsewhere}"
+        allowed = self._job.config.checkpoint.allow_changes
+        names = ",".join(dict.fromkeys([*allowed, "schedule", "optimizer"]))
+        return (
+            f"the last good checkpoint is {good.name}: {lower} and go back to it with resume={good}"
+            f" 'checkpoint.allow_changes=[{names}]'"
+        )
+
+    def what_is_kept(self) -> str:
+        """What the same command goes on from."""
+        folders = self._own_folders()
+        origin = folders[-1] if folders else origin_of(self._checkpoints)
+        if origin is None:
+            return "no checkpoint was made yet: the same command begins again with step 1"
+        return f"{origin} is kept: the same command goes on from it"
+
+    def _own_folders(self) -> list[Path]:
+        return step_folders(self._checkpoints)
 
     def _staging(self, step: int) -> Path:
         with writing(self._checkpoints, CheckpointError):
@@ -112,3 +152,14 @@ class Saves:
         config = self._job.config.checkpoint
         losses = outputs.losses(self._folder, config.keep_best)
         retain(self._checkpoints, config, losses=losses)
+
+
+@contextlib.contextmanager
+def _not_sound_after(plan: StepPlan) -> Iterator[None]:
+    """Say of weights that a rank finds not to be finite after which step they still were."""
+    try:
+        yield
+    except DivergedError as error:
+        raise DivergedError(
+            f"step {plan.step}: {error}, so no checkpoint is made of it", sound_step=plan.step - 1
+        ) from error

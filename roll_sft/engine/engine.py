@@ -21,7 +21,7 @@ from roll_sft.config import RunConfig, layout_of
 from roll_sft.data.batch import PackedBatch, build_batch, common_tokens
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.plan import RankWork
-from roll_sft.engine import checkpoint, compiling, setup, shards
+from roll_sft.engine import checkpoint, compiling, finite, setup, shards
 from roll_sft.engine.attention import describe_pack, segments_of
 from roll_sft.engine.distcp import read_index
 from roll_sft.engine.inputs import ModelSource, TokenData
@@ -88,6 +88,7 @@ class Engine:
         self.chunks = setup.build_model(source.shape, self._transformer, kernel=kernel)
         if checkpoint is None:
             setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
+            finite.check_given(self.chunks, source.family, source.shape, source=source.tensors)
         else:
             setup.clear_weights(self.chunks)
         self._wrapped = setup.wrap_model(
@@ -145,11 +146,13 @@ class Engine:
         """Write this rank's part into `folder`, which is not yet a checkpoint. Not collective.
 
         With `async_save` it is being written when this returns; it holds the state as it is now.
+        What is not finite is not written: `DivergedError`, from here or where the save ends.
         """
         state, step = self._state()
         writer = shards.Writer(dist.get_rank(), dist.get_world_size(), step)
 
         def write(pieces: Sequence[shards.Piece]) -> None:
+            finite.check_state(pieces)
             shards.write(folder, pieces, objects=state.objects, writer=writer)
 
         if self._config.checkpoint.async_save:
@@ -180,6 +183,7 @@ class Engine:
         checkpoint.make_optimizer_state(self.optimizer, step=step or 0)
         optimizer = None if step is None else self.optimizer
         checkpoint.load(index, checkpoint.rank_state(self.chunks, optimizer))
+        finite.check_loaded(self.chunks, folder)
         if optimizer is None:
             self.optimizer.reload_model_params()
 

@@ -81,9 +81,8 @@ def _named(resume: str) -> Path:
 
 def _check_origin(checkpoints: Path, *, chosen: Path) -> None:
     """Refuse a step folder of another run, unless the run of `checkpoints` began from it."""
-    origin = checkpoints / ORIGIN
-    found = origin.read_text(encoding="utf-8").strip() if origin.is_file() else "its own step 1"
-    if found != str(chosen):
+    found = origin_of(checkpoints) or "its own step 1"
+    if found != chosen:
         raise ConfigError(
             f"resume: {str(chosen)!r} is of another run, and the checkpoints in"
             f" {str(checkpoints)!r} began from {found}; choose another output_dir or run_name, or"
@@ -113,6 +112,23 @@ def step_folders(checkpoints: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The step in the name of a step folder."""
     return int(folder.name.removeprefix("step_"))
+
+
+def origin_of(checkpoints: Path) -> Path | None:
+    """The step folder of another run that the run of `checkpoints` began from, if it did."""
+    origin = checkpoints / ORIGIN
+    return Path(origin.read_text(encoding="utf-8").strip()) if origin.is_file() else None
+
+
+def newest_until(checkpoints: Path, step: int) -> Path | None:
+    """The newest checkpoint of a run up to `step`; of one that has none, that it began from."""
+    own, origin = step_folders(checkpoints), origin_of(checkpoints)
+    if own or origin is None:
+        return next((folder for folder in reversed(own) if step_of(folder) <= step), None)
+    try:
+        return origin if read_manifest(origin).state.step <= step else None
+    except CheckpointError:  # it is gone by now
+        return None
 
 
 def make_way(checkpoints: Path, start: Start) -> None:

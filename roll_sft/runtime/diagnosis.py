@@ -32,6 +32,7 @@ KINDS = {
         errors.ConfigError,
         errors.DataError,
         errors.ResourceError,
+        errors.DivergedError,
         errors.CheckpointError,
     )
 }
