@@ -22,11 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.fill import SourceOptions
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.data.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.layout import ParallelLayout
 
 LENGTH = 8192

@@ -216,9 +216,9 @@ def _looked(
     for batch in iter(lambda: list(islice(placed, 1 if rows else _ROWS_PER_BATCH)), []):
         readable = [row for _, row in batch if not isinstance(row, BadRow)]
         results = iter(reader.chat.tokenize_many(readable))
-        for file, row in batch:
+        for place, row in batch:
             result = row if isinstance(row, BadRow) else next(results)
-            yield _judged(reader, row, result, source=source_name(entry), file=file)
+            yield _judged(reader, row, result, source=source_name(entry), place=place)
 
 
 def _judged(
@@ -227,9 +227,9 @@ def _judged(
     result: list[TokenizedSample] | UnusableRow | BadRow,
     *,
     source: str,
-    file: str,
+    place: str,
 ) -> _Looked:
-    place, excerpt = f"{file}:{row.line}", _excerpt(row)
+    excerpt = _excerpt(row)
 
     def dropped(kind: str, reason: str) -> Dropped:
         return Dropped(source, row.row, place, kind=kind, reason=reason, excerpt=excerpt)

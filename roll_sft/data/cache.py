@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from roll_sft.errors import DataError
 
 # Raise it when the files change their meaning: older folders are then prepared again.
-FORMAT = 3
+FORMAT = 4
 ARRAYS: Mapping[str, type[np.generic]] = {
     "tokens": np.int32,
     "label_mask": np.uint8,
@@ -43,13 +43,14 @@ PLACES_SHOWN = 3
 class CacheFacts:
     """The content of report.json: all but the name and place of the source, which may change.
 
-    `rows` are `kept`, if they gave a sample, or `dropped` under one reason; `dropped_lines` has the
-    first lines of each, from 0 at the beginning of the shard. Of a kept row that gives several,
-    single samples may be missing, counted in `dropped_samples`; `truncated` samples were cut.
-    `first_malformed` says why the first of the malformed rows is one. `first_overlong` is the line
-    and the tokens of the first sample that was too long, empty without one; `shortest_overlong` the
-    tokens of the shortest. `columns_used` are the optional columns, among those the user named,
-    that a row had.
+    `rows` are `kept`, if they gave a sample, or `dropped` under one reason; `dropped_at` has the
+    first places of each: [line, row], both from 0 at the beginning of the shard. Of a kept row that
+    gives several, single samples may be missing, counted in `dropped_samples`; `truncated` samples
+    were cut. `first_malformed` says why the first of the malformed rows is one. `first_overlong` is
+    the line, the row and the tokens of the first sample that was too long, empty without one;
+    `shortest_overlong` and `longest_overlong` are the tokens of those. `columns_used` are the
+    optional columns, among those the user named, that a row had; `columns_left_aside` those that
+    samples are not made of, keys of messages among them.
     """
 
     format: int = FORMAT
@@ -60,19 +61,21 @@ class CacheFacts:
     supervised_tokens: int = 0
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    dropped_lines: dict[str, list[int]] = field(default_factory=dict)
+    dropped_at: dict[str, list[list[int]]] = field(default_factory=dict)
     dropped_samples: dict[str, int] = field(default_factory=dict)
     first_malformed: str = ""
     first_overlong: list[int] = field(default_factory=list)
     shortest_overlong: int = 0
+    longest_overlong: int = 0
     columns_used: list[str] = field(default_factory=list)
+    columns_left_aside: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, *, line: int) -> None:
-        """Count one row under `reason`."""
+    def drop(self, reason: str, *, at: list[int]) -> None:
+        """Count one row, which lies `at` [line, row], under `reason`."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        lines = self.dropped_lines.setdefault(reason, [])
-        if len(lines) < PLACES_SHOWN:
-            lines.append(line)
+        places = self.dropped_at.setdefault(reason, [])
+        if len(places) < PLACES_SHOWN:
+            places.append(at)
 
 
 class TokenCache:

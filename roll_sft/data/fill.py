@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, CacheFacts, read_facts
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
+from roll_sft.data.columns import ColumnKeys, Shape
 from roll_sft.data.conversation import BadRow, Conversation, Document
-from roll_sft.data.shapes import ColumnKeys, Shape
 from roll_sft.data.shards import Shard, read_shard
 from roll_sft.errors import DataError, ResourceError
 
@@ -79,6 +79,11 @@ class ShardTask:
         if self.shard.kind in ("lines", "array"):
             return self.shard.stop - self.shard.start
         return self.stamp[0] if self.stamp else 0
+
+    def place_of(self, at: Sequence[int]) -> str:
+        """Where in the file a row lies of which `CacheFacts` know the line and the row."""
+        line, row = at
+        return self.shard.place_of(self.shard.first_line + line, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +161,12 @@ def fill(tokenizer: ChatTokenizer, task: ShardTask) -> Filled:
 
 def check_row_errors(facts: CacheFacts, task: ShardTask) -> None:
     """Raise `DataError` for a row that the options make an error, with its place."""
-    file, first_line = task.shard.file, task.shard.first_line
     if task.options.on_bad_row == "error" and MALFORMED in facts.dropped:
-        line = first_line + facts.dropped_lines[MALFORMED][0]
-        raise DataError(f"{file}:{line}: {facts.first_malformed}")
+        raise DataError(f"{task.place_of(facts.dropped_at[MALFORMED][0])}: {facts.first_malformed}")
     if task.options.overlong == "error" and facts.first_overlong:
-        line, length = facts.first_overlong
+        *at, length = facts.first_overlong
         raise DataError(
-            f"{file}:{first_line + line}: the sample has {length} tokens, more than"
+            f"{task.place_of(at)}: the sample has {length} tokens, more than"
             f" data.sequence_length={task.options.sequence_length}; raise it, or set"
             " data.overlong to drop or truncate"
         )
@@ -230,6 +233,7 @@ def _build(folder: Path, tokenizer: ChatTokenizer, task: ShardTask) -> CacheFact
     if task.stamp is not None and stamp_of(file_read) != task.stamp:
         raise DataError(f"{file_read}: changed while it was read; run again once it is written")
     facts.columns_used = sorted(rows.used)
+    facts.columns_left_aside = sorted(rows.left_aside)
     with (folder / REPORT_FILE).open("w", encoding="utf-8") as report:
         json.dump(asdict(facts), report, indent=1)
         report.flush()
@@ -281,27 +285,28 @@ def _take_batch(
     results = iter(tokenizer.tokenize_many(readable))
     for row in batch:
         facts.rows += 1
-        line = row.line - task.shard.first_line
+        at = [row.line - task.shard.first_line, row.row]
         if isinstance(row, BadRow) and row.is_empty:
-            facts.drop(EMPTY, line=line)
+            facts.drop(EMPTY, at=at)
             continue
         result = row if isinstance(row, BadRow) else next(results)
         if isinstance(result, BadRow | UnusableRow):
             reason = result.reason if isinstance(result, BadRow) else str(result)
             facts.first_malformed = facts.first_malformed or reason
-            facts.drop(MALFORMED, line=line)
+            facts.drop(MALFORMED, at=at)
             continue
         reasons: list[str] = []
         num_before = facts.samples
         for sample in result:
             length = sample.token_ids.size
             if length > task.options.sequence_length:
-                facts.first_overlong = facts.first_overlong or [line, length]
+                facts.first_overlong = facts.first_overlong or [*at, length]
                 facts.shortest_overlong = min(facts.shortest_overlong or length, length)
+                facts.longest_overlong = max(facts.longest_overlong, length)
             if why := _take(sample, row.row, task.options, facts=facts, columns=columns):
                 reasons.append(why)
         if facts.samples == num_before:
-            facts.drop(reasons[0] if reasons else UNSUPERVISED, line=line)
+            facts.drop(reasons[0] if reasons else UNSUPERVISED, at=at)
             continue
         facts.kept += 1
         for reason in reasons:

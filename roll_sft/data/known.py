@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from roll_sft.data.cache import FORMAT
+from roll_sft.data.columns import ColumnKeys, Shape
 from roll_sft.data.files import find_files
 from roll_sft.data.fill import stamp_of
-from roll_sft.data.shapes import ColumnKeys, Shape
 from roll_sft.data.shards import SHARD_BYTES, Shard, file_shapes, shards_of_file
 
 _SETTLED_S = 2.0

@@ -32,13 +32,15 @@ from roll_sft.data.fill import (
 )
 from roll_sft.data.known import known_files
 from roll_sft.data.pool import Spread, spread_for
-from roll_sft.data.sources import warn_of_unused
+from roll_sft.data.shards import MAX_NAMES
+from roll_sft.data.sources import tell_left_aside, warn_of_unused
 from roll_sft.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 _NOTICE_S = 10.0
 _GIB = 1 << 30
+_DROPPED_SHARE = 0.05  # of the rows of a source, above which they are worth a warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class SourceReport:
 
     `dropped_places` has the first places ("file:line") for each reason. `samples`: a row may give
     several; `dropped_samples` were left out of rows that gave others, and `truncated` ones cut.
-    `length` has the tokens per sample as min, p50, p90, p99 and max. `cached`: nothing had to be
+    `length` has the tokens per sample as min, p50, p90, p99 and max. `columns_left_aside` are the
+    columns, and the keys of messages, that samples are not made of. `cached`: nothing had to be
     tokenised.
     """
 
@@ -86,6 +89,7 @@ class SourceReport:
     supervised_tokens: int
     supervised_share: float
     length: Mapping[str, int]
+    columns_left_aside: list[str]
     cached: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,6 +214,8 @@ def _finished(
     _check_malformed(source, tasks, facts)
     used = {column for each in facts for column in each.columns_used}
     warn_of_unused(options.keys, used, path=source.path)
+    aside = {column for each in facts for column in each.columns_left_aside}
+    tell_left_aside(aside, source=source.name)
     caches = tuple(TokenCache(task.folder) for task in tasks)
     tokens = sum(each.tokens for each in facts)
     supervised = sum(each.supervised_tokens for each in facts)
@@ -227,9 +233,39 @@ def _finished(
         supervised_tokens=supervised,
         supervised_share=supervised / tokens,
         length=_quantiles(np.concatenate([cache.lengths for cache in caches])),
+        columns_left_aside=sorted(aside)[:MAX_NAMES],
         cached=new.isdisjoint(task.folder for task in tasks),
     )
+    _warn_of_dropped(report, longest=max(each.longest_overlong for each in facts))
     return SourceTokens(source.name, caches), report
+
+
+def _warn_of_dropped(report: SourceReport, *, longest: int) -> None:
+    """Say how to keep the rows and samples that are left out, where they are many."""
+    num_samples = sum(report.dropped_samples.values())
+    for what, number, whole, reasons in (
+        ("rows", report.rows - report.kept, report.rows, report.dropped),
+        ("samples", num_samples, report.samples + num_samples, report.dropped_samples),
+    ):
+        if number <= _DROPPED_SHARE * whole:
+            continue
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        remedy = "roll-sft preview --dropped shows them"
+        if OVERLONG in reasons:
+            remedy = (
+                f"data.sequence_length={longest} keeps all that are overlong, data.overlong="
+                "truncate their beginnings"
+            )
+        _log.warning(
+            "%s: %.3g %% of its %s are left out (%s of %s: %s); %s",
+            report.name,
+            100 * number / whole,
+            what,
+            f"{number:,}",
+            f"{whole:,}",
+            counts,
+            remedy,
+        )
 
 
 def _check_malformed(
@@ -272,9 +308,9 @@ def _places(tasks: Sequence[ShardTask], facts: Sequence[CacheFacts]) -> dict[str
     """The first places of each reason, over all shards."""
     places: dict[str, list[str]] = {}
     for task, each in zip(tasks, facts, strict=True):
-        for reason, lines in each.dropped_lines.items():
+        for reason, found_at in each.dropped_at.items():
             found = places.setdefault(reason, [])
-            found += [f"{task.shard.file}:{task.shard.first_line + line}" for line in lines]
+            found += map(task.place_of, found_at)
             del found[PLACES_SHOWN:]
     return places
 

@@ -7,11 +7,11 @@ not known; what a template adds is left out.
 import json
 from collections import Counter
 
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.fill import EMPTY, MALFORMED
 from roll_sft.data.prepare import Source, SourceReport
-from roll_sft.data.shapes import ColumnKeys
-from roll_sft.data.sources import read_placed
+from roll_sft.data.sources import read_placed, tell_left_aside
 from roll_sft.errors import DataError
 
 TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
@@ -21,10 +21,11 @@ def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> Source
     """The report of `source`; `is_strict`: a malformed row is a `DataError`, as it will be."""
     path, dropped = source.path, Counter[str]()
     kept = num_bytes = num_answer_bytes = 0
-    for file, row in read_placed(path, keys, split=source.split):
+    aside: set[str] = set()
+    for place, row in read_placed(path, keys, split=source.split, left_aside=aside):
         if isinstance(row, BadRow):
             if is_strict and not row.is_empty:
-                raise DataError(f"{file}:{row.line}: {row.reason}")
+                raise DataError(f"{place}: {row.reason}")
             dropped[EMPTY if row.is_empty else MALFORMED] += 1
             continue
         kept += 1
@@ -33,6 +34,7 @@ def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> Source
         num_answer_bytes += answer_size
     if kept == 0:
         raise DataError(f"{path}: none of its rows can be trained on ({dict(dropped)}); mend them")
+    tell_left_aside(aside, source=source.name)
     return SourceReport(
         name=source.name,
         path=path,
@@ -47,6 +49,7 @@ def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> Source
         supervised_tokens=num_answer_bytes // TOKEN_BYTES,
         supervised_share=num_answer_bytes / num_bytes,
         length={},
+        columns_left_aside=sorted(aside),
         cached=False,
     )
 

@@ -15,27 +15,33 @@ is read with that shape and refuses rows of another, whichever shard comes first
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import BinaryIO, Literal
 
+from roll_sft.data.columns import ColumnKeys, Shape, wanted_columns
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.files import compression_of, find_files, kind_of_file, opened
 from roll_sft.data.rows import BYTE_ORDER_MARK, JSON_SPACE, RawRow, array_rows, line_rows
-from roll_sft.data.shapes import ColumnKeys, Shape, columns_of, sample_of, shape_of
+from roll_sft.data.shapes import columns_of, sample_of, shape_of
 from roll_sft.data.tables import table_parts, table_rows
-from roll_sft.data.values import BadRowError, NoAnswerError, UnusableFileError, listed
+from roll_sft.data.values import BadRowError, NoAnswerError, UnusableFileError, listed, shown
 from roll_sft.errors import DataError, first_line
 
 SHARD_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20
 _PEEK_BYTES = 1 << 12
+_REASON_LENGTH = 500
+_TOO_DEEP = "the row is nested too deep; flatten it"
+
+# A hostile file could have other names in each row.
+MAX_NAMES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A part of `file`: bytes of JSON, row groups of Parquet, record batches of Arrow.
+    """A part of `file`: bytes of JSON, row groups of Parquet, batches of Arrow, bytes of a stream.
 
     The part is `start:stop`, the whole file where it cannot be cut. `first_line` is the line of the
     file, from 1, where it begins; a table's rows stand for lines. `content_hash` is a SHA-256 of
@@ -48,6 +54,13 @@ class Shard:
     stop: int
     first_line: int
     content_hash: str
+
+    def place_of(self, line: int, row: int) -> str:
+        """Where a row lies, as a message says it: `line` of the file, and `row` of the shard.
+
+        All rows of an array can lie on one line, so they are counted too, from 1.
+        """
+        return f"{self.file}:{line}" + (f" (row {row + 1})" if self.kind == "array" else "")
 
 
 def find_shards(
@@ -119,28 +132,44 @@ class ShardRows(Iterator[Conversation | Document | BadRow]):
     def __init__(self, shard: Shard, keys: ColumnKeys, shape: Shape | None) -> None:
         self.shape = shape
         self.used: set[str] = set()
+        self._left_aside: set[str] = set()
         self._optional = keys.optional()
         self._shard = shard
         self._keys = keys
-        self._rows = _raw_rows(shard)
+        self._rows = _raw_rows(shard, wanted=wanted_columns(keys))
 
     def __next__(self) -> Conversation | Document | BadRow:
         """Return the next row."""
         row = next(self._rows)
         if isinstance(row, BadRow):
-            return row
+            return _shortened(row)
         try:
-            columns = columns_of(row.value)
+            columns = columns_of(row.value, self._keys)
             shape = self._checked_shape(columns)
-            sample = sample_of(columns, shape=shape, keys=self._keys, row=row.row, line=row.line)
-        except BadRowError as error:
+            sample = sample_of(
+                columns,
+                shape=shape,
+                keys=self._keys,
+                place=(row.row, row.line),
+                left_aside=self._left_aside,
+            )
+        except (BadRowError, RecursionError) as error:
             is_empty = isinstance(error, NoAnswerError)
-            return BadRow(row=row.row, line=row.line, reason=str(error), is_empty=is_empty)
+            reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
+            return _shortened(BadRow(row.row, row.line, reason, is_empty=is_empty))
         except UnusableFileError as error:
-            raise DataError(f"{self._shard.file}:{row.line}: {error}") from None
+            place, reason = self._shard.place_of(row.line, row.row), str(error)
+            raise DataError(f"{place}: {shown(reason, length=_REASON_LENGTH)}") from None
         if self._optional:
             self.used.update(self._optional.intersection(columns))
+        if len(self._left_aside) > MAX_NAMES:
+            self._left_aside = set(sorted(self._left_aside)[:MAX_NAMES])
         return sample
+
+    @property
+    def left_aside(self) -> set[str]:
+        """Columns, and keys of messages, that samples are not made of; at most `MAX_NAMES`."""
+        return set(map(shown, self._left_aside))
 
     def _checked_shape(self, columns: Mapping[str, object]) -> Shape:
         shape = shape_of(columns, self._keys)
@@ -154,6 +183,11 @@ class ShardRows(Iterator[Conversation | Document | BadRow]):
                 f"(columns found: {listed(columns)}); put them into two files"
             )
         return shape
+
+
+def _shortened(row: BadRow) -> BadRow:
+    """The row with a reason that fits a line of a terminal's log, whatever the file holds."""
+    return replace(row, reason=shown(row.reason, length=_REASON_LENGTH))
 
 
 def _first_character(file: BinaryIO) -> bytes:
@@ -206,25 +240,28 @@ def _table_shards(
     file_hash, _ = _hashed(name, digest=hashlib.sha256(kind.encode()))
     with opened(name) as file:
         parts = list(table_parts(file, kind=kind, name=name))
-    if not sum(rows for rows, _ in parts):
+    if not any(part.num_rows for part in parts):
         raise DataError(f"{name}: the table is empty; it must hold at least one row")
-    start, first_row, num_rows, num_bytes = 0, 1, 0, 0
-    for index, (part_rows, part_bytes) in enumerate(parts):
-        num_rows, num_bytes = num_rows + part_rows, num_bytes + part_bytes
-        stop = index + 1
-        if stop < len(parts) and num_bytes + parts[stop][1] <= shard_bytes:
+    start, first_row, num_rows, num_bytes = parts[0].start, 1, 0, 0
+    for index, part in enumerate(parts):
+        num_rows, num_bytes = num_rows + part.num_rows, num_bytes + part.num_bytes
+        if index + 1 < len(parts) and num_bytes + parts[index + 1].num_bytes <= shard_bytes:
             continue
-        content_hash = hashlib.sha256(f"{file_hash}:{start}:{stop}".encode()).hexdigest()
-        yield Shard(name, kind, start, stop, first_row, content_hash)
-        start, first_row, num_rows, num_bytes = stop, first_row + num_rows, 0, 0
+        content_hash = hashlib.sha256(f"{file_hash}:{start}:{part.stop}".encode()).hexdigest()
+        yield Shard(name, kind, start, part.stop, first_row, content_hash)
+        start, first_row, num_rows, num_bytes = part.stop, first_row + num_rows, 0, 0
 
 
-def _raw_rows(shard: Shard) -> Iterator[RawRow | BadRow]:
+def _raw_rows(shard: Shard, *, wanted: Set[str]) -> Iterator[RawRow | BadRow]:
     with opened(shard.file) as file:
         if shard.kind in ("parquet", "arrow"):
-            parts = range(shard.start, shard.stop)
             yield from table_rows(
-                file, kind=shard.kind, name=shard.file, parts=parts, first_row=shard.first_line
+                file,
+                kind=shard.kind,
+                name=shard.file,
+                part=range(shard.start, shard.stop),
+                first_row=shard.first_line,
+                wanted=wanted,
             )
         elif compression_of(shard.file) is not None:
             yield from _decompressed_rows(shard, file)

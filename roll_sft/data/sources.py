@@ -11,10 +11,11 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 
+from roll_sft.data.columns import ColumnKeys, Shape
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.files import find_files
-from roll_sft.data.shapes import ColumnKeys, Shape
 from roll_sft.data.shards import read_shard, shards_of_file
+from roll_sft.data.values import listed
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +32,20 @@ def read_conversations(
 
 
 def read_placed(
-    path: str, keys: ColumnKeys, *, split: str | None = None
+    path: str, keys: ColumnKeys, *, split: str | None = None, left_aside: set[str] | None = None
 ) -> Iterator[tuple[str, Conversation | Document | BadRow]]:
-    """`read_conversations`, with the file of each row."""
-    return _placed(find_files(path, split=split), keys=keys, path=path)
+    """`read_conversations`, with the place of each row, as messages say it.
+
+    The columns that samples are not made of go into `left_aside`.
+    """
+    aside = set() if left_aside is None else left_aside
+    return _placed(find_files(path, split=split), keys=keys, path=path, left_aside=aside)
+
+
+def tell_left_aside(columns: set[str], *, source: str) -> None:
+    """Say which columns of a source, and keys of its messages, samples are not made of."""
+    if columns:
+        _log.info("%s: columns left aside: %s", source, listed(columns))
 
 
 def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
@@ -44,7 +55,7 @@ def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
 
 
 def _placed(
-    files: list[str], *, keys: ColumnKeys, path: str
+    files: list[str], *, keys: ColumnKeys, path: str, left_aside: set[str]
 ) -> Iterator[tuple[str, Conversation | Document | BadRow]]:
     row, used = 0, set[str]()
     for file in files:
@@ -52,8 +63,9 @@ def _placed(
         for shard in shards_of_file(file):
             rows = read_shard(shard, keys, shape=shape)
             for each in rows:
-                yield file, dataclasses.replace(each, row=row)
+                yield shard.place_of(each.line, each.row), dataclasses.replace(each, row=row)
                 row += 1
             shape = rows.shape
             used |= rows.used
+            left_aside |= rows.left_aside
     warn_of_unused(keys, used, path=path)

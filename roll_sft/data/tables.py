@@ -3,112 +3,169 @@
 A table has no lines: the place of a row is its number in the file, from 1. Batches are read one
 after the other; memory holds one, and of Parquet the column chunks of one row group.
 
-In a table every struct has every field, null where a row did not set it: null fields are left out,
-at any depth, since nothing tells them from absent ones.
+Only the columns that a row can need are read; any other is a `NoJson` that says its type, so that
+its name is known and its values cost nothing. A range of a file is found without what precedes it.
 """
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from roll_sft.data.arrow_stream import stream_batches, stream_messages
 from roll_sft.data.conversation import BadRow
 from roll_sft.data.rows import RawRow
+from roll_sft.data.table_values import values_of
+from roll_sft.data.values import BadRowError, NoJson
 from roll_sft.errors import DataError, first_line
 
 _ROWS_PER_BATCH = 256
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def table_parts(file: BinaryIO, *, kind: str, name: str) -> Iterator[tuple[int, int]]:
-    """Yield rows and bytes of each row group of Parquet, or record batch of Arrow."""
+@dataclass(frozen=True, slots=True)
+class TablePart:
+    """What can be read alone: a row group of Parquet, a record batch of Arrow.
+
+    It is `start:stop` of the file, which counts row groups, batches, or the bytes of a stream.
+    """
+
+    start: int
+    stop: int
+    num_rows: int
+    num_bytes: int
+
+
+def table_parts(file: BinaryIO, *, kind: str, name: str) -> Iterator[TablePart]:
+    """Yield the parts of a table, in order."""
     with _readable(name):
         if kind == "parquet":
             facts = pq.ParquetFile(file).metadata
             for index in range(facts.num_row_groups):
                 group = facts.row_group(index)
-                yield group.num_rows, group.total_byte_size
+                yield TablePart(index, index + 1, group.num_rows, group.total_byte_size)
+        elif _is_arrow_file(file):
+            reader = pa.ipc.open_file(file)
+            for index in range(reader.num_record_batches):
+                batch = reader.get_batch(index)
+                yield TablePart(index, index + 1, batch.num_rows, batch.nbytes)
         else:
-            for batch in _record_batches(file):
-                yield batch.num_rows, batch.nbytes
+            for each in stream_messages(file):
+                if each.num_rows is not None:
+                    yield TablePart(each.start, each.stop, each.num_rows, each.stop - each.start)
 
 
 def table_rows(
-    file: BinaryIO, *, kind: str, name: str, parts: range, first_row: int
+    file: BinaryIO,
+    *,
+    kind: str,
+    name: str,
+    part: range,
+    first_row: int,
+    wanted: Set[str],
 ) -> Iterator[RawRow | BadRow]:
-    """Read the rows of `parts`, the first of which is row `first_row` of the file, from 1."""
+    """Read the rows of `part`, one or more parts; the first is row `first_row` of the file, from 1.
+
+    Of columns that are not `wanted` the value is a `NoJson`.
+    """
     with _readable(name):
         row = 0
-        for batch in _batches(file, kind=kind, parts=parts):
-            is_nested = any(pa.types.is_nested(field.type) for field in batch.schema)
+        for batch in _batches(file, kind=kind, part=part, wanted=wanted):
             for value in _values(batch):
                 line = first_row + row
                 if isinstance(value, str):
                     yield BadRow(row=row, line=line, reason=value)
                 else:
-                    yield RawRow(_without_nulls(value) if is_nested else value, row=row, line=line)
+                    yield RawRow(value, row=row, line=line)
                 row += 1
 
 
-def _batches(file: BinaryIO, *, kind: str, parts: range) -> Iterator[pa.RecordBatch]:
+_Batch = tuple[pa.RecordBatch, dict[str, object]]
+"""Some rows with the columns that are read, and what stands for each other column."""
+
+
+def _batches(file: BinaryIO, *, kind: str, part: range, wanted: Set[str]) -> Iterator[_Batch]:
     if kind == "parquet":
         table = pq.ParquetFile(file, pre_buffer=False)
-        for part in parts:  # one at a time: those that are asked for together are held together
-            yield from table.iter_batches(_ROWS_PER_BATCH, row_groups=[part])
+        names, others = _chosen(table.schema_arrow, wanted)
+        for group in part:  # one at a time: those that are asked for together are held together
+            for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=names):
+                yield batch.select(names), others
         return
-    for batch in itertools.islice(_record_batches(file), parts.start, parts.stop):
+    for batch in _record_batches(file, part):
+        names, others = _chosen(batch.schema, wanted)
+        chosen = batch.select(names)
         for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
-            yield batch.slice(start, _ROWS_PER_BATCH)
+            yield chosen.slice(start, _ROWS_PER_BATCH), others
 
 
-def _record_batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
-    magic = file.read(len(_ARROW_FILE_MAGIC))
-    file.seek(0)
-    if magic == _ARROW_FILE_MAGIC:
-        reader = pa.ipc.open_file(file)
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
-    else:
-        yield from pa.ipc.open_stream(file)
-
-
-def _values(batch: pa.RecordBatch) -> Iterator[dict[str, object] | str]:
-    """Yield each row, or why it has no value."""
-    names = batch.schema.names
+def _chosen(schema: pa.Schema, wanted: Set[str]) -> tuple[list[str], dict[str, object]]:
+    """The names of the columns to read, at least one, and what stands for the others."""
+    names = schema.names
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
         raise pa.ArrowInvalid(f"it has the column '{repeated}' twice")
+    chosen = [name for name in names if name in wanted] or names[:1]
+    others: dict[str, object] = {
+        field.name: NoJson(str(field.type))
+        for field in schema
+        if field.name not in chosen and not pa.types.is_null(field.type)
+    }
+    return chosen, others
+
+
+def _record_batches(file: BinaryIO, part: range) -> Iterator[pa.RecordBatch]:
+    if _is_arrow_file(file):
+        reader = pa.ipc.open_file(file)
+        for index in part:
+            yield reader.get_batch(index)
+    else:
+        yield from stream_batches(file, part)
+
+
+def _is_arrow_file(file: BinaryIO) -> bool:
+    magic = file.read(len(_ARROW_FILE_MAGIC))
+    file.seek(0)
+    return magic == _ARROW_FILE_MAGIC
+
+
+def _values(batch: _Batch) -> Iterator[dict[str, object] | str]:
+    """Yield each row, or why it has no value."""
     try:
-        yield from batch.to_pylist()
+        yield from _objects(batch)
         return
-    except UnicodeDecodeError:  # raised before the first row is given
+    except (UnicodeDecodeError, BadRowError):  # raised before the first row is given
         pass
-    for index in range(batch.num_rows):
+    rows, others = batch
+    for index in range(rows.num_rows):
         try:
-            yield from batch.slice(index, 1).to_pylist()
+            yield from _objects((rows.slice(index, 1), others))
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             yield f"byte 0x{byte:02x} of a text is not UTF-8; write the file again as UTF-8"
+        except BadRowError as error:
+            yield str(error)
 
 
-def _without_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {
-            name: _without_nulls(content) for name, content in value.items() if content is not None
-        }
-    if isinstance(value, list):
-        return [_without_nulls(content) for content in value]
-    return value
+def _objects(batch: _Batch) -> list[dict[str, object]]:
+    rows, others = batch
+    names = rows.schema.names
+    columns = [
+        values_of(column, where=f"column '{name}'")
+        for name, column in zip(names, rows.columns, strict=True)
+    ]
+    found = zip(*columns, strict=True) if columns else [()] * rows.num_rows
+    return [{**dict(zip(names, row, strict=True)), **others} for row in found]
 
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise DataError(
             f"{name}: cannot be read as a table ({first_line(error)}); write the file again"
         ) from error

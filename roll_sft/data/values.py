@@ -3,12 +3,18 @@
 Raises the three ways in which a row can be refused; they never leave `roll_sft.data`.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAMES_SHOWN = 12
+_NAME_LENGTH_SHOWN = 60
+# Deeper than any schema of a tool, and shallow enough for a template to walk through.
+_MAX_DEPTH = 100
 
 
 class BadRowError(Exception):
@@ -21,6 +27,13 @@ class NoAnswerError(BadRowError):
 
 class UnusableFileError(Exception):
     """Carries what is wrong with the whole file from the row that shows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoJson:
+    """Stands for a value of a table that JSON has no form for, or that was not read: its type."""
+
+    kind: str
 
 
 def text_of(value: object, *, where: str) -> str:
@@ -36,19 +49,52 @@ def text_of(value: object, *, where: str) -> str:
     return value
 
 
-def check_json(value: object, *, where: str) -> None:
+def parsed_json(text: str, *, where: str) -> Any:
+    """Return the JSON value that `text` holds; raise `BadRowError` if it holds none."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where=where))
+    except json.JSONDecodeError as error:
+        raise BadRowError(
+            f"{where} is no JSON: {error.msg} at character {error.pos + 1}; correct it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{where} holds JSON that cannot be read: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]], *, where: str) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        check_unique([name for name, _ in pairs], where=where)
+    return values
+
+
+def check_unique(names: list[str], *, where: str) -> None:
+    """Raise `BadRowError` if a name comes twice: of two values, one would be lost."""
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise BadRowError(f"{where} has the key '{shown(repeated)}' twice; keep one of them")
+
+
+def check_json(value: object, *, where: str, depth: int = 0) -> None:
     """Raise `BadRowError` if `value`, a parsed one, cannot be written as JSON again, as text."""
+    if depth > _MAX_DEPTH:
+        raise BadRowError(f"a value is nested more than {_MAX_DEPTH} levels deep; flatten it")
     if isinstance(value, str):
         text_of(value, where=where)
     elif isinstance(value, Mapping):
         for name, content in value.items():
             check_json(name, where=f"a name in {where}")
-            check_json(content, where=f"{where}.{name}")
+            check_json(content, where=f"{where}.{name}", depth=depth + 1)
     elif isinstance(value, list):
         for index, content in enumerate(value):
-            check_json(content, where=f"{where}[{index}]")
+            check_json(content, where=f"{where}[{index}]", depth=depth + 1)
     elif not (value is None or isinstance(value, int | float)) or kind_of(value) in _NO_NUMBERS:
         raise BadRowError(f"{where} is {kind_of(value)}, which JSON cannot hold; replace it")
+
+
+def is_empty(value: object) -> bool:
+    """Whether a key with this value says nothing."""
+    return value is None or value in ("", [], {})
 
 
 def kind_of(value: object) -> str:
@@ -61,6 +107,8 @@ def kind_of(value: object) -> str:
         list: "a list",
         dict: "an object",
     }
+    if isinstance(value, NoJson):
+        return f"a value of type {value.kind}"
     if isinstance(value, float):
         if math.isnan(value):
             return "NaN"
@@ -71,8 +119,16 @@ def kind_of(value: object) -> str:
 _NO_NUMBERS = ("NaN", "Infinity")
 
 
-def listed(names: Mapping[str, object] | Sequence[str]) -> str:
-    """The names in order, cut short where they are many."""
+def listed(names: Iterable[str]) -> str:
+    """The names in order, cut short where they are many or long."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _NAMES_SHOWN} more" if len(ordered) > _NAMES_SHOWN else ""
-    return (", ".join(ordered[:_NAMES_SHOWN]) or "none") + more
+    return (", ".join(map(shown, ordered[:_NAMES_SHOWN])) or "none") + more
+
+
+def shown(text: str, *, length: int = _NAME_LENGTH_SHOWN) -> str:
+    """Text of a file as a message may hold it: cut short, and without what a terminal obeys."""
+    cut = text if len(text) <= length else f"{text[: length - 3]}..."
+    if cut.isprintable():
+        return cut
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)

@@ -12,6 +12,7 @@ from typing import Literal
 from roll_sft.config import DataConfig, RunConfig, SourceConfig, layout_of, source_name
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.epochs import Share
 from roll_sft.data.fill import SourceOptions
 from roll_sft.data.packing import best_fit_decreasing
@@ -19,7 +20,6 @@ from roll_sft.data.plan import Planner, PlanOptions, StepPlan
 from roll_sft.data.pool import Spread
 from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
 from roll_sft.data.rough import rough_report
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.engine.inputs import TokenData
 
 _log = logging.getLogger(__name__)

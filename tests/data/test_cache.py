@@ -9,10 +9,10 @@ import pytest
 
 from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, SourceTokens, TokenCache, TokenSet
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import Conversation, Message
 from roll_sft.data.fill import SourceOptions
 from roll_sft.data.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError
 from tests.tiny import tiny_tokenizer
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import BadRow, Document
 from roll_sft.data.files import find_files
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.data.shards import find_shards
 from roll_sft.data.sources import read_conversations
 from roll_sft.errors import DataError

@@ -24,7 +24,7 @@ FILES = {
 }
 READ = """
 import json, sys
-from roll_sft.data.shapes import ColumnKeys
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.sources import read_conversations
 from roll_sft.errors import DataError
 for split in (None, "train", "test", "dev", "train[:1]"):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import Document
 from roll_sft.data.fill import SourceOptions, _cut
 from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError
 from tests.tiny import tiny_tokenizer
 

@@ -18,9 +18,9 @@ from filelock import FileLock
 from roll_sft.data import fill
 from roll_sft.data.cache import TokenCache
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.fill import SourceOptions
 from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError, ResourceError
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -89,6 +89,45 @@ def test_the_report_accounts_for_every_row(tmp_path: Path) -> None:
     }
     assert (report.name, report.path, report.truncated) == ("demo", str(path), 0)
     assert json.loads(json.dumps(report.to_dict())) == asdict(report)
+
+
+def test_many_rows_left_out_are_a_warning_with_counts_and_a_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = write(tmp_path, *lines(*"abcdefghijklmnopqrs"), row("word " * 600))
+    run(few, LENIENT)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    many = write(tmp_path, *lines(*"abcdefghijklmnopq"), row("word " * 600), row(""))
+    run(many, LENIENT)
+    (warning,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    told = "demo: 10.5 % of its rows are left out (2 of 19: 1 empty_response, 1 overlong); data.seq"
+    assert warning.startswith(told)
+    longest = int(warning.partition("data.sequence_length=")[2].split()[0])
+    assert run(many, replace(LENIENT, sequence_length=longest))[1].dropped == {"empty_response": 1}
+
+
+def test_columns_left_aside_are_said_once_for_each_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, {**row("a"), "id": 1}, {**row("b"), "topic": "x"})
+    with caplog.at_level("INFO"):
+        for _ in range(2):  # prepared, and from the cache
+            caplog.clear()
+            assert run(path)[1].columns_left_aside == ["id", "topic"]
+            assert [each.getMessage() for each in caplog.records if "aside" in each.message] == [
+                "demo: columns left aside: id, topic"
+            ]
+
+
+def test_places_in_an_array_count_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row("a"), row(""), row("b"), {"output": "r"}, row("")]))
+    with pytest.raises(DataError, match=r"rows.json:1 \(row 4\): no prompt"):
+        run(path)
+    assert run(path, LENIENT)[1].dropped_places == {
+        "empty_response": [f"{path}:1 (row 2)", f"{path}:1 (row 5)"],
+        "malformed": [f"{path}:1 (row 4)"],
+    }
 
 
 def test_a_sample_of_exactly_the_sequence_length_is_kept(tmp_path: Path) -> None:

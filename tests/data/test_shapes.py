@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import BadRow, Conversation, Document, Message, ToolCall
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.data.sources import read_conversations
 from roll_sft.errors import DataError
 
@@ -61,7 +61,8 @@ def test_tools_beside_any_conversation_are_kept_parsed(tmp_path: Path) -> None:
     for row in ({"prompt": "p", "response": "r"}, {"messages": [USER, ANSWER]}):
         for tools in ([TOOL], json.dumps([TOOL]), f" {json.dumps([TOOL])}\n"):
             assert conversation(tmp_path, {**row, "tools": tools}).tools == (TOOL,)
-        for nothing in ("", [], None, "[]", " "):
+        assert conversation(tmp_path, {**row, "tools": [json.dumps(TOOL)]}).tools == (TOOL,)
+        for nothing in ("", [], None, "[]", " ", "null"):
             assert conversation(tmp_path, {**row, "tools": nothing}).tools == ()
         for wrong, expected in (
             ("[{", "column 'tools' is no JSON: "),
@@ -101,6 +102,37 @@ def test_tool_calls_are_read_in_each_form(tmp_path: Path, said: dict[str, Any]) 
     assert found[2] == Message("tool", "1", name="add", tool_call_id="c1")
 
 
+def test_parts_of_each_vocabulary_say_what_the_keys_of_a_message_say(tmp_path: Path) -> None:
+    called = {"name": "add", "arguments": {"a": 1}, "id": "c1"}
+    expected = Message("assistant", "a b", reasoning="hm", tool_calls=(CALL,))
+    for parts in (
+        [
+            {"type": "reasoning", "value": "hm"},
+            {"type": "text", "value": "a "},
+            {"type": "text", "value": "b"},
+            {"type": "tool_call", "value": json.dumps(called)},
+        ],
+        [
+            {"type": "thinking", "thinking": "hm", "signature": "x"},
+            {"type": "output_text", "text": "a b", "value": None},
+            {"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1}},
+        ],
+    ):
+        entries = [USER, {"role": "assistant", "content": parts}]
+        assert messages(tmp_path, {"messages": entries})[1] == expected
+    for parts, refusal in (
+        ([{"type": "text", "text": "a", "value": "b"}], "content[0] has different text and value"),
+        ([{"type": "text", "text": "a", "weight": 0}], "content[0] has 'weight', which would be"),
+        ([{"type": "tool_call"}], "content[0] has no name; a call must be"),
+        (
+            [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "hm"}],
+            "content[1] is reasoning after content; write reasoning, then content, then tool calls",
+        ),
+    ):
+        entries = [USER, {"role": "assistant", "content": parts}, ANSWER]
+        assert refusal in reason(tmp_path, {"messages": entries})
+
+
 def test_parts_of_text_are_joined_and_reasoning_is_kept_apart(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     for name in ("reasoning_content", "reasoning", "thinking"):
@@ -120,6 +152,14 @@ def test_parts_of_text_are_joined_and_reasoning_is_kept_apart(tmp_path: Path) ->
         ({"weight": 1.0}, True),
         ({"train": None, "weight": None}, True),
         ({"train": False, "weight": 0}, False),
+        ({"training": False}, False),
+        ({"loss": False}, False),
+        ({"masked": True}, False),
+        ({"masked": False}, True),
+        ({"loss_weight": 0.0}, False),
+        ({"loss_weight": 1.0, "loss_scale": 1}, True),
+        ({"loss_scale": 0.0}, False),
+        ({"loss_mask": 0}, False),
     ],
 )
 def test_a_turn_can_ask_not_to_be_learnt(
@@ -146,7 +186,18 @@ def test_a_system_column_is_the_first_message(tmp_path: Path) -> None:
         ({**ANSWER, "weight": True}, "messages[1] has weight True"),
         ({**ANSWER, "train": 1}, "messages[1].train is a number; it must be true or false"),
         ({**ANSWER, "train": True, "weight": 0}, "train True and weight 0"),
-        ({**ANSWER, "loss": False}, "messages[1] has 'loss', which would be lost; write it as tr"),
+        ({**ANSWER, "loss": 1.7}, "messages[1].loss is a number; it must be true or false"),
+        (
+            {**ANSWER, "mask": 0},
+            "messages[1] has 'mask', which would be lost; data formats",
+        ),
+        ({**ANSWER, "loss_weight": 0.3}, "messages[1] has loss_weight 0.3; a message is trained"),
+        ({**ANSWER, "training": True, "masked": True}, "training True and masked True; keep one"),
+        ({**USER, "train": True}, "messages[1] (user) asks to be trained on with 'train'; only as"),
+        ({**ANSWER, "thought": "hm"}, "'thought', which would be lost; write it as reasoning_con"),
+        ({**ANSWER, "channel": "final"}, "has 'channel', which would be lost; write thoughts as"),
+        ({**ANSWER, "tool_call": "f()"}, "has 'tool_call', which would be lost; write calls as"),
+        ({**USER, "tools": [{}]}, "messages[1] has 'tools', which would be lost; write the tools"),
         ({**ANSWER, "images": ["a.png"]}, "messages[1] has 'images', which would be lost; only t"),
         (
             {"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]},
@@ -159,6 +210,15 @@ def test_a_system_column_is_the_first_message(tmp_path: Path) -> None:
         ({**ANSWER, "tool_calls": [{"arguments": {}}]}, "messages[1].tool_calls[0] has no name"),
         ({**ANSWER, "tool_calls": {"name": "f"}}, "messages[1].tool_calls is an object"),
         ({**ANSWER, "tool_calls": [{"name": "f", "type": "code"}]}, "has type 'code'; only calls"),
+        ({**ANSWER, "tool_calls": [{"name": "f", "args": {"a": 1}}]}, "has args and no arguments"),
+        (
+            {**ANSWER, "tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]},
+            "tool_calls[0] has arguments beside its function; write it inside",
+        ),
+        (
+            {**ANSWER, "tool_calls": [{"name": "f", "arguments": {}, "result": "3"}]},
+            "tool_calls[0] has 'result', which would be lost; write it as a message of role tool",
+        ),
         (
             {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{a}"}]},
             "messages[1].tool_calls[0].arguments is no JSON: ",
@@ -238,6 +298,15 @@ def test_the_spelling_follows_the_entries_not_the_column(tmp_path: Path) -> None
         keys = ColumnKeys(messages="chat") if column == "chat" else AUTO
         assert messages(tmp_path, {column: [USER, ANSWER]}, keys) == expected
         assert messages(tmp_path, {column: shared}, keys) == expected
+
+
+def test_messages_and_calls_can_be_json_text(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"name": "add"}])}
+    row = {"messages": json.dumps([USER, said])}
+    expected = (Message("user", "hi"), Message("assistant", "", tool_calls=(ToolCall("add", {}),)))
+    assert messages(tmp_path, row) == expected
+    assert "column 'messages' is no JSON: " in reason(tmp_path, {"messages": "[{"})
+    assert "column 'messages' is a string; it must be" in reason(tmp_path, {"messages": "hi"})
 
 
 # Pairs and text

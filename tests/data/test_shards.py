@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows import array_rows
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.data.shards import Shard, file_shapes, find_shards, read_shard
 from roll_sft.data.sources import read_conversations
 from roll_sft.errors import DataError

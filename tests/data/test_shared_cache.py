@@ -19,9 +19,9 @@ from roll_sft.data import fill as fill_module
 from roll_sft.data import known
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.fill import Filled, ShardTask, SourceOptions
 from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError, ResourceError
 from tests.tiny import tiny_tokenizer
 

@@ -10,9 +10,9 @@ import pytest
 from roll_sft.config import RunConfig
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.fill import SourceOptions
 from roll_sft.data.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.shapes import ColumnKeys
 from roll_sft.errors import DataError
 from roll_sft.runtime import spread
 from roll_sft.runtime.spread import spread_over_cluster
