@@ -89,7 +89,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
         name = shown(config.run_name)
         yield f"run_name: {name} must be letters, digits, dot, dash and underscore"
     yield from _checkpoint_problems(config)
-    yield from _backend_problems(config)
+    yield from backend_problems(config)
     yield from _source_problems(data)
 
 
@@ -108,7 +108,8 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _backend_problems(config: RunConfig) -> Iterator[str]:
+def backend_problems(config: RunConfig) -> Iterator[str]:
+    """What stands in the way of `model.attention_backend`, as far as it is decided by now."""
     backend = config.model.attention_backend
     if backend not in ("te", "flash", "varlen"):
         return

@@ -7,7 +7,7 @@ can run together.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
 from roll_sft.config_keys import key
@@ -32,8 +32,10 @@ class ModelConfig:
     tokenizer_path: str | None = key(
         None, "Local folder or hub id of the tokenizer; null takes model.path."
     )
-    dtype: Literal["fp32", "bf16"] = key(
-        "fp32", "Type of weights and activations; gradients and master weights are always fp32."
+    dtype: Literal["auto", "fp32", "bf16"] = key(
+        "auto",
+        "Type of weights and activations: auto is bf16 on GPUs and fp32 on CPUs; gradients and"
+        " master weights are always fp32.",
     )
     random_init: bool = key(
         False, "Start from random weights, which depend on config.json and seed alone."
@@ -328,6 +330,16 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def on_device(config: RunConfig, device: Literal["cpu", "cuda"]) -> RunConfig:
+    """`config` with every `auto` decided for workers on `device`, or on the one that it names."""
+    model, parallel = config.model, config.parallel
+    if parallel.device == "auto":
+        parallel = replace(parallel, device=device)
+    if model.dtype == "auto":
+        model = replace(model, dtype="bf16" if parallel.device == "cuda" else "fp32")
+    return replace(config, model=model, parallel=parallel)
 
 
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:

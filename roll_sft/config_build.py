@@ -44,6 +44,7 @@ RESERVED_CHOICES = {
     ("tracking.backends", "tensorboard"): "mlflow",
     ("tracking.backends", "wandb"): "mlflow",
 }
+SYNONYMS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
@@ -208,7 +209,8 @@ def _choice(choices: tuple[str, ...], value: str, *, where: str) -> str:
     if (where, value) in RESERVED_CHOICES:
         remedy = RESERVED_CHOICES[where, value]
         raise _UnfitError(f"{value!r} is not available in this version; use {remedy}")
-    nearest = difflib.get_close_matches(value[:200], choices, n=1, cutoff=0.5)
+    word = SYNONYMS.get(value, value[:200])
+    nearest = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise _UnfitError(f"{shown(value)} is not one of {', '.join(choices)}{hint}")
 

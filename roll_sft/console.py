@@ -35,7 +35,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _layout_table(plan: Plan) -> Table:
     layout = plan.layout
-    table = _table("Layout", "workers", "TP", "PP", "CP", "DP", "SP", "pack of tokens at most")
+    table = _table("Layout", "workers", "TP", "PP", "CP", "DP", "SP", "tokens per pack", "device")
     table.add_row(
         *map(
             str,
@@ -47,6 +47,7 @@ def _layout_table(plan: Plan) -> Table:
                 layout.data_size,
                 "on" if layout.sequence_parallel else "off",
                 plan.pack_tokens,
+                plan.config.parallel.device,
             ),
         )
     )
@@ -70,7 +71,7 @@ def _data_table(plan: Plan) -> Table:
     table = _table(f"Data{_guessed(plan)}", "source", "rows", "kept", "dropped", "tokens")
     for kind, report in _reports(plan):
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items()) or "0"
-        row = (f"{report.name} ({kind})", f"{report.rows:,}", f"{report.kept:,}", dropped)
+        row = (_label(report, kind, "{} ({})"), f"{report.rows:,}", f"{report.kept:,}", dropped)
         table.add_row(*row, f"{report.tokens:,}")
     return table
 
@@ -82,7 +83,7 @@ def _samples_table(plan: Plan) -> Table:
     for kind, report in _reports(plan):
         lengths = [report.length.get(key) for key in ("p50", "p90", "p99", "max")]
         cells = [
-            f"{report.name}, {kind}",
+            _label(report, kind, "{}, {}"),
             f"{report.samples:,}",
             f"{report.truncated:,}",
             f"{report.supervised_share:.0%}",
@@ -98,7 +99,7 @@ def _dropped_table(plan: Plan) -> Table | None:
     """What was left out and where it is first; None where nothing was."""
     table = _table("Left out", "of", "what", "number", "the first at")
     for kind, report in _reports(plan):
-        source = f"{report.name}, {kind}"
+        source = _label(report, kind, "{}, {}")
         for reason, number in report.dropped.items():
             places = "\n".join(report.dropped_places.get(reason, ()))
             table.add_row(source, f"{reason} rows", f"{number:,}", places)
@@ -113,8 +114,19 @@ def _reports(plan: Plan) -> Iterator[tuple[str, SourceReport]]:
             yield kind, report
 
 
+def _label(report: SourceReport, kind: str, form: str) -> str:
+    """A source and what it is for, once where both are one word."""
+    return kind if report.name == kind else form.format(report.name, kind)
+
+
 def _guessed(plan: Plan) -> str:
     return " (estimate)" if plan.is_rough else ""
+
+
+def _size(gib: float) -> str:
+    """`gib` in the unit that shows it in two digits or more."""
+    mib = gib * 1024
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
 def _steps_table(plan: Plan) -> Table:
@@ -123,8 +135,10 @@ def _steps_table(plan: Plan) -> Table:
     table = _table("Plan", "what", "value")
     tokens = drawn_tokens(plan.reports["train"], plan.shares)
     epochs = plan.total_steps / per_epoch
-    steps = f"{plan.total_steps:,} ({per_epoch:,} per epoch, {epochs:.3g} epochs)"
+    passes = "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
+    steps = f"{plan.total_steps:,} ({per_epoch:,} per epoch, {passes})"
     guessed = _guessed(plan)
+    device = "worker" if plan.config.parallel.device == "cpu" else "GPU"
     batch = {"samples per step": f"{train.global_batch_size:,}"}
     if train.global_batch_tokens is not None:
         batch = {"tokens per step": f"{train.global_batch_tokens:,} and what completes a sample"}
@@ -135,11 +149,11 @@ def _steps_table(plan: Plan) -> Table:
         **filled,
         f"tokens per epoch{guessed}": f"{tokens:,}",
         f"tokens in the run{guessed}": f"{round(tokens * epochs):,}",
-        "weights, gradients, optimizer": f"{memory.state_gib:.1f} GiB per GPU",
-        "activations (estimate)": f"{memory.activations_gib:.1f} GiB per GPU",
-        "head and loss (estimate)": f"{memory.head_gib:.1f} GiB per GPU",
-        "in all (estimate)": f"{memory.total_gib:.1f} GiB per GPU",
-        "host memory of a save": f"{memory.save_host_gib:.1f} GiB per worker",
+        "weights, gradients, optimizer": f"{_size(memory.state_gib)} per {device}",
+        "activations (estimate)": f"{_size(memory.activations_gib)} per {device}",
+        "head and loss (estimate)": f"{_size(memory.head_gib)} per {device}",
+        "in all (estimate)": f"{_size(memory.total_gib)} per {device}",
+        "host memory of a save": f"{_size(memory.save_host_gib)} per worker",
     }
     for name, value in rows.items():
         table.add_row(name, value)

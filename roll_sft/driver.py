@@ -25,7 +25,7 @@ from roll_sft.errors import CheckpointError, DivergedError
 from roll_sft.records import Records, open_records
 from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
-from roll_sft.runtime.placement import Slots, reserved
+from roll_sft.runtime.placement import Slots, reserved, with_device_of_cluster
 from roll_sft.runtime.spread import spread_over_cluster
 from roll_sft.saving import Saves
 from roll_sft.startup import StartUp
@@ -49,6 +49,7 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
         console.show_plan(dry_plan(config))
         return
     with outputs.claimed(folder, resumes=config.resume != NONE) as folder:
+        config = with_device_of_cluster(config)
         is_run = not config.prepare_only
         checkpoint = find_checkpoint(config, folder / outputs.CHECKPOINTS) if is_run else None
         job = prepare(config, spread=spread_over_cluster(config))

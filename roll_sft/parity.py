@@ -22,7 +22,7 @@ from roll_sft.engine.oracle import read_facts
 from roll_sft.engine.preflight import prepare
 from roll_sft.errors import ConfigError, RollSftError
 from roll_sft.runtime.connection import connected
-from roll_sft.runtime.placement import reserved
+from roll_sft.runtime.placement import reserved, with_device_of_cluster
 from roll_sft.terminal import stdout_console
 from roll_sft.verdict import Verdict, judge
 
@@ -40,18 +40,18 @@ def run(config: RunConfig, *, samples: int | None) -> None:
     """Compare the first `samples` of the first batch of `config`; `ParityError` if it is red."""
     config = _bounded(config, samples=samples)
     with outputs.claimed(outputs.output_folder(config) / "parity") as folder:
-        job = prepare(config)
+        job = prepare(with_device_of_cluster(config))
         plan = job.planner.step(1)
         with (
             # It grows as large as the model in fp32, so it does not outlive the comparison.
             tempfile.TemporaryDirectory(dir=folder, prefix="reference_") as reference,
-            connected(config),
-            reserved(config) as slots,
+            connected(job.config),
+            reserved(job.config) as slots,
             workers(job, folder, slots=slots) as group,
         ):
             task = ParityTask(job.config, job.source, job.data.train, plan, Path(reference))
             ranks, facts = group.compare(task), read_facts(Path(reference))
-    verdict = judge(ranks, facts, source=job.source, dtype=config.model.dtype)
+    verdict = judge(ranks, facts, source=job.source, dtype=job.config.model.dtype)
     _show(
         verdict,
         title=f"{config.run_name} beside transformers: {len(plan.sample_ids)} samples on"

@@ -135,7 +135,7 @@ def parity_config(
     """The run of the parity test; `sections` override keys section by section."""
     base: dict[str, Any] = {
         "deterministic": deterministic,
-        "model": {"path": str(folder / "model")},
+        "model": {"path": str(folder / "model"), "dtype": "fp32"},
         "data": {
             "train": [{"path": str(folder / "rows.jsonl")}],
             "sequence_length": 200,

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -13,7 +13,14 @@ from omegaconf import OmegaConf
 
 import roll_sft.run
 from roll_sft.checks import check_config, layout_problems
-from roll_sft.config import ParallelConfig, RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.config import (
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    layout_of,
+    on_device,
+    source_name,
+)
 from roll_sft.config_build import RESERVED, build_config, schema
 from roll_sft.config_keys import all_keys, all_names
 from roll_sft.config_reference import page
@@ -277,7 +284,7 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
     ("overrides", "problem"),
     [
         ({"seed": 2**32}, "seed: 4294967296 must be at most 4294967295"),
-        ({"model.dtype": "fp8"}, "model.dtype: 'fp8' is not one of fp32, bf16"),
+        ({"model.dtype": "fp8"}, "model.dtype: 'fp8' is not one of auto, fp32, bf16"),
         ({"train.max_steps": 0}, "train.max_steps: 0 must be at least 1"),
         ({"train.learning_rate": 0}, "train.learning_rate: 0.0 must be above 0"),
         ({"train.learning_rate": float("inf")}, "train.learning_rate: inf must be finite"),
@@ -362,6 +369,44 @@ def test_every_key_has_a_sentence_and_every_bounded_number_a_default_within() ->
         assert each.sentence.endswith("."), each.name
         assert len(each.sentence) < 130, each.name
     check_config(build_config(given({})))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "machine", "decided"),
+    [
+        ("auto", "auto", "cuda", ("bf16", "cuda")),
+        ("auto", "auto", "cpu", ("fp32", "cpu")),
+        ("auto", "cpu", "cuda", ("fp32", "cpu")),
+        ("auto", "cuda", "cpu", ("bf16", "cuda")),
+        ("fp32", "auto", "cuda", ("fp32", "cuda")),
+        ("bf16", "cpu", "cuda", ("bf16", "cpu")),
+    ],
+)
+def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu(
+    dtype: str, device: str, machine: Literal["cpu", "cuda"], decided: tuple[str, str]
+) -> None:
+    config = build_config(given({"model.dtype": dtype, "parallel.device": device}))
+    config = on_device(config, machine)
+    assert (config.model.dtype, config.parallel.device) == decided
+    assert on_device(config, "cpu") == on_device(config, "cuda") == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("model.dtype", "bfloat16", "did you mean bf16?"),
+        ("model.dtype", "float32", "did you mean fp32?"),
+        ("model.dtype", "fp16", "use bf16"),
+        ("data.overlong", "dropped", "did you mean drop?"),
+        ("data.system_key", "None", "write null"),
+        ("train.max_steps", "None", "write null"),
+        ("model.compile", "None", "write null"),
+        ("parallel.device", "gpu", "is not one of auto, cpu, cuda; did you mean cuda?"),
+    ],
+)
+def test_the_remedy_is_one_that_works(key: str, value: str, advice: str) -> None:
+    (problem,) = problems({key: value})
+    assert advice in problem
 
 
 # Layout
@@ -450,7 +495,7 @@ def test_no_shipped_configuration_names_columns() -> None:
 
 @pytest.mark.parametrize("backend", ["te", "flash", "varlen"])
 def test_a_cuda_attention_backend_names_what_stands_in_its_way(backend: str) -> None:
-    model = {"path": "m", "attention_backend": backend}
+    model = {"path": "m", "attention_backend": backend, "dtype": "fp32"}
     config = build_config(
         {"model": model, "data": {"train": [{"path": "a"}]}, "parallel": {"device": "cpu"}}
     )

@@ -54,11 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _config(path: Path) -> RunConfig:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     config = plain_config({key: value for key, value in values.items() if key != "hydra"})
-    device = config.parallel.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     world_size = int(os.environ["WORLD_SIZE"])
-    parallel = dataclasses.replace(config.parallel, num_workers=world_size, device=device)
+    parallel = dataclasses.replace(config.parallel, num_workers=world_size)
     return dataclasses.replace(config, parallel=parallel)
 
 

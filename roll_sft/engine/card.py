@@ -133,7 +133,7 @@ def _base_model(config: Mapping[str, Any]) -> tuple[str | None, str]:
 
 def _settings(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:
     """Every hyper-parameter of the run that was set, and how it was laid out."""
-    values: dict[str, Any] = {"seed": config["seed"], "model.dtype": config["model"]["dtype"]}
+    values: dict[str, Any] = {"seed": config["seed"], "model.dtype": manifest["dtype"]}
     for section, keys in (("data", _DATA_KEYS), ("train", _TRAIN_KEYS)):
         values.update((f"{section}.{key}", config[section].get(key)) for key in keys)
     values.update((f"layout.{key}", value) for key, value in manifest["layout"].items())

@@ -46,7 +46,7 @@ def changes(job: "Job", state: RunState) -> dict[str, str]:
     if state.dtype != config.model.dtype:
         raise ConfigError(
             f"model.dtype: {config.model.dtype!r}, and the checkpoint's is {state.dtype!r};"
-            " keep that, or start a new run from an export of it"
+            f" set model.dtype={state.dtype}, or start a new run from an export of it"
         )
     stored: dict[str, Any] = {"sequence_length": state.sequence_length, "seed": state.seed}
     stored |= state.facts

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from roll_sft.checks import layout_problems
-from roll_sft.config import RunConfig, TrainConfig, layout_of
+from roll_sft.checks import backend_problems, layout_problems
+from roll_sft.config import RunConfig, TrainConfig, layout_of, on_device
 from roll_sft.data.cache import TokenSet
 from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.epochs import Share
@@ -201,7 +202,11 @@ def dry_plan(config: RunConfig) -> Plan:
 
 
 def _located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
-    """`config` with local folders in place of hub ids, and which model of the hub is trained."""
+    """`config` with every `auto` decided and hub ids made local folders; the model on the hub.
+
+    A device that nobody has decided by now is this machine's.
+    """
+    config = on_device(config, "cuda" if torch.cuda.is_available() else "cpu")
     model = config.model
     assert model.path is not None, "check_config refuses a missing model.path"
     needs_weights = not (model.random_init or config.dry_run)
@@ -217,7 +222,7 @@ def _load_model(config: RunConfig, hub: HubModel | None) -> ModelSource:
     """The model's family, shape and tensors, checked against the layout."""
     path = config.model.path
     assert path is not None, "check_config refuses a missing model.path"
-    problems = list(layout_problems(config.parallel))
+    problems = [*layout_problems(config.parallel), *backend_problems(config)]
     try:
         hf_config = load_hf_config(path, trust_remote_code=config.model.trust_remote_code)
         family = family_of(hf_config)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from roll_sft.config import RunConfig
+from roll_sft.config import RunConfig, on_device
 from roll_sft.engine.reader import Reader
 from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
@@ -111,7 +111,7 @@ def _logits_of_megatron(
         process_groups(alone, layout, device="cpu", store=dist.HashStore()),
         torch.no_grad(),
     ):
-        transformer = setup.transformer_config(shape, layout, config=RunConfig())
+        transformer = setup.transformer_config(shape, layout, config=on_device(RunConfig(), "cpu"))
         chunks = setup.build_model(shape, transformer, kernel=sdpa)
         reader = Reader(checkpoint)
         for name, parameter in setup.named_parameters(chunks):

@@ -27,6 +27,7 @@ from roll_sft.runtime import reaper
 
 LOG = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 5.0
+LOCAL = "local"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 AUTH_MODE = "RAY_AUTH_MODE"
 
@@ -43,9 +44,14 @@ def connected(config: RunConfig) -> Iterator[None]:
         return
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    with _local(config) if address == "local" else _joined(address):
+    address = address_of(config)
+    with _local(config) if address == LOCAL else _joined(address):
         yield
+
+
+def address_of(config: RunConfig) -> str:
+    """The cluster that a run joins, or `LOCAL` for one of its own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from roll_sft.config import ParallelConfig, RunConfig
+from roll_sft.config import ParallelConfig, RunConfig, on_device
 from roll_sft.errors import ResourceError
+from roll_sft.runtime.connection import LOCAL, address_of, connected
 
 LOG = logging.getLogger(__name__)
 PATIENCE_S = 3.0  # a wait that lasts longer is announced
@@ -38,6 +39,18 @@ class Slots:
     cpus_per_worker: int
 
 
+def with_device_of_cluster(config: RunConfig) -> RunConfig:
+    """`config` with `auto` decided by the cluster that it joins; as it is where it joins none.
+
+    Raises `ResourceError` where that cluster does not answer.
+    """
+    if config.parallel.device != "auto" or address_of(config) == LOCAL:
+        return config
+    with connected(config):
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    return on_device(config, "cuda" if has_gpus else "cpu")
+
+
 @contextlib.contextmanager
 def reserved(config: RunConfig) -> Iterator[Slots]:
     """The resources of a run while the block runs. Raises `ResourceError` (exit 4), with a table.
@@ -46,7 +59,8 @@ def reserved(config: RunConfig) -> Iterator[Slots]:
     """
     parallel = config.parallel
     tensor_size = parallel.tensor_model_parallel_size
-    device = _device(parallel.device)
+    device = parallel.device
+    assert device != "auto", "the device is decided before resources are reserved"
     bundle = {"CPU": float(tensor_size * parallel.cpus_per_worker)}
     if device == "cuda":
         bundle["GPU"] = float(tensor_size)
@@ -76,12 +90,6 @@ def _wait_for(group: PlacementGroup, parallel: ParallelConfig, bundle: Mapping[s
     except GetTimeoutError as error:
         verdict = f"others hold, after {timeout_s:g} s, what is left does not hold"
         raise ResourceError(_shortfall(parallel, bundle, verdict=verdict)) from error
-
-
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
 def _nodes() -> list[dict[str, Any]]:

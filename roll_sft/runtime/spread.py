@@ -7,7 +7,6 @@ by the driver's machine, so a cluster without shared disks costs time and never 
 
 import contextlib
 import logging
-import os
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from roll_sft.data.chat import ChatTokenizer
 from roll_sft.data.fill import Filled, ShardTask, fill
 from roll_sft.data.pool import Spread, spread_for
 from roll_sft.errors import ResourceError, RollSftError, first_line
-from roll_sft.runtime.connection import connected
+from roll_sft.runtime.connection import LOCAL, address_of, connected
 
 LOG = logging.getLogger(__name__)
 # Each task has one CPU, and the tokenizer would take them all.
@@ -30,7 +29,7 @@ ENVIRONMENT = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
 
 def spread_over_cluster(config: RunConfig) -> Spread | None:
     """Prepares shards on the cluster that `config` joins; None where it joins none."""
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if address_of(config) == LOCAL:
         return None
 
     def over_cluster(

@@ -97,6 +97,8 @@ def test_bundles_are_ordered_by_node_and_nodes_by_first_bundle():
     assert order == (0, 0, 2, 2, 1, 1, 3, 3)
 
 
-def test_device_is_cuda_only_where_the_cluster_has_gpus(joined):
-    with reserved(joined(parallel={"device": "auto"})) as slots:
-        assert slots.device == "cpu"
+@pytest.mark.parametrize(("gpus", "device", "dtype"), [(0, "cpu", "fp32"), (1, "cuda", "bf16")])
+def test_device_and_dtype_are_those_of_the_cluster(joined, monkeypatch, gpus, device, dtype):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": float(gpus)})
+    config = placement.with_device_of_cluster(joined(parallel={"device": "auto"}))
+    assert (config.parallel.device, config.model.dtype) == (device, dtype)
