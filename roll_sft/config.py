@@ -8,7 +8,7 @@ can run together.
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from roll_sft.config_keys import key
 from roll_sft.layout import ParallelLayout
@@ -16,8 +16,8 @@ from roll_sft.safe_text import redacted
 
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 ResumeChange: TypeAlias = Literal[
-    "data", "tokenizer", "chat_template", "sequence_length", "global_batch_size", "seed",
-    "schedule", "optimizer",
+    "data", "tokenizer", "chat_template", "template_kwargs", "sequence_length",
+    "global_batch_size", "seed", "schedule", "optimizer",
 ]  # fmt: skip
 RESUME_CHANGES: tuple[str, ...] = get_args(ResumeChange)
 
@@ -95,6 +95,9 @@ class DataConfig:
     tools_key: str | None = key(None, "Column of tool definitions; null detects it.")
     chat_template: str | None = key(
         None, "Jinja file or the name of a built-in template; null takes the tokenizer's own."
+    )
+    template_kwargs: dict[str, Any] = key(
+        {}, "Variables of the chat template, such as enable_thinking; those of a row win."
     )
     sequence_length: int = key(4096, "Longest sample, without padding.", unit="tokens", at_least=2)
     overlong: Literal["drop", "truncate", "error"] = key(

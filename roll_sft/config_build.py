@@ -57,6 +57,7 @@ def schema() -> "DictConfig":
     from omegaconf import OmegaConf  # here and below: workers and GPU machines live without it
 
     node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
+    OmegaConf.set_struct(node.data.template_kwargs, False)  # its keys are the template's
     return node
 
 

@@ -30,6 +30,7 @@ CONTROL_TOKENS = [
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    *("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"),
 ]
 TOOL = {
     "type": "function",

@@ -36,8 +36,8 @@ KEYS = {
     "": "output_dir run_name seed dry_run prepare_only deterministic resume",
     "model.": "path tokenizer_path dtype random_init trust_remote_code attention_backend compile",
     "data.": "train validation prompt_key query_key response_key system_key messages_key text_key"
-    " tools_key chat_template sequence_length overlong train_on packing num_proc cache_dir"
-    " on_bad_row max_bad_fraction shuffle",
+    " tools_key chat_template template_kwargs sequence_length overlong train_on packing num_proc"
+    " cache_dir on_bad_row max_bad_fraction shuffle",
     "data.train.": "path name split weight samples",
     "data.validation.": "path name split weight samples",
     "parallel.": "num_workers tensor_model_parallel_size pipeline_model_parallel_size"

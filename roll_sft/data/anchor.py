@@ -11,7 +11,14 @@ import numpy as np
 
 from roll_sft.data.conversation import Conversation, Message
 from roll_sft.data.encode import Encoded, Encoder, placed
-from roll_sft.data.mask import Anchor, Flat, learnt_runs, mask_by_places, masks_by_ids
+from roll_sft.data.mask import (
+    Anchor,
+    Flat,
+    cut_at_headers,
+    learnt_runs,
+    mask_by_places,
+    masks_by_ids,
+)
 from roll_sft.data.render import Renderer
 from roll_sft.data.samples import TokenizedSample, UnusableRow
 from roll_sft.data.turns import Text, TurnFinder
@@ -47,7 +54,8 @@ def prove_probes(renderer: Renderer, encoder: Encoder) -> list[Probe]:
         messages = tuple(Message(role, content) for role, content in turns)
         try:
             for text in finder.find(Conversation(messages, row=0, line=1)):
-                encoded = placed(encoder.backend.encode(text.text, add_special_tokens=False))
+                whole = placed(encoder.backend.encode(text.text, add_special_tokens=False))
+                encoded = cut_at_headers(text, whole, encoder)
                 sample = mask_by_places(
                     text, encoded, control_ids=encoder.control_ids, learn_all=False
                 )

@@ -11,9 +11,10 @@ Promised: True only where this follows from the syntax. A template may be causal
 to be; it is then proved on each row, which is slower and gives the same samples.
 """
 
-from jinja2 import Environment, nodes
+from jinja2 import Environment, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.sandbox import SandboxedEnvironment
 
 _MESSAGES = "messages"
 _PROMPT = "add_generation_prompt"
@@ -39,6 +40,13 @@ def has_marks(template: str) -> bool:
         kind == "name" and value == "generation"
         for _, kind, value in Environment(extensions=[_Marks, loopcontrols]).lex(template)
     )
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """The names that a template reads and does not set itself; it must be a valid template."""
+    environment = SandboxedEnvironment(extensions=[_Marks, loopcontrols])
+    environment.intercepted_binops = frozenset({"*", "**"})  # or jinja2 works constants out here
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 def is_causal(template: str) -> bool:

@@ -13,59 +13,68 @@ end-of-text token, and is learnt as a whole.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from roll_sft.data.anchor import Probe, end_of_turn, find_anchor, prove_probes
-from roll_sft.data.conversation import Conversation, Document
-from roll_sft.data.encode import Encoder, EncoderFacts, placed, unmarked
-from roll_sft.data.mask import Anchor, Flat, mask_by_places, masks_by_ids
-from roll_sft.data.render import Renderer
+from roll_sft.data.conversation import Conversation, Document, Message
+from roll_sft.data.encode import Encoder, EncoderFacts
+from roll_sft.data.mask import Flat, masks_by_ids
+from roll_sft.data.prepared import PlannedText, PreparedTemplate
+from roll_sft.data.render import RESERVED, Renderer
 from roll_sft.data.samples import TokenizedSample, UnusableRow
-from roll_sft.data.turns import Text, TurnFinder
+from roll_sft.data.templates import fitting_templates, preferred
+from roll_sft.data.turns import Text
 from roll_sft.errors import DataError
 
 __all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
 
+_log = logging.getLogger(__name__)
+
 # Part of the fingerprint: raise it when the same row gives other ids or another mask.
-_VERSION = 3
+_VERSION = 4
+_MOST_PREPARED = 64  # sets of variables; more come from rows that hardly repeat theirs
+_PLAIN_ROW = Conversation((Message("user", "q"), Message("assistant", "a")), row=0, line=1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """All that decides the samples, as plain values."""
+    """All that decides the samples, as plain values.
+
+    `templates` has the template's text by the name "default", and by "tool_use" the one for rows
+    with tools if the tokenizer has one; `template_names` are all that the tokenizer has.
+    """
 
     encoder: EncoderFacts
-    template: str | None
+    templates: Mapping[str, str]
     template_names: tuple[str, ...]
     special_tokens: Mapping[str, Any]
+    variables: Mapping[str, Any]
     train_on: str
 
 
 @dataclass(slots=True)
 class _Plan:
-    """A text on its way to its sample. `is_marked`: the row spells control tokens."""
+    """A text on its way to its sample; a document has no template."""
 
-    text: Text
-    by_ids: bool
-    is_marked: bool = False
-    is_document: bool = False
+    planned: PlannedText
+    template: PreparedTemplate | None = None
     result: TokenizedSample | UnusableRow | None = None
 
 
 class ChatTokenizer:
-    """Turns rows into samples with one tokenizer, one chat template and one `train_on`.
+    """Turns rows into samples with one tokenizer, its chat template and one `train_on`.
 
     `template` is the template's text (None: the tokenizer has none). `fingerprint` (hexadecimal
     SHA-256) changes with anything that changes a sample: vocabulary, merges, normalisation, added
-    tokens, template, `train_on`, and the rules of these modules. Travels between processes as the
-    text of the tokenizer and the template.
+    tokens, templates and their variables, `train_on`, and the rules of these modules. Travels
+    between processes as the text of the tokenizer and the template.
     """
 
     def __init__(
@@ -73,25 +82,28 @@ class ChatTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
         train_on: str = "assistant",
     ) -> None:
-        """`template` is Jinja text in place of the tokenizer's own; `train_on` as `data.train_on`.
+        """`template` is Jinja text in place of the tokenizer's own, `variables` what it is given.
 
-        Raise `DataError` if `tokenizer` reports no character offsets.
+        `train_on` is as `data.train_on`. Raise `DataError` if `tokenizer` reports no character
+        offsets.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
                 f"tokenizer {type(tokenizer).__name__}: is not a fast one and reports no character "
                 f"offsets, which the loss mask needs; use a model folder with a tokenizer.json"
             )
-        own = tokenizer.chat_template
-        names = tuple(sorted(own)) if isinstance(own, dict) else ()
+        own = tokenizer.chat_template or {}
+        named = own if isinstance(own, dict) else {"default": own}
         self._set_up(
             _Recipe(
                 EncoderFacts.of(tokenizer),
-                template=_own_template(tokenizer) if template is None else template,
-                template_names=names,
+                templates=named if template is None else {"default": template},
+                template_names=tuple(sorted(named)),
                 special_tokens=dict(tokenizer.special_tokens_map),
+                variables=dict(variables or {}),
                 train_on=train_on,
             )
         )
@@ -105,13 +117,14 @@ class ChatTokenizer:
     def _set_up(self, recipe: _Recipe) -> None:
         self._recipe = recipe
         self._encoder = Encoder(recipe.encoder)
-        self._learn_all = recipe.train_on == "all"
-        self.template = recipe.template
+        self._prepared: dict[tuple[str, str], PreparedTemplate] = {}
+        self.template = recipe.templates.get("default")
         parts = (
             _VERSION,
             recipe.encoder.backend,
-            recipe.template,
+            recipe.templates,
             recipe.special_tokens,
+            recipe.variables,
             sorted(recipe.encoder.protected.items()),
             recipe.encoder.first_ids,
             recipe.encoder.end_of_text,
@@ -125,7 +138,7 @@ class ChatTokenizer:
         """The token that ends an answer; None without a template, or if it writes no probe."""
         if self.template is None:
             return None
-        return end_of_turn(self._probes)
+        return self._prepared_for(_PLAIN_ROW).end_of_turn_id
 
     def tokenize(self, row: Conversation | Document) -> list[TokenizedSample]:
         """Return the samples of one row, or raise `UnusableRow`; see `tokenize_many`."""
@@ -147,10 +160,16 @@ class ChatTokenizer:
         self._sample_by_ids(_select(plans, by_ids=True))
         for index, plan in enumerate(plans):
             # An answer whose header is not there as expected: say where it is, or why not.
-            if isinstance(plan, list) and any(each.by_ids and each.result is None for each in plan):
+            if isinstance(plan, list) and any(
+                each.planned.by_ids and each.result is None for each in plan
+            ):
                 plans[index] = self._planned(rows[index], by_ids=False)
         self._sample_by_places(_select(plans, by_ids=False))
-        return [_results(plan) for plan in plans]
+        results = [_results(plan) for plan in plans]
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, UnusableRow) and result.is_of_template:
+                result.remedy = partial(self._remedy, row)
+        return results
 
     def _planned(
         self, row: Conversation | Document, *, by_ids: bool = True
@@ -158,7 +177,9 @@ class ChatTokenizer:
         try:
             if isinstance(row, Document):
                 return [self._document(row)]
-            return self._plans(row, by_ids=by_ids)
+            _check_turns(row)
+            template = self._prepared_for(row)
+            return [_Plan(planned, template) for planned in template.plan(row, by_ids=by_ids)]
         except UnusableRow as error:
             return error
 
@@ -168,11 +189,11 @@ class ChatTokenizer:
                 "the tokenizer has no eos_token, so a text would have no end; name one in its "
                 "tokenizer_config.json"
             )
-        encoder = self._encoder
+        encoder, text = self._encoder, Text(row.text, answers=(), calls=())
         if not encoder.holds_control_text(row.text):
-            return _Plan(Text(row.text, answers=(), calls=()), by_ids=True, is_document=True)
+            return _Plan(PlannedText(text, by_ids=True))
         sample = self._document_sample(encoder.encode_renamed(row.text).ids)
-        return _Plan(Text(row.text, answers=(), calls=()), by_ids=False, result=sample)
+        return _Plan(PlannedText(text, by_ids=False), result=sample)
 
     def _document_sample(self, ids: Iterable[int]) -> TokenizedSample:
         facts = self._recipe.encoder
@@ -181,125 +202,110 @@ class ChatTokenizer:
         label_mask[-1] = 0
         return TokenizedSample(whole, label_mask)
 
-    def _plans(self, row: Conversation, *, by_ids: bool) -> list[_Plan]:
-        if not row.messages:
-            raise UnusableRow("the conversation holds no message; remove the row")
-        if row.messages[0].role == "assistant":
-            raise UnusableRow(
-                "the conversation begins with an assistant message, which answers nothing; "
-                "begin with a user message"
-            )
-        marked = self._encoder.marked(row)
-        if marked is not None:
-            return self._marked_plans(row, marked)
-        anchor = self._anchor if by_ids else None
-        if anchor and self._renderer.is_causal and (text := self._quick(row, anchor)):
-            return [_Plan(text, by_ids=True)]
-        return [
-            _Plan(text, by_ids=anchor is not None and anchor.fits(text))
-            for text in self._finder.find(row)
-        ]
-
-    def _quick(self, row: Conversation, anchor: Anchor) -> Text | None:
-        """Return the row as one text if it is plain and every message stands in it, in order."""
-        if row.tools or any(
-            message.reasoning or message.tool_calls or message.role == "tool"
-            for message in row.messages
-        ):
-            return None
-        renderer = self._renderer
-        turns = renderer.turns(row.messages)
-        rendering = renderer.render(turns, tools=(), add_generation_prompt=False)
-        text, place = rendering.text, 0
-        for message in row.messages:
-            content = message.content
-            found = text.find(content, place)
-            if found < 0:
-                content = content.strip()
-                found = text.find(content, place)
-            if found < 0:
-                return None
-            place = found + len(content)
-        if renderer.has_marks and not (
-            len(rendering.marks) == sum(message.role == "assistant" for message in row.messages)
-            and all(anchor.holds(text, mark) for mark in rendering.marks)
-        ):
-            return None
-        return self._finder.whole(row, text)
-
-    def _marked_plans(self, row: Conversation, marked: Conversation) -> list[_Plan]:
-        """Plan a row that spells control tokens: see `data.encode`."""
-        texts = self._finder.find(marked)
-        bare = self._finder.find(row)
-        if [unmarked(text.text) for text in texts] != [text.text for text in bare]:
-            raise UnusableRow(
-                "the row spells a control token where the chat template looks at the text, so the "
-                "two cannot be told apart; reword or remove it"
-            )
-        return [_Plan(_moved(text, self._encoder), by_ids=False, is_marked=True) for text in texts]
-
     def _sample_by_ids(self, plans: Sequence[_Plan]) -> None:
-        if not plans:
-            return
         # The template writes what begins a text; adding it again would double it.
-        encoded = self._encoder.encode([plan.text.text for plan in plans])
-        chats: list[tuple[_Plan, NDArray[np.int32]]] = []
+        encoded = self._encoder.encode([plan.planned.text.text for plan in plans])
+        chats: dict[PreparedTemplate, list[tuple[_Plan, NDArray[np.int32]]]] = {}
         for plan, ids in zip(plans, encoded, strict=True):
-            if plan.is_document:
+            if plan.template is None:
                 plan.result = self._document_sample(ids)
             else:
-                chats.append((plan, ids))
-        if not chats:
-            return
-        assert self._anchor is not None, "nothing is planned by ids without an anchor"
-        samples = masks_by_ids(
-            [plan.text for plan, _ in chats],
-            Flat.of([ids for _, ids in chats]),
-            anchor=self._anchor,
-            learn_all=self._learn_all,
-        )
-        for (plan, _), sample in zip(chats, samples, strict=True):
-            plan.result = sample
+                chats.setdefault(plan.template, []).append((plan, ids))
+        for template, group in chats.items():
+            assert template.anchor is not None, "nothing is planned by ids without an anchor"
+            samples = masks_by_ids(
+                [plan.planned.text for plan, _ in group],
+                Flat.of([ids for _, ids in group]),
+                anchor=template.anchor,
+                learn_all=self._recipe.train_on == "all",
+            )
+            for (plan, _), sample in zip(group, samples, strict=True):
+                plan.result = sample
 
     def _sample_by_places(self, plans: Sequence[_Plan]) -> None:
-        encoder = self._encoder
-        unmarked_texts = [plan.text.text for plan in plans if not plan.is_marked]
-        encodings = iter(encoder.backend.encode_batch(unmarked_texts, add_special_tokens=False))
+        groups: dict[PreparedTemplate, list[_Plan]] = {}
         for plan in plans:
-            try:
-                plan.result = mask_by_places(
-                    plan.text,
-                    encoder.encode_renamed(plan.text.text)
-                    if plan.is_marked
-                    else placed(next(encodings)),
-                    control_ids=encoder.control_ids,
-                    learn_all=self._learn_all,
-                )
-            except UnusableRow as error:
-                plan.result = error
+            assert plan.template is not None, "a document has its sample by now"
+            groups.setdefault(plan.template, []).append(plan)
+        for template, group in groups.items():
+            results = template.sample_by_places([plan.planned for plan in group])
+            for plan, result in zip(group, results, strict=True):
+                plan.result = result
 
-    @cached_property
-    def _renderer(self) -> Renderer:
-        if self.template is None:
-            names = ", ".join(self._recipe.template_names) or "none"
+    def _prepared_for(self, row: Conversation) -> PreparedTemplate:
+        """The template that transformers takes for `row`, with its variables."""
+        recipe = self._recipe
+        name = "tool_use" if row.tools and "tool_use" in recipe.templates else "default"
+        template = recipe.templates.get(name)
+        if template is None:
             raise DataError(
-                f"the tokenizer has no default chat template (found: {names}); give it one, "
-                f"name one with data.chat_template, or give the tokenizer of an instruction-tuned "
-                f"model with model.tokenizer_path"
+                f"the tokenizer has no default chat template (found: "
+                f"{', '.join(recipe.template_names) or 'none'}); {self._remedy(_PLAIN_ROW)}, or "
+                f"give the tokenizer of an instruction-tuned model with model.tokenizer_path"
             )
-        return Renderer(self.template, self._recipe.special_tokens)
+        own = row.template_kwargs
+        key = (name, json.dumps(own, sort_keys=True) if own else "")
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            _check_variables(own)
+            variables = {**recipe.variables, **own}
+            renderer = Renderer(template, recipe.special_tokens, variables)
+            _warn_of_unread(own, renderer)
+            prepared = PreparedTemplate(renderer, self._encoder, train_on=recipe.train_on)
+            self._prepared[key] = prepared
+        return prepared
 
-    @cached_property
-    def _finder(self) -> TurnFinder:
-        return TurnFinder(self._renderer, train_on=self._recipe.train_on)
+    def _remedy(self, row: Conversation | Document) -> str:
+        """Which named templates write `row` with this tokenizer, found by trying them."""
+        facts = self._recipe.encoder
+        candidates = fitting_templates(
+            facts.protected,
+            eos_token=self._recipe.special_tokens.get("eos_token"),
+            begins_with_bos=bool(facts.first_ids),
+        )
+        working = []
+        for name, template in candidates.items():
+            other = ChatTokenizer.__new__(ChatTokenizer)
+            recipe = replace(self._recipe, templates={"default": template})
+            other._set_up(recipe)
+            try:
+                other.tokenize(row)
+            except (UnusableRow, DataError):
+                continue
+            working.append(name)
+        if not working:
+            return "use a Jinja file that writes it (data.chat_template); no named template does"
+        *others, last = preferred(working)
+        names = f"{', '.join(others)} or {last}" if others else last
+        return f"use data.chat_template={names}, or a Jinja file that writes it"
 
-    @cached_property
-    def _probes(self) -> list[Probe]:
-        return prove_probes(self._renderer, self._encoder)
 
-    @cached_property
-    def _anchor(self) -> Anchor | None:
-        return find_anchor(self._probes, self._encoder)
+def _check_turns(row: Conversation) -> None:
+    if not row.messages:
+        raise UnusableRow("the conversation holds no message; remove the row")
+    if row.messages[0].role == "assistant":
+        raise UnusableRow(
+            "the conversation begins with an assistant message, which answers nothing; "
+            "begin with a user message"
+        )
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    if reserved := sorted(set(variables).intersection(RESERVED)):
+        raise UnusableRow(
+            f"the row's template variables hold '{reserved[0]}', which training itself decides; "
+            f"remove it"
+        )
+
+
+def _warn_of_unread(variables: Mapping[str, Any], renderer: Renderer) -> None:
+    if variables and (unread := sorted(set(variables) - renderer.variables)):
+        _log.warning(
+            "rows set %s for the chat template, which does not read it: it changes nothing",
+            ", ".join(unread),
+        )
 
 
 def _select(plans: Iterable[list[_Plan] | UnusableRow], *, by_ids: bool) -> list[_Plan]:
@@ -309,7 +315,7 @@ def _select(plans: Iterable[list[_Plan] | UnusableRow], *, by_ids: bool) -> list
         for plan in plans
         if isinstance(plan, list)
         for each in plan
-        if each.by_ids == by_ids and each.result is None
+        if each.planned.by_ids == by_ids and each.result is None
     ]
 
 
@@ -323,29 +329,3 @@ def _results(plans: list[_Plan] | UnusableRow) -> list[TokenizedSample] | Unusab
         assert plan.result is not None, "every plan has been sampled"
         samples.append(plan.result)
     return samples
-
-
-def _moved(text: Text, encoder: Encoder) -> Text:
-    """Return a text with marks as the renaming backend reads it, and the places of its turns."""
-
-    def at(place: int) -> int:
-        return len(encoder.renamed(text.text[:place]))
-
-    turns = tuple(
-        replace(
-            turn,
-            start=at(turn.start),
-            end=at(turn.end),
-            spans=tuple((at(start), at(end)) for start, end in turn.spans),
-        )
-        for turn in text.turns or ()
-    )
-    return replace(text, text=encoder.renamed(text.text), turns=turns)
-
-
-def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Return the tokenizer's template as text, the default one if it has several."""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError:
-        return None

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from roll_sft.data.encode import Encoded
+from roll_sft.data.encode import Encoded, Encoder
 from roll_sft.data.render import Span
 from roll_sft.data.samples import TokenizedSample, UnusableRow, quoted
 from roll_sft.data.turns import Text, Turn
@@ -55,9 +55,17 @@ class Anchor:
 
 
 def mask_by_places(
-    text: Text, encoded: Encoded, *, control_ids: frozenset[int], learn_all: bool
+    text: Text,
+    encoded: Encoded,
+    *,
+    control_ids: frozenset[int],
+    end_ids: frozenset[int] = frozenset(),
+    learn_all: bool,
 ) -> TokenizedSample:
-    """Return the sample of a text whose `turns` are known. Raises `UnusableRow` and `DataError`."""
+    """Return the sample of a text whose `turns` are known. Raises `UnusableRow` and `DataError`.
+
+    `end_ids` are those of `control_ids` that are known to end an answer.
+    """
     assert text.turns is not None, "places are found before they are used"
     if any(left > right for left, right in pairwise(encoded.starts)):
         raise UnusableRow(
@@ -70,7 +78,8 @@ def mask_by_places(
     calls = [call for call, answer in zip(text.calls, text.answers, strict=True) if answer]
     for turn, is_call in zip(text.turns, calls, strict=True):
         # First, since a template without an end is at fault whatever the row holds.
-        final = _end_of_turn(text.text, turn, encoded, control_ids=control_ids)
+        trailing = _trailing_control(text.text, turn, encoded, control_ids=control_ids)
+        final = _end_of_turn(trailing, turn, encoded, end_ids=end_ids, is_call=is_call)
         for start, end in turn.spans:
             first = _first_token(text.text, start, turn.message, encoded)
             stop = final + 1
@@ -84,6 +93,23 @@ def mask_by_places(
     return TokenizedSample(np.array(encoded.ids, np.int32), label_mask, tuple(atomic))
 
 
+def cut_at_headers(
+    text: Text, encoded: Encoded, encoder: Encoder, *, is_renamed: bool = False
+) -> Encoded:
+    """Return `encoded` with no token across the end of a header, where it can be cut there.
+
+    A prompt comes as tokens of its own at inference, so an answer's first token holds none of it.
+    """
+    places = []
+    for turn in text.turns or ():
+        before = bisect_left(encoded.starts, turn.start) - 1
+        if before >= 0 and encoded.ends[before] > turn.start:
+            places.append(turn.start)
+    if not places:
+        return encoded
+    return encoder.encode_cut(text.text, places, is_renamed=is_renamed) or encoded
+
+
 def _first_token(text: str, start: int, message: int, encoded: Encoded) -> int:
     first = bisect_left(encoded.starts, start)
     if first > 0 and encoded.ends[first - 1] > start:
@@ -95,12 +121,10 @@ def _first_token(text: str, start: int, message: int, encoded: Encoded) -> int:
     return first
 
 
-def _end_of_turn(text: str, turn: Turn, encoded: Encoded, *, control_ids: frozenset[int]) -> int:
-    """Return the index of the control token that ends the turn.
-
-    It is the first control token after the answer's last visible text. Others may follow, with
-    spaces between: a template may close the whole text with one more.
-    """
+def _trailing_control(
+    text: str, turn: Turn, encoded: Encoded, *, control_ids: frozenset[int]
+) -> list[int]:
+    """Return the indices of the control tokens after the turn's last visible text, last first."""
     found: list[int] = []
     first, stop = (bisect_left(encoded.starts, place) for place in (turn.start, turn.end))
     for token in reversed(range(first, stop)):
@@ -114,12 +138,32 @@ def _end_of_turn(text: str, turn: Turn, encoded: Encoded, *, control_ids: frozen
             f"{quoted(text[turn.start : turn.end], end=True)}), so a model would never learn "
             f"to stop; end the assistant turn with {{{{ eos_token }}}} in its template"
         )
-    if len(found) > 1 and turn.is_blank:
+    return found
+
+
+def _end_of_turn(
+    trailing: Sequence[int],
+    turn: Turn,
+    encoded: Encoded,
+    *,
+    end_ids: frozenset[int],
+    is_call: bool,
+) -> int:
+    """Return which of the `trailing` control tokens, last first, ends the turn.
+
+    Before it may stand markup that is a control token (the end of a tool call), after it another
+    one: a template may close the whole text. So it is the first that is known to end an answer,
+    else the last after a call, and the first after plain text, which has no markup.
+    """
+    known = [token for token in trailing if encoded.ids[token] in end_ids]
+    if known:
+        return known[-1]
+    if len(trailing) > 1 and turn.is_blank:
         raise UnusableRow(
             f"message {turn.message} (assistant) holds no text, so its end-of-turn token "
             f"cannot be told from its header; remove the message"
         )
-    return found[-1]
+    return trailing[0] if is_call else trailing[-1]
 
 
 def learnt_runs(sample: TokenizedSample) -> tuple[list[int], list[int]]:

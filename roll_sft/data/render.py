@@ -1,12 +1,14 @@
 """Conversations as text: a chat template, compiled once, given what `apply_chat_template` gives.
 
 The context of a rendering is that of transformers (messages as dicts, tools as JSON schemas, the
-special tokens by name, `documents=None`), so the text is the same to the character; calling the
-compiled template spares its checks, which take longer than a small template.
+special tokens by name, `documents=None`, the variables that are given), so the text is the same to
+the character; calling the compiled template spares its checks, which take longer than a small
+template.
 
-Two things differ on purpose. `strftime_now` gives the fixed day `PINNED_DAY`, since a template that
-writes today's date would make other samples tomorrow. Tool arguments are handed over in the form,
-an object or its JSON text, in which the template writes them as JSON.
+Three things differ on purpose. `strftime_now` gives the fixed day `PINNED_DAY`, since a template
+that writes today's date would make other samples tomorrow. Tool arguments are handed over in the
+form, an object or its JSON text, in which the template writes them as JSON. A learnt answer holds
+its reasoning in the form that begins as the generation prompt says: see `data.reasoning`.
 """
 
 import json
@@ -18,10 +20,11 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from transformers.utils import chat_template_utils
 
-from roll_sft.data.causal import has_marks, is_causal
+from roll_sft.data.bounded import OverBudgetError, compile_bounded
+from roll_sft.data.causal import has_marks, is_causal, variables_of
 from roll_sft.data.conversation import Conversation, Message, ToolCall
+from roll_sft.data.reasoning import ThinkStyle, written_inline
 from roll_sft.data.samples import UnusableRow
 from roll_sft.errors import DataError
 
@@ -38,7 +41,15 @@ _ROW_ERRORS = (
     LookupError,
     AttributeError,
     ArithmeticError,
+    RecursionError,
+    MemoryError,
 )
+# What `apply_chat_template` is told beside a template's own variables, and training decides.
+RESERVED = (
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 _PROBE_CALL = ToolCall("probe_tool", {"probe_key": "probe_value"}, id="probe1234")
 _PROBE_TOOL = {
     "type": "function",
@@ -63,12 +74,22 @@ class Rendering:
 
 
 class Renderer:
-    """One chat template. `is_causal`: see `data.causal`; `has_marks`: it has generation marks."""
+    """One chat template with its variables.
 
-    def __init__(self, template: str, special_tokens: Mapping[str, Any]) -> None:
+    `is_causal`: see `data.causal`; `has_marks`: it has generation marks.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        special_tokens: Mapping[str, Any],
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         """Raise `DataError` if the template is broken."""
+        self._template = template
+        self._over_budget: DataError | None = None
         try:
-            self._compiled: jinja2.Template = chat_template_utils._compile_jinja_template(template)
+            self._compiled, self._budget = compile_bounded(template)
             self.has_marks = has_marks(template)
             self.is_causal = is_causal(template)
         except jinja2.TemplateSyntaxError as error:
@@ -76,13 +97,28 @@ class Renderer:
                 f"the chat template is broken at its line {error.lineno}: {error.message}; mend "
                 f"the tokenizer's template or use another tokenizer"
             ) from error
+        except (RecursionError, MemoryError, OverBudgetError) as error:
+            raise DataError(
+                f"the chat template cannot be compiled ({type(error).__name__}: it is nested too "
+                f"deep, or too large); mend the tokenizer's template or use another tokenizer"
+            ) from error
         if "strftime_now" in template:
             _log.info("the chat template writes a date: samples have %s", PINNED_DAY.date())
-        self._context = {**special_tokens, "documents": None, "strftime_now": PINNED_DAY.strftime}
+        self._context = {
+            **special_tokens,
+            "documents": None,
+            "strftime_now": PINNED_DAY.strftime,
+            **(variables or {}),
+        }
 
     def turns(self, messages: Sequence[Message]) -> Turns:
         """Return messages as templates know them."""
         return [self._turn(message) for message in messages]
+
+    def answer(self, message: Message) -> dict[str, Any]:
+        """Return an answer that is learnt, as `turns` do, and begun as it will be asked for."""
+        inline = written_inline(message, self.think)
+        return self._turn(message if inline is None else inline)
 
     def render(
         self, turns: Turns, *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
@@ -94,12 +130,23 @@ class Renderer:
             "tools": list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
+        if self._over_budget is not None:  # each try takes seconds
+            raise self._over_budget
+        self._budget.renew()
         try:
             if self.has_marks and not add_generation_prompt:
                 return self._render_marked(context)
             return Rendering(self._compiled.render(context))
+        except OverBudgetError as error:
+            self._over_budget = DataError(
+                f"the chat template does not come to an end: {error}; mend it, or use another"
+            )
+            raise self._over_budget from error
         except _ROW_ERRORS as error:
-            raise UnusableRow(f"the chat template refuses the conversation: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise UnusableRow(
+                f"the chat template refuses the conversation: {reason}", is_of_template=True
+            ) from error
 
     def _render_marked(self, context: Mapping[str, Any]) -> Rendering:
         blocks: list[str] = []
@@ -107,21 +154,22 @@ class Renderer:
         environment: Any = self._compiled.environment
         with environment.activate_tracker(blocks, marks):
             for block in self._compiled.generate(context):
+                self._budget.spend(len(block))
                 blocks.append(block)  # one by one: marks are measured in what is there
         return Rendering("".join(blocks), tuple(marks))
 
     def check_expressible(self, row: Conversation) -> None:
         """Raise `UnusableRow` if the row has parts that the template has no place for."""
-        if any(message.reasoning for message in row.messages) and not self._has_reasoning:
+        if any(message.reasoning for message in row.messages) and not self.think.has_place:
             raise UnusableRow(
                 "the row keeps reasoning apart from the answer, and the chat template has no "
-                "place for it; choose one that has (data.chat_template=qwen), or write the "
-                "reasoning into the content"
+                "place for it",
+                is_of_template=True,
             )
         if any(message.tool_calls for message in row.messages) and self._arguments is None:
             raise UnusableRow(
-                "the row holds tool calls, and the chat template has no place for them; choose "
-                "one that has (data.chat_template=qwen), or remove the row"
+                "the row holds tool calls, and the chat template has no place for them",
+                is_of_template=True,
             )
 
     def _turn(self, message: Message) -> dict[str, Any]:
@@ -141,14 +189,26 @@ class Renderer:
         return turn
 
     @cached_property
-    def _has_reasoning(self) -> bool:
-        answer = {
-            "role": "assistant",
-            "content": "answer",
-            "thinking": _PROBE_REASONING,
-            "reasoning_content": _PROBE_REASONING,
-        }
-        return _PROBE_REASONING in self._probe(answer)
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not set itself."""
+        return variables_of(self._template)
+
+    @cached_property
+    def think(self) -> ThinkStyle:
+        """What the template does with reasoning."""
+        question = {"role": "user", "content": "question"}
+
+        def written(*answers: dict[str, Any]) -> str:
+            return self._text([question, *answers])
+
+        answer = Message("assistant", "answer", reasoning=_PROBE_REASONING)
+        return ThinkStyle.of(
+            self._template,
+            question=written(),
+            prompt=self._text([question], add_generation_prompt=True),
+            has_field=_PROBE_REASONING in self._probe(self._turn(answer)),
+            written=lambda message: written(self._turn(message)),
+        )
 
     @cached_property
     def _arguments(self) -> str | None:
@@ -165,14 +225,21 @@ class Renderer:
 
     def _probe(self, answer: dict[str, Any]) -> str:
         """The text of a question and `answer`, without tools and with one; empty if refused."""
-        text = ""
-        for tools in ((), (_PROBE_TOOL,)):
-            turns = [{"role": "user", "content": "question"}, answer]
-            try:
-                text += self.render(turns, tools=tools, add_generation_prompt=False).text
-            except UnusableRow:
-                continue
-        return text
+        turns = [{"role": "user", "content": "question"}, answer]
+        return "".join(self._text(turns, tools=tools) for tools in ((), (_PROBE_TOOL,)))
+
+    def _text(
+        self,
+        turns: Turns,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """What `render` writes, empty if the template objects."""
+        try:
+            return self.render(turns, tools=tools, add_generation_prompt=add_generation_prompt).text
+        except UnusableRow:
+            return ""
 
 
 def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a row becomes once it is tokenised: samples, or the reason why there are none."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,20 @@ class TokenizedSample:
 
 
 class UnusableRow(Exception):  # noqa: N818 - it says what the row is, not that something failed
-    """A row that this tokenizer and template cannot turn into an exact sample."""
+    """A row that this tokenizer and template cannot turn into an exact sample.
+
+    `is_of_template`: another template may do. Which one is found by trying, so `remedy`, given once
+    the row is known, is called only where the reason is shown.
+    """
+
+    def __init__(self, reason: str, *, is_of_template: bool = False) -> None:
+        super().__init__(reason)
+        self.is_of_template = is_of_template
+        self.remedy: Callable[[], str] | None = None
+
+    def __str__(self) -> str:
+        reason = str(self.args[0])
+        return reason if self.remedy is None else f"{reason}; {self.remedy()}"
 
 
 CONTEXT_CHARACTERS = 12

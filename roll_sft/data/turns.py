@@ -12,7 +12,7 @@ reasoning, tools and tool calls, and the header of a learnt turn is what the gen
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,11 @@ class TurnFinder:
         """
         renderer, messages = self._renderer, row.messages
         renderer.check_expressible(row)
-        turns = renderer.turns(messages)
+        turns, wanted = renderer.turns(messages), self.singled_out(messages)
+        last = len(messages) - 1
+        if messages[last].role == "assistant" and (self._train_on == "all" or last in wanted):
+            turns[last] = renderer.answer(messages[last])
         rendering = renderer.render(turns, tools=row.tools, add_generation_prompt=False)
-        wanted = self.singled_out(messages)
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 _check_present(message, index=index, text=rendering.text)
@@ -96,27 +98,46 @@ class TurnFinder:
             elif index not in wanted:
                 _check_context(message, index=index, text=rendering.text)
         _check_tools(row.tools, text=rendering.text)
+        # An earlier answer stands here as history, not in the form in which it would be asked for.
+        if self._train_on != "all" and any(
+            renderer.answer(messages[index]) != turns[index] for index in wanted
+        ):
+            return [self._up_to(row, turns, index) for index in wanted]
         try:
             places = [self._place(row, turns, rendering, index) for index in wanted]
             return [_text(rendering.text, messages, wanted, places)]
         except _RewrittenError as error:
             if self._train_on == "all":
-                raise UnusableRow(str(error)) from error
+                raise UnusableRow(str(error), is_of_template=True) from error
             return [self._up_to(row, turns, index) for index in wanted]
 
     def _up_to(self, row: Conversation, turns: Turns, index: int) -> Text:
         """Return the conversation up to message `index`, which alone is learnt."""
         messages = row.messages[: index + 1]
-        turns = turns[: index + 1]
+        turns = [*turns[:index], self._renderer.answer(messages[index])]
         rendering = self._renderer.render(turns, tools=row.tools, add_generation_prompt=False)
         try:
             place = self._place(row, turns, rendering, index)
         except _RewrittenError as error:
-            raise UnusableRow(str(error)) from error
+            reason = self._closed_to(messages[index], index=index) or str(error)
+            raise UnusableRow(reason, is_of_template=True) from error
         return _text(rendering.text, messages, [index], [place])
 
+    def _closed_to(self, message: Message, *, index: int) -> str | None:
+        """Why no form of an answer goes on from the generation prompt, if it is its think block."""
+        lead = self._renderer.think.lead
+        if not lead:
+            return None
+        is_reasoned = bool(message.reasoning) or "</think>" in message.content
+        what = "with" if is_reasoned else "without"
+        return (
+            f"the generation prompt of the chat template ends in {lead!r}, and the template does "
+            f"not write message {index}, an answer {what} reasoning, as going on from there"
+        )
+
     def _place(self, row: Conversation, turns: Turns, whole: Rendering, index: int) -> Turn:
-        render, text = self._renderer.render, whole.text
+        renderer, text = self._renderer, whole.text
+        render = renderer.render
         before = render(turns[:index], tools=row.tools, add_generation_prompt=True).text
         upto = text
         if index < len(turns) - 1:
@@ -127,7 +148,10 @@ class TurnFinder:
         message = row.messages[index]
         start, end = len(before), len(upto)
         written = text[start:end]
-        _check_answer(message, index=index, text=written)
+        tail = renderer.think.prompt_tail
+        _check_answer(
+            message, index=index, text=written, before=tail if before.endswith(tail) else ""
+        )
         spans = _learnt(start, end, marks=whole.marks)
         # Some templates (a think block) write more before the answer, after the generation prompt.
         # Without such a prompt it is the header they write there, unless a mark says otherwise.
@@ -140,7 +164,8 @@ class TurnFinder:
                     f"before an answer, so the header cannot be told from the answer; add "
                     f"{{% if add_generation_prompt %}} with the header to the tokenizer's template"
                 )
-        return Turn(start, end, index, spans, is_blank=not message.content.strip())
+        is_blank = not (message.content.strip() or message.reasoning or message.tool_calls)
+        return Turn(start, end, index, spans, is_blank=is_blank)
 
 
 def _text(
@@ -169,16 +194,21 @@ def _first_words(message: Message) -> str:
     return message.content.strip() or unmarked(message.reasoning).strip()
 
 
-def _check_present(message: Message, *, index: int, text: str) -> None:
+def _check_present(message: Message, *, index: int, text: str, before: str = "") -> None:
     """Raise `UnusableRow` if the template left out or changed what the message says.
 
-    Spaces may differ.
+    Spaces may differ, and it may be written as JSON. `before` is what the generation prompt wrote
+    of an answer before `text`: the message may begin there, but not end there.
     """
-    if not _holds(text, message.content):
-        raise UnusableRow(
-            f"the chat template drops or rewrites the text of message {index} ({message.role}); "
-            f"change the message, or use a tokenizer whose template writes it as it stands"
-        )
+    content = message.content
+    if _holds(text, content):
+        return
+    if before and not _holds(before, content) and _holds(before + text, content):
+        return
+    raise UnusableRow(
+        f"the chat template drops or rewrites the text of message {index} ({message.role})",
+        is_of_template=True,
+    )
 
 
 def _check_context(message: Message, *, index: int, text: str) -> None:
@@ -189,12 +219,12 @@ def _check_context(message: Message, *, index: int, text: str) -> None:
     _check_calls(message, index=index, text=text)
 
 
-def _check_answer(message: Message, *, index: int, text: str) -> None:
-    _check_present(message, index=index, text=text)
+def _check_answer(message: Message, *, index: int, text: str, before: str = "") -> None:
+    _check_present(message, index=index, text=text, before=before)
     if not _holds(text, message.reasoning):
         raise UnusableRow(
-            f"the chat template drops or rewrites the reasoning of message {index}; write it into "
-            f"the content, or use a template that keeps it"
+            f"the chat template drops or rewrites the reasoning of message {index}",
+            is_of_template=True,
         )
     _check_calls(message, index=index, text=text)
 
@@ -202,10 +232,11 @@ def _check_answer(message: Message, *, index: int, text: str) -> None:
 def _check_calls(message: Message, *, index: int, text: str) -> None:
     for call in message.tool_calls:
         for part in (call.name, *_texts(call.arguments)):
-            if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+            if not any(form in text for form in _forms(part)):
                 raise UnusableRow(
                     f"the chat template drops {quoted(part)} of the tool call {call.name!r} in "
-                    f"message {index}; use a template that writes tool calls"
+                    f"message {index}",
+                    is_of_template=True,
                 )
 
 
@@ -213,10 +244,10 @@ def _check_tools(tools: Sequence[Mapping[str, Any]], *, text: str) -> None:
     for tool in tools:
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and name not in text:
+        if isinstance(name, str) and not any(form in text for form in _forms(name)):
             raise UnusableRow(
-                f"the row offers the tool {name!r}, and the chat template does not write it; "
-                f"choose one that has a place for tools (data.chat_template=qwen)"
+                f"the row offers the tool {name!r}, and the chat template does not write it",
+                is_of_template=True,
             )
 
 
@@ -233,7 +264,18 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def _holds(text: str, part: str) -> bool:
-    return part in text or "".join(part.split()) in "".join(text.split())
+    """Whether `part` stands in `text`, but for spaces, as it is or as a JSON string."""
+    if part in text:
+        return True
+    closed = "".join(text.split())
+    return any("".join(form.split()) in closed for form in _forms(part))
+
+
+def _forms(part: str) -> Iterator[str]:
+    """The ways in which templates write a text: as it is, or with `tojson`, in ASCII or not."""
+    yield part
+    for ensure_ascii in (False, True):
+        yield json.dumps(part, ensure_ascii=ensure_ascii)[1:-1]
 
 
 def _rewritten(text: str, *, beginning: str, index: int) -> str:
@@ -242,6 +284,5 @@ def _rewritten(text: str, *, beginning: str, index: int) -> str:
     return (
         f"the chat template rewrites earlier turns, so the answer in message {index} has no fixed "
         f"place: it writes {quoted(beginning[place:])} up to that turn and "
-        f"{quoted(text[place:])} once the conversation goes on; use a tokenizer with another "
-        f"template, or data.chat_template=qwen"
+        f"{quoted(text[place:])} once the conversation goes on"
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the workers, who read manifests, need no transformers
     from roll_sft.engine.preflight import Job
 
 # A change of these gives every source another address, so the address says nothing more then.
-_BEHIND_THE_DATA = ("tokenizer", "chat_template", "sequence_length")
+_BEHIND_THE_DATA = ("tokenizer", "chat_template", "template_kwargs", "sequence_length")
 # Of a schedule: what it calls a value -> the key that sets it.
 _KEYS = {"kind": "lr_scheduler_type", "peak": "learning_rate", "minimum": "min_learning_rate"}
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
@@ -31,6 +31,7 @@ def facts_of(job: "Job") -> dict[str, object]:
     return {
         "tokenizer": _digest(text),
         "chat_template": _digest(str(tokenizer.chat_template)),
+        "template_kwargs": job.config.data.template_kwargs,
         "schedule": dataclasses.asdict(job.schedule),
         "optimizer": {name: getattr(train, name) for name in _OPTIMIZER},
         "shuffle": job.config.data.shuffle,
@@ -56,6 +57,7 @@ def changes(job: "Job", state: RunState) -> dict[str, str]:
         "data": job.source_addresses,
         "tokenizer": facts["tokenizer"],
         "chat_template": facts["chat_template"],
+        "template_kwargs": facts["template_kwargs"],
         "sequence_length": config.data.sequence_length,
         "global_batch_size": _batch(
             config.train.global_batch_size, config.train.global_batch_tokens

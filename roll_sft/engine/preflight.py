@@ -23,17 +23,18 @@ from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.data.pool import Spread
 from roll_sft.data.prepare import SourceReport
 from roll_sft.data.rough import TOKEN_BYTES
-from roll_sft.data.templates import chat_template
+from roll_sft.data.templates import chat_template, check_variables
 from roll_sft.engine import corpus
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.schedule import Schedule
-from roll_sft.errors import ConfigError, refuse
+from roll_sft.errors import ConfigError, first_line, refuse
 from roll_sft.layout import ParallelLayout, round_up
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource
 from roll_sft.models.hub import HubModel, HubSource, local_model
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.spec import Family, ModelShape
+from roll_sft.safe_text import shown
 
 _log = logging.getLogger(__name__)
 
@@ -158,10 +159,12 @@ def chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
 
 def _chat_tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
     """The tokenizer as the data sees it; `tokenizer` is given the template, which exports carry."""
-    template = chat_template(config.data.chat_template, tokenizer)
+    data = config.data
+    template = chat_template(data.chat_template, tokenizer)
     if template is not None:
         tokenizer.chat_template = template
-    return ChatTokenizer(tokenizer, train_on=config.data.train_on)
+    check_variables(data.template_kwargs, tokenizer)
+    return ChatTokenizer(tokenizer, variables=data.template_kwargs, train_on=data.train_on)
 
 
 def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:
@@ -272,19 +275,23 @@ def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizer
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.model.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        tokenizer("a", add_special_tokens=True)  # some bad values are met by the first text
+    # What a bad value in one of its files raises, in Python and in Rust, has no common class.
+    except Exception as error:
         raise ConfigError(
-            f"model.tokenizer_path: transformers cannot load a tokenizer from {path!r} ({reason});"
-            f" {remedy}"
+            f"model.tokenizer_path: transformers cannot load a tokenizer from {path!r}"
+            f" ({first_line(error)}); {remedy}"
         ) from error
     # Without the files, transformers makes one that knows a special token or two and no text.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise _NoTokenizerError(f"model.tokenizer_path: {path!r} holds no tokenizer; {remedy}")
-    if len(tokenizer) > shape.vocab_size:
+    # Not their number: a vocabulary may have gaps.
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= shape.vocab_size:
         raise ConfigError(
-            f"model.tokenizer_path: the tokenizer has {len(tokenizer)} tokens but the model's"
-            f" embedding {shape.vocab_size} rows; use the model's own tokenizer or resize the model"
+            f"model.tokenizer_path: the tokenizer gives {shown(token)} the id {largest}, and the"
+            f" model's embedding has {shape.vocab_size} rows, from 0; use the model's own tokenizer"
+            " or resize the model"
         )
     return tokenizer
 

@@ -5,6 +5,7 @@ among them), so it is given the frequencies instead. What it has no place for is
 other scalings, a factor on cos and sin, heads that are rotated in part.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +21,7 @@ def rotary_problems(rope: dict[str, Any]) -> list[str]:
 
     transformers 5 moves the `rope_theta` and `rope_scaling` of older files in there at load.
     """
-    if "rope_type" not in rope:
+    if "rope_type" not in rope:  # or one dictionary for each kind of layer
         return [f"rope_parameters {rope} (only one flat dictionary with rope_type and rope_theta)"]
     problems = []
     if rope["rope_type"] not in ("default", "llama3"):
@@ -69,4 +70,4 @@ def _llama3_problems(rope: dict[str, Any]) -> list[str]:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return isinstance(value, int | float) and 0 < value < math.inf

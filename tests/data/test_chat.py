@@ -263,10 +263,24 @@ def test_several_templates_without_a_default_are_listed() -> None:
     assert supervised(only(ChatTokenizer(tokenizer), conversation("q", "a"))) == answers("a")
 
 
-def test_a_token_across_the_border_is_refused_with_the_text_around() -> None:
-    expected = r"one token spans .*'\|>assistant\\n' .*'\\n\\nfour<\|im_e' in message 1"
-    with pytest.raises(UnusableRow, match=expected):
-        only(ChatTokenizer(tiny_tokenizer()), conversation("q", "\n\nfour"))
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, row: Conversation) -> list[int]:
+    """What transformers asks with, for the last answer of a row."""
+    turns = [{"role": message.role, "content": message.content} for message in row.messages[:-1]]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert isinstance(ids, list)
+    return ids
+
+
+def test_no_token_lies_across_the_end_of_the_prompt() -> None:
+    tokenizer, row = tiny_tokenizer(), conversation("q", "\n\nfour")
+    sample = only(ChatTokenizer(tokenizer), row)
+    assert supervised(sample) == answers("\n\nfour")
+    asked, rest = prompt_ids(tokenizer, row), "\n\nfour<|im_end|>\n"
+    assert sample.token_ids.tolist() == asked + tokenizer(rest).input_ids
+    whole = tokenizer.decode(sample.token_ids)
+    assert sample.token_ids.tolist() != tokenizer(whole).input_ids  # the line breaks would be one
+    spelt = only(ChatTokenizer(tokenizer), conversation("q", "\n\n<|im_end|>"))
+    assert supervised(spelt) == answers("\n\n<|im_end|>")
 
 
 @pytest.mark.parametrize("role", [0, 1])
@@ -341,15 +355,10 @@ def test_no_assistant_message_means_nothing_supervised() -> None:
 
 def test_many_at_once_give_what_one_by_one_gives() -> None:
     chat = ChatTokenizer(tiny_tokenizer())
-    rows = [conversation("q", text) for text in ("a", "\n\nb", "\n\nc", "\U0001f600", "d")]
+    rows = [conversation("q", text) for text in ("a", "\n\nb", "\n\nc", "\U0001f600")]
+    rows.append(Conversation((Message("assistant", "d"),), row=0, line=1))
     results = chat.tokenize_many(rows)
-    assert [isinstance(result, UnusableRow) for result in results] == [
-        False,
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert [isinstance(result, UnusableRow) for result in results] == [False] * 4 + [True]
     for row, result in zip(rows, results, strict=True):
         if not isinstance(result, UnusableRow):
             assert plain(result) == plain([only(chat, row)])
@@ -400,8 +409,11 @@ def test_trimmed_offsets_do_not_hide_a_token_across_the_border(trim: bool) -> No
     spaced = PLAIN_TEMPLATE.replace("message.content + '", "message.content + eos_token + '")
     tokenizer = with_template(spaced)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    with pytest.raises(UnusableRow, match=r"one token spans .*'\\nassistant: ' .*'the<"):
-        only(ChatTokenizer(tokenizer), conversation("q", "the"))
+    row = conversation("q", "the")
+    sample = only(ChatTokenizer(tokenizer), row)
+    assert supervised(sample) == answers("the")
+    asked = prompt_ids(tokenizer, row)
+    assert sample.token_ids[: len(asked)].tolist() == asked
 
 
 def test_a_tokenizer_that_adds_a_beginning_does_not_double_it() -> None:
@@ -415,14 +427,15 @@ def test_a_tokenizer_that_adds_a_beginning_does_not_double_it() -> None:
     assert supervised(sample) == answers("a")
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
+def sentencepiece_like(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
     """Llama 2's way: a normalizer that prepends a space mark, byte tokens for rare characters."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += [chr(code) for code in range(33, 127)]
+    pieces += ["".join(merge) for merge in merges]
     backend = Tokenizer(
         models.BPE(
             vocab={piece: index for index, piece in enumerate(pieces)},
-            merges=[],
+            merges=list(merges),
             unk_token="<unk>",
             fuse_unk=True,
             byte_fallback=True,
@@ -453,6 +466,19 @@ def test_byte_fallback_tokens_are_supervised_as_a_whole() -> None:
     texts = ["plain", "\u4f60\U0001f600", "tab\t", "  two"]
     sample = only(ChatTokenizer(tokenizer), conversation(*[t for t in texts for _ in range(2)]))
     assert supervised(sample, tokenizer) == [f" {text}</s>" for text in texts]
+
+
+def test_a_token_across_the_end_of_the_prompt_that_cannot_be_cut_is_refused() -> None:
+    tokenizer = sentencepiece_like(("\u2581", "t"))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- endfor %}", "{%- endfor %}{{- ' ' if add_generation_prompt }}"
+    )
+    chat = ChatTokenizer(tokenizer)
+    assert supervised(only(chat, conversation("q", "one")), tokenizer) == ["one</s>"]
+    # Encoded by itself the answer would begin with a space of its own.
+    expected = r"one token spans .*'<s>\[q\] ' .*'two</s>' in message 1"
+    with pytest.raises(UnusableRow, match=expected):
+        chat.tokenize(conversation("q", "two"))
 
 
 def test_control_text_stays_text_where_spaces_are_marks() -> None:

@@ -158,8 +158,8 @@ def test_the_first_bad_row_ends_a_strict_run_and_leaves_nothing(tmp_path: Path) 
     path = write(tmp_path, row("a"), {"instruction": "p"}, row("b"))
     with pytest.raises(DataError, match=r"rows.jsonl:2: no response: "):
         run(path)
-    refused = write(tmp_path, row("a"), row("\n\nb"), name="refused.jsonl")
-    with pytest.raises(DataError, match=r"refused.jsonl:2: one token spans"):
+    refused = write(tmp_path, row("a"), row("<|im_end|>\ufdd0"), name="refused.jsonl")
+    with pytest.raises(DataError, match=r"refused.jsonl:2: .*noncharacter"):
         run(refused)
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock", ".lock"]
 
@@ -167,7 +167,7 @@ def test_the_first_bad_row_ends_a_strict_run_and_leaves_nothing(tmp_path: Path) 
 def test_too_many_bad_rows_end_a_lenient_run_each_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write(tmp_path, row("a"), row(5), row("b"), row("\n\nb"))
+    path = write(tmp_path, row("a"), row(5), row("b"), row("<|im_end|>\ufdd0"))
     for _ in range(2):
         with pytest.raises(DataError, match=r"2 of 4 .* data.max_bad_fraction=0.4; .*jsonl:2: "):
             run(path, replace(LENIENT, max_bad_fraction=0.4))

@@ -32,7 +32,7 @@ def test_null_is_the_tokenizers_own_and_a_path_is_a_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("gemma", r"'gemma' needs <start_of_turn>, <end_of_turn> .* use alpaca or chatml or qwen"),
+        ("gemma", r"'gemma' needs <start_of_turn>, <end_of_turn> .* use chatml or qwen,"),
         ("llama-3", r"'llama-3' is no file and not one of alpaca, chatml, .*; give a Jinja file"),
     ],
 )

@@ -286,6 +286,12 @@ def test_changed_rows_tokenizer_and_template_are_told_apart(job: Job, tmp_path: 
     template.write_text(template.read_text().replace("You are a", "You are no"))
     with pytest.raises(ConfigError, match=r"differs in chat_template \("):
         find_start(prepare(same.config), tmp_path / "run")
+    template.write_text(template.read_text() + "{%- if enable_thinking %}{%- endif %}")
+    save(prepare(same.config), tmp_path / "variable", 2)
+    other = changed(same, data={"template_kwargs": {"enable_thinking": False}})
+    expected = r"differs in template_kwargs \(enable_thinking None is now False\)"
+    with pytest.raises(ConfigError, match=expected):
+        find_start(other, tmp_path / "variable")
     shutil.copy(root / "model" / "chat_template.jinja", template)
     tokenizer = moved / "model" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())

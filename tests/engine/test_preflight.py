@@ -72,7 +72,7 @@ def changed_model(assets: Path, tmp_path: Path) -> Callable[..., str]:
         (
             {"vocab_size": 399},
             ["model.random_init=true"],
-            ["has 400 tokens", "embedding 399 rows; use the model's own"],
+            ["the id 399", "embedding has 399 rows, from 0; use the model's own"],
         ),
         ({}, ["data.sequence_length=513"], ["513 exceeds", "max_position_embeddings 512; lower"]),
         (
