@@ -22,6 +22,7 @@ from roll_sft.engine.preflight import Job, dry_plan, prepare
 from roll_sft.engine.resume import NONE, Start, find_checkpoint, make_way, start_from, step_folders
 from roll_sft.engine.retention import check_room
 from roll_sft.errors import CheckpointError, DivergedError
+from roll_sft.loss_curve import CURVE, draw_losses
 from roll_sft.records import Records, open_records
 from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
@@ -72,6 +73,8 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
             elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
                 own = step_folders(folder / outputs.CHECKPOINTS)
                 _export(own[-1] if own else start.checkpoint, folder / "hf")
+            if start.step < job.total_steps or not (folder / CURVE).exists():
+                draw_losses(folder)
         show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 

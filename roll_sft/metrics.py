@@ -105,6 +105,18 @@ class StepRecord:
     sample_ids_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class EvalRecord:
+    """One line of `eval.jsonl`; the field names are public."""
+
+    step: int
+    name: str
+    loss: float
+    perplexity: float
+    supervised_tokens: int
+    time_s: float
+
+
 # Field of StepRecord -> its name in a tracker, whose pages group names by their first part.
 STEP_NAMES = {
     "train_loss": "train/loss",
@@ -131,7 +143,7 @@ DOCUMENTED_NAMES = (
     "per_device_tps",
     "per_device_tps_including_padding",
 )
-# Key of a line of eval.jsonl -> its name in a tracker, {} standing for the validation set.
+# Field of EvalRecord -> its name in a tracker, {} standing for the validation set.
 EVAL_NAMES = {"loss": "eval/{}/loss", "perplexity": "eval/{}/perplexity"}
 
 

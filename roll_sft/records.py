@@ -12,7 +12,7 @@ from pathlib import Path
 from roll_sft import metrics
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.preflight import Job
-from roll_sft.metrics import EvalMetrics, StepMetrics, StepRecord
+from roll_sft.metrics import EvalMetrics, EvalRecord, StepMetrics, StepRecord
 from roll_sft.outputs import JsonLines
 from roll_sft.terminal import StepDisplay, step_display
 
@@ -64,14 +64,14 @@ class Records:
         """Record the loss of validation set `name` after `step`; returns it."""
         assert self._evals is not None, "a run without validation sets evaluates nothing"
         loss = result.loss_sum / result.supervised_tokens
-        line = {
-            "step": step,
-            "name": name,
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # past 709 a float overflows
-            "supervised_tokens": result.supervised_tokens,
-            "time_s": seconds,
-        }
+        line = EvalRecord(
+            step=step,
+            name=name,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),  # past 709 a float overflows
+            supervised_tokens=result.supervised_tokens,
+            time_s=seconds,
+        )
         self._evals.write(line)
         return loss
 

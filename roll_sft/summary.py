@@ -16,6 +16,7 @@ from roll_sft import outputs
 from roll_sft.config import RunConfig
 from roll_sft.safe_text import redacted
 from roll_sft.terminal import format_seconds, stdout_console
+from roll_sft.tracking.mlflow_run import LOCAL_SERVER, noted_run
 
 
 def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:
@@ -109,14 +110,23 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _next_commands(config: RunConfig, folder: Path) -> Iterator[str]:
     if "mlflow" in config.tracking.backends:
-        uri = config.tracking.mlflow_uri or f"sqlite:///{_shown(folder.parent / 'mlflow.db')}"
-        if uri.startswith(("http://", "https://")):
-            yield f"curves: {redacted(uri)}, experiment {config.tracking.experiment}"
-        else:
-            yield f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        yield from _curves(config, folder)
     steps = sorted(folder.glob(f"{outputs.CHECKPOINTS}/step_*"))
     if steps and not (folder / "hf").is_dir():
         yield f"roll-sft convert {shlex.quote(_shown(steps[-1]))} --output my_model"
+
+
+def _curves(config: RunConfig, folder: Path) -> Iterator[str]:
+    """The command that serves the curves, where no server does yet, and the page of this run."""
+    uri = config.tracking.mlflow_uri or f"sqlite:///{_shown(folder.parent / 'mlflow.db')}"
+    server = redacted(uri) if uri.startswith(("http://", "https://")) else None
+    if server is None:
+        yield f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    noted = noted_run(folder)
+    if noted is not None:
+        yield f"curves: {noted.page(server or LOCAL_SERVER)}"
+    elif server is not None:
+        yield f"curves: {server}, experiment {config.tracking.experiment}"
 
 
 def _shown(path: Path) -> str:

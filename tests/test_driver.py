@@ -126,6 +126,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(run):
         "eval.jsonl",
         "hf",
         "logs",
+        "loss.png",
         "mlflow",
         "samples.jsonl",
         "steps.jsonl",
@@ -283,7 +284,7 @@ def test_mlflow_has_the_run_beside_the_folder_with_what_steps_jsonl_has(run):
     evaluations = client.get_metric_history(found.info.run_id, "eval/held_out/loss")
     assert [point.step for point in evaluations] == [3, 4]
     artifacts = {item.path for item in client.list_artifacts(found.info.run_id)}
-    assert artifacts == {"config.yaml", "data_report.json", "model"}
+    assert artifacts == {"config.yaml", "data_report.json", "loss.png", "model"}
 
 
 def test_finished_run_started_again_says_so_and_changes_nothing(run, assets, door, capfd):

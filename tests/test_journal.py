@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from roll_sft import metrics
 from roll_sft.tracking.journal import LINES_AT_ONCE, Journal, safe_name
+from roll_sft.tracking.system_metrics import SystemMetrics
 
 NOT_NUMBERS = {"step", "sample_ids_sha256"}
+PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def write(path, records):
@@ -86,4 +90,47 @@ def test_any_other_name_becomes_one_that_mlflow_takes(name):
 
 def test_names_that_differ_stay_different():
     assert len({safe_name(name) for name in HOSTILE}) == len(HOSTILE)
-    assert safe_name("val (1)").startswith("val _1_-")
+    assert safe_name("val (1)").startswith("val_1-")
+
+
+def rows_of(page, heading):
+    """First two cells of each row of the table below `heading`, each as its names in code."""
+    section = page.partition(f"\n## {heading}")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    return [tuple(re.findall("`([^`]+)`", cell) for cell in row[1:3]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("heading", "record", "names"),
+    [
+        ("Each optimizer step", metrics.StepRecord, metrics.STEP_NAMES),
+        ("Each evaluation", metrics.EvalRecord, metrics.EVAL_NAMES),
+    ],
+)
+def test_the_page_of_metrics_explains_every_key_under_its_names(heading, record, names):
+    rows = rows_of(PAGE.read_text(encoding="utf-8"), heading)
+    keys = [field.name for field in dataclasses.fields(record)]
+    assert [key for ((key,), _) in rows] == keys
+    shown = {key: tracked[0] for ((key,), tracked) in rows if tracked}
+    assert shown == {key: name.replace("{}", "<set>") for key, name in names.items()}
+
+
+def test_the_page_of_metrics_has_the_names_that_mlflow_gives_to_the_machine():
+    rows = rows_of(PAGE.read_text(encoding="utf-8"), "The machine of the driver")
+    listed = {name for (names, _) in rows for name in names}
+    sampled = {point.name for point in SystemMetrics({}).points(every_s=0)}
+    assert {re.sub(r"gpu_\d+", "gpu_<n>", name) for name in sampled} <= listed
+    assert len(listed) == 13
+
+
+def test_the_page_of_metrics_names_those_that_are_recorded_twice():
+    introduction = PAGE.read_text(encoding="utf-8").partition("\n## ")[0]
+    assert set(metrics.DOCUMENTED_NAMES) <= set(re.findall("`([^`]+)`", introduction))
+
+
+def test_samples_of_the_machine_count_on_after_those_of_an_earlier_process():
+    earlier = {"system/cpu_utilization_percentage": 6, "system/disk_usage_megabytes": 4, "x": 99}
+    system = SystemMetrics(earlier)
+    assert {point.step for point in system.points(every_s=0)} == {7}
+    assert {point.step for point in system.points(every_s=0)} == {8}
+    assert system.points(every_s=60) == []

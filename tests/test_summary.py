@@ -84,8 +84,12 @@ def test_the_next_commands_are_those_that_this_run_has_a_use_for(
     assert cells(silent, "model")[1].startswith("outputs/demo/hf (0.0 MB)")
     server = TrackingConfig(mlflow_uri="https://me:secret@host/mlflow")
     remote = shown(folder, capsys, tracking=server)
-    assert "https://***@host/mlflow" in remote
+    assert "  curves: https://***@host/mlflow, experiment roll_sft\n" in remote
     assert "secret" not in remote
+    (folder / ".mlflow_run").write_text("abc 3 FINISHED\n")
+    page = "/#/experiments/3/runs/abc?workflowType=machine_learning\n"
+    assert f"  curves: http://127.0.0.1:5000{page}" in shown(folder, capsys)
+    assert f"  curves: https://***@host/mlflow{page}" in shown(folder, capsys, tracking=server)
 
 
 def test_a_run_without_a_step_has_no_summary(

@@ -148,7 +148,7 @@ def test_run_has_params_tags_data_sets_metrics_artifacts_and_a_status(outputs, m
 
     (run,) = runs_of(outputs)[0].values()
     assert run.info.status == "FINISHED"
-    assert noted_run(folder) == (run.info.run_id, "FINISHED")
+    assert noted_run(folder) == (run.info.run_id, run.info.experiment_id, "FINISHED")
     assert run.data.params["section.key119"] == "119"
     assert len(run.data.params) == 122
     assert run.data.params["long"] == "x" * 5996 + " ..."
@@ -266,9 +266,9 @@ def test_every_end_of_a_run_leaves_its_status(end, status, outputs, monkeypatch)
     except BaseException as error:
         if error is not end:
             raise
-    found = client_of(outputs).get_run(noted_run(folder)[0])
+    found = client_of(outputs).get_run(noted_run(folder).run_id)
     assert found.info.status == status
-    assert noted_run(folder)[1] == status
+    assert noted_run(folder).status == status
 
 
 def killed_run(outputs, last_step):
@@ -276,9 +276,9 @@ def killed_run(outputs, last_step):
     folder = outputs / "run"
     write_steps(folder, range(1, last_step + 1))
     tracker_of(folder).close(FAILED)
-    run_id = noted_run(folder)[0]
+    run_id = noted_run(folder).run_id
     client_of(outputs).update_run(run_id, status="RUNNING")
-    (folder / mlflow_run.RUN_FILE).write_text(f"{run_id} RUNNING\n")
+    (folder / mlflow_run.RUN_FILE).write_text(f"{run_id} 1 RUNNING\n")
     return folder, run_id
 
 
@@ -301,14 +301,14 @@ def test_a_killed_run_that_begins_anew_or_goes_back_leaves_no_running_one(output
     _, number = runs_of(outputs)
     assert number == 2
     assert client_of(outputs).get_run(run_id).info.status == "KILLED"
-    assert noted_run(folder)[0] != run_id
+    assert noted_run(folder).run_id != run_id
 
 
 def test_a_copy_of_a_run_is_another_run(outputs):
     folder, run_id = killed_run(outputs, 2)
     shutil.copytree(folder, outputs / "copy")
     tracker_of(outputs / "copy", continues=True).close(FINISHED)
-    assert noted_run(outputs / "copy")[0] != run_id
+    assert noted_run(outputs / "copy").run_id != run_id
     assert client_of(outputs).get_run(run_id).info.status == "RUNNING"
 
 

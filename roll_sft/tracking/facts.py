@@ -1,6 +1,6 @@
 """What a tracker is told of a run beside its metrics: parameters, tags, data sets.
 
-Promises: no user, password or query string of a URL is in any of it.
+Promises: every text is `redacted`.
 """
 
 import contextlib
@@ -22,9 +22,22 @@ from roll_sft.layout import ParallelLayout
 from roll_sft.safe_text import redacted
 
 PACKAGES = ("roll_sft", "torch", "megatron-core", "ray", "transformers")
-# What decides the weights or the speed: in every run, so that runs compare. Of the other sections
-# only what differs from its default.
-ALWAYS = ("seed", "deterministic", "model", "data", "parallel", "train")
+# Keys that decide the weights or the speed are in every run, so that runs compare; all others only
+# where they differ from their default.
+ALWAYS = ("seed", "deterministic", "model.", "data.", "parallel.", "train.")
+ONLY_WHERE_SET = (
+    "model.trust_remote_code",
+    "data.on_bad_row",
+    "data.max_bad_fraction",
+    "parallel.cpus_per_worker",
+    "parallel.placement_timeout_s",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_minutes",
+    "train.logging_steps",
+    "train.log_samples",
+)
+# These say nothing about the result.
 NEVER = ("output_dir", "run_name", "dry_run", "prepare_only", "resume", "tracking")
 NEVER_KEYS = ("data.cache_dir", "data.num_proc", "cluster.address")
 GIT_TIMEOUT_S = 10.0
@@ -54,7 +67,7 @@ def facts_of(job: Job) -> RunFacts:
     """The facts of `job`, in the folder and on the machine where this is called."""
     return RunFacts(
         params=params_of(job.config),
-        tags={**_place_tags(), **_version_tags(), "layout": _layout(job.layout)},
+        tags={**tags_here(), "layout": _layout(job.layout)},
         inputs=tuple(_inputs(job)),
     )
 
@@ -65,14 +78,19 @@ def params_of(config: RunConfig) -> dict[str, str]:
     chosen = {key: value for key, value in given.items() if key not in NEVER}
     for kind in ("train", "validation"):
         chosen["data"][kind] = ", ".join(map(_share, getattr(config.data, kind)))
-    flat, flat_defaults = dict(_flat(chosen)), dict(_flat(defaults))
-    return {
-        key: redacted(str(value))
-        for key, value in flat.items()
-        if key not in NEVER_KEYS
-        and value not in (None, "")
-        and (key.startswith(ALWAYS) or value != flat_defaults.get(key))
-    }
+    flat_defaults = dict(_flat(defaults))
+    params = {}
+    for key, value in _flat(chosen):
+        is_wanted = key.startswith(ALWAYS) and key not in ONLY_WHERE_SET
+        is_set = value != flat_defaults.get(key)
+        if value not in (None, "") and key not in NEVER_KEYS and (is_wanted or is_set):
+            params[key] = redacted(str(value))
+    return params
+
+
+def tags_here() -> dict[str, str]:
+    """Who runs it, where, of which commits and on which versions."""
+    return {**_place_tags(), **_version_tags()}
 
 
 def _share(entry: SourceConfig) -> str:
@@ -90,7 +108,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _place_tags() -> dict[str, str]:
-    """Who runs it, where, and of which commit: `mlflow.` tags are those that its pages show."""
+    """Tags that begin with `mlflow.` are those that its pages show by themselves."""
     tags = {
         "host": platform.node(),
         "mlflow.source.name": "roll_sft",

@@ -73,7 +73,7 @@ def safe_name(name: str) -> str:
     if len(name) <= MAX_NAME_LENGTH and _ACCEPTED.fullmatch(name) and parts_are_names:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    readable = re.sub(r"[^\w\- ]+", "_", name)[: MAX_NAME_LENGTH - 9]
+    readable = re.sub(r"[^\w\-]+", "_", name)[: MAX_NAME_LENGTH - 9].strip("_")
     return f"{readable}-{digest}"
 
 

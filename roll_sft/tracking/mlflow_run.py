@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -39,10 +39,12 @@ RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries; the last
 CLOSE_TIMEOUT_S = 30.0
 CLOSE_IN_TROUBLE_TIMEOUT_S = 10.0  # of the run or of MLflow
 SQLITE = "sqlite:///"
-RUN_FILE = ".mlflow_run"  # in the run's folder: the id of its MLflow run, and how that one ended
+RUN_FILE = ".mlflow_run"  # in the run's folder: a NotedRun
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"  # MLflow's words
+LOCAL_SERVER = "http://127.0.0.1:5000"  # what `mlflow ui` serves at
 FOLDER_TAG = "output_dir"
-# Without it, MLflow's page opens an experiment in its view of traces, not of runs.
+# Without it, MLflow's pages take an experiment for one of traces; the newest want it in the address
+# too, see NotedRun.page.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 # Artifacts, and the folder of each; those that there are when the run begins, and at its end.
 FIRST_FILES: dict[str, str | None] = {"config.yaml": None, "data_report.json": None}
@@ -61,6 +63,19 @@ class Address:
     uri: str
     experiment: str
     run_name: str
+
+
+class NotedRun(NamedTuple):
+    """The MLflow run of a run's folder."""
+
+    run_id: str
+    experiment_id: str
+    status: str
+
+    def page(self, server: str) -> str:
+        """Its page on an MLflow `server`, in the view of training runs and not of traces."""
+        place = f"experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{server.rstrip('/')}/#/{place}?workflowType=machine_learning"
 
 
 class _RefusedError(Exception):
@@ -94,7 +109,7 @@ class MlflowRun:
         self._journal, self._facts, self._continues = journal, facts, continues
         self._recorded: dict[str, int] = {}  # metric -> the last step of it before this process
         self._client: Any = None
-        self._run_id = ""
+        self._run_id = self._experiment_id = ""
         self._status = FAILED
         self._warned = set[str]()
         self._begun, self._closing = threading.Event(), threading.Event()
@@ -230,7 +245,7 @@ class MlflowRun:
             experiment_id = self._experiment(str(shelf) if shelf else None)
         earlier = self._earlier_run()
         if earlier is not None and self._continues:
-            self._run_id = earlier.info.run_id
+            self._run_id, self._experiment_id = earlier.info.run_id, earlier.info.experiment_id
             self._recorded = {each.key: each.step for each in earlier.data.to_proto().metrics}
             self._client.update_run(self._run_id, status=RUNNING)
             self._note(RUNNING)
@@ -243,7 +258,7 @@ class MlflowRun:
             run_name=self._address.run_name,
             tags={FOLDER_TAG: str(self._folder)},
         )
-        self._run_id = run.info.run_id
+        self._run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
         self._note(RUNNING)
         place = Path(run.info.artifact_uri)
         if shelf is not None and place.is_relative_to(shelf):
@@ -272,7 +287,7 @@ class MlflowRun:
         if noted is None:
             return None
         try:
-            run = self._client.get_run(noted[0])
+            run = self._client.get_run(noted.run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
@@ -287,16 +302,16 @@ class MlflowRun:
         return FileLock(self._database.parent / ".mlflow.lock")
 
     def _note(self, status: str) -> None:
-        (self._folder / RUN_FILE).write_text(f"{self._run_id} {status}\n", encoding="utf-8")
+        noted = NotedRun(self._run_id, self._experiment_id, status)
+        (self._folder / RUN_FILE).write_text(" ".join(noted) + "\n", encoding="utf-8")
 
 
-def noted_run(folder: Path) -> tuple[str, str] | None:
-    """The id of the MLflow run of the run in `folder`, and how it ended; None if it has none."""
+def noted_run(folder: Path) -> NotedRun | None:
+    """The MLflow run of the run in `folder`; None if it has none."""
     try:
-        run_id, status = (folder / RUN_FILE).read_text(encoding="utf-8").split()
-    except (FileNotFoundError, ValueError):
+        return NotedRun(*(folder / RUN_FILE).read_text(encoding="utf-8").split())
+    except (FileNotFoundError, TypeError):  # TypeError: not three words
         return None
-    return run_id, status
 
 
 def _import_client() -> Any:

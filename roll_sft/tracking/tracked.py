@@ -30,7 +30,7 @@ def tracked(job: Job, folder: Path, *, start: Start) -> Iterator[list[MlflowRun]
         return
     run = _mlflow_run(job, folder, start=start)
     noted = noted_run(folder)
-    if start.step >= job.total_steps and noted is not None and noted[1] != FINISHED:
+    if start.step >= job.total_steps and noted is not None and noted.status != FINISHED:
         run.start()
         run.begin()
     status = FAILED
