@@ -69,6 +69,7 @@ class SourceConfig:
         1.0,
         "Samples that an epoch draws, as a multiple of those there are; data.train only.",
         above=0,
+        at_most=1000,
     )
     samples: int | None = key(
         None,

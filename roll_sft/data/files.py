@@ -3,14 +3,16 @@
 A path is a file, a folder (all files in it, at any depth), a pattern with `*`, a URL that fsspec
 opens (`s3://...`, `memory://...`) of any of these, or org/name of a dataset of the hub, where no
 file has that name. Of a folder, hidden files and folders (a dot or an underscore first, as data
-writers mark theirs) and notes beside the data are left out; any other file that is no data is
-refused. What a file holds follows from its suffix.
+writers mark theirs) and notes beside the data are left out, and what a saved data set does not
+list (`saved_folders`); any other file that is no data is refused. What a file holds follows from
+its suffix.
 """
 
 import glob
 import io
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
@@ -20,9 +22,12 @@ import pyarrow as pa
 from fsspec.registry import known_implementations
 
 from roll_sft.data.hub import hub_files, is_hub_id
+from roll_sft.data.saved_folders import SPLITS_FILE, check_one_split, without_cache_files
+from roll_sft.data.values import shown
 from roll_sft.errors import DataError, first_line
 
 FileKind = Literal["json", "parquet", "arrow"]
+_Form = Literal["file", "folder", "pattern"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -48,10 +53,13 @@ def find_files(path: str, *, split: str | None = None) -> list[str]:
     if _is_on_hub(path):
         return hub_files(path, split=split)
     url = _URL.match(path)
-    root, found = _remote_files(path, url.group(1)) if url else _local_files(path)
-    if not found:
+    form, below = _remote_files(path, url.group(1)) if url else _local_files(path)
+    if form != "file":
+        rows = without_cache_files(list(below), _text_of, is_whole=form == "folder")
+        below = {name: below[name] for name in rows}
+    if not below:
         raise DataError(f"{path}: no file here; give a file ending in {ACCEPTED}")
-    for name in found:
+    for name in below:
         if kind_of_file(name) is None:
             suffix = PurePosixPath(name).suffix
             remedy = "" if name == path else ", or name the others with a pattern such as *.jsonl"
@@ -59,7 +67,11 @@ def find_files(path: str, *, split: str | None = None) -> list[str]:
                 f"{name}: suffix '{suffix}' is not accepted; give a file ending in {ACCEPTED}"
                 f"{remedy}"
             )
-    return found if split is None else _of_split(found, split=split, path=path, root=root)
+    if split is not None:
+        return _of_split(below, split=split, path=path)
+    if form == "folder":
+        check_one_split(below, path=path, saved=_text_of(f"{path.rstrip('/')}/{SPLITS_FILE}"))
+    return list(below)
 
 
 def kind_of_file(name: str) -> FileKind | None:
@@ -96,7 +108,7 @@ def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
 
 def _is_on_hub(path: str) -> bool:
     is_file_name = kind_of_file(path) is not None or PurePosixPath(path).suffix in COMPRESSIONS
-    return is_hub_id(path) and not is_file_name and not Path(path).exists()
+    return is_hub_id(path) and not is_file_name and _local_form(path) is None
 
 
 def _open(name: str) -> Any:
@@ -110,27 +122,44 @@ def _decompressed(file: BinaryIO, codec: str) -> BinaryIO:
     return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
-def _local_files(path: str) -> tuple[str, list[str]]:
-    place = Path(path)
-    if place.is_file():
-        return str(place.parent), [path]
-    if place.is_dir():
-        below = glob.glob(f"{glob.escape(path)}/**/*", recursive=True)
-        return path, sorted(name for name in below if _is_data(name, root=path))
+def _local_form(path: str) -> Literal["file", "folder"] | None:
+    """Whether a file or a folder has this name; None where neither has."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a name that no file can have, or no right to look
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise DataError(f"{shown(path)}: cannot be looked up ({why}); correct the path") from None
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "file" if stat.S_ISREG(mode) else None
+
+
+def _local_files(path: str) -> tuple[_Form, dict[str, str]]:
+    form = _local_form(path)
+    if form == "file":
+        return "file", {path: PurePosixPath(path).name}
+    if form == "folder":
+        found = glob.glob("**/*", root_dir=path, recursive=True)
+        names = {f"{path.rstrip('/')}/{each}": each for each in found if _is_data(each)}
+        return "folder", {name: names[name] for name in sorted(names) if not Path(name).is_dir()}
     if not _PATTERN.search(path):
         raise DataError(f"{path}: no such file; check the path in the configuration")
-    root = str(PurePosixPath(_PATTERN.split(path, maxsplit=1)[0] + "x").parent)
-    return root, sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+    found = [name for name in glob.glob(path, recursive=True) if Path(name).is_file()]
+    return "pattern", _below(found, root=_before_pattern(path))
 
 
-def _remote_files(path: str, protocol: str) -> tuple[str, list[str]]:
+def _remote_files(path: str, protocol: str) -> tuple[_Form, dict[str, str]]:
+    form: _Form = "file"
     try:
         system, place = fsspec.url_to_fs(path)
+        root = str(PurePosixPath(place).parent)
         if _PATTERN.search(path):
+            form, root = "pattern", _before_pattern(place)
             found = [name for name in system.glob(place) if system.isfile(name)]
-            place = _PATTERN.split(place, maxsplit=1)[0]
         elif system.isdir(place):
-            found = [name for name in system.find(place) if _is_data(name, root=place)]
+            form, root, found = "folder", place, system.find(place)
         else:
             found = [place] if system.exists(place) else []
     except ImportError as error:
@@ -141,26 +170,46 @@ def _remote_files(path: str, protocol: str) -> tuple[str, list[str]]:
     except Exception as error:
         # Each store has errors of its own: of the network, of credentials, of its own classes.
         raise DataError(f"{path}: cannot be listed ({first_line(error)})") from error
-    return place, sorted(system.unstrip_protocol(name) for name in found)
+    below = _below(found, root=root)
+    if form == "folder":
+        below = {name: each for name, each in below.items() if _is_data(each)}
+    return form, {system.unstrip_protocol(name): each for name, each in below.items()}
 
 
-def _is_data(name: str, *, root: str) -> bool:
-    """Whether a file below `root` is neither hidden, nor a note beside the data."""
-    parts = PurePosixPath(name).relative_to(root).parts
+def _before_pattern(path: str) -> str:
+    """The folder below which a pattern looks."""
+    return str(PurePosixPath(_PATTERN.split(path, maxsplit=1)[0] + "x").parent)
+
+
+def _below(names: Iterable[str], *, root: str) -> dict[str, str]:
+    """Names, sorted, each with what it is called below `root`."""
+    return {name: str(PurePosixPath(name).relative_to(root)) for name in sorted(names)}
+
+
+def _text_of(name: str) -> str | None:
+    try:
+        with _open(name) as file:
+            return bytes(file.read()).decode("utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file of this name below a folder is neither hidden, nor a note beside the data."""
+    parts = PurePosixPath(name).parts
     hidden = any(part.startswith((".", "_")) for part in parts)
-    return not hidden and not _NO_DATA.fullmatch(parts[-1]) and not Path(name).is_dir()
+    return not hidden and not _NO_DATA.fullmatch(parts[-1])
 
 
-def _of_split(found: Sequence[str], *, split: str, path: str, root: str) -> list[str]:
-    names = {name: name.partition(root)[2] if root else name for name in found}
+def _of_split(names: Mapping[str, str], *, split: str, path: str) -> list[str]:
     # First as a word of its own: `train` is not meant where it begins `train_gen`.
     for borders in ("/.-", "/._ 0123456789-"):
         word = re.compile(rf"(^|[{borders}]){re.escape(split)}([{borders}]|$)")
         if chosen := [name for name, shown in names.items() if word.search(shown)]:
             return chosen
-    more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     raise DataError(
         f"{path}: split '{split}' is in the name of no file (found: "
-        f"{', '.join(name.lstrip('/') for name in list(names.values())[:_NAMES_SHOWN])}{more}); "
+        f"{', '.join(list(names.values())[:_NAMES_SHOWN])}{more}); "
         f"name the files of the split as its path, or correct the split"
     )

@@ -7,11 +7,13 @@ What is promised:
 - rows come in the order of the file, numbered without a gap; nothing is skipped but blank lines;
 - a line that is no JSON is a `BadRow`, and the next line is read. An array cannot be read past an
   error, since nothing says where its next row starts: that is a `DataError`;
-- a key that an object has twice is an error: of two answers, one would be lost.
+- a key that an object has twice is an error: of two answers, one would be lost;
+- no more than `MAX_ROW_BYTES` of a row are held, however long a file makes it.
 """
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +26,11 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_SPACE = b" \t\r\n"
 
 _JSON_SPACES = re.compile(r"[ \t\r\n]*")
+# A million tokens are a tenth of this.
+MAX_ROW_BYTES = 64 << 20
+
 _WINDOW_BYTES = 1 << 20
+_TOO_LONG = f"the row has more than {MAX_ROW_BYTES >> 20} MiB; cut it into several"
 # A value, or an error, that ends this near to the end of the window may owe it to that end.
 _LONGEST_MARK = 32
 
@@ -83,7 +89,23 @@ def line_rows(file: Iterator[bytes] | BinaryIO, *, first_line: int) -> Iterator[
         row += 1
 
 
+def bounded_lines(file: BinaryIO, *, num_bytes: int | None = None) -> Iterator[bytes]:
+    """Yield the lines of the next `num_bytes` of `file`, or of all: of each, the beginning.
+
+    A line of more than `MAX_ROW_BYTES` is cut behind them, so that it is seen to be longer.
+    """
+    left = math.inf if num_bytes is None else num_bytes
+    while left > 0 and (line := file.readline(MAX_ROW_BYTES + 1)):
+        yield line
+        left -= len(line)
+        while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES + 1)
+            left -= len(line)
+
+
 def _line_row(content: bytes, *, decoder: _Decoder, row: int, line: int) -> RawRow | BadRow:
+    if len(content) > MAX_ROW_BYTES:
+        return BadRow(row=row, line=line, reason=_TOO_LONG)
     try:
         return decoder.line(content.decode("utf-8"), row=row, line=line)
     except UnicodeDecodeError as error:
@@ -185,6 +207,8 @@ class _Window:
         if self._at_end:
             return False
         rest = self.text[self._counted :]
+        if len(rest) > MAX_ROW_BYTES:
+            raise DataError(f"{self._name}:{self.line}: {_TOO_LONG}")
         self.position -= self._counted
         self._line_start -= self._counted
         self._counted = 0

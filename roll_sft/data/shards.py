@@ -23,7 +23,14 @@ from typing import BinaryIO, Literal
 from roll_sft.data.columns import ColumnKeys, Shape, wanted_columns
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.files import compression_of, find_files, kind_of_file, opened
-from roll_sft.data.rows import BYTE_ORDER_MARK, JSON_SPACE, RawRow, array_rows, line_rows
+from roll_sft.data.rows import (
+    BYTE_ORDER_MARK,
+    JSON_SPACE,
+    RawRow,
+    array_rows,
+    bounded_lines,
+    line_rows,
+)
 from roll_sft.data.shapes import columns_of, sample_of, shape_of
 from roll_sft.data.tables import table_parts, table_rows
 from roll_sft.data.values import BadRowError, NoAnswerError, UnusableFileError, listed, shown
@@ -225,11 +232,13 @@ def _line_shards(name: str, *, shard_bytes: int) -> Iterator[Shard]:
                 digest.update(chunk)
                 num_lines += chunk.count(b"\n")
                 position += len(chunk)
-            rest = file.readline()
-            if position + len(rest) == start:
+            stop, rest = position, b""
+            while not rest.endswith(b"\n") and (part := file.readline(_CHUNK_BYTES)):
+                rest = part
+                digest.update(rest)
+                stop += len(rest)
+            if stop == start:
                 break
-            digest.update(rest)
-            stop = position + len(rest)
             yield Shard(name, "lines", start, stop, first_line, digest.hexdigest())
             start, first_line = stop, first_line + num_lines + rest.count(b"\n")
 
@@ -269,13 +278,17 @@ def _raw_rows(shard: Shard, *, wanted: Set[str]) -> Iterator[RawRow | BadRow]:
             yield from array_rows(file, name=shard.file)
         else:
             file.seek(shard.start)
-            lines = _lines(file, num_bytes=shard.stop - shard.start)
+            lines = bounded_lines(file, num_bytes=shard.stop - shard.start)
             yield from line_rows(lines, first_line=shard.first_line)
 
 
 def _decompressed_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     is_array, line = shard.kind == "array", 1
-    rows = array_rows(file, name=shard.file) if is_array else line_rows(file, first_line=1)
+    rows = (
+        array_rows(file, name=shard.file)
+        if is_array
+        else line_rows(bounded_lines(file), first_line=1)
+    )
     try:
         for row in rows:
             line = row.line
@@ -285,11 +298,3 @@ def _decompressed_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow
             f"{shard.file}:{line}: the compressed data is cut off or damaged behind this line "
             f"({first_line(error)}); write the file again"
         ) from error
-
-
-def _lines(file: BinaryIO, *, num_bytes: int) -> Iterator[bytes]:
-    for line in file:
-        yield line
-        num_bytes -= len(line)
-        if num_bytes <= 0:
-            return

@@ -21,11 +21,14 @@ from roll_sft.data.pool import Spread
 from roll_sft.data.prepare import CachePlace, Source, SourceReport, prepare_sources
 from roll_sft.data.rough import rough_report
 from roll_sft.engine.inputs import TokenData
+from roll_sft.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 _STEPS_SAMPLED = 8  # whose packs say how full they will be
 _POOR_FILL = 0.6
+_MOST_REPEATS = 1000  # of one sample in an epoch
+_MOST_SAMPLES = 1 << 30  # of an epoch: they are numbered by 32 bits
 # Of whole packs. A step just above them would need one pack more on each rank, nearly empty.
 _FILL_TO_AIM_AT = 0.9
 
@@ -85,13 +88,30 @@ def addresses_of(tokens: TokenSet, shares: Mapping[str, Share]) -> dict[str, str
 
 
 def shares_of(entries: list[SourceConfig], samples: Mapping[str, range]) -> dict[str, Share]:
-    """How much of each train source an epoch draws; `samples` are the indices of each."""
-    return {
+    """How much of each train source an epoch draws; `samples` are the indices of each.
+
+    Raises `ConfigError` for more than could be shuffled.
+    """
+    shares = {
         source_name(entry): Share.of(
             samples[source_name(entry)], weight=entry.weight, samples=entry.samples
         )
         for entry in entries
     }
+    for name, share in shares.items():
+        size = share.stop - share.start
+        if share.per_epoch > _MOST_REPEATS * size:
+            raise ConfigError(
+                f"data.train: an epoch of {share.per_epoch:,} samples of {name} repeats each of its"
+                f" {size:,} more than {_MOST_REPEATS:,} times; lower samples or weight, and raise"
+                " train.num_train_epochs"
+            )
+    if (total := sum(share.per_epoch for share in shares.values())) > _MOST_SAMPLES:
+        raise ConfigError(
+            f"data.train: an epoch of {total:,} samples is more than {_MOST_SAMPLES:,}; lower"
+            " samples or weight, and raise train.num_train_epochs"
+        )
+    return shares
 
 
 def planner_of(

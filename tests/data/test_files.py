@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from roll_sft.data import rows
 from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import BadRow, Document
 from roll_sft.data.files import find_files
@@ -84,6 +86,89 @@ def test_a_split_is_in_the_names_of_its_files(
         find_files(str(tmp_path), split="dev")
     with pytest.raises(DataError, match=r"test.jsonl: split 'train' is in the name of no file"):
         find_files(str(tmp_path / "data" / "test.jsonl"), split="train")
+
+
+def saved(folder: Path, **splits: list[str]) -> Path:
+    """A saved `Dataset`, or `DatasetDict`, of texts, with the cache files that `map` leaves."""
+    sets = {name: datasets.Dataset.from_dict({"text": each}) for name, each in splits.items()}
+    if set(sets) == {"all"}:
+        sets["all"].save_to_disk(str(folder))
+        loaded = [datasets.load_from_disk(str(folder))]
+    else:
+        datasets.DatasetDict(sets).save_to_disk(str(folder))
+        loaded = list(datasets.load_from_disk(str(folder)).values())
+    for each in loaded:
+        each.map(lambda row: {"text": row["text"] * 2})
+    assert list(folder.glob("**/cache-*.arrow"))
+    return folder
+
+
+def test_of_a_saved_data_set_the_files_it_lists_are_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a" / "set", all=["x", "y"])
+    for path in (folder, folder.parent, f"{folder}/*.arrow", f"file://{folder}"):
+        assert texts(path) == ["x", "y"]
+    (cached,) = folder.glob("cache-*.arrow")
+    assert texts(cached) == ["xx", "yy"]
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data-7.arrow"}]}')
+    with pytest.raises(DataError, match=r"set/data-7.arrow: no such file, and .*state.json lists"):
+        find_files(str(folder))
+    for broken in ("[", "{}", "[" * 100_000):
+        (folder / "state.json").write_text(broken)
+        with pytest.raises(DataError, match=r"state.json: does not list the data files; save the"):
+            find_files(str(folder))
+    (folder / "state.json").unlink()
+    assert texts(folder) == ["x", "y"]
+
+
+def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "set", sft=["x"], dpo=["y"])
+    with pytest.raises(DataError, match=r"set: its files are of the splits sft and dpo .*choose"):
+        find_files(str(folder))
+    for split, text in (("sft", "x"), ("dpo", "y")):
+        (name,) = find_files(str(folder), split=split)
+        assert texts(name) == [text]
+    assert texts(saved(tmp_path / "one", sft=["x"])) == ["x"]
+    tree(tmp_path / "b", "data/train-0.jsonl", "data/train-1.jsonl", "other.jsonl")
+    assert len(find_files(str(tmp_path / "b"))) == 3
+    tree(tmp_path / "b", "data/test-0.jsonl")
+    with pytest.raises(DataError, match=r"splits test and train \(such as data/test-0.jsonl and d"):
+        find_files(str(tmp_path / "b"))
+    assert len(find_files(f"{tmp_path}/b/**/*.jsonl")) == 4
+    tree(tmp_path / "c", "train/latest.jsonl", "train/test_cases.jsonl", "developers.jsonl")
+    assert len(find_files(str(tmp_path / "c"))) == 3
+
+
+def test_a_split_is_found_in_relative_and_remote_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "train.jsonl", "test.jsonl", "sub/train-0.jsonl")
+    store = fsspec.filesystem("memory")
+    for name in ("train.jsonl", "test.jsonl", "sub/train-0.jsonl"):
+        store.pipe(f"/splits/{name}", b'{"text": "%s"}' % name.encode())
+    for before in ("", "./", "sub/../", "memory://splits/"):
+        for path, expected in (
+            ("train.jsonl", ["train.jsonl"]),
+            ("*.jsonl", ["train.jsonl"]),
+            ("tr*.jsonl", ["train.jsonl"]),
+            ("sub", ["sub/train-0.jsonl"]),
+            ("sub/", ["sub/train-0.jsonl"]),
+        ):
+            found = find_files(before + path, split="train")
+            assert [texts(name) for name in found] == [[each] for each in expected]
+        with pytest.raises(
+            DataError, match=r"split 'test' is in the name of no file \(found: trai"
+        ):
+            find_files(f"{before}train.jsonl", split="test")
+    assert [texts(name) for name in find_files(".", split="test")] == [["test.jsonl"]]
+
+
+@pytest.mark.parametrize("path", ["n" * 300, "a\0b.jsonl", "n" * 5000])
+def test_a_name_that_no_file_can_have_is_a_data_error(path: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be looked up \(.*correct the path") as caught:
+        find_files(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -181,6 +266,26 @@ def test_a_line_of_ten_megabytes_is_a_row(tmp_path: Path) -> None:
     shards = find_shards(str(path), shard_bytes=1 << 20)
     assert [shard.first_line for shard in shards] == [1, 3]
     assert [len(text) for text in texts(path)] == [4, 10_000_000, 4]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".json.gz"])
+def test_a_row_without_an_end_is_refused_before_it_fills_memory(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 1 << 16)
+    monkeypatch.setattr(rows, "_WINDOW_BYTES", 1 << 12)
+    long = b'{"text": "' + b"x" * (1 << 20)
+    path = tmp_path / f"rows{suffix}"
+    is_array = suffix.startswith(".json.") or suffix == ".json"
+    content = b"[" + GOOD + b"," + long + b'"}]' if is_array else b"\n".join([GOOD, long, GOOD])
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    if is_array:
+        with pytest.raises(DataError, match=rf"rows{suffix}:1: the row has more than .* MiB; cut"):
+            read(path)
+        return
+    first, broken, last = read(path)
+    assert (first.text, last.text, last.line) == ("good", "good", 3)
+    assert (broken.line, broken.reason[:23]) == (2, "the row has more than 6")
 
 
 NUMBERED = b"\n".join(b'{"text": "%d"}' % (number**3) for number in range(40_000))

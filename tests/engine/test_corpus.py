@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from roll_sft.config import RunConfig
+from roll_sft.config import RunConfig, SourceConfig
 from roll_sft.config_build import build_config
+from roll_sft.engine.corpus import shares_of
 from roll_sft.engine.preflight import Job, prepare
+from roll_sft.errors import ConfigError
 from tests import doors
 from tests.doors import Door, alpaca, cells, write_rows
 
@@ -118,3 +120,25 @@ def test_the_plan_and_the_report_show_the_mixture(
     assert cells(outcome.stdout, "packs")[1].endswith("% full")
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert report["sources"][0]["samples_per_epoch"] == 35
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([{"weight": 1001.0}], "an epoch of 10,010 samples of a repeats each of its 10 more than"),
+        ([{"samples": 999_999_999_999}], "an epoch of 999,999,999,999 samples of a repeats each"),
+        ([{"samples": 10_000}], ""),
+        ([{"samples": 1 << 29}, {"samples": 1 << 30}], "an epoch of 1,610,612,736 samples is more"),
+    ],
+)
+def test_an_epoch_that_could_not_be_shuffled_is_refused(
+    entries: list[dict[str, Any]], expected: str
+) -> None:
+    sources = [SourceConfig(path="x", name="ab"[at], **each) for at, each in enumerate(entries)]
+    size = 10 if len(entries) == 1 else 1 << 29
+    ranges = {"a": range(size), "b": range(size, 2 * size)}
+    if expected:
+        with pytest.raises(ConfigError, match=expected):
+            shares_of(sources, ranges)
+    else:
+        assert shares_of(sources, ranges)["a"].per_epoch == 10_000
