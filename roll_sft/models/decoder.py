@@ -9,11 +9,8 @@ other activations, attention dropout, quantized weights, layers that differ from
 what `models/rotary.py` refuses.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
-
-import torch
 
 from roll_sft.errors import ConfigError
 from roll_sft.models.rotary import rotary_inv_freq, rotary_problems
@@ -41,21 +38,6 @@ if TYPE_CHECKING:
 
     DecoderConfig: TypeAlias = LlamaConfig | MistralConfig | Olmo2Config | Qwen2Config | Qwen3Config
     Config = TypeVar("Config", bound=PreTrainedConfig)
-
-
-# Each size and the largest that is believed; the last two are the lengths of lists.
-_LARGEST = 2**31 - 1
-_SIZES = {
-    "hidden_size": _LARGEST,
-    "intermediate_size": _LARGEST,
-    "num_attention_heads": _LARGEST,
-    "num_key_value_heads": _LARGEST,
-    "vocab_size": _LARGEST,
-    "max_position_embeddings": _LARGEST,
-    "num_hidden_layers": 10_000,
-    "head_dim": 65_536,
-}
-_OPTIONAL = ("head_dim", "num_key_value_heads")
 
 
 class LayerPart(Protocol):
@@ -87,9 +69,7 @@ def decoder_shape(
     Raises `ConfigError` with the family's own `problems`, each a value and its rule, and all others
     that `config` has.
     """
-    # Numbers first: the other rules divide by them.
-    problems = [*problems, *(_number_problems(config) or _problems(config))]
-    problems += rotary_problems(dict(config.rope_parameters or {}))
+    problems = [*problems, *_problems(config), *rotary_problems(dict(config.rope_parameters or {}))]
     if problems:
         raise ConfigError(
             f"model.path: config.json of {architecture} asks for what this version does not "
@@ -204,33 +184,13 @@ def _head_dim(config: "DecoderConfig") -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def _number_problems(config: "DecoderConfig") -> list[str]:
-    """Sizes and small numbers that nothing can be built of: value and rule of each."""
-    problems = []
-    for name, largest in _SIZES.items():
-        value = getattr(config, name, None)
-        if name in _OPTIONAL and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            problems.append(f"{name} {shown(value)} (must be a whole number from 1 to {largest})")
-    epsilon, spread = config.rms_norm_eps, config.initializer_range
-    if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
-        problems.append(f"rms_norm_eps {shown(epsilon)} (must be a positive number)")
-    if not (isinstance(spread, int | float) and 0 <= spread < math.inf):
-        problems.append(f"initializer_range {shown(spread)} (must be a number, not negative)")
-    return problems
-
-
 def _problems(config: "DecoderConfig") -> list[str]:
     """What no family builds: value and rule of each."""
     problems = []
     layer_types = getattr(config, "layer_types", None) or []
     if any(each != "full_attention" for each in layer_types):
         problems.append(f"layer_types {shown(layer_types)} (only full_attention)")
-    dtype, pad = config.dtype, config.pad_token_id
-    named: object = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        problems.append(f"dtype {shown(dtype)} (only a floating-point one such as bfloat16)")
+    pad = config.pad_token_id
     if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
         problems.append(f"pad_token_id {pad} (must be one of the {config.vocab_size} tokens)")
     if config.hidden_act != "silu":

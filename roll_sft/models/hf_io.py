@@ -184,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in the file `path`; `ConfigError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); correct the file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not an object; correct it")

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roll_sft.errors import ConfigError
+from roll_sft.models.config_file import value_problems
+from roll_sft.models.hf_io import read_json
 from roll_sft.models.llama import LLAMA
 from roll_sft.models.mistral import MISTRAL
 from roll_sft.models.olmo2 import OLMO2
@@ -30,15 +32,20 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
         raise ConfigError(
             f"model.path: '{path}' has no config.json; give the folder of a Hugging Face model"
         )
-    # Slow: paid by whoever opens a model, not on import.
-    from transformers import AutoConfig
+    if problems := value_problems(read_json(Path(path) / "config.json")):
+        raise ConfigError(
+            f"model.path: '{path}/config.json': {'; '.join(problems)}; correct the file, or"
+            " download it again"
+        )
+    from transformers import AutoConfig  # slow: paid by whoever opens a model, not on import
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # of no common class: what a bad value in the file raises
-        reason = " ".join(str(error).split())
+    # transformers and what it calls raise many kinds for a file that is not as they expect.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"model.path: transformers cannot read '{path}/config.json': {reason}; correct the file"
         ) from error

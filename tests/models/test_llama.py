@@ -79,7 +79,7 @@ def test_the_original_length_changes_the_frequencies(tmp_path: Path):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn"),
         (scaled(attention_factor=1.2), r"attention_factor 1\.2"),
         (scaled(partial_rotary_factor=0.5), r"partial_rotary_factor 0\.5"),
-        (scaled(factor="8"), "factor 8"),
+        (scaled(factor="8"), "factor '8'"),
         (scaled(factor=0), "factor 0"),
         (scaled(original_max_position_embeddings=0), "original_max_position_embeddings 0"),
         (scaled(high_freq_factor=1.0), r"high_freq_factor 1\.0 .must exceed low_freq_factor 1\.0"),
@@ -88,6 +88,5 @@ def test_the_original_length_changes_the_frequencies(tmp_path: Path):
 def test_what_is_not_implemented_is_refused_by_name(
     tmp_path: Path, written: dict[str, Any], named: str
 ):
-    config = config_from_disk(tmp_path, {**ON_DISK, **written})
     with pytest.raises(ConfigError, match=named):
-        LLAMA.shape(config)
+        LLAMA.shape(config_from_disk(tmp_path, {**ON_DISK, **written}))

@@ -1,0 +1,139 @@
+"""The values of a model's config.json, checked before transformers reads them.
+
+transformers takes most values as they are, and computes with them: heads of 0 divide by zero, a
+hidden size of 2**40 allocates memory, a dtype is looked up as an attribute of torch. Every value
+that a family reads has its type and its range here; an absent key is left to transformers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from roll_sft.safe_text import shown
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+DTYPES_IN_WORDS = "float32, bfloat16 or float16"
+_Rule: TypeAlias = Callable[[object], str | None]  # what a value breaks, in words
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """From `least` (exclusive if `is_above`) to `most`."""
+
+    least: float
+    most: float
+    is_whole: bool = False
+    is_above: bool = False
+    is_optional: bool = False
+
+    def __call__(self, value: object) -> str | None:
+        """The rule that `value` breaks, if it does."""
+        if value is None and self.is_optional:
+            return None
+        kinds: tuple[type, ...] = (int,) if self.is_whole else (int, float)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if is_number and isinstance(value, int | float) and self._holds(value):
+            return None
+        low = f"above {self.least:g}" if self.is_above else f"from {self.least:g}"
+        null = ", or null" if self.is_optional else ""
+        kind = "an integer" if self.is_whole else "a number"
+        return f"must be {kind} {low} to {self.most:.10g}{null}"
+
+    def _holds(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        return (value > self.least if self.is_above else value >= self.least) and (
+            value <= self.most
+        )
+
+
+def _count(most: int, *, is_optional: bool = False) -> _Number:
+    return _Number(1, most, is_whole=True, is_optional=is_optional)
+
+
+def _positive(most: float, *, is_optional: bool = False) -> _Number:
+    return _Number(0, most, is_above=True, is_optional=is_optional)
+
+
+def value_problems(content: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of `content`, the object of a config.json: value and rule."""
+    found = [*_broken(content, _RULES)]
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(content.get(key), Mapping):
+            found += _broken(content[key], _ROPE_RULES, prefix=f"{key}.")
+    return found
+
+
+def _broken(
+    content: Mapping[str, Any], rules: Mapping[str, _Rule], prefix: str = ""
+) -> Iterator[str]:
+    for key, rule in rules.items():
+        if key in content and (problem := rule(content[key])) is not None:
+            yield f"{prefix}{key} {shown(content[key])} {problem}"
+
+
+def _switch(value: object) -> str | None:
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def _text(value: object) -> str | None:
+    return None if isinstance(value, str) else "must be text"
+
+
+def _texts(value: object) -> str | None:
+    is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return None if is_list or value is None else "must be a list of texts"
+
+
+def _dtype(value: object) -> str | None:
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    return None if name is None or name in DTYPES else f"must be {DTYPES_IN_WORDS}"
+
+
+def _object(value: object) -> str | None:
+    return None if value is None or isinstance(value, Mapping) else "must be an object or null"
+
+
+def _token(value: object) -> str | None:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    is_id = all(isinstance(each, int) and not isinstance(each, bool) for each in ids)
+    return None if is_id else "must be the id of a token, a list of such, or null"
+
+
+# Far above every model that there is, and far below what exhausts a machine.
+_RULES: dict[str, _Rule] = {
+    "hidden_size": _count(2**17),
+    "intermediate_size": _count(2**20),
+    "num_hidden_layers": _count(2**12),
+    "num_attention_heads": _count(2**12),
+    "num_key_value_heads": _count(2**12, is_optional=True),
+    "head_dim": _count(2**13, is_optional=True),
+    "vocab_size": _count(2**24),
+    "max_position_embeddings": _count(2**30),
+    "sliding_window": _count(2**30, is_optional=True),
+    "pretraining_tp": _count(2**10, is_optional=True),
+    "rms_norm_eps": _positive(1.0),
+    "initializer_range": _positive(10.0),
+    "attention_dropout": _Number(0, 1, is_optional=True),
+    "rope_theta": _positive(1e15, is_optional=True),
+    "rope_parameters": _object,
+    "rope_scaling": _object,
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _switch),
+    "use_sliding_window": _switch,
+    **dict.fromkeys(("model_type", "hidden_act"), _text),
+    **dict.fromkeys(("architectures", "layer_types"), _texts),
+    **dict.fromkeys(("dtype", "torch_dtype"), _dtype),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _token),
+}
+_ROPE_RULES: dict[str, _Rule] = {
+    "rope_theta": _positive(1e15),
+    "factor": _positive(1e6),
+    "low_freq_factor": _positive(1e6),
+    "high_freq_factor": _positive(1e6),
+    "original_max_position_embeddings": _count(2**30),
+    "partial_rotary_factor": _positive(1.0),
+    "attention_factor": _positive(1e6, is_optional=True),
+    "rope_type": _text,
+    "type": _text,
+}
