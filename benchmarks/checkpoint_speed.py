@@ -22,8 +22,8 @@ from shared import measures
 
 from roll_sft.engine import shards
 from roll_sft.engine.distcp import read_index, write_descriptions
-from roll_sft.engine.publish import sha256_of
-from roll_sft.engine.resume import verify_hashes
+from roll_sft.engine.hashing import sha256_of, verify_hashes
+from roll_sft.engine.manifest import StoredFile
 from roll_sft.engine.saver import Saver
 from roll_sft.engine.shards import Piece, Writer, take_parts
 
@@ -99,9 +99,9 @@ def _report_reads(folder: Path, pieces: Sequence[Piece]) -> None:
     saved = folder / "saved"
     files = [path for path in saved.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    facts = {path.name: {"sha256": sha256_of(path)} for path in files}
+    facts = {path.name: StoredFile(path.stat().st_size, sha256_of(path)) for path in files}
     before = _bytes_read()
-    verify_hashes(saved, {"files": facts})
+    verify_hashes(saved, facts)
     ratio = (_bytes_read() - before) / size
     _report("checkpoint_verify", [ratio], goal="<= 1.05", denominator="bytes of the checkpoint")
     before = _bytes_read()

@@ -203,8 +203,10 @@ def _export(checkpoint: Path | None, output: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
-        raise CheckpointError(f"the export of {checkpoint} failed: {lines[-1]}")
-    LOG.info("HuggingFace model %s", output)
+        kind = DivergedError if result.returncode == DivergedError.exit_code else CheckpointError
+        raise kind(f"the export of {checkpoint} failed: {lines[-1]}")
+    told = "; ".join(result.stdout.strip().splitlines()[:-1])  # the last is the folder
+    LOG.info("HuggingFace model %s (%s)", output, told)
 
 
 @contextlib.contextmanager

@@ -1,15 +1,20 @@
 """Files that are whole or absent, and one line for a disk that takes no more.
 
 Promises: what `write_durably` wrote survives a crash of the machine; a reader sees the old text or
-the new one; nothing that is set aside is ever overwritten.
+the new one; a torn line of a log is nobody's record; nothing set aside is ever overwritten.
 """
 
 import contextlib
+import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from roll_sft.errors import ResourceError, RollSftError
+
+LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -22,6 +27,25 @@ def writing(path: Path, kind: type[RollSftError] = ResourceError) -> Iterator[No
             f"{path}: cannot be written: {error.strerror or error}; make room or give another"
             " output_dir, and run the same command again"
         ) from error
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of one JSON object a line; none where there is no file.
+
+    A line that is no object is passed over: a kill or a full disk may tear the last one.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                yield record
+            elif line.strip():
+                LOG.warning("%s:%d: is no whole record, and is passed over", path, number)
 
 
 def write_durably(path: Path, text: str | bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from roll_sft.config import RunConfig
-from roll_sft.durable import aside_name, set_aside, write_durably, writing
+from roll_sft.durable import aside_name, json_lines, set_aside, write_durably, writing
 from roll_sft.errors import ConfigError, ResourceError
 from roll_sft.safe_text import redacted_tree
 
@@ -152,8 +152,7 @@ def _replace_lines(path: Path, kept: bytes) -> None:
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """The records of a file of `JsonLines`; none where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    return list(json_lines(path))
 
 
 def losses(folder: Path, name: str | None) -> dict[int, float]:

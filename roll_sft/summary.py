@@ -4,16 +4,15 @@ The numbers are those of `steps.jsonl` and `eval.jsonl`, so a run that was resum
 whole. Only `duration` is of this command alone.
 """
 
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from roll_sft import outputs
 from roll_sft.config import RunConfig
+from roll_sft.durable import json_lines
 from roll_sft.safe_text import redacted
 from roll_sft.terminal import format_seconds, stdout_console
 from roll_sft.tracking.mlflow_run import LOCAL_SERVER, noted_run
@@ -47,7 +46,7 @@ class _Totals:
         self.num_steps = self.tokens = self.supervised_tokens = 0
         self.seconds = self.device_seconds = self.peak_memory_gib = 0.0
         self.loss = _Loss()
-        for step in _lines(path):
+        for step in json_lines(path):
             self.num_steps += 1
             self.tokens += step["total_tokens"]
             self.supervised_tokens += step["supervised_tokens"]
@@ -77,7 +76,7 @@ def _rows(folder: Path, *, elapsed_s: float) -> Iterator[tuple[str, str]]:
     if not totals.num_steps:
         return
     evaluations: dict[str, _Loss] = {}
-    for line in _lines(folder / "eval.jsonl"):
+    for line in json_lines(folder / "eval.jsonl"):
         evaluations.setdefault(line["name"], _Loss()).add(line["step"], line["loss"])
     per_device = totals.tokens / totals.device_seconds
     yield "duration", format_seconds(elapsed_s)
@@ -138,9 +137,3 @@ def _shown(path: Path) -> str:
 def _size(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)

@@ -50,7 +50,7 @@ def find_files(path: str, *, split: str | None = None) -> list[str]:
     `split` keeps those that have it in their name, or in that of a folder below `path`. Raises
     `DataError` where there is no such file, or one that cannot be read.
     """
-    if _is_on_hub(path):
+    if is_on_hub(path):
         return hub_files(path, split=split)
     url = _URL.match(path)
     form, below = _remote_files(path, url.group(1)) if url else _local_files(path)
@@ -106,7 +106,8 @@ def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _is_on_hub(path: str) -> bool:
+def is_on_hub(path: str) -> bool:
+    """Whether `path` means a dataset of the hub: it has that form, and no file or folder has it."""
     is_file_name = kind_of_file(path) is not None or PurePosixPath(path).suffix in COMPRESSIONS
     return is_hub_id(path) and not is_file_name and _local_form(path) is None
 

@@ -19,8 +19,10 @@ from roll_sft.engine.manifest import ASSETS, MANIFEST, RunState
 from roll_sft.engine.publish import versions_here, write_manifest
 from roll_sft.engine.reader import stored_name
 from roll_sft.engine.shards import Piece, Writer, take_parts, write
+from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
 from roll_sft.models.assets import asset_files, copy_file
+from roll_sft.models.finite import NotFiniteError, check_finite, rounded
 from roll_sft.models.hf_io import SafetensorsSource, TensorSource
 from roll_sft.models.new_folder import new_folder
 from roll_sft.models.pages import bring_in, let_go
@@ -51,20 +53,26 @@ def import_model(
     source = SafetensorsSource(model)
     family.check_source(shape, source=source)
     wanted = DTYPES[dtype] if dtype else None
-    stored = wanted or source.read("model.norm.weight").dtype
+    stored = wanted or source.dtype("model.norm.weight")
     words, num_layers = family.weights(shape), shape.num_layers
+    dtypes = _dtypes(words, source, wanted)
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
         for name in asset_files(model):
             copy_file(model / name, folder / ASSETS / name)
         groups = list(_groups(family, shape, dtype=stored))
         for rank, names in enumerate(groups):
             group = {name: words[name] for name in names}
-            write(
-                folder,
-                _pieces(group, num_layers, source=source, dtype=wanted),
-                objects=_objects(names, num_layers),
-                writer=Writer(rank, len(groups), optimizer_step=None),
-            )
+            try:
+                write(
+                    folder,
+                    _pieces(group, num_layers, source=source, dtypes=dtypes),
+                    objects=_objects(names, num_layers),
+                    writer=Writer(rank, len(groups), optimizer_step=None),
+                )
+            except NotFiniteError as error:
+                raise CheckpointError(
+                    f"{model}: {error}; its file is damaged or its training diverged, take another"
+                ) from error
         parts = take_parts(folder)
         write_descriptions(folder, parts)
         hashes = {part.name: part.sha256 for part in parts}
@@ -91,8 +99,28 @@ def _groups(family: Family, shape: ModelShape, *, dtype: torch.dtype) -> Iterato
     yield names
 
 
+def _dtypes(
+    words: Mapping[str, Word], source: SafetensorsSource, wanted: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each stored tensor: `wanted`, or one that holds all that becomes part of it.
+
+    Layers lie in one tensor, and a model may keep some of them in fp32.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for name, word in words.items():
+        key, _ = stored_name(name)
+        for part in word.hf_shapes:
+            own = wanted or source.dtype(part)
+            dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
+    return dtypes
+
+
 def _pieces(
-    words: Mapping[str, Word], num_layers: int, *, source: TensorSource, dtype: torch.dtype | None
+    words: Mapping[str, Word],
+    num_layers: int,
+    *,
+    source: TensorSource,
+    dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[Piece]:
     """Every parameter of `words` as rectangles of the tensor that it is stored in."""
     read: deque[torch.Tensor] = deque()
@@ -104,7 +132,8 @@ def _pieces(
         while len(read) > _IN_USE:
             let_go(read.popleft())
         for part in _parts(word, source, read):
-            tensor = part if dtype is None else part.to(dtype)
+            dtype = dtypes[key]
+            tensor = part if part.dtype == dtype else rounded(name, part, dtype)
             corner = (first, *(0 for _ in full_shape[1:]))
             first += len(part)
             if layer is None:
@@ -117,6 +146,7 @@ def _parts(word: Word, source: TensorSource, read: deque[torch.Tensor]) -> Itera
     """Megatron's tensor of one process, one run of rows after the other; `read` gets the files'."""
     for name in word.hf_shapes:
         read.append(bring_in(source.read(name)))
+        check_finite(name, read[-1])
         if not isinstance(word, QKV):
             yield read[-1]
     if isinstance(word, QKV):  # its rows alternate between the three tensors

@@ -6,7 +6,6 @@ Imports no Megatron, so the driver can publish while the workers go on. Promise:
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from roll_sft.data.plan import StepPlan
 from roll_sft.durable import sync, write_durably
 from roll_sft.engine.facts import facts_of
+from roll_sft.engine.hashing import sha256_of
 from roll_sft.engine.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState
 from roll_sft.engine.shards import take_parts
 
@@ -110,9 +110,3 @@ def versions_here() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

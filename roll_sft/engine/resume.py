@@ -8,29 +8,27 @@ begins at step 0 only in another folder.
 import logging
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from roll_sft.config import RunConfig
 from roll_sft.durable import set_aside, write_durably
 from roll_sft.engine.facts import changes
+from roll_sft.engine.hashing import verify_hashes
 from roll_sft.engine.manifest import (
-    Manifest,
     NewerCheckpointError,
     RunState,
     check_complete,
     read_manifest,
 )
 from roll_sft.engine.preflight import Job
-from roll_sft.engine.publish import LATEST, sha256_of
+from roll_sft.engine.publish import LATEST
 from roll_sft.errors import CheckpointError, ConfigError
 
 LOG = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"
 ORIGIN = "origin"  # beside the step folders: that of another run which they began from
 LEFT_OVER = (".staging_*", ".deleted_*")  # what a killed run left half written, half deleted
-NUM_HASHERS = 8
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -152,32 +150,10 @@ def make_way(checkpoints: Path, start: Start) -> None:
         write_durably(checkpoints / ORIGIN, f"{start.checkpoint}\n")
 
 
-def verify_hashes(folder: Path, manifest: Manifest) -> None:
-    """Read every file of `folder` once and compare its SHA-256. Raises `CheckpointError`."""
-    # Hashing leaves the interpreter's lock alone, so threads read several files at once.
-    with ThreadPoolExecutor(NUM_HASHERS) as pool:
-        names = list(manifest.files)
-        for name, found in zip(names, pool.map(lambda n: _hash(folder / n), names), strict=True):
-            expected = manifest.files[name].sha256
-            if found != expected:
-                raise CheckpointError(
-                    f"{folder / name}: its SHA-256 is {found[:12]}..., and the manifest says"
-                    f" {expected[:12]}...; the checkpoint is damaged, take"
-                    " another"
-                )
-
-
-def _hash(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-
-
 def _check_whole(folder: Path, *, verify: bool) -> None:
     manifest = check_complete(folder)
     if verify:
-        verify_hashes(folder, manifest)
+        verify_hashes(folder, manifest.files)
 
 
 def _newest_whole(folders: list[Path], *, verify: bool) -> Path:

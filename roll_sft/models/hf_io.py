@@ -19,6 +19,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 _PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -68,6 +69,10 @@ class SafetensorsSource:
     def shape(self, name: str) -> Shape:
         return tuple(self._view(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in, without reading it."""
+        return FLOATS[self._view(name).get_dtype()]
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; it maps the file, nothing is copied."""
         tensor: torch.Tensor = self._view(name)[...]
@@ -102,12 +107,19 @@ class SafetensorsSource:
     def _read_index(self, folder: Path) -> dict[str, Path]:
         try:
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-            file_of = {str(name): folder / file for name, file in index["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"model.path: {self}/{INDEX_FILE} is not an index of shards ({error!r}); "
                 "download it again"
             ) from error
+        for name, file in files.items():
+            if file != Path(file).name or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"model.path: {self}/{INDEX_FILE} puts {name} in {file!r}, which is no"
+                    " safetensors file of this folder; download it again"
+                )
+        file_of = {name: folder / file for name, file in files.items()}
         missing = sorted({path.name for path in file_of.values() if not path.is_file()})
         if missing:
             raise CheckpointError(
@@ -134,12 +146,18 @@ class SafetensorsSource:
                 "give a complete checkpoint of this architecture"
             )
         try:
-            return self._handle(path).get_slice(name)
+            view = self._handle(path).get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(
                 f"model.path: the index of '{self}' puts {name} in {path.name}, which does not "
                 "hold it; download both again"
             ) from error
+        if view.get_dtype() not in FLOATS:
+            raise ConfigError(
+                f"model.path: '{self}' has {name} in {view.get_dtype()}, and weights are read in"
+                f" {', '.join(FLOATS)}; give an unquantized checkpoint"
+            )
+        return view
 
 
 class RandomSource:
