@@ -16,7 +16,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class ChatTokenizer:
                 f"offsets, which the loss mask needs; use a model folder with a tokenizer.json"
             )
         own = tokenizer.chat_template or {}
-        named = own if isinstance(own, dict) else {"default": own}
+        named = dict(own) if isinstance(own, dict) else {"default": own}
         self._set_up(
             _Recipe(
                 EncoderFacts.of(tokenizer),
@@ -259,17 +259,8 @@ class ChatTokenizer:
 
     def _remedy(self, row: Conversation | Document) -> str:
         """Which named templates write `row` with this tokenizer, found by trying them."""
-        facts = self._recipe.encoder
-        candidates = fitting_templates(
-            facts.protected,
-            eos_token=self._recipe.special_tokens.get("eos_token"),
-            begins_with_bos=bool(facts.first_ids),
-        )
         working = []
-        for name, template in candidates.items():
-            other = ChatTokenizer.__new__(ChatTokenizer)
-            recipe = replace(self._recipe, templates={"default": template})
-            other._set_up(recipe)
+        for name, other in self._others.items():
             try:
                 other.tokenize(row)
             except (UnusableRow, DataError):
@@ -280,6 +271,20 @@ class ChatTokenizer:
         *others, last = preferred(working)
         names = f"{', '.join(others)} or {last}" if others else last
         return f"use data.chat_template={names}, or a Jinja file that writes it"
+
+    @cached_property
+    def _others(self) -> dict[str, "ChatTokenizer"]:
+        """By name, what this would be with each named template that fits the tokenizer."""
+        facts, others = self._recipe.encoder, {}
+        fitting = fitting_templates(
+            facts.protected,
+            eos_token=self._recipe.special_tokens.get("eos_token"),
+            begins_with_bos=bool(facts.first_ids),
+        )
+        for name, template in fitting.items():
+            others[name] = ChatTokenizer.__new__(ChatTokenizer)
+            others[name]._set_up(replace(self._recipe, templates={"default": template}))
+        return others
 
 
 def _check_turns(row: Conversation) -> None:

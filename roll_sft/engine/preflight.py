@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from roll_sft.checks import backend_problems, layout_problems
 from roll_sft.config import RunConfig, TrainConfig, layout_of, on_device
@@ -24,17 +24,17 @@ from roll_sft.data.pool import Spread
 from roll_sft.data.prepare import SourceReport
 from roll_sft.data.rough import TOKEN_BYTES
 from roll_sft.data.templates import chat_template, check_variables
+from roll_sft.data.tokenizer import NoTokenizerError, load_tokenizer
 from roll_sft.engine import corpus
 from roll_sft.engine.inputs import ModelSource, TokenData
 from roll_sft.engine.schedule import Schedule
-from roll_sft.errors import ConfigError, first_line, refuse
+from roll_sft.errors import ConfigError, refuse
 from roll_sft.layout import ParallelLayout, round_up
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.hf_io import RandomSource, SafetensorsSource, TensorSource
 from roll_sft.models.hub import HubModel, HubSource, local_model
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.spec import Family, ModelShape
-from roll_sft.safe_text import shown
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def dry_plan(config: RunConfig) -> Plan:
     """
     try:
         return prepare(config).plan
-    except _NoTokenizerError as error:
+    except NoTokenizerError as error:
         _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
     config, hub = _located(config)
     reports = {
@@ -261,39 +261,14 @@ def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:
     return round_up(asked, layout.pack_alignment)
 
 
-class _NoTokenizerError(ConfigError):
-    """The folder is there and holds no tokenizer."""
-
-
 def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizerBase:
     path = config.model.tokenizer_path or config.model.path
     assert path is not None, "check_config refuses a missing model.path"
-    if not Path(path).is_dir():
-        raise ConfigError(f"model.tokenizer_path: {path!r} is not a folder; give one, or a hub id")
-    remedy = "give a folder with tokenizer.json and tokenizer_config.json"
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=config.model.trust_remote_code, local_files_only=True
-        )
-        tokenizer("a", add_special_tokens=True)  # some bad values are met by the first text
-    # What a bad value in one of its files raises, in Python and in Rust, has no common class.
-    except Exception as error:
-        raise ConfigError(
-            f"model.tokenizer_path: transformers cannot load a tokenizer from {path!r}"
-            f" ({first_line(error)}); {remedy}"
-        ) from error
-    # Without the files, transformers makes one that knows a special token or two and no text.
-    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
-        raise _NoTokenizerError(f"model.tokenizer_path: {path!r} holds no tokenizer; {remedy}")
-    # Not their number: a vocabulary may have gaps.
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= shape.vocab_size:
-        raise ConfigError(
-            f"model.tokenizer_path: the tokenizer gives {shown(token)} the id {largest}, and the"
-            f" model's embedding has {shape.vocab_size} rows, from 0; use the model's own tokenizer"
-            " or resize the model"
-        )
-    return tokenizer
+    return load_tokenizer(
+        path,
+        trust_remote_code=config.model.trust_remote_code,
+        embedding_size=shape.vocab_size,
+    )
 
 
 def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -> PlanOptions:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.conversation import Conversation, Document, Message
+from roll_sft.data.conversation import Conversation, Document, Message, ToolCall
 from roll_sft.errors import DataError
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -384,6 +384,74 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text() -> None:
     sample = only(ChatTokenizer(tokenizer), Document("text", row=0, line=1))
     assert tokenizer.decode(sample.token_ids) == "<|im_start|>text<|endoftext|>"
     assert sample.label_mask.tolist() == [1] * (sample.token_ids.size - 1) + [0]
+
+
+# Several templates
+
+
+def test_rows_with_tools_have_the_template_for_tools_if_there_is_one() -> None:
+    tokenizer = with_template(None)
+    named = "{{- tools[0].function.name }}" + CHATML_TEMPLATE
+    tokenizer.chat_template = {"default": CHATML_TEMPLATE, "tool_use": named}
+    plain = conversation("q", "a")
+    tool = {"type": "function", "function": {"name": "add"}}
+    offered = Conversation(plain.messages, row=0, line=1, tools=(tool,))
+    rows = [plain, offered, plain]
+    for row, (sample,) in zip(rows, ChatTokenizer(tokenizer).tokenize_many(rows), strict=True):
+        turns = [{"role": m.role, "content": m.content} for m in row.messages]
+        expected = tokenizer.apply_chat_template(
+            turns, tools=list(row.tools) or None, return_dict=False
+        )
+        assert sample.token_ids.tolist() == expected
+        assert supervised(sample) == answers("a")
+    base = ChatTokenizer(tokenizer).fingerprint
+    tokenizer.chat_template["tool_use"] = named + "{#- -#}"
+    assert ChatTokenizer(tokenizer).fingerprint != base
+    # A template of the user's own is for all rows.
+    (sample,) = ChatTokenizer(tokenizer, template=named).tokenize(offered)
+    assert supervised(sample) == answers("a")
+    del tokenizer.chat_template["default"]
+    chat = ChatTokenizer(tokenizer)
+    assert [supervised(sample) for sample in chat.tokenize(offered)] == [answers("a")]
+    with pytest.raises(
+        DataError, match=r"found: tool_use\); use data.chat_template=chatml or qwen,"
+    ):
+        chat.tokenize(plain)
+
+
+# The end of a turn
+
+
+@pytest.mark.parametrize("content", ["", "  ", "Let me see."])
+@pytest.mark.parametrize("closing", ["", "{{- '<|endoftext|>' if not add_generation_prompt }}"])
+def test_a_turn_that_ends_in_markup_of_control_tokens_ends_after_it(
+    content: str, closing: str
+) -> None:
+    tokenizer = with_template(None)
+    markup = ["<tool_call>", "</tool_call>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": markup})
+    tokenizer.chat_template = (
+        CHATML_TEMPLATE.replace(
+            "message.content + '<|im_end|>\\n'",
+            "message.content + calls + '<|im_end|>\\n'",
+        ).replace(
+            "{{- '<|im_start|>' + message.role",
+            "{%- set calls = '<tool_call>' + message.tool_calls[0].function | tojson + "
+            "'</tool_call>' if message.tool_calls else '' %}{{- '<|im_start|>' + message.role",
+        )
+        + closing
+    )
+    assert "calls +" in tokenizer.chat_template
+    call = Message("assistant", content, tool_calls=(ToolCall("add", {"a": "1"}),))
+    turns = (call, Message("tool", "1"), Message("assistant", "One."))
+    for question in ("q", "what is <|im_end|>?"):  # the second has its mask by places
+        row = Conversation((Message("user", question), *turns), row=0, line=1)
+        samples = ChatTokenizer(tokenizer).tokenize(row)
+        written = '{"name": "add", "arguments": {"a": "1"}}'
+        assert [text for sample in samples for text in supervised(sample, tokenizer)] == [
+            f"{content}<tool_call>{written}</tool_call>{END}",
+            f"One.{END}",
+        ]
 
 
 # Tokenizers
