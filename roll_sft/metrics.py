@@ -5,16 +5,20 @@
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 TensorKind: TypeAlias = Literal["output", "gradient", "missing"]
 
-# Dense bf16 peak in FLOP/s by device-name prefix, from the vendors' datasheets (no sparsity).
+# Dense bf16 peak in FLOP/s by what a device's name begins with, from the vendors' datasheets (no
+# sparsity). Of two that fit the longer: the variants of one chip differ in clock and power.
 PEAK_FLOPS_BF16 = {
     "NVIDIA B200": 2250e12,
     "NVIDIA GH200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
@@ -33,7 +37,7 @@ class StepMetrics:
     learning_rate: float
     step_time_s: float
     data_wait_s: float
-    peak_memory_gib: float  # device memory, or resident memory of the process on CPU
+    peak_memory_gib: float  # since the step before: of the device, or on a CPU the process's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +157,22 @@ def badness(error: float) -> float:
 
 
 def flops_per_step(
-    *, num_matmul_parameters: int, num_layers: int, hidden_size: int, lengths: list[int]
+    *, num_matmul_parameters: int, num_layers: int, attention_width: int, lengths: list[int]
 ) -> float:
     """Model FLOPs of forward and backward over samples of `lengths` real tokens.
 
-    6NT for the matmuls (N with the LM head, without the input embedding) and 6 L h s^2 for causal
-    attention inside each document, so neither padding nor packing counts.
+    6NT for the matmuls (N with the LM head, without the input embedding) and 6 L w s^2 for causal
+    attention inside each document (w is heads x head_dim), so neither padding nor packing counts.
     """
     tokens = sum(lengths)
     squares = sum(length * length for length in lengths)
-    return 6.0 * num_matmul_parameters * tokens + 6.0 * num_layers * hidden_size * squares
+    return 6.0 * num_matmul_parameters * tokens + 6.0 * num_layers * attention_width * squares
 
 
 def peak_flops(device_name: str | None) -> float | None:
     """Datasheet bf16 peak of a device in FLOP/s; None for a CPU or a device not in the table."""
-    names = sorted(PEAK_FLOPS_BF16, key=len, reverse=True)
-    match = next((n for n in names if device_name and device_name.startswith(n)), None)
-    return PEAK_FLOPS_BF16[match] if match else None
+    for name in sorted(PEAK_FLOPS_BF16, key=len, reverse=True):
+        # A whole word: an "A100X" is another device than an "A100-SXM4-80GB".
+        if re.match(rf"{name}\b", device_name or ""):
+            return PEAK_FLOPS_BF16[name]
+    return None

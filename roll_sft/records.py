@@ -116,7 +116,7 @@ class Records:
         flops = metrics.flops_per_step(
             num_matmul_parameters=shape.num_matmul_parameters,
             num_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
+            attention_width=shape.attention_width,
             lengths=self._job.data.train.lengths[list(plan.sample_ids)].tolist(),
         )
         return flops / device_seconds / peak

@@ -190,7 +190,9 @@ def _compare(bench: Bench, ours: Measured) -> None:
 
 def _planner(tokens: Tokens, shape: ModelShape, run: RunConfig, *, batch: int) -> Planner:
     cost = CostModel.of(
-        shape.num_matmul_parameters, num_layers=shape.num_layers, hidden_size=shape.hidden_size
+        shape.num_matmul_parameters,
+        num_layers=shape.num_layers,
+        attention_width=shape.attention_width,
     )
     options = PlanOptions(
         seed=0,
@@ -208,7 +210,7 @@ def _flops(shape: Any, tokens: Tokens, plan: StepPlan) -> float:
     return flops_per_step(
         num_matmul_parameters=shape.num_matmul_parameters,
         num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
+        attention_width=shape.attention_width,
         lengths=tokens.lengths[list(plan.sample_ids)].tolist(),
     )
 

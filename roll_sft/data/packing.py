@@ -33,21 +33,23 @@ _MOST_FILLING = 0.02
 class CostModel:
     """Relative time of one sample of s tokens: `linear * s + s**2`.
 
-    Training FLOPs with causal attention inside each document are 6*N*T + 6*L*h*sum(s**2): the 6*N
-    of every token (PaLM, appendix B) plus half of its 12*L*h*s, the half that a causal mask
-    leaves. Divided by 6*L*h the linear weight is N / (L*h) tokens: about 70,000 for a 7B, 23,000
-    for a 0.5B model.
+    Training FLOPs with causal attention inside each document are 6*N*T + 6*L*w*sum(s**2): the 6*N
+    of every token (PaLM, appendix B) plus half of its 12*L*w*s, the half that a causal mask
+    leaves, with w = heads x head_dim. Divided by 6*L*w the linear weight is N / (L*w) tokens: about
+    70,000 for a 7B, 23,000 for a 0.5B model.
     """
 
     linear: float
 
     @classmethod
-    def of(cls, num_matmul_parameters: int, *, num_layers: int, hidden_size: int) -> "CostModel":
+    def of(
+        cls, num_matmul_parameters: int, *, num_layers: int, attention_width: int
+    ) -> "CostModel":
         """Model of a transformer; count the LM head as a matmul, not the input embedding."""
-        return cls(linear=num_matmul_parameters / (num_layers * hidden_size))
+        return cls(linear=num_matmul_parameters / (num_layers * attention_width))
 
     def __call__(self, length: int) -> float:
-        """Cost of a sample of `length` tokens, in units of 6*L*h FLOPs."""
+        """Cost of a sample of `length` tokens, in units of 6*L*w FLOPs."""
         return self.linear * length + length * length
 
     def of_all(self, lengths: Sequence[int]) -> list[float]:

@@ -8,6 +8,7 @@ It trains and prints one line for each step; it writes no folder but the one of 
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,11 +21,13 @@ import yaml
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig, layout_of
 from roll_sft.config_build import plain_config
+from roll_sft.durable import writing
 from roll_sft.engine.environment import set_variables, silence_warnings
-from roll_sft.engine.manifest import check_complete, read_manifest
+from roll_sft.engine.manifest import check_complete
 from roll_sft.engine.preflight import Job, prepare
 from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.errors import report
+from roll_sft.engine.resume import start_from
+from roll_sft.errors import CheckpointError, ConfigError, DivergedError, report
 
 if TYPE_CHECKING:
     from roll_sft.engine.engine import Engine
@@ -43,9 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         config = _config(options.config)
         check_config(config)
         set_variables(deterministic=config.deterministic)
-        if options.load is not None:
-            check_complete(options.load)
-        _run(prepare(config), steps=options.steps, loads=options.load, saves=options.save)
+        job = prepare(config)
+        first, last = steps_to_make(job, steps=options.steps, loads=options.load)
+        if options.save is not None:
+            _check_free(options.save / f"step_{last:08d}")
+        _run(job, range(first, last + 1), loads=options.load, saves=options.save)
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         return report(error)
     return 0
@@ -59,7 +64,32 @@ def _config(path: Path) -> RunConfig:
     return dataclasses.replace(config, parallel=parallel)
 
 
-def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None) -> None:
+def steps_to_make(job: Job, *, steps: int | None, loads: Path | None) -> tuple[int, int]:
+    """The first step to make and the last, as `--steps` counts them: from the run's beginning.
+
+    Raises `ConfigError` for a count that the checkpoint to load is past, or another run's.
+    """
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps: {steps} must be at least 1")
+    last = min(steps or job.total_steps, job.total_steps)
+    if loads is None:
+        return 1, last
+    check_complete(loads)
+    done = start_from(job, loads).step
+    if last < done:
+        raise ConfigError(
+            f"--steps: {last} steps are fewer than the {done} of --load {loads}, and a step is not"
+            f" taken back; give at least {done}, or an earlier checkpoint"
+        )
+    return done + 1, last
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists():
+        raise CheckpointError(f"--save: {folder} is there already; give another folder")
+
+
+def _run(job: Job, steps: range, *, loads: Path | None, saves: Path | None) -> None:
     # These import Megatron-Core, which warns while it is imported.
     from roll_sft.engine.engine import Engine
     from roll_sft.engine.parallel import Rendezvous, process_groups
@@ -79,10 +109,9 @@ def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None)
     layout = layout_of(parallel)
     with process_groups(rendezvous, layout, device=parallel.device, store=store):
         engine = Engine(job.config, source=job.source, data=job.data, checkpoint=loads)
-        done = 0 if loads is None else read_manifest(loads).state.step
         data_rank = layout.coordinate(rank).data_rank
-        last = min(steps or job.total_steps, job.total_steps)
-        for step in range(done + 1, last + 1):
+        last = steps.stop - 1
+        for step in steps:
             plan = job.planner.step(step)
             metrics = engine.train_step(
                 plan.work_for(data_rank, learning_rate=job.schedule.at(step))
@@ -95,6 +124,10 @@ def _run(job: Job, *, steps: int | None, loads: Path | None, saves: Path | None)
                     f"  {speed:,.0f} tok/s/device  {metrics.peak_memory_gib:.2f} GiB\n"
                 )
                 sys.stdout.flush()
+                if not (math.isfinite(loss) and math.isfinite(metrics.grad_norm)):
+                    raise DivergedError(
+                        f"step {step}: loss and grad must be finite; lower the rate"
+                    )
         if saves is not None:
             _save(job, engine, checkpoints=saves, step=last)
 
@@ -103,12 +136,14 @@ def _save(job: Job, engine: "Engine", *, checkpoints: Path, step: int) -> None:
     """Rank 0 makes and publishes the folder that all ranks write into."""
     staging = checkpoints / f".staging_{step:08d}"
     if dist.get_rank() == 0:
-        staging_folder(checkpoints, step)
+        with writing(checkpoints, CheckpointError):
+            staging_folder(checkpoints, step)
     dist.barrier()
     engine.save(staging)
     dist.barrier()
     if dist.get_rank() == 0:
-        publish_step(job, job.planner.step(step), staging=staging)
+        with writing(checkpoints, CheckpointError):
+            publish_step(job, job.planner.step(step), staging=staging)
 
 
 if __name__ == "__main__":

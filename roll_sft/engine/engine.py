@@ -6,7 +6,6 @@ global batch, whatever the layout; a call returns metrics on the reporting rank 
 within a step nothing of ours waits for the device, and its end is the only wait.
 """
 
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
 from roll_sft.engine.manifest import read_manifest
 from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
 from roll_sft.engine.parallel import seed_step
+from roll_sft.engine.peak_memory import PeakMemory
 from roll_sft.engine.saver import Saver
 from roll_sft.engine.weight_gradients import accumulate_in_products
 from roll_sft.metrics import EvalMetrics, StepMetrics
@@ -99,6 +99,7 @@ class Engine:
         self.optimizer = setup.build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._saver = Saver()
+        self._peak_memory = PeakMemory(self._device)
         self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
         if checkpoint is not None:
             self._load(checkpoint)
@@ -133,7 +134,7 @@ class Engine:
             learning_rate=work.learning_rate,
             step_time_s=time.perf_counter() - started,
             data_wait_s=data_wait_s,
-            peak_memory_gib=self._peak_memory_gib(),
+            peak_memory_gib=self._peak_memory.take_gib(),
         )
 
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
@@ -304,8 +305,3 @@ class Engine:
             return loss_sum, count, loss_sum.detach()
 
         return losses, loss
-
-    def _peak_memory_gib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

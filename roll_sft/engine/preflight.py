@@ -283,7 +283,7 @@ def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) 
         cost=CostModel.of(
             shape.num_matmul_parameters,
             num_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
+            attention_width=shape.attention_width,
         ),
     )
 

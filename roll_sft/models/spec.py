@@ -59,6 +59,11 @@ class ModelShape:
     sliding_window: int | None = None
 
     @property
+    def attention_width(self) -> int:
+        """Columns of all query heads together, which need not be the hidden size."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
     def num_matmul_parameters(self) -> int:
         """Weights that multiply activations: all matrices and the LM head, not the embedding."""
         return self.num_layers * self._num_layer_matmul_parameters + self._num_embedding_parameters
@@ -95,8 +100,7 @@ class ModelShape:
 
     @property
     def _num_layer_matmul_parameters(self) -> int:
-        projection_width = self.num_attention_heads * self.head_dim
-        width = self._qkv_width + projection_width + 3 * self.ffn_hidden_size
+        width = self._qkv_width + self.attention_width + 3 * self.ffn_hidden_size
         return self.hidden_size * width
 
     @property

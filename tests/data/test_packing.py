@@ -52,7 +52,7 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 def test_cost_is_proportional_to_training_flops() -> None:
     parameters, layers, hidden = 7_070_000_000, 28, 3584
-    cost = CostModel.of(parameters, num_layers=layers, hidden_size=hidden)
+    cost = CostModel.of(parameters, num_layers=layers, attention_width=hidden)
     assert cost.linear == pytest.approx(70_450, rel=1e-3)
 
     def flops(length: int) -> int:

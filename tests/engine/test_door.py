@@ -6,11 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from roll_sft.engine import shards
+from roll_sft.engine.__main__ import steps_to_make
 from roll_sft.engine.preflight import prepare
+from roll_sft.engine.publish import publish_step, staging_folder
+from roll_sft.errors import ConfigError
 from tests import parity
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -46,6 +51,26 @@ def test_torchrun_trains_like_transformers_and_saves(tmp_path: Path) -> None:
     )
     losses = [float(loss) for loss in re.findall(r"step \d/5  loss (\S+)", result.stdout)]
     assert losses == pytest.approx([step["loss"] for step in wanted[3:5]], rel=1e-6), result.stderr
+
+
+def test_steps_count_from_the_beginning_and_are_never_taken_back(tmp_path: Path) -> None:
+    """Else a checkpoint of step 3 would be published as one of step 2."""
+    parity.write_model(tmp_path / "model", kind="qwen2-tied", num_layers=1)
+    parity.write_rows(tmp_path / "rows.jsonl")
+    config = parity.parity_config(tmp_path)
+    job = prepare(config)
+    staging = staging_folder(tmp_path / "run", 3)
+    shards.write(staging, [], objects={}, writer=shards.Writer(0, 1, optimizer_step=3))
+    loads = publish_step(job, job.planner.step(3), staging=staging)
+    assert steps_to_make(job, steps=None, loads=None) == (1, job.total_steps)
+    assert steps_to_make(job, steps=5, loads=loads) == (4, 5)
+    assert steps_to_make(job, steps=3, loads=loads) == (4, 3), "saved anew, on another layout"
+    for steps, said in ((2, "2 steps are fewer than the 3 of"), (0, "0 must"), (-5, "-5 must")):
+        with pytest.raises(ConfigError, match=f"--steps: {said}"):
+            steps_to_make(job, steps=steps, loads=loads)
+    other = replace(config, seed=config.seed + 1)
+    with pytest.raises(ConfigError, match="differs in seed"):
+        steps_to_make(prepare(other), steps=5, loads=loads)
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
                     cost=CostModel.of(
                         shape.num_matmul_parameters,
                         num_layers=shape.num_layers,
-                        hidden_size=shape.hidden_size,
+                        attention_width=shape.attention_width,
                     ),
                 ),
             )
@@ -245,7 +245,7 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
                     flops += flops_per_step(
                         num_matmul_parameters=shape.num_matmul_parameters,
                         num_layers=shape.num_layers,
-                        hidden_size=shape.hidden_size,
+                        attention_width=shape.attention_width,
                         lengths=tokens.lengths[list(plan.sample_ids)].tolist(),
                     )
             peak = peak_flops(name_of_device)
