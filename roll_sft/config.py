@@ -160,7 +160,11 @@ class ParallelConfig:
         1, "CPUs that each worker reserves, and its number of threads.", unit="CPUs", at_least=1
     )
     placement_timeout_s: float = key(
-        120.0, "Longest wait for resources that other jobs hold.", unit="seconds", above=0
+        120.0,
+        "Longest wait for resources that other jobs hold.",
+        unit="seconds",
+        above=0,
+        at_most=1e7,
     )
 
 
@@ -190,9 +194,9 @@ class TrainConfig:
         unit="tokens",
         at_least=1,
     )
-    learning_rate: float = key(1e-5, "Highest learning rate, after warmup.", above=0, at_most=1e6)
+    learning_rate: float = key(1e-5, "Highest learning rate, after warmup.", above=0, at_most=1e30)
     min_learning_rate: float = key(
-        0.0, "Learning rate at the end of the decay.", at_least=0, at_most=1e6
+        0.0, "Learning rate at the end of the decay.", at_least=0, at_most=1e30
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = key(
         "cosine", "Schedule after warmup; wsd is constant with a decay at the end."
@@ -210,13 +214,18 @@ class TrainConfig:
         0.1, "Share of all steps that wsd decays over.", at_least=0, at_most=1
     )
     weight_decay: float = key(
-        0.0, "AdamW's weight decay, on parameters of two or more dimensions.", at_least=0
+        0.0,
+        "AdamW's weight decay, on parameters of two or more dimensions.",
+        at_least=0,
+        at_most=1e6,
     )
     adam_beta1: float = key(0.9, "Decay of AdamW's first moment; below 1.", at_least=0)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment; below 1.", at_least=0)
-    adam_eps: float = key(1e-8, "Term that AdamW adds to its denominator.", above=0)
+    adam_eps: float = key(
+        1e-8, "Term that AdamW adds to its denominator.", at_least=1e-30, at_most=1
+    )
     max_grad_norm: float = key(
-        1.0, "Gradients are scaled down to this norm; 0 does not clip.", at_least=0
+        1.0, "Gradients are scaled down to this norm; 0 does not clip.", at_least=0, at_most=1e30
     )
     recompute: Literal["none", "selective", "full"] = key(
         "none",
@@ -240,6 +249,7 @@ class TrainConfig:
         "Write a checkpoint at least so often; null writes them by save_steps alone.",
         unit="minutes",
         above=0,
+        at_most=1e6,
     )
     logging_steps: int = key(
         1,
@@ -299,12 +309,16 @@ class ClusterConfig:
         None,
         "host:port of a Ray cluster to join; null takes RAY_ADDRESS, or starts a cluster here.",
     )
-    step_timeout_s: float = key(1800.0, "Longest step.", unit="seconds", above=0)
+    step_timeout_s: float = key(1800.0, "Longest step.", unit="seconds", above=0, at_most=1e7)
     setup_timeout_s: float = key(
-        900.0, "Longest start of the workers, with loading the model.", unit="seconds", above=0
+        900.0,
+        "Longest start of the workers, with loading the model.",
+        unit="seconds",
+        above=0,
+        at_most=1e7,
     )
     checkpoint_timeout_s: float = key(
-        3600.0, "Longest save of a checkpoint.", unit="seconds", above=0
+        3600.0, "Longest save of a checkpoint.", unit="seconds", above=0, at_most=1e7
     )
 
 

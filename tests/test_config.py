@@ -292,6 +292,13 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
             {"train.micro_batch_tokens": 9},
             "train.micro_batch_tokens: 9 is below data.sequence_length",
         ),
+        ({"train.learning_rate": 1e38}, "train.learning_rate: 1e+38 must be at most 1e+30"),
+        ({"cluster.step_timeout_s": 1e300}, "cluster.step_timeout_s: 1e+300 must be at most"),
+        ({"train.max_steps": 2**31}, "train.max_steps: 2147483648 must be at most 2147483647"),
+        ({"model.path": "x" * 300}, "model.path: 'xxx"),
+        ({"data.train[0].name": "\u4f60" * 100}, "data.train[0].name: '\u4f60"),
+        ({"data.cache_dir": "a\0b"}, "data.cache_dir: 'a\\x00b' has control characters"),
+        ({"output_dir": "a\udcff"}, "output_dir: 'a\\udcff' has control characters or bytes"),
         ({"model.path": None}, "model.path: missing; give a local folder"),
         (
             {"data.train": []},

@@ -28,6 +28,7 @@ from roll_sft.runtime import reaper
 LOG = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 5.0
 LOCAL = "local"
+MOST_CPUS_PER_CORE = 64  # of workers that share a core; each is a process of 0.5 GiB
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 AUTH_MODE = "RAY_AUTH_MODE"
 
@@ -112,6 +113,12 @@ def _own_sigterm() -> Iterator[None]:
 def _start(config: RunConfig) -> None:
     cores = len(os.sched_getaffinity(0))
     wanted = config.parallel.num_workers * config.parallel.cpus_per_worker
+    if wanted > MOST_CPUS_PER_CORE * cores:
+        raise ResourceError(
+            f"parallel.num_workers: {config.parallel.num_workers} workers want {wanted} CPUs, and"
+            f" this machine has {cores} cores, which serve {MOST_CPUS_PER_CORE * cores} at most;"
+            " lower it, or join a cluster with cluster.address"
+        )
     if wanted > cores:
         LOG.warning("%d workers share %d cores of this machine", config.parallel.num_workers, cores)
     try:

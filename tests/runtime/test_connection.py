@@ -39,6 +39,13 @@ with connected(build_config({"parallel": {"num_workers": cores + 2, "device": "c
 """
 
 
+def test_workers_that_no_machine_can_hold_are_refused_before_ray_starts():
+    config = build_config({"parallel": {"num_workers": 100_000, "device": "cpu"}})
+    with pytest.raises(ResourceError, match="100000 workers want 100000 CPUs"), connected(config):
+        pass
+    assert not ray.is_initialized()
+
+
 def refusal(address):
     started = time.monotonic()
     with (
