@@ -118,7 +118,7 @@ def _imported(what: str, home: Path) -> Case:
         found += [
             f"imported another {name}"
             for name in sorted(back.keys() & names)
-            if not torch.equal(_bits(back[name]), _bits(source[name]))
+            if not _same(back[name], source[name])
         ]
         return found + _ran_nothing()
 
@@ -132,8 +132,9 @@ def _imported(what: str, home: Path) -> Case:
     )
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+def _same(made: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether all numbers are equal, and none was rounded."""
+    return torch.equal(made.double(), given.double())
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
