@@ -20,6 +20,7 @@ from types import FrameType
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
@@ -29,6 +30,7 @@ from roll_sft.as_typed import override_as_typed, yaml_as_typed
 from roll_sft.checks import check_config
 from roll_sft.config import RunConfig
 from roll_sft.config_build import build_config, no_such_key, schema
+from roll_sft.config_keys import section_of
 from roll_sft.config_reference import help_text
 from roll_sft.errors import FAULT, ConfigError, RollSftError, report
 from roll_sft.garbage import imports_kept, leave_quickly
@@ -131,7 +133,7 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
         if is_composed:
             raise
         # Hydra's own errors, and those that it lets through: of YAML, of files, of values.
-        raise ConfigError(_hydra_message(error, flags.config_dir)) from error
+        raise ConfigError(_hydra_message(error, arguments, flags.config_dir)) from error
     finally:
         sys.argv = program
     for result in outcome:
@@ -197,7 +199,7 @@ def _shipped_names(folder: str | None = None) -> list[str]:
     return sorted({path.removesuffix(".yaml") for path in paths if path.endswith(".yaml")})
 
 
-def _hydra_message(error: Exception, config_dir: str | None) -> str:
+def _hydra_message(error: Exception, arguments: list[str], config_dir: str | None) -> str:
     """One line of what Hydra refused, with the nearest real name where a name is wrong."""
     text, cause = str(error), error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
@@ -213,8 +215,28 @@ def _hydra_message(error: Exception, config_dir: str | None) -> str:
         remedy = "write key=value, and a value with ( ) { } [ ] : , or = as key='\"a (b)\"'"
         return f"{shown(error.override)}: {text}; {remedy}"
     if not isinstance(error, HydraException):
+        if (refused := _refused_override(arguments)) is not None:
+            key = refused.partition("=")[0]
+            return (
+                f"{shown(refused)}: {key} is a section; write {key}.KEY=VALUE for one of its keys"
+            )
         return f"--config-name: the file cannot be read: {text}; correct it"
     return text or type(error).__name__
+
+
+def _refused_override(arguments: list[str]) -> str | None:
+    """The argument that gives a section a bare value; Hydra refuses it without naming it."""
+    sections = {item.name for item in dataclasses.fields(RunConfig) if section_of(item.type)}
+    parser = OverridesParser.create()
+    for argument in (each for each in arguments if "=" in each):
+        try:
+            override = parser.parse_override(argument)
+        except OverrideParseException:
+            continue  # which names itself: it is not what stopped Hydra
+        names_file = override.value() is None or isinstance(override.value(), str | list)
+        if override.key_or_group in sections and not names_file:
+            return argument
+    return None
 
 
 def _missing_config(error: MissingConfigException, config_dir: str | None) -> str:

@@ -61,6 +61,7 @@ def test_a_refusal_does_not_wait_for_the_heavy_libraries(tmp_path: Path) -> None
         (["++train.lr=1"], ["train.lr: no such key; did you mean `train.learning_rate`?"]),
         (["data.train=[{pth: x}]"], ["data.train[0].pth", "did you mean `data.train[0].path`?"]),
         (["data.train={path: x}"], ["data.train={path: x}"]),
+        (["train=5"], ["'train=5': train is a section; write train.KEY=VALUE"]),
         (["data.train=[{"], ["'data.train=[{': ", "; write key=value, and a value"]),
         (["a b c="], ["'a b c=': ", "; write key=value, and a value"]),
         (["run_name=${nope}"], ["run_name: Interpolation key 'nope' not found; mend"]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roll_sft.config import RunConfig
-from roll_sft.durable import set_aside, write_durably
+from roll_sft.durable import set_aside, write_durably, writing
 from roll_sft.engine.facts import changes
 from roll_sft.engine.hashing import verify_hashes
 from roll_sft.engine.manifest import (
@@ -144,7 +144,8 @@ def make_way(checkpoints: Path, start: Start) -> None:
     if start.checkpoint is None:
         (checkpoints / ORIGIN).unlink(missing_ok=True)
     elif start.checkpoint.parent == checkpoints:
-        write_durably(checkpoints / LATEST, start.checkpoint.name + "\n")
+        with writing(checkpoints / LATEST):
+            write_durably(checkpoints / LATEST, start.checkpoint.name + "\n")
     else:
         checkpoints.mkdir(exist_ok=True)
         write_durably(checkpoints / ORIGIN, f"{start.checkpoint}\n")

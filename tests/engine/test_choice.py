@@ -91,6 +91,14 @@ def test_the_newest_is_found_by_number_and_not_by_name_or_by_latest(
     assert (tmp_path / "latest").read_text() == "step_10\n"
 
 
+def test_what_stands_in_the_way_of_latest_is_named(job: Job, tmp_path: Path) -> None:
+    save(job, tmp_path, 2)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(ResourceError, match=r"latest: cannot be written: Is a directory"):
+        make_way(tmp_path, find_start(job, tmp_path))
+
+
 class Damage(NamedTuple):
     do: Callable[[Path], object]
     named: str

@@ -281,7 +281,7 @@ def any_file(rng: random.Random, folder: Path, _home: Path) -> str:
 
 def strange(rng: random.Random, folder: Path, home: Path) -> str:
     """Code, links and pickles."""
-    kind = rng.choice(("code", "link", "pickle", "pipe", "folder", "loop", "many", "only pickle"))
+    kind = rng.choice(("code", "pickle", "pipe", "folder", "loop", "many", "only pickle"))
     path = rng.choice(sorted(folder.iterdir()))
     if kind == "code":
         (folder / "evil.py").write_text("open('canary', 'w').write('x')\n")
@@ -291,9 +291,6 @@ def strange(rng: random.Random, folder: Path, home: Path) -> str:
         if rng.random() < 0.5:
             content["model_type"] = "evil"
         path.write_text(json.dumps(content))
-    elif kind == "link":
-        name = rng.choice(("notes.txt", "added_tokens.json", "vocab.json", "README.md"))
-        (folder / name).symlink_to(home / "secret.txt")
     elif kind == "many":
         (folder / "deep").mkdir()
         (folder / "deep" / "x.json").write_text("{}")
