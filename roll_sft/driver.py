@@ -17,6 +17,7 @@ from pathlib import Path
 
 from roll_sft import console, outputs
 from roll_sft.config import RunConfig
+from roll_sft.data.integrity import verifying
 from roll_sft.data.plan import StepPlan
 from roll_sft.engine.preflight import Job, dry_plan, prepare
 from roll_sft.engine.resume import NONE, Start, find_checkpoint, make_way, start_from, step_folders
@@ -28,6 +29,7 @@ from roll_sft.runtime.connection import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.placement import Slots, reserved, with_device_of_cluster
 from roll_sft.runtime.spread import spread_over_cluster
+from roll_sft.runtime.supply import token_folders
 from roll_sft.saving import Saves
 from roll_sft.startup import StartUp
 from roll_sft.summary import show_summary
@@ -91,7 +93,8 @@ def _train_from(
     config, first_step = job.config, start.step + 1
     if start.checkpoint is not None:
         LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
-    with connected(config), reserved(config) as slots:
+    tokens = verifying(token_folders(job.data))
+    with tokens as verified, connected(config), reserved(config) as slots:
         clock.passed("Ray and placement")
         for tracker in trackers:
             tracker.start()
@@ -99,6 +102,7 @@ def _train_from(
             open_records(job, folder, first_step=first_step) as records,
             workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
         ):
+            verified()
             clock.passed("workers and model")
             # Not before: a start that fails leaves logs and checkpoints as they were.
             make_way(folder / outputs.CHECKPOINTS, start)

@@ -5,7 +5,7 @@ A folder holds one shard of a source, n samples of together L tokens:
   mask says that the token at t predicts t + 1 and that this is trained on (shifted in `data.chat`);
 - offsets.bin int64 [n + 1]: sample i is offsets[i]:offsets[i + 1];
 - rows.bin int64 [n], the row of the shard; supervised.bin int32 [n], how many of the mask are set;
-- report.json: what happened to each row. It also says what sizes the other files must have.
+- report.json: what happened to each row. It also says what the other files must be: sizes, CRC-32.
 
 Nothing in a folder depends on the layout of a run, nor on where the shard lies: lines count from
 its beginning. `data.fill` makes the folders.
@@ -13,6 +13,7 @@ its beginning. `data.fill` makes the folders.
 
 import functools
 import json
+import zlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from roll_sft.errors import DataError
 
 # Raise it when the files change their meaning: older folders are then prepared again.
-FORMAT = 4
+FORMAT = 5
 ARRAYS: Mapping[str, type[np.generic]] = {
     "tokens": np.int32,
     "label_mask": np.uint8,
@@ -34,7 +35,10 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "rows": np.int64,
     "supervised": np.int32,
 }
+PER_SAMPLE = ("offsets", "rows", "supervised")  # a planner reads them all, whatever it plans
+PER_TOKEN = ("tokens", "label_mask")
 REPORT_FILE = "report.json"
+_CHUNK_BYTES = 1 << 22
 
 PLACES_SHOWN = 3
 
@@ -50,7 +54,7 @@ class CacheFacts:
     the line, the row and the tokens of the first sample that was too long, empty without one;
     `shortest_overlong` and `longest_overlong` are the tokens of those. `columns_used` are the
     optional columns, among those the user named, that a row had; `columns_left_aside` those that
-    samples are not made of, keys of messages among them.
+    samples are not made of, keys of messages among them. `crc32` is of each array's file.
     """
 
     format: int = FORMAT
@@ -67,6 +71,7 @@ class CacheFacts:
     first_overlong: list[int] = field(default_factory=list)
     shortest_overlong: int = 0
     longest_overlong: int = 0
+    crc32: dict[str, int] = field(default_factory=dict)
     columns_used: list[str] = field(default_factory=list)
     columns_left_aside: list[str] = field(default_factory=list)
 
@@ -259,6 +264,23 @@ def read_facts(folder: Path) -> CacheFacts:
                 f"token cache is damaged"
             )
     return facts
+
+
+def check_arrays(folder: Path, facts: CacheFacts, arrays: Sequence[str]) -> None:
+    """Raise `DataError` where the bytes of `arrays` are not those that were written."""
+    for array in arrays:
+        path, found = folder / f"{array}.bin", 0
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    found = zlib.crc32(chunk, found)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        if facts.crc32.get(array) != found:
+            raise DataError(
+                f"{path}: its bytes are not those that were written (CRC-32 {found:08x}); the"
+                " token cache is damaged"
+            )
 
 
 def _items(facts: CacheFacts) -> Mapping[str, int]:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, CacheFacts, read_facts
+from roll_sft.data.cache import (
+    ARRAYS,
+    FORMAT,
+    PER_SAMPLE,
+    REPORT_FILE,
+    CacheFacts,
+    check_arrays,
+    read_facts,
+)
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
 from roll_sft.data.columns import ColumnKeys, Shape
 from roll_sft.data.conversation import BadRow, Conversation, Document
@@ -130,7 +139,9 @@ def stamp_of(file: str) -> tuple[int, int] | None:
 def ready(folder: Path, *, warn: bool = False) -> CacheFacts | None:
     """Return the facts of a complete folder; `warn` about one that is there and is not complete."""
     try:
-        return read_facts(folder)
+        facts = read_facts(folder)
+        check_arrays(folder, facts, PER_SAMPLE)
+        return facts
     except DataError as damage:
         if warn and folder.exists():
             _log.warning("%s; preparing it again", damage)
@@ -220,13 +231,19 @@ def _build(folder: Path, tokenizer: ChatTokenizer, task: ShardTask) -> CacheFact
         files = {
             array: stack.enter_context((folder / f"{array}.bin").open("wb")) for array in ARRAYS
         }
-        np.zeros(1, ARRAYS["offsets"]).tofile(files["offsets"])
+
+        def append(array: str, values: NDArray[Any]) -> None:
+            facts.crc32[array] = zlib.crc32(values.data, facts.crc32.get(array, 0))
+            values.tofile(files[array])
+
+        for array, dtype in ARRAYS.items():
+            append(array, np.zeros(1 if array == "offsets" else 0, dtype))
         while batch := list(islice(rows, _ROWS_PER_BATCH)):
             columns = _Columns(end=facts.tokens)
             _take_batch(batch, tokenizer, task, facts=facts, columns=columns)
             check_row_errors(facts, task)
             for array, values in columns.arrays().items():
-                values.tofile(files[array])
+                append(array, values)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

@@ -199,7 +199,13 @@ class WorkerGroup:
             ]
             self._collect(Pending("model download", cluster.checkpoint_timeout_s, fetched))
         folders = supply.token_folders(data)
-        asked = [actor.missing_tokens.remote(folders) for actor in self._actors]
+        # This node's the driver verifies itself.
+        here = ray.get_runtime_context().get_node_id()
+        verifiers = {rank for node, rank in first_of_node.items() if node != here}
+        asked = [
+            actor.missing_tokens.remote(folders, verifies=rank in verifiers)
+            for rank, actor in enumerate(self._actors)
+        ]
         missing = self._collect(Pending("setup", cluster.setup_timeout_s, asked))
         lacking = {rank: set(missing[rank]) for rank in chosen if missing[rank]}
         if not lacking:

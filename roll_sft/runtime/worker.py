@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,6 +23,7 @@ import ray
 import ray.util
 
 from roll_sft.config import RunConfig, layout_of
+from roll_sft.data.integrity import verifying
 from roll_sft.durable import writing
 from roll_sft.engine.environment import set_variables, silence_warnings
 from roll_sft.errors import ConfigError, RollSftError, first_line
@@ -112,6 +113,7 @@ class Worker:
         self._resources = contextlib.ExitStack()
         self._fault: RankFault | None = None
         self._store: Any = None
+        self._verified: Callable[[], None] = lambda: None
 
     def start(self) -> WorkerAddress:
         """Open the log and set the environment, before the engine is imported."""
@@ -146,10 +148,14 @@ class Worker:
             if model is not None:
                 model.fetch()
 
-    def missing_tokens(self, folders: list[Path]) -> list[Path]:
-        """Which of the run's token caches this node lacks."""
+    def missing_tokens(self, folders: list[Path], *, verifies: bool) -> list[Path]:
+        """Which of the run's token caches this node lacks; begins to verify the others if told."""
         with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
-            return supply.missing(folders)
+            lacking = supply.missing(folders)
+            if verifies:
+                there = [folder for folder in folders if folder not in lacking]
+                self._verified = self._resources.enter_context(verifying(there))
+            return lacking
 
     def receive_tokens(self, part: supply.Part, content: "NDArray[np.uint8] | None") -> None:
         """Keep a part of a token cache on this node; None is for another node."""
@@ -183,6 +189,7 @@ class Worker:
             self._engine = Engine(
                 self._spec.config, source=source, data=data, checkpoint=self._spec.checkpoint
             )
+            self._verified()
             keep_all()
             return torch.cuda.get_device_name() if self._spec.device == "cuda" else None
 

@@ -2,16 +2,28 @@
 
 import json
 import pickle
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from roll_sft.data.cache import ARRAYS, FORMAT, REPORT_FILE, SourceTokens, TokenCache, TokenSet
+from roll_sft.data import integrity
+from roll_sft.data.cache import (
+    ARRAYS,
+    FORMAT,
+    PER_SAMPLE,
+    REPORT_FILE,
+    SourceTokens,
+    TokenCache,
+    TokenSet,
+)
 from roll_sft.data.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.columns import ColumnKeys
 from roll_sft.data.conversation import Conversation, Message
-from roll_sft.data.fill import SourceOptions
+from roll_sft.data.fill import SourceOptions, ready
+from roll_sft.data.integrity import verifying
 from roll_sft.data.prepare import CachePlace, Source, prepare_sources
 from roll_sft.errors import DataError
 from tests.tiny import tiny_tokenizer
@@ -151,3 +163,41 @@ def test_a_report_that_is_not_ours_is_found_on_opening(
     (folder / REPORT_FILE).write_text(content)
     with pytest.raises(DataError, match=message):
         TokenCache.open(folder)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("array", list(ARRAYS))
+def test_a_flipped_bit_is_found_whichever_array_has_it_and_mended_by_the_next_start(
+    tmp_path: Path, array: str
+) -> None:
+    folder = make(tmp_path, ["one", "two"])
+    with verifying([folder]) as verified:
+        verified()
+    assert ready(folder) is not None
+    flip_a_bit(folder / f"{array}.bin")
+    if array in PER_SAMPLE:  # found where the folder is opened, before anything is planned
+        assert ready(folder) is None
+        return
+    assert ready(folder) is not None, "the larger arrays are read beside the start"
+    message = rf"{array}.bin: its bytes are not those .* run the same command again"
+    with verifying([folder]) as verified, pytest.raises(DataError, match=message):
+        verified()
+    assert ready(folder) is None, "the next start would not prepare it again"
+
+
+def test_a_block_that_ends_early_waits_for_no_tokens(tmp_path: Path) -> None:
+    folder = make(tmp_path, ["one"])
+    read = []
+
+    def slowly(where: Path, *_: object) -> None:
+        read.append(where)
+        time.sleep(0.2)
+
+    with patch.object(integrity, "check_arrays", slowly), verifying([folder] * 50):
+        pass
+    assert len(read) <= 2 * integrity.NUM_THREADS
