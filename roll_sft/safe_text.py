@@ -15,13 +15,16 @@ SHOWN_LENGTH = 200
 LINE_LENGTH = 2000  # of a line on the console; the remedy is at its end
 _AS_YAML = {None: "null", True: "true", False: "false"}
 _URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.\-]{0,30}://)(\S*)")
+_PARAMETER = re.compile(r"([?&][\w.\-]{1,64}=)[^&\s'\"]+")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def redacted(text: str) -> str:
     """`text` with the credentials of every URL in it masked."""
-    return _HUB_TOKEN.sub(f"hf_{MASK}", _URL.sub(_without_credentials, text))
+    text = _URL.sub(_without_credentials, text)
+    # A part of a URL, such as its suffix, may be quoted without its beginning.
+    return _HUB_TOKEN.sub(f"hf_{MASK}", _PARAMETER.sub(rf"\1{MASK}", text))
 
 
 def redacted_tree(value: Any) -> Any:

@@ -3,10 +3,15 @@
 What needs no process of its own is called in this one, which then pays for transformers once.
 """
 
+import contextlib
+import functools
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,7 @@ from roll_sft import driver, errors
 from roll_sft.config import RunConfig, source_name
 from roll_sft.config_build import build_config
 from tests import doors
-from tests.doors import Door, alpaca, contents, process, refused, write_rows
+from tests.doors import NUM_ROWS, Door, alpaca, contents, process, refused, write_rows
 
 door, assets, arguments = doors.door, doors.assets, doors.arguments
 
@@ -152,6 +157,33 @@ def test_credentials_are_in_no_text_that_is_kept(door: Door) -> None:
     outcome = door(*arguments)
     assert outcome.code == 2
     assert secret not in outcome.stdout + outcome.stderr
+
+
+def test_a_source_with_a_password_is_read_and_leaves_no_trace_of_it(
+    door: Door, assets: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    secret = "S3cr3t"
+    with served(assets) as port:
+        source = f"data.train=[{{path: 'http://me:{secret}@127.0.0.1:{port}/rows.jsonl'}}]"
+        outcome = door(*arguments, source, "prepare_only=true", "output_dir=run")
+    assert outcome.code == 0, outcome.stderr
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert report["sources"][0]["path"] == f"http://***@127.0.0.1:{port}/rows.jsonl"
+    assert report["sources"][0]["kept"] == NUM_ROWS
+    written = contents(tmp_path)
+    assert {"run/config.yaml", "run/data_report.json"} <= set(written)
+    assert [name for name, content in written.items() if secret.encode() in content] == []
+    assert secret not in outcome.stdout + outcome.stderr
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[int]:
+    """The port of a web server for the files of `folder`."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 def test_all_values_that_cannot_run_are_shown_at_once(door: Door) -> None:

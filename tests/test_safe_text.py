@@ -22,6 +22,7 @@ from roll_sft.safe_text import printable, redacted, shown
         ("https://host/f#access_token=abc", "https://host/f#***"),
         ("s3://key:secret@bucket/f", "s3://***@bucket/f"),
         ("s3://bucket/f?versionId=3", "s3://bucket/f?***"),
+        ("suffix '.jsonl?token=abc&b=c' is", "suffix '.jsonl?token=***&b=***' is"),
         ("token hf_abcdefghijklmnopqrstuvwx of", "token hf_*** of"),
     ],
 )
@@ -39,6 +40,7 @@ def test_credentials_are_masked(text: str, masked: str) -> None:
         "s3://bucket/part-?.jsonl",
         "hf://datasets/org/name@main/rows.jsonl",
         "abfss://container@account.dfs.core.windows.net/rows.jsonl",
+        "set train.global_batch_tokens=3600, or model.tokenizer_path=x",
         "me@example.org: what?",
     ],
 )

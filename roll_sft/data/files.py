@@ -112,10 +112,14 @@ def is_on_hub(path: str) -> bool:
     return is_hub_id(path) and not is_file_name and _local_form(path) is None
 
 
-def _open(name: str) -> Any:
+@contextmanager
+def _open(name: str) -> Iterator[BinaryIO]:
     if _URL.match(name):
-        return fsspec.open(name, "rb", compression=None)
-    return Path(name).open("rb")
+        with fsspec.open(name, "rb", compression=None) as remote:
+            yield io.BufferedReader(remote)  # whose readline takes a size, as fsspec's does not
+    else:
+        with Path(name).open("rb") as file:
+            yield file
 
 
 def _decompressed(file: BinaryIO, codec: str) -> BinaryIO:
