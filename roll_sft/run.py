@@ -121,9 +121,7 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
         except ConfigError as error:  # kept from Hydra, which would add lines of its own
             outcome.append(error)
 
-    # Hydra takes its overrides among the flags, at any place; no flag's value has a `=`.
-    typed = [override_as_typed(each) if "=" in each else each for each in arguments]
-    program, sys.argv = sys.argv, [sys.argv[0], *typed]
+    program, sys.argv = sys.argv, [sys.argv[0], *_flags_first(arguments)]
     try:
         with yaml_as_typed():
             task()
@@ -179,6 +177,21 @@ def _flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     return parser.parse_known_args(arguments)[0]
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """`arguments` with the overrides as they were typed, and after the flags.
+
+    Hydra's parser takes one group of overrides: a flag between two of them ends it.
+    """
+    given_flags, overrides = list[str](), list[str]()
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        is_value = before in ("--config-dir", "-cd", "--config-name", "-cn")
+        if not is_value and re.match(r"~|[^-].*=", word):
+            overrides.append(override_as_typed(word) if "=" in word else word)
+        else:
+            given_flags.append(word)
+    return [*given_flags, *overrides]
 
 
 def _help() -> str:

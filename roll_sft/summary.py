@@ -34,9 +34,10 @@ def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:
     console.print(table)
     commands = list(_next_commands(config, folder))
     if commands:
-        console.print("Next", style="bold")
+        console.print("\nNext", style="bold")
     for command in commands:
         console.print(f"  {command}", soft_wrap=True)
+    console.print()
 
 
 class _Totals:
@@ -97,7 +98,7 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
     if model.is_dir():
         yield (
             "model",
-            f"{_shown(model)} ({_size(model)}), for transformers and what loads its models",
+            f"{_shown(model)} ({_size(model)})",
         )
     steps = sorted(folder.glob(f"{outputs.CHECKPOINTS}/step_*"))
     if steps:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def node(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return call([sys.executable, str(ROOT / "cluster" / "node.py"), *arguments], home)
 
 
-def submit(home: Path, dashboard: int, job: list[str]) -> subprocess.CompletedProcess[str]:
+def submit(
+    home: Path, dashboard: int, job: list[str], *options: str
+) -> subprocess.CompletedProcess[str]:
     """`ray job submit`, tried again while the head's job agent, which starts last, is not there."""
     command = [
         str(BIN / "ray"),
@@ -52,6 +55,7 @@ def submit(home: Path, dashboard: int, job: list[str]) -> subprocess.CompletedPr
         "submit",
         "--address",
         f"http://127.0.0.1:{dashboard}",
+        *options,
         "--",
     ]
     ends = time.monotonic() + 90
@@ -89,10 +93,19 @@ def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_p
     home, dashboard = cluster
     parity.write_model(tmp_path / "model")
     parity.write_rows(tmp_path / "rows.jsonl")
+    # A checkout that the job brings along, as no other: nothing of it needs to be installed.
+    tree = tmp_path / "tree"
+    for name in ("roll_sft", "conf"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    only_here = "defaults: [base, _self_]\ntrain: {max_steps: 3, global_batch_size: 8}\n"
+    (tree / "conf" / "only_here.yaml").write_text(only_here)
     job = [
         sys.executable,
         "-m",
         "roll_sft.run",
+        "--config-name",
+        "only_here",
         f"model.path={tmp_path / 'model'}",
         f"data.train=[{{path: {tmp_path / 'rows.jsonl'}}}]",
         "data.sequence_length=200",
@@ -100,14 +113,12 @@ def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_p
         f"output_dir={tmp_path / 'out'}",
         "parallel.num_workers=2",
         "parallel.device=cpu",
-        "train.max_steps=3",
-        "train.global_batch_size=8",
         "tracking.backends=[jsonl]",
     ]
     refused = submit(tmp_path, dashboard, ["true"])
     assert refused.returncode != 0
     assert "auth" in (refused.stdout + refused.stderr).lower()
-    result = submit(home, dashboard, job)
+    result = submit(home, dashboard, job, "--working-dir", str(tree))
     assert result.returncode == 0, result.stdout + result.stderr
     steps = [json.loads(line) for line in (tmp_path / "out" / "steps.jsonl").open()]
     assert [step["step"] for step in steps] == [1, 2, 3]

@@ -387,6 +387,17 @@ def test_nothing_is_reported_to_anyone_unless_asked_for(
     assert values == {**roll_sft.run.QUIET, "DO_NOT_TRACK": "asked for"}
 
 
+def test_flags_may_stand_anywhere_among_the_overrides(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    (tmp_path / "a=b" / "mine.yaml").write_text("defaults: [base, _self_]\nseed: 7\n")
+    given = ["run_name=x", "--config-dir", "a=b", "train.max_steps=3", "--cfg", "job"]
+    outcome = door(*given, "--config-name", "mine", "data.num_proc=2")
+    assert outcome.code == 0, outcome.stderr
+    shown = yaml.safe_load(outcome.stdout)
+    assert (shown["run_name"], shown["seed"]) == ("x", 7)
+    assert (shown["train"]["max_steps"], shown["data"]["num_proc"]) == (3, 2)
+
+
 def test_what_a_value_brings_along_cannot_steer_the_terminal(door: Door) -> None:
     outcome = door("--config-name", "x\x1b[31m\x9b2J")
     refused(outcome, 2, r"x\x1b[31m\x9b2J", "base, demo")
