@@ -30,6 +30,7 @@ _JSON_SPACES = re.compile(r"[ \t\r\n]*")
 MAX_ROW_BYTES = 64 << 20
 
 _WINDOW_BYTES = 1 << 20
+TOO_DEEP = "the row is nested too deep to be read as JSON; flatten it"
 _TOO_LONG = f"the row has more than {MAX_ROW_BYTES >> 20} MiB; cut it into several"
 # A value, or an error, that ends this near to the end of the window may owe it to that end.
 _LONGEST_MARK = 32
@@ -117,8 +118,9 @@ def _line_row(content: bytes, *, decoder: _Decoder, row: int, line: int) -> RawR
         reason = (
             f"broken JSON at column {error.colno}: {error.msg}; each line must be one JSON object"
         )
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or thousands of nested lists.
+    except RecursionError:
+        reason = TOO_DEEP
+    except ValueError as error:  # a number of thousands of digits
         reason = f"JSON that cannot be read: {error}"
     return BadRow(row=row, line=line, reason=reason)
 
@@ -160,7 +162,7 @@ def _entry(window: "_Window", *, decoder: _Decoder, row: int) -> RawRow | BadRow
             end = len(window.text) if error.msg.startswith("Unterminated") else error.pos
             position, problem = error.pos, error.msg
         except (ValueError, RecursionError) as error:
-            end, problem = position, str(error)
+            end, problem = position, TOO_DEEP if isinstance(error, RecursionError) else str(error)
         if end > len(window.text) - _LONGEST_MARK and window.grow():
             continue
         if problem:

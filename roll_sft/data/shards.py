@@ -26,6 +26,7 @@ from roll_sft.data.files import compression_of, find_files, kind_of_file, opened
 from roll_sft.data.rows import (
     BYTE_ORDER_MARK,
     JSON_SPACE,
+    TOO_DEEP,
     RawRow,
     array_rows,
     bounded_lines,
@@ -40,7 +41,6 @@ SHARD_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20
 _PEEK_BYTES = 1 << 12
 _REASON_LENGTH = 500
-_TOO_DEEP = "the row is nested too deep; flatten it"
 
 # A hostile file could have other names in each row.
 MAX_NAMES = 100
@@ -162,7 +162,7 @@ class ShardRows(Iterator[Conversation | Document | BadRow]):
             )
         except (BadRowError, RecursionError) as error:
             is_empty = isinstance(error, NoAnswerError)
-            reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
+            reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
             return _shortened(BadRow(row.row, row.line, reason, is_empty=is_empty))
         except UnusableFileError as error:
             place, reason = self._shard.place_of(row.line, row.row), str(error)

@@ -57,7 +57,9 @@ def parsed_json(text: str, *, where: str) -> Any:
         raise BadRowError(
             f"{where} is no JSON: {error.msg} at character {error.pos + 1}; correct it"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise BadRowError(f"{where} is nested too deep to be read as JSON; flatten it") from None
+    except ValueError as error:
         raise BadRowError(f"{where} holds JSON that cannot be read: {error}") from None
 
 

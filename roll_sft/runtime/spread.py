@@ -1,8 +1,9 @@
 """Shards of data prepared by the cluster that a run joins, one Ray task and one CPU each.
 
 Only a node that sees the driver's token cache can help: what it writes must be found again. So each
-task first looks for a file that the driver has just put there. What no such node took is prepared
-by the driver's machine, so a cluster without shared disks costs time and never the run.
+node is first asked for a file that the driver has just put there, and tasks go to those that see it
+alone: others would answer at once, and so draw most of the queue. What no node can prepare is
+prepared by the driver's machine, so a cluster without shared disks costs time and never the run.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roll_sft.config import RunConfig
 from roll_sft.data.chat import ChatTokenizer
@@ -23,6 +25,7 @@ from roll_sft.errors import ResourceError, RollSftError, first_line
 from roll_sft.runtime.connection import LOCAL, address_of, connected
 
 LOG = logging.getLogger(__name__)
+_ANSWER_TIMEOUT_S = 30.0  # to start a process on each node and look for a file
 # Each task has one CPU, and the tokenizer would take them all.
 ENVIRONMENT = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
 
@@ -51,8 +54,17 @@ def _over_nodes(
     tokenizer: ChatTokenizer, tasks: Sequence[ShardTask], *, nonce: Path
 ) -> Generator[Filled, None, list[ShardTask]]:
     """Yield what nodes prepared; return the tasks that met a node which cannot help."""
+    nodes = _nodes_that_see(nonce)
+    if not nodes:
+        LOG.info("no node of the cluster shares data.cache_dir; this machine prepares all shards")
+        return list(tasks)
     remote: Any = ray.remote(_fill_if_visible)
-    remote = remote.options(num_cpus=1, scheduling_strategy="SPREAD", runtime_env=ENVIRONMENT)
+    remote = remote.options(
+        num_cpus=1,
+        scheduling_strategy="SPREAD",
+        label_selector={"ray.io/node-id": f"in({','.join(nodes)})"},
+        runtime_env=ENVIRONMENT,
+    )
     sent_tokenizer, left = ray.put(tokenizer), list[ShardTask]()
     waiting = {remote.remote(sent_tokenizer, task, nonce): task for task in tasks}
     try:
@@ -69,12 +81,40 @@ def _over_nodes(
             ray.cancel(reference)
     if left:
         LOG.info(
-            "%d of %d shards met nodes that do not share data.cache_dir or the data; this machine"
-            " prepares them",
+            "%d of %d shards ran on nodes without the data; preparing them on this machine",
             len(left),
             len(tasks),
         )
     return left
+
+
+def _nodes_that_see(nonce: Path) -> list[str]:
+    """The ids of the nodes that see the file; those that do not answer in time are left out."""
+    probe: Any = ray.remote(_sees)
+    asked = {
+        probe.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(nonce): node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
+    for reference in silent:
+        ray.cancel(reference)
+    return [asked[reference] for reference in answered if _answer(reference)]
+
+
+def _answer(reference: Any) -> bool:
+    try:
+        seen: bool = ray.get(reference)
+    except RayError:  # a node that ended meanwhile cannot help
+        return False
+    return seen
+
+
+def _sees(nonce: Path) -> bool:
+    return nonce.exists()
 
 
 def _fill_if_visible(tokenizer: ChatTokenizer, task: ShardTask, nonce: Path) -> Filled | None:

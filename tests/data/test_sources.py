@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,13 +201,34 @@ def test_a_bad_row_does_not_stop_the_reading_and_keeps_its_place(tmp_path: Path)
         (b'{"a": "\xff"}', "byte 0xff at column 8 is not UTF-8"),
         (b'{"a": 1} {"b": 2}', "broken JSON at column 10: Extra data"),
         (b'{"a": ' + b"9" * 5000 + b"}", "JSON that cannot be read"),
-        (b'{"a": ' + b"[" * 200_000, "JSON"),
+        (b'{"a": ' + b"[" * 200_000, "the row is nested too deep to be read as JSON; flatten it"),
     ],
 )
 def test_a_line_that_is_no_json_is_a_bad_row(tmp_path: Path, line: bytes, expected: str) -> None:
     rows = read(write(tmp_path, line + b"\n" + json.dumps(ALPACA).encode()))
     assert reason(rows[0]).startswith(expected)
     assert isinstance(rows[1], Conversation)
+
+
+@pytest.mark.parametrize("depth", [101, 500, 980, 100_000])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**CHAT, "tools": [{"name": "f", "x": "DEEP"}]},
+        {**CHAT, "chat_template_kwargs": {"x": "DEEP"}},
+        {"messages": [*CHAT["messages"], {"role": "assistant", "tool_calls": "CALL"}]},
+        {**ALPACA, "response": "DEEP", "output": "DEEP"},
+    ],
+)
+def test_a_value_of_any_depth_is_refused_in_one_line(
+    tmp_path: Path, row: dict[str, Any], depth: int
+) -> None:
+    deep = "[" * depth + "]" * depth
+    call = f'[{{"name": "f", "arguments": {{"x": {deep}}}}}]'
+    line = json.dumps(row).replace('"CALL"', call).replace('"DEEP"', deep)
+    path = write(tmp_path, f"{line}\n{line.replace(deep, json.dumps(deep))}")
+    found = read(path)
+    assert re.search("nested|must be a string", reason(found[0]))
 
 
 # Files

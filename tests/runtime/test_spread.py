@@ -58,20 +58,38 @@ def test_nodes_prepare_what_one_machine_would(joined, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob(".visible_*"))
 
 
-def test_what_a_node_apart_cannot_keep_is_prepared_here(joined, cluster, tmp_path, monkeypatch):
+def test_a_node_that_does_not_see_the_cache_is_given_nothing(
+    joined, cluster, tmp_path, monkeypatch
+):
     if cluster.apart is None:
         pytest.skip("this system does not let a process have a mount of its own")
-    path = write(tmp_path / "rows")
-    left, original = [], spread.spread_for
+    path, met = write(tmp_path / "rows"), Counter()
+    original = spread._result
+
+    def counted(reference, task):
+        filled = original(reference, task)
+        met[filled is not None] += 1
+        return filled
+
+    monkeypatch.setattr(spread, "_result", counted)
+    ours = run(path, cluster.apart / "cache_of_spread", spread_over_cluster(joined()))
+    assert met == {True: FILES}  # by the node that sees it; the other one would answer at once
+    assert ours == run(path, tmp_path / "again")
+
+
+def test_what_no_node_can_prepare_is_prepared_here(joined, tmp_path, monkeypatch):
+    path, left = write(tmp_path / "rows"), []
+    original = spread.spread_for
 
     def here(tasks, *, num_proc):
         left.extend(tasks)
         return original(tasks, num_proc=num_proc)
 
     monkeypatch.setattr(spread, "spread_for", here)
-    ours = run(path, cluster.apart / "cache_of_spread", spread_over_cluster(joined()))
+    monkeypatch.setattr(spread, "_sees", lambda _nonce: False)
+    ours = run(path, tmp_path / "cache", spread_over_cluster(joined()))
+    assert len(left) == FILES
     assert ours == run(path, tmp_path / "again")
-    assert 0 < len(left) < FILES  # each of the two nodes was asked
 
 
 def test_a_bad_row_is_told_by_file_and_line_from_wherever_it_is_found(joined, tmp_path):
