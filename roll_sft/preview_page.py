@@ -1,13 +1,21 @@
 """A preview as one HTML page that needs nothing beside it: no script, no font, no network.
 
 Every text is escaped by the template engine, and characters that show nothing are named, so a page
-holds what a row says and never what a row does.
+holds what a row says and never what a row does. A long context is folded, so that what is learnt
+is on the screen; a token shows its place and id where it is pointed at, tapped or focused.
 """
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import jinja2
 
 from roll_sft.data.pieces import Piece, visible
 from roll_sft.preview_rows import Preview
+
+# Pieces of context, which nobody learns: how many are shown whole, and of more at each end.
+_LONGEST_CONTEXT, _SHOWN = 240, 80
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfbf9; --card: #ffffff; --text: #1c1e21;
@@ -30,14 +38,23 @@ header.sample { display: flex; flex-wrap: wrap; justify-content: space-between; 
 header.sample b { font-size: 1rem; } header.sample span { color: var(--soft); }
 .share { height: 3px; background: var(--line); } .share i { display: block; height: 100%;
   background: var(--edge); }
-pre { margin: 0; padding: 1rem; max-height: 32rem; overflow: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: .86rem/1.75 ui-monospace, Menlo, Consolas, monospace;
-  tab-size: 4; }
-pre span { border-bottom: 1px dotted var(--line); border-radius: 2px; padding: .08rem 0; }
-.legend .l, pre .l { background: var(--learnt); color: var(--learnt-text);
+.tokens { margin: 0; padding: 1rem; white-space: pre-wrap; tab-size: 4; overflow-wrap: anywhere;
+  font: .86rem/1.75 ui-monospace, Menlo, Consolas, monospace; }
+.tokens span { border-bottom: 1px dotted var(--line); border-radius: 2px; padding: .08rem 0; }
+.tokens span:is(:hover, :focus) { outline: 2px solid var(--control); }
+.tokens span:is(:hover, :focus)::after { content: attr(data-what); position: fixed; z-index: 1;
+  inset: auto 0 0 0; padding: .6rem 1rem; background: var(--text); color: var(--ground);
+  font: .9rem/1.4 system-ui, sans-serif; white-space: normal; }
+.tokens details { display: inline; }
+.tokens summary { display: inline-block; cursor: pointer; margin: .2rem 0; padding: 0 .6rem;
+  border: 1px solid var(--line); border-radius: 1rem; color: var(--soft);
+  font: .8rem/1.6 system-ui, sans-serif; }
+.tokens [open] summary { display: none; }
+.legend .l, .tokens .l { background: var(--learnt); color: var(--learnt-text);
   border-color: var(--edge); }
-.legend .c, pre .c { color: var(--control); background: var(--control-ground); font-weight: 600; }
-.legend .c.l, pre .c.l { background: var(--learnt); box-shadow: inset 0 -2px 0 var(--edge); }
+.legend .c, .tokens .c { color: var(--control); background: var(--control-ground);
+  font-weight: 600; }
+.legend .c.l, .tokens .c.l { background: var(--learnt); box-shadow: inset 0 -2px 0 var(--edge); }
 .legend span { padding: 0 .4rem; border-radius: 3px; }
 table { width: 100%; border-collapse: collapse; background: var(--card); font-size: .9rem;
   border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
@@ -53,6 +70,9 @@ td small { display: block; color: var(--soft); white-space: pre-wrap; margin-top
 """
 
 _PAGE = """\
+{% macro tokens(pieces) %}{% for piece in pieces %}<span class="{{ "l " if piece.is_learnt }}
+{{- "c" if piece.is_control }}" tabindex="0" data-what="{{ what(piece) }}">
+{{- visible(piece.text) }}</span>{% endfor %}{% endmacro -%}
 <!doctype html>
 <html lang="en">
 <head>
@@ -67,7 +87,7 @@ _PAGE = """\
 <p>{{ summary }}</p>
 <div class="legend"><span class="l">learnt</span><span class="c">control token</span>
 <span class="c l">control token, learnt</span>
-<span>point at a token for its place and id</span></div>
+<span>point at a token, or tap it, for its place and id</span></div>
 {% for sample in preview.shown %}
 <article>
 <header class="sample"><b>{{ visible(sample.source) }}:{{ sample.row }}
@@ -78,10 +98,12 @@ _PAGE = """\
 {{ "{:,}".format(sample.num_learnt) }} learnt
 ({{ "{:.0%}".format(sample.num_learnt / sample.num_tokens) }})</span></header>
 <div class="share"><i style="width: {{ 100 * sample.num_learnt / sample.num_tokens }}%"></i></div>
-<pre>
-{% for piece in sample.pieces %}<span class="{{ "l " if piece.is_learnt }}{{ "c" if
-piece.is_control }}" title="{{ where(piece) }}">{{ visible(piece.text) }}</span>{% endfor %}
-</pre>
+<div class="tokens">
+{%- for run in runs(sample.pieces) %}{{ tokens(run.beginning) }}
+{%- if run.middle %}<details><summary>{{ "{:,}".format(run.num_hidden) }} more tokens of context
+{#- #}</summary>{{ tokens(run.middle) }}</details>{{ tokens(run.end) }}{% endif %}
+{%- endfor -%}
+</div>
 </article>
 {% endfor %}
 {% if preview.dropped %}
@@ -100,6 +122,20 @@ piece.is_control }}" title="{{ where(piece) }}">{{ visible(piece.text) }}</span>
 """
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Pieces that are all learnt, or all context; `middle` is shown when it is asked for."""
+
+    beginning: tuple[Piece, ...]
+    middle: tuple[Piece, ...] = ()
+    end: tuple[Piece, ...] = ()
+
+    @property
+    def num_hidden(self) -> int:
+        """Tokens of the middle."""
+        return sum(len(piece.ids) for piece in self.middle)
+
+
 def page_of(preview: Preview, *, title: str, summary: str) -> str:
     """Return the page, as text to be written in UTF-8."""
     environment = jinja2.Environment(
@@ -111,11 +147,22 @@ def page_of(preview: Preview, *, title: str, summary: str) -> str:
         summary=summary,
         style=_STYLE,
         visible=visible,
-        where=_where,
+        runs=_runs,
+        what=_what,
     )
 
 
-def _where(piece: Piece) -> str:
+def _runs(pieces: Sequence[Piece]) -> Iterator[_Run]:
+    """The pieces of a sample; of a long context the middle apart, so that what is learnt shows."""
+    for is_learnt, group in groupby(pieces, key=lambda piece: piece.is_learnt):
+        run = tuple(group)
+        if is_learnt or len(run) <= _LONGEST_CONTEXT:
+            yield _Run(run)
+        else:
+            yield _Run(run[:_SHOWN], run[_SHOWN:-_SHOWN], run[-_SHOWN:])
+
+
+def _what(piece: Piece) -> str:
     ids = " ".join(map(str, piece.ids))
     last = piece.start + len(piece.ids) - 1
     place = f"token {last}" if last == piece.start else f"tokens {piece.start}-{last}"

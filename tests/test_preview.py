@@ -11,10 +11,11 @@ import pytest
 from roll_sft import cli
 from roll_sft.config import DataConfig, ModelConfig, RunConfig, SourceConfig
 from roll_sft.data.chat import ChatTokenizer
+from roll_sft.data.pieces import Piece
 from roll_sft.engine import corpus
 from roll_sft.errors import ConfigError, DataError
 from roll_sft.preview_page import page_of
-from roll_sft.preview_rows import Choice, Preview, Reader, look
+from roll_sft.preview_rows import Choice, Preview, Reader, Shown, look
 from tests import doors
 from tests.doors import Outcome
 from tests.tiny import tiny_tokenizer
@@ -129,22 +130,27 @@ def test_dropped_rows_with_reason_and_place(seen: Callable[..., Preview]) -> Non
 
 
 class Tags(html.parser.HTMLParser):
-    """The tags of a page, and the text in its <pre> elements."""
+    """The tags of a page, the text of its samples, and what tells about each token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: set[str] = set()
         self.texts: list[str] = []
+        self.told: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes.update(name for name, _ in attrs)
-        if tag == "pre":
+        given = dict(attrs)
+        if given.get("class") == "tokens":
             self.texts.append("")
+        if what := given.get("data-what"):
+            assert given["tabindex"] == "0"  # a tap gives it the focus, where nothing points
+            self.told.append(what)
 
     def handle_data(self, data: str) -> None:
-        if "pre" in self.tags and self.get_starttag_text() is not None:
+        if self.texts and self.tags[-1] == "span":
             self.texts[-1] += data
 
 
@@ -155,7 +161,7 @@ def test_a_page_holds_text_and_no_markup_of_rows(seen: Callable[..., Preview]) -
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert not [name for name in page.attributes if name.startswith("on")]
-    assert page.tags.count("pre") == 2  # row 0 of each source
+    assert len(page.texts) == 2  # row 0 of each source
     shown = "".join(page.texts)
     for part in (
         "</pre><script>alert('x')</script>",
@@ -169,6 +175,23 @@ def test_a_page_holds_text_and_no_markup_of_rows(seen: Callable[..., Preview]) -
         assert outside not in text
     assert "&lt;run&gt;: preview</title>" in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_a_page_folds_a_long_context_and_never_what_is_learnt() -> None:
+    learnt = range(1000, 1010)
+    pieces = tuple(
+        Piece(f"p{at} ", (at,), at, is_learnt=at in learnt, is_control=False) for at in range(1500)
+    )
+    sample = Shown("s", 0, "s:1", 1, 1, pieces, num_tokens=1500, num_learnt=10, cut_from=None)
+    text = page_of(Preview(shown=[sample], num_rows=1), title="t", summary="s")
+    folded = "".join(part.partition("</details>")[0] for part in text.split("<details>")[1:])
+    assert [f">p{at} <" in folded for at in learnt] == [False] * 10
+    assert [at for at in range(1500) if f">p{at} <" in folded][:1] == [80]
+    assert "840 more tokens of context" in text
+    page = Tags()
+    page.feed(text)
+    assert "".join(page.texts).split() == [f"p{at}" for at in range(1500)]
+    assert page.told[1000:1002] == ["token 1000, id 1000, learnt", "token 1001, id 1001, learnt"]
 
 
 @pytest.fixture
