@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from roll_sft.engine.card import write_card
-from roll_sft.engine.hashing import verified_beside, verify_hashes
+from roll_sft.engine.hashing import one_thread, verified_beside, verify_hashes
 from roll_sft.engine.import_hf import DTYPES
 from roll_sft.engine.manifest import ASSETS, Manifest, check_complete
 from roll_sft.engine.reader import Reader
@@ -111,7 +111,7 @@ def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None
     plan = plan_shards(source.family.hf_shapes(source.shape), dtype=dtype)
     reader = Reader(source.folder, dtype=dtype)
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
-    with verified_beside(source.folder, shards):
+    with verified_beside(source.folder, shards), one_thread():
         try:
             write_hf_folder(
                 _hf_tensors(reader, source), plan=plan, assets=source.folder / ASSETS, folder=folder

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from roll_sft.engine.manifest import StoredFile
 from roll_sft.errors import CheckpointError, RollSftError
 
@@ -53,6 +55,20 @@ def verified_beside(folder: Path, files: Mapping[str, StoredFile]) -> Iterator[N
             pool.shutdown(cancel_futures=True)
             raise
         _compare(folder, files, found)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch's arithmetic on this thread within the block, beside threads that hash.
+
+    Its own would wait for each other by spinning, which takes the time of those.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _compare(

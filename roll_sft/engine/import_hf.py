@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from roll_sft.engine.distcp import write_descriptions
+from roll_sft.engine.hashing import one_thread
 from roll_sft.engine.manifest import ASSETS, MANIFEST, RunState
 from roll_sft.engine.publish import versions_here, write_manifest
 from roll_sft.engine.reader import stored_name
@@ -63,12 +64,13 @@ def import_model(
         for rank, names in enumerate(groups):
             group = {name: words[name] for name in names}
             try:
-                write(
-                    folder,
-                    _pieces(group, num_layers, source=source, dtypes=dtypes),
-                    objects=_objects(names, num_layers),
-                    writer=Writer(rank, len(groups), optimizer_step=None),
-                )
+                with one_thread():
+                    write(
+                        folder,
+                        _pieces(group, num_layers, source=source, dtypes=dtypes),
+                        objects=_objects(names, num_layers),
+                        writer=Writer(rank, len(groups), optimizer_step=None),
+                    )
             except NotFiniteError as error:
                 raise CheckpointError(
                     f"{model}: {error}; its file is damaged or its training diverged, take another"

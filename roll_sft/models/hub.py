@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
-ASSET_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+# The licence and the card go into what is made of a model: see assets.py.
+ASSET_FILES = (
+    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
+)  # fmt: skip
 WEIGHT_FILES = ("*.safetensors",)
 # The same weights once more in another form, and what lies beside a model without belonging to it.
 NOT_FETCHED = ("consolidated*", "*/*")

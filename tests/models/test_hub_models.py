@@ -25,6 +25,8 @@ from roll_sft.models.hub import HubModel, HubSource, local_model
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b"{}",
+    "README.md": b"---\nlicense: mit\n---",
+    "LICENSE": b"as you like",
     "tokenizer.json": b"[]",  # not equal: the client stores equal content once
     "pytorch_model.bin": b"a pickle",
     "consolidated.safetensors": b"the weights again",
@@ -106,7 +108,7 @@ def test_a_model_is_fetched_once_without_what_is_not_needed(hub: Hub) -> None:
     folder, model = local_model("org/model", with_weights=True)
     assert model == HubModel("org/model", COMMIT)
     names = sorted(path.name for path in Path(folder).rglob("*") if path.is_file())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert names == ["LICENSE", "README.md", "config.json", "model.safetensors", "tokenizer.json"]
     asked = hub.requests["model.safetensors"]
     assert local_model("org/model", with_weights=True) == (folder, model)
     assert hub.requests["model.safetensors"] == asked == 1
