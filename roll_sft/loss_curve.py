@@ -1,16 +1,15 @@
 """`loss.png`: the losses of a run over its steps, drawn from `steps.jsonl` and `eval.jsonl`."""
 
-import json
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from roll_sft.durable import json_lines
 from roll_sft.errors import first_line
 from roll_sft.safe_text import printable
 
@@ -22,7 +21,7 @@ SMOOTHED_FROM = 50  # points; a shorter curve shows its trend by itself
 
 def draw_losses(folder: Path) -> None:
     """Draw the train loss and each validation loss of the run in `folder`; says why it cannot."""
-    train = [(each["step"], each["train_loss"]) for each in _lines(folder / "steps.jsonl")]
+    train = [(each["step"], each["train_loss"]) for each in json_lines(folder / "steps.jsonl")]
     points = np.array([point for point in train if point[1] is not None], dtype=float)
     if not len(points):
         return
@@ -71,13 +70,7 @@ def _thinned(points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _evaluations(folder: Path) -> dict[str, list[Any]]:
     """Validation set -> its (step, loss)."""
     found = defaultdict(list)
-    for each in _lines(folder / "eval.jsonl"):
+    for each in json_lines(folder / "eval.jsonl"):
         if each["loss"] is not None:
             found[each["name"]].append((each["step"], each["loss"]))
     return found
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
