@@ -37,20 +37,24 @@ class KnownFile:
 
 
 def known_files(
-    path: str, *, split: str | None, keys: ColumnKeys, cache_dir: Path
+    path: str, *, split: str | None, keys: ColumnKeys, cache_dir: Path, remembers: bool = True
 ) -> list[KnownFile]:
-    """The files of a source; raises what `shards_of_file` and `file_shapes` raise."""
-    return [_known_file(file, keys, cache_dir) for file in find_files(path, split=split)]
+    """The files of a source; raises what `shards_of_file` and `file_shapes` raise.
+
+    What had to be read is kept in `cache_dir`, unless it is asked for without `remembers`.
+    """
+    files = find_files(path, split=split)
+    return [_known_file(file, keys, cache_dir, remembers=remembers) for file in files]
 
 
-def _known_file(file: str, keys: ColumnKeys, cache_dir: Path) -> KnownFile:
+def _known_file(file: str, keys: ColumnKeys, cache_dir: Path, *, remembers: bool) -> KnownFile:
     note, stamp = _note_of(file, keys, cache_dir), stamp_of(file)
     if note is not None and (known := _read(note, file=file, stamp=stamp)) is not None:
         return known
     shards = list(shards_of_file(file))
     known = KnownFile(tuple(shards), file_shapes(shards, keys).get(file), stamp)
     # Asked again: the file may have changed while it was hashed.
-    if note is not None and note == _note_of(file, keys, cache_dir):
+    if remembers and note is not None and note == _note_of(file, keys, cache_dir):
         _write(note, known)
     return known
 

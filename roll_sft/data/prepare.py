@@ -57,12 +57,17 @@ class CachePlace:
     """Where tokens are kept, and who prepares them.
 
     `num_proc` processes of this machine, None for as many as its cores and the data ask for, or
-    else `spread`.
+    else `spread`. Nobody where the cache is `only_read`, and then nothing is written there.
     """
 
     folder: Path
     num_proc: int | None = None
     spread: Spread | None = None
+    only_read: bool = False
+
+
+class NotPreparedError(DataError):
+    """A cache that is only read lacks tokens of the data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ def prepare_sources(
     be written or a process that prepares it dies.
     """
     # First of all: it says in one sentence what is wrong with a path that cannot be read.
-    tasks = [_tasks(source, tokenizer, options, place.folder) for source in sources]
+    tasks = [_tasks(source, tokenizer, options, place) for source in sources]
     found = {task.folder: ready(task.folder) for each in tasks for task in each}
     missing: dict[Path, ShardTask] = {}
     for task in (task for each in tasks for task in each):
@@ -120,6 +125,11 @@ def prepare_sources(
             missing.setdefault(task.folder, task)
         else:
             check_row_errors(facts, task)
+    if missing and place.only_read:
+        raise NotPreparedError(
+            f"{place.folder}: lacks the tokens of {len(missing)} of {len(found)} parts of the data;"
+            " prepare_only=true makes them"
+        )
     filled = _fill_all(list(missing.values()), tokenizer, place)
     known = {folder: facts for folder, facts in found.items() if facts is not None}
     known |= {each.task.folder: each.facts for each in filled if each.facts is not None}
@@ -131,16 +141,22 @@ def prepare_sources(
 
 
 def _tasks(
-    source: Source, tokenizer: ChatTokenizer, options: SourceOptions, cache_dir: Path
+    source: Source, tokenizer: ChatTokenizer, options: SourceOptions, place: CachePlace
 ) -> list[ShardTask]:
-    files = known_files(source.path, split=source.split, keys=options.keys, cache_dir=cache_dir)
+    files = known_files(
+        source.path,
+        split=source.split,
+        keys=options.keys,
+        cache_dir=place.folder,
+        remembers=not place.only_read,
+    )
     return [
         ShardTask(
             shard=shard,
             shape=file.shape,
             stamp=file.stamp,
             options=options,
-            folder=cache_dir / address(shard, file.shape, tokenizer=tokenizer, options=options),
+            folder=place.folder / address(shard, file.shape, tokenizer=tokenizer, options=options),
         )
         for file in files
         for shard in file.shards

@@ -38,14 +38,15 @@ def tokenise(
 ) -> tuple[TokenData, dict[str, tuple[SourceReport, ...]]]:
     """The tokens of all sources, from the cache where they are there, and what became of the rows.
 
-    What is missing is prepared by `spread`, or else on this machine. Reports are by "train" and
-    "validation".
+    What is missing is prepared by `spread`, or else on this machine; for a dry run it is not, but a
+    `NotPreparedError`. Reports are by "train" and "validation".
     """
     data = config.data
     place = CachePlace(
         Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft",
         num_proc=data.num_proc,
         spread=spread,
+        only_read=config.dry_run,
     )
     sources = [
         Source(entry.path or "", name=source_name(entry), split=entry.split)

@@ -21,7 +21,7 @@ from roll_sft.data.epochs import Share
 from roll_sft.data.packing import CostModel
 from roll_sft.data.plan import Planner, PlanOptions
 from roll_sft.data.pool import Spread
-from roll_sft.data.prepare import SourceReport
+from roll_sft.data.prepare import NotPreparedError, SourceReport
 from roll_sft.data.rough import TOKEN_BYTES
 from roll_sft.data.templates import chat_template, check_variables
 from roll_sft.data.tokenizer import NoTokenizerError, load_tokenizer
@@ -51,7 +51,7 @@ class Plan:
     total_steps: int
     shares: dict[str, Share]  # train source -> how much of it an epoch draws
     fill: float | None = None  # of the packs: their tokens over what they could hold
-    is_rough: bool = False  # rows and tokens are guessed from the text, for want of a tokenizer
+    is_rough: bool = False  # rows and tokens are guessed from the text, for want of tokens
 
     @property
     def pack_tokens(self) -> int:
@@ -176,14 +176,17 @@ def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:
 
 
 def dry_plan(config: RunConfig) -> Plan:
-    """The plan of a dry run; a rough one where the model's folder has no tokenizer yet.
+    """The plan of a dry run: from the token cache, which is not written, if it has all the data.
 
-    Raises what `prepare` raises.
+    Else from the text, roughly, as where the model's folder has no tokenizer yet. Raises what
+    `prepare` raises.
     """
     try:
         return prepare(config).plan
     except NoTokenizerError as error:
         _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
+    except NotPreparedError as error:
+        _log.info("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
     config, hub = _located(config)
     reports = {
         kind: tuple(corpus.rough(entry, config.data) for entry in entries)

@@ -180,14 +180,16 @@ def qwen_7b(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_dry_run_of_seven_billion_parameters_prints_the_plan_and_writes_nothing(
-    assets: Path, tmp_path: Path
+    door: Door, assets: Path, tmp_path: Path
 ) -> None:
-    model = qwen_7b(tmp_path / "model")
-    outcome = process(
-        tmp_path,
-        *("--config-name", "qwen7b_sft", "dry_run=true", f"model.path={model}"),
+    given = [
+        *("--config-name", "qwen7b_sft", f"model.path={qwen_7b(tmp_path / 'model')}"),
         *(f"data.train=[{{path: {assets / 'rows.jsonl'}}}]", "data.cache_dir=cache"),
-    )
+    ]
+    prepared = door(*given, "prepare_only=true", "model.random_init=true", "output_dir=prepared")
+    assert prepared.code == 0, prepared.stderr
+    before = contents(tmp_path)
+    outcome = process(tmp_path, *given, "dry_run=true")
     assert (outcome.code, outcome.stderr) == (0, "")
     (header,) = [line for line in outcome.stdout.splitlines() if line.startswith(" workers")]
     assert [cell.strip() for cell in header.split("\u2503")[:5]] == [
@@ -218,8 +220,30 @@ def test_a_dry_run_of_seven_billion_parameters_prints_the_plan_and_writes_nothin
     assert cells(outcome.stdout, "tokens in the run")[1] == f"{tokens:,}"
     # 7.6e9 parameters over TP 2 x PP 2, 2 + 4 bytes each, and 12 more cut over CP 2.
     assert 21 < float(cells(outcome.stdout, "weights, gradients, optimizer")[1].split()[0]) < 24
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"model", "cache"}
+    assert contents(tmp_path) == before
+
+
+def test_a_dry_run_tokenises_nothing_and_estimates_what_is_not_in_the_cache(
+    door: Door, assets: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    outcome = door(*arguments, "dry_run=true")
+    assert outcome.code == 0, outcome.stderr
+    assert "lacks the tokens of 1 of 1 parts of the data; prepare_only=true" in outcome.stderr
+    assert cells(outcome.stdout, "rows (train)")[1:3] == [str(NUM_ROWS)] * 2
+    assert "(estimate)" in outcome.stdout
+    assert contents(tmp_path) == {}
+    assert door(*arguments, "prepare_only=true").code == 0
+    before = contents(tmp_path)
+    outcome = door(*arguments, "dry_run=true")
+    assert "optimizer steps (estimate)" not in outcome.stdout
+    cells(outcome.stdout, "optimizer steps")
+    assert contents(tmp_path) == before
+    # One more file: what is in the cache no longer says what a run would do.
+    more = write_rows(tmp_path / "more.jsonl", [alpaca(1)])
+    both = f"data.train=[{{path: {assets / 'rows.jsonl'}}}, {{path: {more}}}]"
+    outcome = door(*arguments, both, "dry_run=true")
+    assert "lacks the tokens of 1 of 2 parts" in outcome.stderr
+    assert contents(tmp_path).keys() == {*before, "more.jsonl"}
 
 
 def test_a_dry_run_without_a_tokenizer_guesses_the_tokens_and_says_so(
