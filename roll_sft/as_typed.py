@@ -6,6 +6,7 @@ parser and on the place where OmegaConf makes its YAML loader; both are pinned, 
 """
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,14 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from roll_sft.config import RunConfig
 from roll_sft.config_build import RESERVED
-from roll_sft.config_keys import all_keys, all_names
+from roll_sft.config_keys import all_keys, all_names, section_of
+from roll_sft.errors import ConfigError
+from roll_sft.safe_text import shown
 
 _NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
 _LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
+# YAML 1.1 reads 010 as eight and 1:30 as ninety; the configuration reads ten, and refuses 1:30.
+_YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
 
@@ -30,7 +35,8 @@ def override_as_typed(argument: str) -> str:
     """The override `argument` with quotes around what a text key would lose.
 
     An unknown key of a known section is marked as added, so that it is refused with all other
-    problems. Anything that Hydra cannot parse is returned as it is, for Hydra to refuse.
+    problems. Anything that Hydra cannot parse is returned as it is, for Hydra to refuse. Raises
+    `ConfigError` for a key of the entries of a list, such as `data.train.path`.
     """
     lexer = OverrideLexer(InputStream(argument))
     lexer.removeErrorListeners()
@@ -40,6 +46,12 @@ def override_as_typed(argument: str) -> str:
     if parser.getNumberOfSyntaxErrors() or tree.value() is None:
         return argument
     name = tree.key().getText()
+    for each in _lists():
+        if re.match(rf"{each}\.\D", name):
+            raise ConfigError(
+                f"{shown(name)}: {each} is a list of sources; give it whole, as in"
+                f" '{each}=[{{path: my.jsonl}}]'"
+            )
     for start, stop in reversed(list(_to_quote(tree.value(), name))):
         argument = f"{argument[:start]}'{argument[start:stop]}'{argument[stop:]}"
     is_known_section = name.partition(".")[0] in _sections() and "." in name
@@ -94,7 +106,11 @@ def _mark_texts(node: yaml.Node | None, name: str) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for each in node.value:
             _mark_texts(each, name)
-    elif isinstance(node, yaml.ScalarNode) and node.tag in _YAML_NUMBERS and _is_text(name):
+    elif (
+        isinstance(node, yaml.ScalarNode)
+        and node.tag in _YAML_NUMBERS
+        and (_is_text(name) or _YAML_1_1.match(node.value))
+    ):
         node.tag = _YAML_TEXT
 
 
@@ -109,6 +125,12 @@ def _texts() -> frozenset[str]:
     """Dotted names of text keys, and their ends: a file of the package `model` begins at `path`."""
     names = [each.name.split(".") for each in all_keys(RunConfig) if each.is_text]
     return frozenset(".".join(name[start:]) for name in names for start in range(len(name)))
+
+
+@functools.cache
+def _lists() -> tuple[str, ...]:
+    """The keys whose entries have keys of their own."""
+    return tuple(each.name for each in all_keys(RunConfig) if section_of(each.kind) is not None)
 
 
 @functools.cache

@@ -71,6 +71,7 @@ def test_a_refusal_does_not_wait_for_the_heavy_libraries(tmp_path: Path) -> None
         (["a b c="], ["'a b c=': ", "; write key=value, and a value"]),
         (["run_name=${nope}"], ["run_name: Interpolation key 'nope' not found; mend"]),
         (["output_dir=${oc.env:NOPE}"], ["output_dir: ", "'NOPE' not found"]),
+        (["data.train.path=x"], ["'data.train.path': data.train is a list", "=[{path: my.jsonl}]"]),
         (["model=null"], ["Config group override must be a string"]),
         (["~model"], ["Could not delete 'model'"]),
         (["--config-dir", "nowhere"], ["nowhere' not found"]),
@@ -114,6 +115,17 @@ train: {{learning_rate: 1e-3}}
         texts = {config.run_name, config.model.path, source.path, source.name, validation.path}
         assert texts == {text}
         assert (source.weight, config.train.learning_rate) == (0.1, 1e-3)
+
+
+def test_a_number_of_yaml_means_what_it_looks_like(door: Door, tmp_path: Path) -> None:
+    text = "defaults: [base, _self_]\ntrain: {max_steps: 010, save_steps: 1:30}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    shown = door(f"--config-dir={tmp_path}", "--config-name=mine", "--cfg", "job").stdout
+    values = yaml.safe_load(shown)["train"]
+    assert (values["max_steps"], values["save_steps"]) == ("010", "1:30")
+    with pytest.raises(errors.ConfigError, match=r"train\.save_steps: '1:30' is not an integer"):
+        build_config({"train": values})
+    assert build_config({"train": {"max_steps": "010"}}).train.max_steps == 10
 
 
 def test_what_is_no_text_keeps_its_type(door: Door) -> None:
