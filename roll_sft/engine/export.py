@@ -22,7 +22,7 @@ from roll_sft.engine.resume import step_folders
 from roll_sft.engine.safe_load import check_pickles
 from roll_sft.engine.versions import check_megatron
 from roll_sft.errors import CheckpointError, DivergedError
-from roll_sft.models.assets import asset_files
+from roll_sft.models.assets import asset_files, check_assets
 from roll_sft.models.finite import NotFiniteError, check_finite
 from roll_sft.models.hf_write import plan_shards, write_hf_folder
 from roll_sft.models.new_folder import new_folder
@@ -60,6 +60,7 @@ def export(
     # Kilobytes that are parsed; the weights are hashed while they are read.
     described = {name: facts for name, facts in manifest.files.items() if not _is_shard(name)}
     verify_hashes(checkpoint, described)
+    check_assets(checkpoint / ASSETS)
     check_megatron(checkpoint, manifest.versions)
     check_pickles(checkpoint)
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)

@@ -22,7 +22,7 @@ from roll_sft.engine.reader import stored_name
 from roll_sft.engine.shards import Piece, Writer, take_parts, write
 from roll_sft.errors import CheckpointError
 from roll_sft.layout import ParallelLayout
-from roll_sft.models.assets import asset_files, copy_file
+from roll_sft.models.assets import asset_files, check_assets, copy_file
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
 from roll_sft.models.hf_io import SafetensorsSource, TensorSource
 from roll_sft.models.new_folder import new_folder
@@ -53,6 +53,7 @@ def import_model(
     shape = family.shape(config)
     source = SafetensorsSource(model)
     family.check_source(shape, source=source)
+    check_assets(model)
     wanted = DTYPES[dtype] if dtype else None
     stored = wanted or source.dtype("model.norm.weight")
     words, num_layers = family.weights(shape), shape.num_layers

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from roll_sft.engine.import_hf import import_model
 from roll_sft.engine.preflight import prepare
 from roll_sft.errors import ConfigError
 from tests.parity import parity_config, write_model, write_rows
@@ -93,3 +94,10 @@ def test_a_configuration_that_nothing_can_be_built_of_is_refused(
 def test_a_configuration_that_transformers_fails_on_is_refused(home: Path, text: str) -> None:
     (home / "model" / "config.json").write_text(text)
     refused(home, "config.json", "correct the file")
+
+
+def test_a_model_is_not_converted_with_a_file_that_its_export_cannot_read(home: Path) -> None:
+    (home / "model" / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"model/tokenizer_config\.json cannot be read as JSON"):
+        import_model(home / "model", home / "out", dtype=None, replace=False)
+    assert not (home / "out").exists()
