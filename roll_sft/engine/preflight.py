@@ -302,7 +302,8 @@ def _rough_steps(
     if train.global_batch_tokens is None:
         samples = sum(share.per_epoch for share in shares.values())
         return math.ceil(samples / train.global_batch_size)
-    return math.ceil(drawn_tokens(reports, shares) / train.global_batch_tokens)
+    # At least one: a few short words are fewer bytes than a token is taken for.
+    return max(1, math.ceil(drawn_tokens(reports, shares) / train.global_batch_tokens))
 
 
 def drawn_tokens(reports: Sequence[SourceReport], shares: Mapping[str, Share]) -> int:

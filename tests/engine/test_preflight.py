@@ -238,6 +238,13 @@ def test_a_dry_run_tokenises_nothing_and_estimates_what_is_not_in_the_cache(
     assert "optimizer steps (estimate)" not in outcome.stdout
     cells(outcome.stdout, "optimizer steps")
     assert contents(tmp_path) == before
+    # Fewer bytes than one token is taken for are a step all the same.
+    tiny = write_rows(tmp_path / "tiny.jsonl", [{"instruction": "a", "output": "b"}])
+    short = [f"data.train=[{{path: {tiny}}}]", "train.global_batch_tokens=10", "dry_run=true"]
+    outcome = door(*arguments, *short)
+    assert outcome.code == 0, outcome.stderr
+    assert cells(outcome.stdout, "optimizer steps (estimate)")[1].startswith("1 ")
+    tiny.unlink()
     # One more file: what is in the cache no longer says what a run would do.
     more = write_rows(tmp_path / "more.jsonl", [alpaca(1)])
     both = f"data.train=[{{path: {assets / 'rows.jsonl'}}}, {{path: {more}}}]"
