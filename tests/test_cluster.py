@@ -93,19 +93,10 @@ def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_p
     home, dashboard = cluster
     parity.write_model(tmp_path / "model")
     parity.write_rows(tmp_path / "rows.jsonl")
-    # A checkout that the job brings along, as no other: nothing of it needs to be installed.
-    tree = tmp_path / "tree"
-    for name in ("roll_sft", "conf"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    only_here = "defaults: [base, _self_]\ntrain: {max_steps: 3, global_batch_size: 8}\n"
-    (tree / "conf" / "only_here.yaml").write_text(only_here)
     job = [
         sys.executable,
         "-m",
         "roll_sft.run",
-        "--config-name",
-        "only_here",
         f"model.path={tmp_path / 'model'}",
         f"data.train=[{{path: {tmp_path / 'rows.jsonl'}}}]",
         "data.sequence_length=200",
@@ -113,22 +104,32 @@ def test_a_submitted_job_trains_over_both_nodes(cluster: tuple[Path, int], tmp_p
         f"output_dir={tmp_path / 'out'}",
         "parallel.num_workers=2",
         "parallel.device=cpu",
+        "train.max_steps=3",
+        "train.global_batch_size=8",
         "tracking.backends=[jsonl]",
     ]
     refused = submit(tmp_path, dashboard, ["true"])
     assert refused.returncode != 0
     assert "auth" in (refused.stdout + refused.stderr).lower()
-    result = submit(home, dashboard, job, "--working-dir", str(tree))
+    result = submit(home, dashboard, job)
     assert result.returncode == 0, result.stdout + result.stderr
     steps = [json.loads(line) for line in (tmp_path / "out" / "steps.jsonl").open()]
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert (tmp_path / "out" / "hf" / "model.safetensors").is_file()
 
 
-def test_a_job_with_a_relative_output_dir_is_refused(cluster: tuple[Path, int]) -> None:
+def test_a_job_brings_its_checkout_along_and_its_relative_output_dir_is_refused(
+    cluster: tuple[Path, int], tmp_path: Path
+) -> None:
     home, dashboard = cluster
-    job = [sys.executable, "-m", "roll_sft.run", "model.path=m", "data.train=[{path: a.jsonl}]"]
-    result = submit(home, dashboard, job)
+    for name in ("roll_sft", "conf"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    # Found in the folder that the job brings, or nowhere.
+    only_here = "defaults: [base, _self_]\nmodel: {path: m}\ndata: {train: [{path: a.jsonl}]}\n"
+    (tmp_path / "conf" / "only_here.yaml").write_text(only_here)
+    job = [sys.executable, "-m", "roll_sft.run", "--config-name", "only_here"]
+    result = submit(home, dashboard, job, "--working-dir", str(tmp_path))
     assert result.returncode != 0
     assert "under a Ray job it would lie in" in result.stdout + result.stderr
 
