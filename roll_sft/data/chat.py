@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 # Part of the fingerprint: raise it when the same row gives other ids or another mask.
 _VERSION = 4
 _MOST_PREPARED = 64  # sets of variables; more come from rows that hardly repeat theirs
+_MOST_ADVISED = 200  # rows for which templates are tried; a preview lists half as many
 _PLAIN_ROW = Conversation((Message("user", "q"), Message("assistant", "a")), row=0, line=1)
 
 
@@ -117,6 +118,7 @@ class ChatTokenizer:
     def _set_up(self, recipe: _Recipe) -> None:
         self._recipe = recipe
         self._encoder = Encoder(recipe.encoder)
+        self._num_advised = 0
         self._prepared: dict[tuple[str, str], PreparedTemplate] = {}
         self.template = recipe.templates.get("default")
         parts = (
@@ -259,6 +261,9 @@ class ChatTokenizer:
 
     def _remedy(self, row: Conversation | Document) -> str:
         """Which named templates write `row` with this tokenizer, found by trying them."""
+        self._num_advised += 1
+        if self._num_advised > _MOST_ADVISED:
+            return "use another template (data.chat_template)"
         working = []
         for name, other in self._others.items():
             try:

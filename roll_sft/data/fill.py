@@ -308,8 +308,8 @@ def _take_batch(
             continue
         result = row if isinstance(row, BadRow) else next(results)
         if isinstance(result, BadRow | UnusableRow):
-            reason = result.reason if isinstance(result, BadRow) else str(result)
-            facts.first_malformed = facts.first_malformed or reason
+            if not facts.first_malformed:  # the reason tries templates, which takes its time
+                facts.first_malformed = result.reason if isinstance(result, BadRow) else str(result)
             facts.drop(MALFORMED, at=at)
             continue
         reasons: list[str] = []
