@@ -83,6 +83,9 @@ def no_such_key(name: str) -> str:
     parts = name.split(".")
     if any(".".join(parts[:end]) in RESERVED for end in range(1, len(parts) + 1)):
         return f"{shown_key(name)}: not in this version; leave it out"
+    later = [each for each in sorted(RESERVED) if each.rpartition(".")[2] == parts[-1]]
+    if later:
+        return f"{shown_key(name)}: no such key; `{later[0]}` is not in this version; leave it out"
     return f"{shown_key(name)}: no such key{_nearest(name)}"
 
 

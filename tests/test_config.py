@@ -366,6 +366,11 @@ def test_a_reserved_key_is_refused_as_one_of_a_later_version(key: str) -> None:
     assert problem == f"{key}: not in this version; leave it out"
 
 
+def test_a_reserved_key_in_the_wrong_section_is_named() -> None:
+    (problem,) = problems({"loss": "sample_mean"})
+    assert problem == "loss: no such key; `train.loss` is not in this version; leave it out"
+
+
 def test_no_key_that_works_is_reserved() -> None:
     assert not RESERVED & set(all_names(RunConfig))
 
