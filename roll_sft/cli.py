@@ -66,6 +66,8 @@ def _refusal(given: list[str]) -> str:
     if not given:
         return f"roll-sft: no command; there are {names}"
     nearest = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.5)
+    if given[0].startswith("-") or "=" in given[0]:  # the arguments of a run
+        nearest = ["train"]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"roll-sft: there is no command {given[0]!r}; {hint}there are {names}"
 

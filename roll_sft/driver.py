@@ -202,6 +202,7 @@ def _is_exported(folder: Path, start: Start, job: Job) -> bool:
 def _export(checkpoint: Path | None, output: Path) -> None:
     """Convert a checkpoint in a process of its own: it needs neither workers nor Ray."""
     assert checkpoint is not None, "a run that is finished has a checkpoint"
+    LOG.info("exporting %s", checkpoint)
     command = [sys.executable, "-m", "roll_sft.engine.convert"]
     command += ["--checkpoint", str(checkpoint), "--output", str(output), "--replace"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -70,7 +70,7 @@ def test_train_is_the_main_job(script: Door, arguments: list[str], tmp_path: Pat
 def test_the_demo_needs_nothing_that_a_fresh_checkout_lacks(script: Door, tmp_path: Path) -> None:
     outcome = script("train", "--config-name", "demo", "dry_run=true")
     assert outcome.code == 0, outcome.stderr
-    assert cells(outcome.stdout, "optimizer steps")[1].startswith("450 ")
+    assert cells(outcome.stdout, "optimizer steps (estimate)")[1].startswith("450 ")
     assert (tmp_path / demo.ASSETS / "train.jsonl").is_file()
 
 
@@ -118,7 +118,8 @@ def test_each_command_says_what_it_takes(script: Door, command: str, parts: list
     [
         ([], ["roll-sft: no command; there are train, plan, preview, parity, convert"]),
         (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are train,"]),
-        (["--config-name", "demo"], ["there is no command '--config-name'"]),
+        (["--config-name", "demo"], ["no command '--config-name'; did you mean 'train'?"]),
+        (["model.path=m"], ["no command 'model.path=m'; did you mean 'train'?"]),
         (["parity", "--samples", "few"], ["argument --samples: invalid int value: 'few'"]),
         (["parity", "modle.path=x"], ["modle.path: no such key; did you mean `model.path`?"]),
         (["plan", "--config-name", "dmeo"], ["did you mean 'demo'?"]),
