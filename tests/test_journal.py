@@ -55,6 +55,12 @@ def test_journal_gives_each_complete_line_once_and_what_comes_later(tmp_path):
     assert [point[2] for point in read(journal)] == [4, 4, 5, 5]
 
 
+def test_a_torn_line_is_passed_over(tmp_path):
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "tr\n{"step": 2, "train_loss": 0.5}\n')
+    points = read(Journal(tmp_path, logging_steps=1, total_steps=2))
+    assert [point[2] for point in points] == [2, 2]
+
+
 def test_a_long_history_comes_in_parts_that_fit_a_request(tmp_path):
     fields = dict.fromkeys(metrics.STEP_NAMES, 1.0)
     write(tmp_path / "steps.jsonl", [{"step": n, **fields} for n in range(1, 301)])

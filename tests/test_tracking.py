@@ -275,23 +275,27 @@ def killed_run(outputs, last_step):
     """A run whose process is gone: recorded up to `last_step`, and RUNNING for ever."""
     folder = outputs / "run"
     write_steps(folder, range(1, last_step + 1))
-    tracker_of(folder).close(FAILED)
+    facts = RunFacts(params={"layout": "TP 1"}, tags={}, inputs=())
+    tracker_of(folder, facts=facts).close(FAILED)
     run_id = noted_run(folder).run_id
     client_of(outputs).update_run(run_id, status="RUNNING")
     (folder / mlflow_run.RUN_FILE).write_text(f"{run_id} 1 RUNNING\n")
     return folder, run_id
 
 
-def test_a_killed_run_that_goes_on_is_one_run_without_a_double_step(outputs):
+def test_a_killed_run_that_goes_on_is_one_run_without_a_double_step(outputs, caplog):
     folder, run_id = killed_run(outputs, 5)
     (folder / "steps.jsonl").unlink()
     write_steps(folder, range(1, 4))  # it goes on from the checkpoint of step 3
-    tracker = tracker_of(folder, continues=True)
+    changed = RunFacts(params={"layout": "TP 2", "new": "1"}, tags={}, inputs=())
+    tracker = tracker_of(folder, continues=True, facts=changed)
     write_steps(folder, range(4, 8))
     tracker.close(FINISHED)
     runs, number = runs_of(outputs)
     assert number == 1
     assert (runs["run"].info.run_id, runs["run"].info.status) == (run_id, "FINISHED")
+    assert runs["run"].data.params == {"layout": "TP 1", "new": "1"}
+    assert not warnings_of(caplog)
     assert [step for step, _ in history(outputs, runs["run"], "train/loss")] == [*range(1, 8)]
 
 

@@ -116,7 +116,7 @@ def _place_tags() -> dict[str, str]:
     }
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
-    here, package = Path.cwd(), Path(__file__)
+    here, package = Path(), Path(__file__)
     if commit := _commit(here):
         tags["mlflow.source.git.commit"], tags["git.dirty"] = commit
     # An installed package can lie in a folder that git ignores, in a repository of the user's.

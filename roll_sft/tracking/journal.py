@@ -7,6 +7,7 @@ Assumes files that only grow. Promises: every complete line is given once, in or
 that MLflow accepts, and sets with different names keep different ones.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -57,8 +58,9 @@ class Journal:
             with (self._folder / name).open("rb") as file:
                 file.seek(self._read[name])
                 while len(found) < LINES_AT_ONCE and (line := file.readline()).endswith(b"\n"):
-                    found.append(json.loads(line))
                     self._read[name] += len(line)
+                    with contextlib.suppress(ValueError):  # a line that a full disk tore
+                        found.append(json.loads(line))
         except FileNotFoundError:
             pass
         return found

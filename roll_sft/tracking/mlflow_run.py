@@ -108,6 +108,7 @@ class MlflowRun:
         self._database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
         self._journal, self._facts, self._continues = journal, facts, continues
         self._recorded: dict[str, int] = {}  # metric -> the last step of it before this process
+        self._known_params: Mapping[str, str] = {}
         self._client: Any = None
         self._run_id = self._experiment_id = ""
         self._status = FAILED
@@ -150,7 +151,8 @@ class MlflowRun:
             self._patiently(lambda: self._client.set_terminated(self._run_id, status=self._status))
             self._send_files(ALL_FILES)
             self._note(self._status)
-        except (_RefusedError, _UnreachableError, ImportError) as error:
+        except (_RefusedError, _UnreachableError, ImportError, OSError) as error:
+            # OSError: of the run's own files.
             self._warn("server", f"{first_line(error)}; the run goes on without it")
 
     def _send_until_closed(self) -> None:
@@ -169,10 +171,9 @@ class MlflowRun:
         """Record what is known before the first step; of a continued run, what is not there."""
         from mlflow.entities import Param
 
-        # MLflow refuses another value for a parameter that it has.
-        known = self._client.get_run(self._run_id).data.params if self._continues else {}
         items = [(safe_name(key), _shortened(value)) for key, value in facts.params.items()]
-        params = [Param(*item) for item in items if item[0] not in known]
+        # MLflow refuses another value for a parameter that it has.
+        params = [Param(*item) for item in items if item[0] not in self._known_params]
         for first in range(0, len(params), MAX_PARAMS_PER_BATCH):
             batch = params[first : first + MAX_PARAMS_PER_BATCH]
             self._record("parameters", partial(self._client.log_batch, self._run_id, params=batch))
@@ -246,13 +247,13 @@ class MlflowRun:
         earlier = self._earlier_run()
         if earlier is not None and self._continues:
             self._run_id, self._experiment_id = earlier.info.run_id, earlier.info.experiment_id
+            self._known_params = earlier.data.params
             self._recorded = {each.key: each.step for each in earlier.data.to_proto().metrics}
             self._client.update_run(self._run_id, status=RUNNING)
             self._note(RUNNING)
             return
         if earlier is not None and earlier.info.status == RUNNING:  # its process was killed
             self._client.set_terminated(earlier.info.run_id, status=KILLED)
-        self._continues = False  # nothing is recorded
         run = self._client.create_run(
             experiment_id,
             run_name=self._address.run_name,
