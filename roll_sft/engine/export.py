@@ -95,11 +95,18 @@ def _choose_dtype(
     if asked is not None:
         return DTYPES[asked], f"{asked}, as asked for"
     if config.dtype not in _NAMES:
-        return torch.float32, "fp32, for the source's config.json names none; --dtype sets another"
+        return (
+            torch.float32,
+            "fp32, for the source's config.json names none; convert --dtype sets another",
+        )
     name = _NAMES[config.dtype]
     is_trained_in_fp32 = manifest.state.dtype == "fp32" or manifest.state.optimizer_step is not None
     is_rounded = is_trained_in_fp32 and name != "fp32"
-    more = ", rounded once from the fp32 weights; --dtype fp32 keeps these" if is_rounded else ""
+    more = (
+        ", rounded once from the fp32 weights; convert --dtype fp32 keeps these"
+        if is_rounded
+        else ""
+    )
     return config.dtype, f"{name}, the source model's{more}"
 
 

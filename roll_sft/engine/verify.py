@@ -73,7 +73,9 @@ def _samples(model: Path, shape: ModelShape) -> list[torch.Tensor]:
     spread = torch.linspace(0, shape.vocab_size - 1, min(SPREAD_TOKENS, longest)).round().long()
     samples = [spread[torch.randperm(len(spread), generator=torch.Generator().manual_seed(0))]]
     if (model / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False
+        )
         samples.append(torch.tensor(tokenizer(TEXT)["input_ids"][:longest]))
     return [ids for ids in samples if len(ids)]
 
@@ -85,7 +87,11 @@ def _logits_of_transformers(
     from transformers import AutoModelForCausalLM
 
     built: Any = AutoModelForCausalLM.from_pretrained(
-        model, local_files_only=True, attn_implementation="eager", dtype=torch.float32
+        model,
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation="eager",
+        dtype=torch.float32,
     )
     with torch.no_grad():
         for parameter in built.parameters():
