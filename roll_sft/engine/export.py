@@ -80,7 +80,9 @@ def export(
 def _check_assets(checkpoint: Path, manifest: Manifest) -> None:
     """Refuse files that would go into the export and that the manifest knows nothing of."""
     assets = checkpoint / ASSETS
-    for name in asset_files(assets) if assets.is_dir() else ():
+    if not assets.is_dir():
+        raise CheckpointError(f"{assets}: is missing, and an export begins with it; take another")
+    for name in asset_files(assets):
         if f"{ASSETS}/{name}" not in manifest.files:
             raise CheckpointError(
                 f"{assets / name}: is not in the manifest, so it came into the checkpoint later;"

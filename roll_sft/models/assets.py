@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from roll_sft.errors import ConfigError
 from roll_sft.models.hf_io import read_json, write_json
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ def asset_files(folder: Path) -> Iterator[str]:
         name = str(path.relative_to(folder))
         if _matches(name, (*MODEL_FILES, *TOKENIZER_FILES, *TEXT_FILES)) and path.is_file():
             yield name
+
+
+def check_assets(folder: Path) -> None:
+    """Raise `ConfigError` for a file of `folder` that belongs beside weights and cannot be read."""
+    for name in asset_files(folder):
+        if name.endswith(".json"):
+            read_json(folder / name)
+        elif name.endswith(".jinja"):
+            try:
+                (folder / name).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"{folder / name} cannot be read as UTF-8 ({error}); correct the file"
+                ) from error
 
 
 def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None:

@@ -243,6 +243,18 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_beside_the_weights_that_cannot_be_read_is_named_in_both_directions(
+    name: str, model: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (model, checkpoint / "hf_assets"):
+        (folder / name).write_bytes(b"{\xff")
+    sign(checkpoint, f"hf_assets/{name}")
+    assert f"{model / name} cannot be read as" in refusal(model, capsys, code=2)
+    line = refusal(checkpoint, capsys, code=2)
+    assert f"{checkpoint / 'hf_assets' / name} cannot be read as" in line
+
+
 @pytest.mark.parametrize("expected", HOSTILE)
 def test_a_hostile_model_is_one_line(
     expected: str, model: Path, capsys: pytest.CaptureFixture[str]
