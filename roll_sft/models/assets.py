@@ -98,13 +98,6 @@ def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None
     write_json(output / "generation_config.json", _generation(model, trained))
 
 
-def check_assets(folder: Path) -> None:
-    """Raise `ConfigError` for a file of `folder` that an export changes and that is no JSON."""
-    for name in (*MODEL_FILES, TOKENIZER_CONFIG):
-        if (folder / name).is_file():
-            read_json(folder / name)
-
-
 def copy_file(source: Path, copy: Path) -> None:
     """Copy contents only: the mode of a private file must not reach what others read."""
     copy.parent.mkdir(parents=True, exist_ok=True)
