@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import threading
@@ -343,7 +344,9 @@ def test_killed_worker_ends_the_run_with_one_line_that_names_it(
     assert " died during step " in last
     assert "it was killed, by a signal or by the kernel for want of memory" in last
     assert last.endswith(str(output / "logs" / "rank_01.log"))
-    assert not [line for line in others if " INFO " not in line]
+    is_plain = re.compile(r"\d{4}-\d\d-\d\d [\d:]{8} (?!warning: |error: )")
+    assert not [line for line in others if not is_plain.match(line)]
+    assert "no checkpoint was made yet: the same command begins again with step 1" in errors
     assert "Traceback" not in errors + output_text
     assert "(raylet)" not in errors
     assert not any(map(is_alive, killed["workers"]))

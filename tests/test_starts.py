@@ -76,3 +76,24 @@ def test_a_start_that_fails_leaves_logs_and_checkpoints_as_they_were(
     after = contents(tmp_path / "run")
     after.pop(".lock", None)
     assert {name: text for name, text in after.items() if not name.startswith("logs/")} == before
+
+
+def test_a_damaged_token_cache_is_found_before_step_1_and_mended_by_the_same_command(
+    door: Door, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = write_logs(tmp_path / "run")
+    given = [*arguments, f"output_dir={tmp_path / 'run'}", "checkpoint.save=false"]
+    assert door(*arguments, "prepare_only=true", "output_dir=prepared").code == 0
+    (tokens,) = tmp_path.glob("cache/*/tokens.bin")
+    intact = tokens.read_bytes()
+    tokens.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])
+    for name in ("connected", "reserved", "workers"):
+        monkeypatch.setattr(driver, name, lambda *_, **__: contextlib.nullcontext())
+    outcome = door(*given)
+    doors.refused(outcome, 3, "tokens.bin: its bytes are not those", "run the same command again")
+    after = contents(tmp_path / "run")
+    after.pop(".lock", None)
+    assert after == before
+    fails_in(monkeypatch, "workers", CheckpointError("far enough"))
+    doors.refused(door(*given), 6, "far enough")
+    assert tokens.read_bytes() == intact
