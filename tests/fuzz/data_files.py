@@ -18,9 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from roll_sft.config import RunConfig
 from roll_sft.config_build import build_config
 from roll_sft.data.cache import TokenSet
+from roll_sft.data.integrity import verifying
 from roll_sft.engine.preflight import prepare
+from roll_sft.runtime.supply import token_folders
 from tests.fuzz import reader
 from tests.fuzz.case import Case, Outcome, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value
@@ -230,12 +233,20 @@ def _of_cache(rng: random.Random, home: Path) -> Case:
         data, how = damaged(rng, file.read_bytes())
         file.write_bytes(data)
 
+    def action(config: RunConfig, _text: str) -> None:
+        """What a start does before it trains."""
+        job = prepare(config)
+        with verifying(token_folders(job.data)) as verified:
+            verified()
+
     def check(outcome: Outcome) -> list[str]:
-        if outcome.code == 0 and _samples(prepare(build_config(values)).data.train) != before:
-            return [f"{file.name} of the token cache: {how}, and other tokens are trained on"]
+        # A start that found damage has left it for the next, which this one is then.
+        if _samples(prepare(build_config(values)).data.train) != before:
+            return [f"after exit {outcome.code} other tokens are trained on"]
         return []
 
-    return Case(what=f"cache {file.name}: {how}", values=values, codes=CODES, check=check)
+    what = f"cache {file.name}: {how}"
+    return Case(what=what, values=values, action=action, codes=CODES, check=check)
 
 
 def _samples(tokens: TokenSet) -> list[tuple[list[int], list[int]]]:
