@@ -7,14 +7,13 @@ stand beside its key in `config.py`.
 import dataclasses
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roll_sft.config import DataConfig, ParallelConfig, RunConfig, SourceConfig, source_name
 from roll_sft.config_keys import LARGEST_INTEGER
 from roll_sft.errors import refuse
-from roll_sft.safe_text import shown
+from roll_sft.safe_text import is_hostile, shown
 
 LONGEST_NAME = 255  # bytes of one part of a path, on every file system that is in use
 
@@ -59,7 +58,7 @@ def _bound(value: float, about: Mapping[str, Any]) -> str | None:
 
 def _text_problem(text: str) -> str | None:
     """Why `text` can be neither a name nor a path, if it cannot."""
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+    if any(letter == "\t" or is_hostile(letter) for letter in text):
         return f"{shown(text)} has control characters or bytes that are not UTF-8; rename it"
     if "://" not in text and any(len(part.encode()) > LONGEST_NAME for part in text.split("/")):
         return f"{shown(text)} has a part of more than {LONGEST_NAME} bytes; shorten it"

@@ -78,10 +78,10 @@ def _without_credentials(match: re.Match[str]) -> str:
 def _escaped(line: str) -> str:
     if line.isprintable():
         return line
-    return "".join(repr(each)[1:-1] if _is_hostile(each) else each for each in line)
+    return "".join(repr(each)[1:-1] if is_hostile(each) else each for each in line)
 
 
-def _is_hostile(letter: str) -> bool:
+def is_hostile(letter: str) -> bool:
     """Whether a terminal would obey `letter`, or could not be given it."""
     is_control = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") and letter != "\t"
     return is_control or letter in _BIDIRECTIONAL

@@ -298,6 +298,7 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
         ({"model.path": "x" * 300}, "model.path: 'xxx"),
         ({"data.train[0].name": "\u4f60" * 100}, "data.train[0].name: '\u4f60"),
         ({"data.cache_dir": "a\0b"}, "data.cache_dir: 'a\\x00b' has control characters"),
+        ({"output_dir": "a\u202eb"}, "output_dir: 'a\\u202eb' has control characters or bytes"),
         ({"output_dir": "a\udcff"}, "output_dir: 'a\\udcff' has control characters or bytes"),
         ({"model.path": None}, "model.path: missing; give a local folder"),
         (

@@ -134,6 +134,8 @@ def _is_arrow_file(file: BinaryIO) -> bool:
 
 def _values(batch: _Batch) -> Iterator[dict[str, object] | str]:
     """Yield each row, or why it has no value."""
+    for column in batch[0].columns:
+        _check_places(column)
     try:
         yield from _objects(batch)
         return
@@ -148,6 +150,15 @@ def _values(batch: _Batch) -> Iterator[dict[str, object] | str]:
             yield f"byte 0x{byte:02x} of a text is not UTF-8; write the file again as UTF-8"
         except BadRowError as error:
             yield str(error)
+
+
+def _check_places(column: pa.Array) -> None:
+    """Raise `ArrowInvalid` where a damaged table places values outside of its own memory."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # which is told of each row by itself
+            raise
 
 
 def _objects(batch: _Batch) -> list[dict[str, object]]:

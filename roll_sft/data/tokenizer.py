@@ -55,10 +55,10 @@ def load_tokenizer(
 def _damage(folder: Path) -> str | None:
     """Which file of a tokenizer is no JSON object, if one is not."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():  # a pipe would be waited for
+            continue
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
         except (OSError, ValueError, RecursionError) as error:
             return f"{name}: {first_line(error)}"
         if not isinstance(content, dict):

@@ -161,8 +161,11 @@ def _check_object(folder: Path, stored: _StorageInfo, *, where: str) -> None:
     # Transformer Engine unpickles the bytes that it finds in its extra state, once more unguarded.
     if "_extra_state" not in where:
         return
-    with torch.serialization.safe_globals([io.BytesIO]):
-        value = torch.load(io.BytesIO(content), weights_only=True)
+    try:
+        with torch.serialization.safe_globals([io.BytesIO]):
+            value = torch.load(io.BytesIO(content), weights_only=True)
+    except DAMAGE as error:
+        raise CheckpointError(f"{where}: cannot be read: {error}") from error
     if not _is_empty(value):
         raise CheckpointError(
             f"{where}: is not empty, and extra state is empty in all that this version trains;"
