@@ -9,7 +9,7 @@ Promised: the text is the one that transformers gives, or `OverBudgetError`. Not
 single expression makes of its own arguments (`center`, `format`, a sum).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -67,14 +67,9 @@ def compile_bounded(template: str) -> tuple[jinja2.Template, Budget]:
     """
     # Not the cached function: the environment is changed below, and transformers' must not be.
     environment: Any = chat_template_utils._compile_jinja_template.__wrapped__("").environment
-    budget = Budget()
-
-    def concat(blocks: Iterable[str]) -> str:
-        remaining, texts = iter(blocks), []
-        while chunk := list(islice(remaining, _BLOCKS)):
-            budget.spend(sum(map(len, chunk)))
-            texts += chunk
-        return "".join(texts)
+    budget, parsed = Budget(), environment.parse(template)
+    if _is_linear(parsed):
+        return environment.from_string(parsed), budget
 
     def bounded_range(*bounds: int) -> range:
         numbers = safe_range(*bounds)
@@ -92,14 +87,49 @@ def compile_bounded(template: str) -> tuple[jinja2.Template, Budget]:
             budget.spend(base.bit_length() * max(exponent, 0))
         return base**exponent
 
-    environment.concat = concat
+    environment.concat = _concat(budget)
     environment.globals["range"] = bounded_range
     environment.globals.pop("lipsum")  # as much text as it is asked for, and no template asks
     environment.filters |= _counters(budget)
     environment.intercepted_binops = frozenset({"*", "**"})
     environment.binop_table = {**environment.binop_table, "*": multiply, "**": power}
-    tree = _Counted().visit(environment.parse(template))
-    return environment.from_string(tree), budget
+    return environment.from_string(_Counted().visit(parsed)), budget
+
+
+def _concat(budget: Budget) -> Callable[[Iterable[str]], str]:
+    """What joins the pieces of an output, counted."""
+
+    def concat(blocks: Iterable[str]) -> str:
+        remaining = iter(blocks)
+        texts = chunk = list(islice(remaining, _BLOCKS))
+        while chunk:
+            budget.left -= sum(map(len, chunk))
+            if budget.left < 0:
+                raise OverBudgetError
+            chunk = list(islice(remaining, _BLOCKS)) if len(chunk) == _BLOCKS else []
+            texts += chunk
+        return "".join(texts)
+
+    return concat
+
+
+def _is_linear(tree: nodes.Template) -> bool:
+    """Whether a template walks through what it is given once: it cannot do too much work.
+
+    No loop in a loop, nothing that a loop adds up, no call but of the marks and `raise_exception`.
+    """
+    loops = list(tree.find_all(nodes.For))
+    heavy = (nodes.For, nodes.Assign, nodes.AssignBlock)
+    calls = (call.node for call in tree.find_all(nodes.Call))
+    return (
+        not any(loop.recursive or any(True for _ in loop.find_all(heavy)) for loop in loops)
+        and not any(True for _ in tree.find_all((nodes.Macro, nodes.Mul, nodes.Pow)))
+        and all(
+            isinstance(called, nodes.ExtensionAttribute)
+            or (isinstance(called, nodes.Name) and called.name == "raise_exception")
+            for called in calls
+        )
+    )
 
 
 def _counters(budget: Budget) -> dict[str, Any]:

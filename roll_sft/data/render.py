@@ -50,6 +50,7 @@ RESERVED = (
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
+_BLOCKS_COUNTED = 64  # pieces of output that are counted at once
 _PROBE_CALL = ToolCall("probe_tool", {"probe_key": "probe_value"}, id="probe1234")
 _PROBE_TOOL = {
     "type": "function",
@@ -154,8 +155,9 @@ class Renderer:
         environment: Any = self._compiled.environment
         with environment.activate_tracker(blocks, marks):
             for block in self._compiled.generate(context):
-                self._budget.spend(len(block))
                 blocks.append(block)  # one by one: marks are measured in what is there
+                if not len(blocks) % _BLOCKS_COUNTED:
+                    self._budget.spend(sum(map(len, blocks[-_BLOCKS_COUNTED:])))
         return Rendering("".join(blocks), tuple(marks))
 
     def check_expressible(self, row: Conversation) -> None:
