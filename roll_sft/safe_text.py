@@ -12,7 +12,7 @@ from typing import Any
 
 MASK = "***"
 SHOWN_LENGTH = 200
-LINE_LENGTH = 2000  # of a line on the console; the remedy is at its end
+LINE_LENGTH = 1900  # of a line on the console; the remedy is at its end
 _AS_YAML = {None: "null", True: "true", False: "false"}
 _URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.\-]{0,30}://)(\S*)")
 _PARAMETER = re.compile(r"([?&][\w.\-]{1,64}=)[^&\s'\"]+")

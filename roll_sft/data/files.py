@@ -118,7 +118,10 @@ def _open(name: str) -> Iterator[BinaryIO]:
         with fsspec.open(name, "rb", compression=None) as remote:
             yield io.BufferedReader(remote)  # whose readline takes a size, as fsspec's does not
     else:
-        with Path(name).open("rb") as file:
+        path = Path(name)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{name}: is a pipe, a device or a folder; give a file of data")
+        with path.open("rb") as file:
             yield file
 
 

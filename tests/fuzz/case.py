@@ -242,15 +242,18 @@ def _streams(out: int, err: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _put_back() -> Iterator[None]:
     """What a door changes in its process, put back."""
-    environment, logger = dict(os.environ), logging.getLogger("roll_sft")
-    kept = (signal.getsignal(signal.SIGTERM), logger.handlers[:], logger.level, logger.propagate)
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    loggers = [logging.getLogger("roll_sft"), logging.getLogger()]  # hydra.verbose sets the root's
+    kept = [(each, each.handlers[:], each.level, each.propagate) for each in loggers]
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
-        signal.signal(signal.SIGTERM, kept[0])
-        logger.handlers[:], logger.level, logger.propagate = kept[1:]
+        signal.signal(signal.SIGTERM, handler)
+        for logger, handlers, level, propagate in kept:
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def _decoded(text: bytes) -> str:
