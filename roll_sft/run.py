@@ -244,8 +244,8 @@ def _refused_override(arguments: list[str]) -> str | None:
     for argument in (each for each in arguments if "=" in each):
         try:
             override = parser.parse_override(argument)
-        except OverrideParseException:
-            continue  # which names itself: it is not what stopped Hydra
+        except HydraException:
+            continue  # a flag, or one which names itself: it is not what stopped Hydra
         names_file = override.value() is None or isinstance(override.value(), str | list)
         if override.key_or_group in sections and not names_file:
             return argument

@@ -10,8 +10,16 @@ from tests.fuzz import kinds
 
 CASES = {"configurations": 16, "data": 24, "checkpoints": 40, "models": 24}
 # Each went wrong once: texts that lie outside of an Arrow table, an object among the shards that
-# torch cannot read, pipes in place of a tokenizer's file and among data, a factor of 400 digits.
-FOUND = ("data:7126", "checkpoints:7175", "models:7196", "data:200096", "models:200148")
+# torch cannot read, pipes in place of a tokenizer's file and among data, a factor of 400
+# digits, a flag with a value.
+FOUND = (
+    "configurations:100244",
+    "data:7126",
+    "checkpoints:7175",
+    "models:7196",
+    "data:200096",
+    "models:200148",
+)
 PROCESSES = ("configurations:1", "checkpoints:0")
 
 
