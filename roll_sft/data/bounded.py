@@ -5,10 +5,11 @@ it from files and from Python's insides, but not from loops in loops or from tex
 a rendering has a budget of work: characters that are written or named, and steps of loops. It is a
 count and not a clock, so a row is refused on every machine or on none.
 
-Promised: the text is the one that transformers gives, or `OverBudgetError`. Not counted: what a
-single expression makes of its own arguments (`center`, `format`, a sum).
+Promised: the text is the one that transformers gives, or `OverBudgetError`. Padding counts by the
+widths that it is asked for. Not counted: what a sum makes of its own arguments.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -26,6 +27,13 @@ _STEP = 256  # characters that a step of a loop counts for
 _ENTRY = 2048  # and the beginning of a macro, or of a loop within itself
 _ITEM = 8  # bytes, and characters that an entry of a list counts for
 _BLOCKS = 256  # pieces of output that are counted at once
+# What pads a text to a width: methods of a text, and filters.
+_PADDING_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs")
+_FORMAT_METHODS = ("format", "format_map")
+_PADDING_FILTERS = ("center", "indent", "format")
+# Widths in `'%9d' % x` and in `'{:9}'.format(x)`, and a width that is one of the values.
+_WIDTH = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d*)\.?(\d*)|:[^{}:]*?(\d+)(?:\.(\d+))?[^{}:]*\}")
+_GIVEN_WIDTH = re.compile(r"%[^A-Za-z%]*\*|:[^{}]*\{")
 # Names that no template has.
 _LOOPED, _NAMED, _ENTERED = "roll_sft_looped", "roll_sft_named", "roll_sft_entered"
 
@@ -71,6 +79,17 @@ def compile_bounded(template: str) -> tuple[jinja2.Template, Budget]:
     if _is_linear(parsed):
         return environment.from_string(parsed), budget
 
+    environment.concat = _concat(budget)
+    environment.globals.pop("lipsum")  # as much text as it is asked for, and no template asks
+    environment.filters |= _counters(budget)
+    _count_products(environment, budget)
+    _count_widths(environment, budget)
+    return environment.from_string(_Counted().visit(parsed)), budget
+
+
+def _count_products(environment: Any, budget: Budget) -> None:
+    """Ranges, and texts and numbers that are multiplied."""
+
     def bounded_range(*bounds: int) -> range:
         numbers = safe_range(*bounds)
         budget.spend(_STEP * len(numbers))
@@ -87,13 +106,44 @@ def compile_bounded(template: str) -> tuple[jinja2.Template, Budget]:
             budget.spend(base.bit_length() * max(exponent, 0))
         return base**exponent
 
-    environment.concat = _concat(budget)
     environment.globals["range"] = bounded_range
-    environment.globals.pop("lipsum")  # as much text as it is asked for, and no template asks
-    environment.filters |= _counters(budget)
-    environment.intercepted_binops = frozenset({"*", "**"})
-    environment.binop_table = {**environment.binop_table, "*": multiply, "**": power}
-    return environment.from_string(_Counted().visit(parsed)), budget
+    environment.intercepted_binops |= {"*", "**"}
+    environment.binop_table |= {"*": multiply, "**": power}
+
+
+def _count_widths(environment: Any, budget: Budget) -> None:
+    """Texts that are padded, by methods, filters and formats."""
+
+    def remainder(left: Any, right: Any) -> Any:
+        if isinstance(left, str):
+            budget.spend(_formatted(left, right if isinstance(right, tuple) else (right,)))
+        return left % right
+
+    call = environment.call
+
+    def bounded_call(context: Any, called: Any, *values: Any, **named: Any) -> Any:
+        name, given = getattr(called, "__name__", ""), (*values, *named.values())
+        if name in _PADDING_METHODS:
+            budget.spend(_numbers(given))
+        elif name in _FORMAT_METHODS:
+            text = getattr(getattr(called, "__wrapped__", called), "__self__", "")
+            budget.spend(_formatted(str(text), given))
+        return call(context, called, *values, **named)
+
+    def padding(name: str) -> Callable[..., Any]:
+        apply = environment.filters[name]
+
+        def bounded(text: Any, *values: Any, **named: Any) -> Any:
+            given = (*values, *named.values())
+            budget.spend(_formatted(str(text), given) if name == "format" else _numbers(given))
+            return apply(text, *values, **named)
+
+        return bounded
+
+    environment.call = bounded_call
+    environment.filters |= {name: padding(name) for name in _PADDING_FILTERS}
+    environment.intercepted_binops |= {"%"}
+    environment.binop_table |= {"%": remainder}
 
 
 def _concat(budget: Budget) -> Callable[[Iterable[str]], str]:
@@ -124,12 +174,19 @@ def _is_linear(tree: nodes.Template) -> bool:
     return (
         not any(loop.recursive or any(True for _ in loop.find_all(heavy)) for loop in loops)
         and not any(True for _ in tree.find_all((nodes.Macro, nodes.Mul, nodes.Pow)))
+        and all(_is_of_loop(each.left) for each in tree.find_all(nodes.Mod))
+        and not any(each.name in _PADDING_FILTERS for each in tree.find_all(nodes.Filter))
         and all(
             isinstance(called, nodes.ExtensionAttribute)
             or (isinstance(called, nodes.Name) and called.name == "raise_exception")
             for called in calls
         )
     )
+
+
+def _is_of_loop(value: nodes.Node) -> bool:
+    """Whether `value` is a number such as `loop.index0`, so that a remainder of it is no format."""
+    return isinstance(value, nodes.Getattr) and getattr(value.node, "name", None) == "loop"
 
 
 def _counters(budget: Budget) -> dict[str, Any]:
@@ -155,6 +212,16 @@ def _counters(budget: Budget) -> dict[str, Any]:
         return value
 
     return {_LOOPED: looped, _NAMED: named, _ENTERED: entered}
+
+
+def _formatted(text: str, values: Iterable[Any]) -> int:
+    """The characters that the widths of a format ask for."""
+    widths = sum(int(width) for found in _WIDTH.findall(text) for width in found if width)
+    return widths + (_numbers(values) if _GIVEN_WIDTH.search(text) else 0)
+
+
+def _numbers(values: Iterable[Any]) -> int:
+    return sum(abs(value) for value in values if isinstance(value, int))
 
 
 def _size(value: Any) -> int:

@@ -43,6 +43,15 @@ BOMBS = {
     ),
     "much text in a loop": "{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}",
     "words without end": "{{ lipsum(n=10 ** 9) }}",
+    "a number padded": "{{ '%1000000000d' % 1 }}",
+    "a number with digits": "{{ '%.1000000000f' % 1.5 }}",
+    "a width that is given": "{{ '%*d' % (10 ** 9, 1) }}",
+    "a text centred": "{{ 'x'.center(10 ** 9) }}",
+    "a text centred by a filter": "{{ messages[0].content | center(1000000000) }}",
+    "a text filled": "{{ 'x'.zfill(10 ** 9) }}",
+    "a format": "{{ '{:1000000000d}'.format(1) }}",
+    "a format with a given width": "{{ '{:{w}}'.format(1, w=10 ** 9) }}",
+    "a format by a filter": "{{ '%1000000000s' | format('x') }}",
 }
 
 # What Jinja or Python itself refuses.
@@ -73,6 +82,9 @@ def test_a_bounded_template_writes_what_transformers_writes() -> None:
         "a loop over what is no list": "{% for a in messages | map(attribute='role') %}"
         "{{ loop.index }}{{ loop.last }}{{ loop.nextitem }}{{ a }}{% endfor %}",
         "a loop over nothing": "{% for a in nobody %}{{ a }}{% else %}none{% endfor %}",
+        "numbers that are no widths": "{{ '%d: %s' % (1735689600, 'x') }}"
+        "{{ '{:>9} {}'.format(1735689600, 2**40) }}{{ '%5.2f' | format(2.5) }}"
+        "{{ 'x'.center(9) }}{{ '20241125 %s' % 1 }}{{ 17 % 5 }}{{ 'a' | indent(2) }}",
         "a condition": "{% for a in messages if a.role == 'user' %}{{ loop.length }}{% endfor %}",
         "a recursion": "{% for a in [[1], [2, [3]]] recursive %}{{ loop(a) if a is iterable "
         "else a }}{% endfor %}",
