@@ -400,8 +400,9 @@ def test_signal_to_the_driver_ends_all_promptly(
         assert len(program.left) > 5
         started = time.monotonic()
         program.signal(number, whole_group=whole_group)
-        assert program.wait(timeout_s=30) == code
-        assert time.monotonic() - started < 15
+        assert program.wait(timeout_s=90) == code
+        # Deadlines of a run are minutes; other tests may fill the cores meanwhile.
+        assert time.monotonic() - started < 60
     finally:
         program.close()
     assert program.errors.splitlines()[-1] == last_line

@@ -332,9 +332,10 @@ class _LogFormatter(logging.Formatter):
 
 def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     """The rank's own log; also what its libraries print, and the stack of a crash."""
-    with writing(spec.logs):
+    path = log_path(spec.logs, spec.rank)
+    with writing(path):
         spec.logs.mkdir(parents=True, exist_ok=True)
-        log = log_path(spec.logs, spec.rank).open("a", buffering=1, encoding="utf-8")
+        log = path.open("a", buffering=1, encoding="utf-8")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     faulthandler.enable(file=log)

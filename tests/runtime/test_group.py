@@ -7,7 +7,7 @@ import psutil
 import pytest
 import ray
 
-from roll_sft.errors import ConfigError, DataError, WorkerError
+from roll_sft.errors import ConfigError, DataError, ResourceError, WorkerError
 from roll_sft.metrics import EvalMetrics
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.group import WorkerGroup
@@ -153,7 +153,7 @@ def test_rank_that_failed_repeats_its_error_and_works_no_more(workers):
 def test_worker_that_cannot_start_says_why(workers, tmp_path):
     log_path(tmp_path / "logs", 1).mkdir(parents=True)  # a folder where a file is wanted
     group = workers(start=False)
-    with pytest.raises(WorkerError, match=r"rank \d on .* failed during start: IsADirectoryError"):
+    with pytest.raises(ResourceError, match=r"rank 1 on .*/rank_01\.log: .* Is a directory"):
         group.start(*NO_INPUTS)
 
 
