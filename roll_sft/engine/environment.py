@@ -17,6 +17,8 @@ WARNINGS = (
     # Both are optional; the log names the kernels that are used.
     ("Transformer Engine and Apex are not installed", r"megatron\."),
     ("Apex is not installed", r"megatron\."),
+    # Optional too, since 0.19: another way to write a log.
+    (r"absl\.logging is not installed", r"megatron\."),
     # Megatron-Core's default of a setting that we do not use.
     ("full scope is deprecated", r"megatron\.core\.transformer\.transformer_config"),
     # Calls of Megatron-Core's, which follows torch in its own time.
