@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -127,6 +128,8 @@ class Program:
                 stderr=errors,
                 env={**inherited, "PYTHONPATH": str(ROOT), **(environment or {}), MARK: self._mark},
                 start_new_session=True,
+                # A suite that a shell started in the background ignores Ctrl-C, and so would this.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def signal(self, number: int, *, whole_group: bool = False) -> None:
