@@ -38,6 +38,7 @@ from roll_sft.data.chat import ChatTokenizer, TokenizedSample, UnusableRow
 from roll_sft.data.columns import ColumnKeys, Shape
 from roll_sft.data.conversation import BadRow, Conversation, Document
 from roll_sft.data.shards import Shard, read_shard
+from roll_sft.durable import sync
 from roll_sft.errors import DataError, ResourceError
 
 _log = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ def _published(tokenizer: ChatTokenizer, task: ShardTask) -> CacheFacts:
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return facts
@@ -255,7 +256,7 @@ def _build(folder: Path, tokenizer: ChatTokenizer, task: ShardTask) -> CacheFact
         json.dump(asdict(facts), report, indent=1)
         report.flush()
         os.fsync(report.fileno())
-    _flush(folder)
+    sync(folder)
     return facts
 
 
@@ -377,11 +378,3 @@ def _cut(sample: TokenizedSample, limit: int) -> TokenizedSample:
     label_mask = sample.label_mask[:stop].copy()
     label_mask[-1:] = 0  # what this token predicts is gone
     return TokenizedSample(sample.token_ids[:stop], label_mask)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,11 +5,11 @@ a process killed at any point leaves that partial folder at most, which the next
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from roll_sft.durable import sync
 from roll_sft.errors import CheckpointError
 
 
@@ -52,7 +52,7 @@ def _check_room(output: Path, *, kind: str, marker: str, replace: bool) -> None:
 def _publish(partial: Path, *, target: Path) -> None:
     """Rename a complete folder, after its bytes are on disk."""
     for path in (*partial.rglob("*"), partial):
-        _flush(path)
+        sync(path)
     if target.is_dir() and any(target.iterdir()):
         # Two renames: a crash between them leaves the earlier folder under the other name.
         earlier = target.with_name(f".{target.name}.replaced")
@@ -62,12 +62,4 @@ def _publish(partial: Path, *, target: Path) -> None:
         shutil.rmtree(earlier, ignore_errors=True)
     else:
         partial.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
