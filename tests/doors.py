@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ import pytest
 import ray
 
 import roll_sft.run
+from tests.outcome import Outcome
 from tests.parity import write_model
 
 NUM_ROWS = 70
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def last_line(self) -> str:
-        return self.stderr.rstrip("\n").rpartition("\n")[2]
 
 
 Door = Callable[..., Outcome]

@@ -13,7 +13,8 @@ import pytest
 import roll_sft
 from roll_sft import cli, demo
 from tests import doors
-from tests.doors import Door, Outcome, cells, contents, process, refused
+from tests.doors import Door, cells, contents, process, refused
+from tests.outcome import Outcome
 
 door, assets, arguments = doors.door, doors.assets, doors.arguments
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import pytest
 from roll_sft import demo, run
 from roll_sft.engine.preflight import prepare
 from tests import faulty_worker, parity
-from tests.doors import Outcome, cells
+from tests.doors import cells
+from tests.outcome import Outcome
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.slow

@@ -28,6 +28,7 @@ from roll_sft.checks import check_config
 from roll_sft.config import RunConfig
 from roll_sft.config_build import build_config
 from roll_sft.engine import convert
+from tests.outcome import Outcome
 
 TIME_LIMIT_S = 10.0  # of the processor, so that a machine that is busy fails nothing
 WAIT_LIMIT_S = 30.0  # of the clock, for what waits
@@ -43,19 +44,6 @@ Action = Callable[[RunConfig, str], None]
 
 class OutOfTimeError(BaseException):
     """Raised by the alarm; no handler of ours catches it."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def last_line(self) -> str:
-        return self.stderr.rstrip("\n").rpartition("\n")[2]
 
 
 @dataclass(kw_only=True)

@@ -18,8 +18,9 @@ from roll_sft.config import RunConfig
 from roll_sft.config_keys import all_names
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines
-from tests.fuzz.case import Case, Outcome, run_config
+from tests.fuzz.case import Case, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value
+from tests.outcome import Outcome
 from tests.parity import write_model
 
 CODES = frozenset({0, 2, 3, 4})  # data that is not there is 3; a hub that is not, 4

@@ -25,8 +25,9 @@ from roll_sft.data.integrity import verifying
 from roll_sft.engine.preflight import prepare
 from roll_sft.runtime.supply import token_folders
 from tests.fuzz import reader
-from tests.fuzz.case import Case, Outcome, run_config
+from tests.fuzz.case import Case, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value
+from tests.outcome import Outcome
 from tests.parity import write_model
 
 CODES = frozenset({0, 2, 3})  # 2: a name that no path may have

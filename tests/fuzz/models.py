@@ -22,7 +22,8 @@ from roll_sft.engine.preflight import prepare
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines
 from tests.fuzz import model_damage
-from tests.fuzz.case import Case, Outcome, run_config
+from tests.fuzz.case import Case, run_config
+from tests.outcome import Outcome
 from tests.parity import write_model
 
 CODES = frozenset({0, 2, 3, 6})
