@@ -19,6 +19,8 @@ WARNINGS = (
     ("Apex is not installed", r"megatron\."),
     # Optional too, since 0.19: another way to write a log.
     (r"absl\.logging is not installed", r"megatron\."),
+    # Parts of Megatron-Core that we do not use, and that importing it brings along.
+    (r"\w+ is experimental and still under active development", r"megatron\."),
     # Megatron-Core's default of a setting that we do not use.
     ("full scope is deprecated", r"megatron\.core\.transformer\.transformer_config"),
     # Calls of Megatron-Core's, which follows torch in its own time.
