@@ -74,8 +74,8 @@ bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in be
 bench-page: $(RUNTIME) ## the tables of docs/performance.md, of what was kept
 	$(BIN)/python benchmarks/shared/page.py
 
-docs-reference: $(RUNTIME) ## docs/configuration.md, from the keys in roll_sft/config.py
-	$(BIN)/python -m roll_sft.config_reference > docs/configuration.md
+docs-reference: $(RUNTIME) ## docs/configuration.md, from the keys in roll_sft/config/schema.py
+	$(BIN)/python -m roll_sft.config.reference > docs/configuration.md
 
 clean: ## remove what tools leave behind; keeps outputs/ and the virtual environment
 	rm -rf build dist roll_sft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from shared import measures
 
-from roll_sft.engine import shards
-from roll_sft.engine.distcp import read_index, write_descriptions
-from roll_sft.engine.hashing import sha256_of, verify_hashes
-from roll_sft.engine.manifest import StoredFile
-from roll_sft.engine.saver import Saver
-from roll_sft.engine.shards import Piece, Writer, take_parts
+from roll_sft.checkpoint import tensors
+from roll_sft.checkpoint.background import Saver
+from roll_sft.checkpoint.hashing import sha256_of, verify_hashes
+from roll_sft.checkpoint.manifest import StoredFile
+from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
+from roll_sft.checkpoint.torch_dist import read_index, write_descriptions
 
 PAIRS = measures.pairs(9)
 NUM_LAYERS, HIDDEN, FFN = 4, 1024, 2816  # 0.45 GiB with two moments
@@ -72,7 +72,7 @@ def _plain(folder: Path, pieces: Sequence[Piece]) -> float:
 
 
 def _write(folder: Path, pieces: Sequence[Piece]) -> None:
-    shards.write(folder, pieces, objects={}, writer=Writer(0, 1, optimizer_step=1))
+    tensors.write(folder, pieces, objects={}, writer=Writer(0, 1, optimizer_step=1))
 
 
 def _saved(folder: Path, pieces: Sequence[Piece]) -> float:

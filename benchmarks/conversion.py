@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from shared import measures
 from transformers import Qwen2Config
 
-from roll_sft.engine import convert
+from roll_sft.convert import command
 from roll_sft.models.registry import family_of
 
 PACKAGES = ("torch", "safetensors")
@@ -32,11 +32,12 @@ DENOMINATOR = "a copy of the same files, on disk when it ends"
 CHILD = """
 import sys
 import torch
-from roll_sft.engine import convert, export, import_hf, safe_load
+from roll_sft.convert import command, to_hf, from_hf
+from roll_sft.checkpoint import safe_load
 torch.zeros(8).sum()
 print("ready", flush=True)
 sys.stdin.readline()
-sys.exit(convert.main(sys.argv[1:]))
+sys.exit(command.main(sys.argv[1:]))
 """
 
 
@@ -103,7 +104,7 @@ def _converted(source: Path, output: Path) -> float:
     with open(os.devnull, "w") as nowhere:
         standard, sys.stdout = sys.stdout, nowhere
         try:
-            code = convert.main([str(source), "--output", str(output)])
+            code = command.main([str(source), "--output", str(output)])
         finally:
             sys.stdout = standard
     assert code == 0, f"the conversion of {source} failed"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from shared import chat_data, measures
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from roll_sft.engine.preflight import Job, prepare
+from roll_sft.job.prepare import Job, prepare
 from roll_sft.run import compose
 
 LENGTH, ROWS, STEPS, WARM_UP = 2048, 600, measures.size(6, quick=2), 2
@@ -189,7 +189,7 @@ def engine_of(folder: Path) -> Iterator[tuple[Any, Job]]:
     assert composed is not None
     job = prepare(composed[0])
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.parallel import Rendezvous, process_groups
+    from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 1)

@@ -21,18 +21,19 @@ from typing import Any
 import ray
 from shared import measures
 
-from roll_sft import demo, driver
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config
-from roll_sft.data.plan import RankWork
-from roll_sft.engine.preflight import Job, prepare
-from roll_sft.metrics import StepMetrics
-from roll_sft.records import open_records
+from roll_sft.base.metrics import StepMetrics
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig
+from roll_sft.data.steps.plan import RankWork
+from roll_sft.demo import demo
+from roll_sft.job.prepare import Job, prepare
 from roll_sft.runtime import group as group_module
-from roll_sft.runtime.connection import connected
+from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved
 from roll_sft.runtime.worker import Worker
+from roll_sft.train import driver
+from roll_sft.train.records import open_records
 
 PAIRS = measures.pairs(9)
 ROUNDS = measures.size(150, quick=30)  # of each kind in a pair

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from shared import measures
 
-from roll_sft.data.packing import CostModel
-from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.engine.shards import Chunk
-from roll_sft.layout import ParallelLayout
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.checkpoint.tensors import Chunk
+from roll_sft.data.steps.packing import CostModel
+from roll_sft.data.steps.plan import Planner, PlanOptions
 
 RANKS = (2, 16, 64, 256, 1024, 4096)
 ROWS = (1000, 100_000, 10_000_000, 100_000_000)

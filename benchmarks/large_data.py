@@ -23,9 +23,9 @@ import numpy as np
 import warm_start
 from shared import measures
 
-from roll_sft.data.packing import CostModel
-from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.layout import ParallelLayout
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.data.steps.packing import CostModel
+from roll_sft.data.steps.plan import Planner, PlanOptions
 
 FEW, STEPS = 1000, measures.size(12, quick=4)
 PACKAGES = ("numpy", "torch", "megatron-core")

@@ -116,8 +116,8 @@ def _peak_rss(action: Callable[[], None]) -> int:
 
 @contextmanager
 def _one_rank() -> Iterator[None]:
-    from roll_sft.engine.parallel import Rendezvous, process_groups
-    from roll_sft.layout import ParallelLayout
+    from roll_sft.base.layout import ParallelLayout
+    from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from shared import measures
 
-from roll_sft.data.packing import CostModel, best_fit_decreasing
-from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.layout import ParallelLayout
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.data.steps.packing import CostModel, best_fit_decreasing
+from roll_sft.data.steps.plan import Planner, PlanOptions
 
 COST = CostModel(70_450.0)  # of a 7B model
 MILLION = 1_000_000

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from roll_sft.data.packing import CostModel, best_fit_decreasing
-from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.layout import ParallelLayout, round_up
+from roll_sft.base.layout import ParallelLayout, round_up
+from roll_sft.data.steps.packing import CostModel, best_fit_decreasing
+from roll_sft.data.steps.plan import Planner, PlanOptions
 
 MILLION = 1_000_000
 

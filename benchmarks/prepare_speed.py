@@ -20,14 +20,14 @@ from pathlib import Path
 from shared import chat_data, measures
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from roll_sft.data.cache import TokenSet
-from roll_sft.data.chat import ChatTokenizer
-from roll_sft.data.columns import ColumnKeys
-from roll_sft.data.fill import SourceOptions
-from roll_sft.data.packing import CostModel
-from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.data.prepare import CachePlace, Source, prepare_sources
-from roll_sft.layout import ParallelLayout
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.data.chat.chat import ChatTokenizer
+from roll_sft.data.rows.columns import ColumnKeys
+from roll_sft.data.steps.packing import CostModel
+from roll_sft.data.steps.plan import Planner, PlanOptions
+from roll_sft.data.tokens.build_shard import SourceOptions
+from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
 
 LENGTH = 8192
 PACKAGES = ("tokenizers", "transformers")

@@ -20,7 +20,7 @@ import torch.multiprocessing as processes
 from shared import chat_data, measures
 from transformers import AutoTokenizer, Qwen2Config
 
-from roll_sft.engine.preflight import prepare
+from roll_sft.job.prepare import prepare
 from roll_sft.run import compose
 
 NUM_RANKS = 4
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _rank(rank: int, folder: Path, results: Any) -> None:
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.parallel import Rendezvous, process_groups
+    from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     torch.set_num_threads(1)
     answer = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shared import measures
 
-from roll_sft.demo import make_assets
+from roll_sft.demo.demo import make_assets
 
 GOAL = "<= 25"
 PACKAGES = ("ray", "torch", "megatron-core", "transformers")

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from shared import measures
 
-from roll_sft.demo import make_assets
-from roll_sft.engine.preflight import Job, prepare
+from roll_sft.demo.demo import make_assets
+from roll_sft.job.prepare import Job, prepare
 from roll_sft.run import compose
 
 PAIRS, STEPS = measures.pairs(7), measures.size(12, quick=4)
@@ -68,7 +68,7 @@ def _our_steps(engine: Any, job: Job) -> Callable[[], None]:
 def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from roll_sft.engine import setup
+    from roll_sft.engine import build
 
     forward_backward = get_forward_backward_func()
     batches = [_tensors(engine, job, step) for step in _steps()]
@@ -97,7 +97,7 @@ def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
                 micro_batch_size=1,
                 forward_only=False,
             )
-            setup.set_learning_rate(engine.optimizer, 1e-4)
+            build.set_learning_rate(engine.optimizer, 1e-4)
             engine.optimizer.step()
 
     return run
@@ -147,7 +147,7 @@ def _engine(folder: Path) -> Iterator[tuple[Any, Job]]:
     assert composed is not None
     job = prepare(composed[0])
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.parallel import Rendezvous, process_groups
+    from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 1)

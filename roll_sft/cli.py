@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roll_sft import __version__
-from roll_sft.config import RunConfig
-from roll_sft.errors import ConfigError
-from roll_sft.safe_text import printable
+from roll_sft.base.errors import ConfigError
+from roll_sft.base.text import printable
+from roll_sft.config.schema import RunConfig
 
 USAGE_ERROR = ConfigError.exit_code
 CONFIGURATION = (
@@ -98,9 +98,9 @@ def _parity(arguments: list[str]) -> int:
 
     def action(config: RunConfig, _composed_yaml: str) -> None:
         # Heavy imports after composition, so that a typo is reported in half a second.
-        from roll_sft import parity
+        from roll_sft.parity import command
 
-        parity.run(config, samples=options.samples)
+        command.run(config, samples=options.samples)
 
     return run.main(rest, action=action)
 
@@ -128,23 +128,23 @@ def _preview(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
 
     def action(config: RunConfig, _composed_yaml: str) -> None:
-        from roll_sft import preview
+        from roll_sft.preview import command
 
-        choice = preview.Choice(
+        choice = command.Choice(
             source=options.source,
             rows=options.index,
             longest=options.longest,
             dropped=options.dropped,
         )
-        preview.run(config, choice, page=options.html)
+        command.run(config, choice, page=options.html)
 
     return run.main(rest, action=action)
 
 
 def _convert(arguments: list[str]) -> int:
-    from roll_sft.engine import convert
+    from roll_sft.convert import command
 
-    return convert.main(arguments, program="roll-sft convert")
+    return command.main(arguments, program="roll-sft convert")
 
 
 def _rows(text: str) -> tuple[int, ...]:

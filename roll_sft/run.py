@@ -25,18 +25,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from roll_sft import demo
-from roll_sft.as_typed import override_as_typed, yaml_as_typed
-from roll_sft.checks import check_config
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config, no_such_key, schema
-from roll_sft.config_keys import section_of
-from roll_sft.config_reference import help_text
-from roll_sft.errors import FAULT, ConfigError, RollSftError, report
-from roll_sft.garbage import imports_kept, leave_quickly
-from roll_sft.outputs import output_folder
-from roll_sft.safe_text import redacted_tree, shown
-from roll_sft.terminal import set_up_logging
+from roll_sft.base.errors import FAULT, ConfigError, RollSftError, report
+from roll_sft.base.gc_pauses import imports_kept, leave_quickly
+from roll_sft.base.text import redacted_tree, shown
+from roll_sft.config.as_typed import override_as_typed, yaml_as_typed
+from roll_sft.config.build import build_config, no_such_key, schema
+from roll_sft.config.keys import section_of
+from roll_sft.config.reference import help_text
+from roll_sft.config.schema import RunConfig
+from roll_sft.config.validate import check_config
+from roll_sft.demo import demo
+from roll_sft.train.run_folder import output_folder
+from roll_sft.train.terminal import set_up_logging
 
 INTERRUPTED = 130
 
@@ -162,7 +162,7 @@ def _checked(composed: DictConfig) -> RunConfig:
 def _run(config: RunConfig, composed_yaml: str) -> None:
     # Heavy imports after composition, so that a typo is reported in half a second.
     with imports_kept():
-        from roll_sft.driver import run
+        from roll_sft.train.driver import run
 
     run(config, composed_yaml=composed_yaml)
     model = output_folder(config) / "hf"

@@ -10,7 +10,7 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from roll_sft.garbage import keep_all
+from roll_sft.base.gc_pauses import keep_all
 from tests.pool import RankPool
 
 # The same examples on every run: what hypothesis finds by chance belongs in an @example.
@@ -29,8 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Side by side, tests that share something costly stay in one process: Ray's cluster is started
 # once, and so are the ranks.
 LANES = (
-    ("tests/runtime/", "tests/test_cluster.py", "tests/test_driver.py", "tests/test_killed.py"),
-    ("tests/engine/", "tests/test_parity_command.py"),
+    (
+        "tests/runtime/",
+        "tests/test_cluster.py",
+        "tests/train/test_driver.py",
+        "tests/test_killed.py",
+    ),
+    ("tests/engine/", "tests/checkpoint/", "tests/convert/", "tests/job/", "tests/parity/"),
 )
 
 

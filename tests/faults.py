@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from roll_sft.models.hf_io import Shape, TensorSource
+from roll_sft.models.safetensors_in import Shape, TensorSource
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def planted(fault: str | None) -> Iterator[None]:
 
 
 def _patch(fault: str) -> Any:
-    from roll_sft.engine import engine, loss, setup
+    from roll_sft.engine import build, engine, loss
 
     build_model, load_weights, build_batch = (
-        setup.build_model,
-        setup.load_weights,
+        build.build_model,
+        build.load_weights,
         engine.build_batch,
     )
     if fault == "another RoPE base":
@@ -80,19 +80,19 @@ def _patch(fault: str) -> Any:
             frequencies = tuple(10_000.0 ** (-index / size) for index in range(size))
             return build_model(replace(shape, rotary_inv_freq=frequencies), *args, **options)
 
-        return patch.object(setup, "build_model", slower)
+        return patch.object(build, "build_model", slower)
     if fault == "no norm of queries and keys":
 
         def without(shape: Any, *args: Any, **options: Any) -> Any:
             return build_model(replace(shape, qk_norm="none"), *args, **options)
 
-        return patch.object(setup, "build_model", without)
+        return patch.object(build, "build_model", without)
     if fault == "gate and up swapped":
 
         def swapped(*args: Any, source: TensorSource) -> None:
             load_weights(*args, source=_Swapped(source))
 
-        return patch.object(setup, "load_weights", swapped)
+        return patch.object(build, "load_weights", swapped)
     if fault == "labels not shifted":
 
         def unshifted(*args: Any, **options: Any) -> Any:

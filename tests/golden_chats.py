@@ -17,11 +17,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from roll_sft.data.chat import ChatTokenizer
-from roll_sft.data.conversation import Conversation, Message, ToolCall
-from roll_sft.data.mask import learnt_runs
-from roll_sft.data.samples import TokenizedSample, UnusableRow
-from roll_sft.data.templates import NAMED, chat_template
+from roll_sft.data.chat.chat import ChatTokenizer
+from roll_sft.data.chat.mask import learnt_runs
+from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
+from roll_sft.data.chat.templates import NAMED, chat_template
+from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
 from tests.tiny import tiny_tokenizer
 
 PATH = Path(__file__).with_name("golden") / "chats.json"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from roll_sft import driver, run
-from roll_sft.data.plan import StepPlan
-from roll_sft.engine import shards
+from roll_sft import run
+from roll_sft.base.metrics import EvalMetrics, StepMetrics
+from roll_sft.checkpoint import tensors
+from roll_sft.data.steps.plan import StepPlan
 from roll_sft.engine.engine import Engine
-from roll_sft.engine.preflight import Job
-from roll_sft.metrics import EvalMetrics, StepMetrics
+from roll_sft.job.prepare import Job
+from roll_sft.train import driver
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def main_job(arguments: Sequence[str], fault: Fault = Fault()) -> tuple[int, str
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for name, stand_in in (("connected", nothing), ("reserved", nothing), ("workers", workers)):
             stack.enter_context(patch.object(driver, name, stand_in))
-        stack.enter_context(patch.object(shards, "write", slowly(shards.write)))
+        stack.enter_context(patch.object(tensors, "write", slowly(tensors.write)))
         code = run.main([*arguments])
     logger.handlers[:] = handlers
     signal.signal(signal.SIGTERM, handler)

@@ -20,13 +20,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config
-from roll_sft.engine.inputs import ParityTask
-from roll_sft.engine.oracle import Facts, read_facts, token_losses, write_reference
-from roll_sft.engine.preflight import Job, prepare
-from roll_sft.metrics import RankParity
-from roll_sft.verdict import Verdict, judge
+from roll_sft.base.metrics import RankParity
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig
+from roll_sft.job.inputs import ParityTask
+from roll_sft.job.prepare import Job, prepare
+from roll_sft.parity.oracle import Facts, read_facts, token_losses, write_reference
+from roll_sft.parity.verdict import Verdict, judge
 from tests.faults import planted
 from tests.pool import RankPool
 from tests.tiny import tiny_tokenizer
@@ -222,8 +222,8 @@ def engine_run(config: RunConfig, checkpoint: Path | None) -> list[dict[str, flo
 
 def export_run(job: Job, staging: Path, output: Path) -> torch.nn.Module:
     """Publish what `engine_run` saved in `staging`, convert it, load it with transformers."""
-    from roll_sft.engine.export import export
-    from roll_sft.engine.publish import publish_step
+    from roll_sft.checkpoint.publish import publish_step
+    from roll_sft.convert.to_hf import export
 
     checkpoint = publish_step(job, job.planner.step(job.total_steps), staging=staging)
     export(checkpoint, output, dtype=None, replace=False)
@@ -246,13 +246,13 @@ def compared(job: Job, pool: RankPool, reference: Path, fault: str | None = None
 
 def measure(config: RunConfig, reference: Path, fault: str | None = None) -> RankParity:
     """This rank's errors beside the oracle's `reference`, with `fault` planted. In a pool."""
-    from roll_sft.engine import parity
     from roll_sft.engine.engine import Engine
+    from roll_sft.parity import compare
 
     job = prepare(config)
     with planted(fault):
         engine = Engine(config, source=job.source, data=job.data)
-        return parity.measure(engine, _task(job, reference))
+        return compare.measure(engine, _task(job, reference))
 
 
 def _task(job: Job, folder: Path) -> ParityTask:

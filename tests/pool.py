@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from roll_sft.garbage import imports_kept
-from roll_sft.layout import ParallelLayout
+from roll_sft.base.gc_pauses import imports_kept
+from roll_sft.base.layout import ParallelLayout
 
 TIMEOUT_S = 120.0
 
@@ -81,7 +81,7 @@ def _serve(pipe: Connection) -> None:
         import torch
         import torch.distributed as dist
 
-        from roll_sft.engine.parallel import Rendezvous, process_groups
+        from roll_sft.engine.process_groups import Rendezvous, process_groups
         from tests import parity  # noqa: F401 -- what most tests run
     torch.set_num_threads(1)
 

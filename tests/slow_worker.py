@@ -16,16 +16,16 @@ class SlowWorker(Worker):
 
     def setup(self, *args: Any) -> str | None:
         name = super().setup(*args)
-        from roll_sft.engine import shards
+        from roll_sft.checkpoint import tensors
 
-        write_file, rank = shards._write_file, self._spec.rank
+        write_file, rank = tensors._write_file, self._spec.rank
 
         def slow(*rest: Any, **options: Any) -> Any:
             written = write_file(*rest, **options)
             time.sleep(SAVE_S if rank == 1 else 0)
             return written
 
-        shards._write_file = slow
+        tensors._write_file = slow
         return name
 
 

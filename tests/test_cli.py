@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import roll_sft
-from roll_sft import cli, demo
+from roll_sft import cli
+from roll_sft.demo import demo
 from tests import doors
 from tests.doors import Door, cells, contents, process, refused
 from tests.outcome import Outcome

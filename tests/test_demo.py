@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from roll_sft import demo, demo_data
-from roll_sft.config import DataConfig, ModelConfig, RunConfig, SourceConfig
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
+from roll_sft.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from roll_sft.demo import corpus, demo
 
 COLUMNS = {"instruction", "input", "output"}
 
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_assets_are_byte_equal_in_a_process_with_another_hash_seed(assets, tmp_path):
     again = tmp_path / "again"
-    script = f"import pathlib, roll_sft.demo as d; d.make_assets(pathlib.Path({str(again)!r}))"
+    script = f"import pathlib, roll_sft.demo.demo as d; d.make_assets(pathlib.Path({str(again)!r}))"
     subprocess.run(
         [sys.executable, "-c", script],
         check=True,
@@ -43,9 +43,9 @@ def test_assets_are_byte_equal_in_a_process_with_another_hash_seed(assets, tmp_p
 
 
 def test_examples_do_not_depend_on_what_this_process_imported(monkeypatch):
-    before = demo_data.documentation_examples()
+    before = corpus.documentation_examples()
     monkeypatch.setattr(inspect, "getfile", lambda thing: "patched")
-    assert demo_data.documentation_examples() == before
+    assert corpus.documentation_examples() == before
 
 
 def test_data_has_the_promised_rows_in_alpaca_columns(assets):
@@ -112,12 +112,12 @@ def test_every_answer_is_the_beginning_of_the_documentation_it_is_asked_for(asse
     ],
 )
 def test_an_answer_is_cut_between_paragraphs_only(text, answer):
-    assert demo_data.first_paragraphs(text) == answer
+    assert corpus.first_paragraphs(text) == answer
 
 
 def test_tokenizer_reads_back_from_disk_as_it_was_trained(assets):
     rows = read_rows(assets / "train.jsonl")
-    trained = demo.train_tokenizer([demo_data.Example(**row) for row in rows])
+    trained = demo.train_tokenizer([corpus.Example(**row) for row in rows])
     loaded = AutoTokenizer.from_pretrained(str(assets / "model"))
     texts = [row["output"] for row in rows] + [
         "caf\u00e9 \u4e2d\u6587 \U0001f600\t x==1\r\n  12345"

@@ -20,27 +20,25 @@ MAX_PARAMETERS = 6
 
 # First match wins. A module imports its own floor or below.
 FLOORS = (
-    ("roll_sft/checks.py", 0),  # the second half of config.py
-    ("roll_sft/durable.py", 0),
-    ("roll_sft/config", 0),
-    ("roll_sft/layout.py", 0),
-    ("roll_sft/garbage.py", 0),
-    ("roll_sft/metrics.py", 0),
-    ("roll_sft/errors.py", 0),
-    ("roll_sft/safe_text.py", 0),
+    ("roll_sft/base/", 0),
+    ("roll_sft/config/", 0),
     ("roll_sft/data/", 1),
     ("roll_sft/models/", 1),
+    ("roll_sft/checkpoint/", 2),
     ("roll_sft/engine/", 2),
+    ("roll_sft/job/", 2),
+    ("roll_sft/parity/compare.py", 3),
+    ("roll_sft/parity/oracle.py", 3),
     ("roll_sft/runtime/", 3),
     ("roll_sft/", 4),
 )
 STRANGERS = (("roll_sft/data/", "roll_sft/models/"), ("roll_sft/models/", "roll_sft/data/"))
-DOORS = ("roll_sft/driver.py", "roll_sft/run.py", "roll_sft/api.py", "roll_sft/cli.py")
+DOORS = ("roll_sft/run.py", "roll_sft/api.py", "roll_sft/cli.py")
 ONLY_IN = {
-    "hydra": ("roll_sft/run.py", "roll_sft/as_typed.py", "roll_sft/api.py", "roll_sft/cli.py"),
+    "hydra": (*DOORS, "roll_sft/config/as_typed.py"),
     "megatron": ("roll_sft/engine/",),
-    "mlflow": ("roll_sft/tracking",),
-    "omegaconf": ("roll_sft/config_build.py", "roll_sft/as_typed.py", "roll_sft/run.py"),
+    "mlflow": ("roll_sft/tracking/",),
+    "omegaconf": ("roll_sft/config/build.py", "roll_sft/config/as_typed.py", "roll_sft/run.py"),
     "ray": ("roll_sft/runtime/", *DOORS),
 }
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")  # split, or this line would be one
@@ -199,26 +197,29 @@ def test_sources_of_every_floor_are_read():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("roll_sft/layout.py", "from roll_sft.data import chat"),
-        ("roll_sft/data/chat.py", "def f():\n    import roll_sft.models.spec"),
-        ("roll_sft/models/spec.py", "from roll_sft import data"),
-        ("roll_sft/data/chat.py", "from ..engine import loss"),
-        ("roll_sft/data/chat.py", "from .. import engine"),
-        ("roll_sft/data/chat.py", "if TYPE_CHECKING:\n    from roll_sft.runtime import group"),
+        ("roll_sft/base/layout.py", "from roll_sft.data import chat"),
+        ("roll_sft/data/chat/chat.py", "def f():\n    import roll_sft.models.family"),
+        ("roll_sft/models/family.py", "from roll_sft import data"),
+        ("roll_sft/data/chat/chat.py", "from ...engine import loss"),
+        ("roll_sft/data/chat/chat.py", "from ... import engine"),
+        ("roll_sft/data/chat/chat.py", "if TYPE_CHECKING:\n    from roll_sft.runtime import group"),
         ("roll_sft/engine/loss.py", "import ray.util"),
         ("roll_sft/engine/loss.py", "import importlib\nimportlib.import_module('mlflow')"),
-        ("roll_sft/data/batch.py", "from megatron.core import parallel_state"),
+        ("roll_sft/data/steps/batch.py", "from megatron.core import parallel_state"),
         ("roll_sft/runtime/group.py", "import hydra"),
-        ("roll_sft/driver.py", "from omegaconf import OmegaConf"),
-        ("roll_sft/layout.py", "import roll_sft"),
-        ("roll_sft/driver.py", "print('step')"),
-        ("roll_sft/driver.py", "assert x > 0"),
-        ("roll_sft/driver.py", "try:\n    f()\nexcept Exception:\n    pass"),
+        ("roll_sft/train/driver.py", "from omegaconf import OmegaConf"),
+        ("roll_sft/base/layout.py", "import roll_sft"),
+        ("roll_sft/train/driver.py", "print('step')"),
+        ("roll_sft/train/driver.py", "assert x > 0"),
+        ("roll_sft/train/driver.py", "try:\n    f()\nexcept Exception:\n    pass"),
         (
-            "roll_sft/driver.py",
+            "roll_sft/train/driver.py",
             "try:\n    f()\nexcept (OSError, BaseException) as error:\n    g(error)",
         ),
-        ("roll_sft/driver.py", "try:\n    f()\nexcept:\n    def g():\n        raise ValueError(1)"),
+        (
+            "roll_sft/train/driver.py",
+            "try:\n    f()\nexcept:\n    def g():\n        raise ValueError(1)",
+        ),
         (
             "roll_sft/run.py",
             "def main():\n    try:\n        f()\n    except Exception:\n        return 1",
@@ -227,8 +228,8 @@ def test_sources_of_every_floor_are_read():
             "roll_sft/run.py",
             "def f():\n    try:\n        g()\n    except Exception:\n        report()",
         ),
-        ("roll_sft/driver.py", "def f(a, b, c, d, *, e, g, h): ..."),
-        ("roll_sft/driver.py", "def f():\n" + "    x = 1\n" * 80),
+        ("roll_sft/train/driver.py", "def f(a, b, c, d, *, e, g, h): ..."),
+        ("roll_sft/train/driver.py", "def f():\n" + "    x = 1\n" * 80),
         ("tools/convert.py", "x = 1\n" * 401),
         ("tools/convert.py", "# TODO: later"),
     ],
@@ -240,21 +241,24 @@ def test_broken_rule_is_found(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("roll_sft/data/chat.py", "from roll_sft.errors import DataError\nfrom . import packing"),
-        ("roll_sft/engine/loss.py", "import megatron.core\nfrom roll_sft.models import spec"),
+        (
+            "roll_sft/data/chat/chat.py",
+            "from roll_sft.base.errors import DataError\nfrom . import packing",
+        ),
+        ("roll_sft/engine/loss.py", "import megatron.core\nfrom roll_sft.models import family"),
         ("roll_sft/runtime/group.py", "import ray\nfrom roll_sft.engine import engine"),
-        ("roll_sft/tracking.py", "def f():\n    import mlflow"),
-        ("roll_sft/driver.py", "import ray\nfrom roll_sft.runtime import group"),
+        ("roll_sft/tracking/mlflow_run.py", "def f():\n    import mlflow"),
+        ("roll_sft/train/driver.py", "from roll_sft.runtime import group"),
         ("roll_sft/run.py", "import hydra"),
-        ("roll_sft/driver.py", "import raytracer\nconsole.print('x')"),
-        ("roll_sft/driver.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise"),
+        ("roll_sft/train/driver.py", "import raytracer\nconsole.print('x')"),
+        ("roll_sft/train/driver.py", "try:\n    f()\nexcept BaseException:\n    g()\n    raise"),
         (
             "roll_sft/run.py",
             "def main():\n    try:\n        f()\n    except Exception:\n        report()",
         ),
-        ("roll_sft/driver.py", "try:\n    f()\nexcept OSError:\n    pass"),
-        ("roll_sft/driver.py", "class C:\n    def f(self, a, b, c, d, e, g): ..."),
-        ("roll_sft/driver.py", "def f():\n" + "    x = 1\n" * 79),
+        ("roll_sft/train/driver.py", "try:\n    f()\nexcept OSError:\n    pass"),
+        ("roll_sft/train/driver.py", "class C:\n    def f(self, a, b, c, d, e, g): ..."),
+        ("roll_sft/train/driver.py", "def f():\n" + "    x = 1\n" * 79),
         ("tools/convert.py", "import ray\nprint('x')\nassert ray"),
     ],
 )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from roll_sft.config import layout_of
-from roll_sft.engine.manifest import read_manifest
-from roll_sft.engine.resume import step_folders
+from roll_sft.checkpoint.manifest import read_manifest
+from roll_sft.checkpoint.resume import step_folders
+from roll_sft.config.schema import layout_of
 from tests import parity
 from tests.pool import RankPool
 from tests.runtime.ray_cluster import Program, two_nodes

@@ -19,9 +19,10 @@ import yaml
 from filelock import FileLock
 
 import roll_sft.run
-from roll_sft import driver, errors
-from roll_sft.config import RunConfig, source_name
-from roll_sft.config_build import build_config
+from roll_sft.base import errors
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig, source_name
+from roll_sft.train import driver
 from tests import doors
 from tests.doors import NUM_ROWS, Door, alpaca, contents, process, refused, write_rows
 

@@ -27,7 +27,7 @@ OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_no
 OPERATIONS |= {"_unique2", "unique_dim", "unique_consecutive"}
 # A step ends by reading its loss and its norm.
 END_OF_STEP = {("roll_sft/engine/engine.py", "read"), ("roll_sft/engine/engine.py", "train_step")}
-PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "roll_sft/engine/cpu.py")
+PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "roll_sft/engine/cpu_backend.py")
 STANDARD_LIBRARY = str(Path(contextlib.__file__).parent) + "/"
 
 

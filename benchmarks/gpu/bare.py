@@ -14,11 +14,11 @@ import torch
 from models import Tokens
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
-from roll_sft.data.batch import build_batch
-from roll_sft.data.plan import StepPlan
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.data.steps.batch import build_batch
+from roll_sft.data.steps.plan import StepPlan
 from roll_sft.engine.attention import Segments, segments_of
-from roll_sft.engine.kernels import Heads, choose_kernel
-from roll_sft.layout import ParallelLayout
+from roll_sft.engine.attention_kernels import Heads, choose_kernel
 
 NO_LABEL = -100
 _segments: list[Segments] = []  # of the pack that runs

@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import Qwen2Config
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.config_build import plain_config
-from roll_sft.engine.preflight import Plan
-from roll_sft.memory import GIB, MemoryEstimate, estimate
+from roll_sft.config.build import plain_config
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.job.memory import GIB, MemoryEstimate, estimate
+from roll_sft.job.prepare import Plan
+from roll_sft.models.family import ModelShape
 from roll_sft.models.registry import family_of
-from roll_sft.models.spec import ModelShape
 
 # Hidden, ffn, layers, heads, key-value heads, tied, and the share of the measured peak to reach.
 SHAPES = {

@@ -29,18 +29,18 @@ import torch.distributed as dist
 from models import SHAPES, TINY, Tokens, Weights, config_of, estimate_of, log_normal, run_of
 from transformers import Qwen2Config
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.data.packing import CostModel
-from roll_sft.data.plan import Planner, PlanOptions, StepPlan
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.base.metrics import flops_per_step
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.data.steps.packing import CostModel
+from roll_sft.data.steps.plan import Planner, PlanOptions, StepPlan
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
-from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.engine.parallel import Rendezvous, process_groups
-from roll_sft.layout import ParallelLayout
-from roll_sft.memory import GIB
-from roll_sft.metrics import flops_per_step
+from roll_sft.engine.process_groups import Rendezvous, process_groups
+from roll_sft.job.inputs import ModelSource, TokenData
+from roll_sft.job.memory import GIB
+from roll_sft.models.family import ModelShape
 from roll_sft.models.registry import family_of
-from roll_sft.models.spec import ModelShape
 
 PACK_TOKENS, PACKS, WARM_UP, STEPS = 8192, 4, 3, 5
 # Seconds that each may take on a GPU, so that none is begun that would be cut off.

@@ -44,7 +44,7 @@ MEASURES: tuple[tuple[int, str, tuple[str, ...] | str], ...] = (
     (20, "loss under any layout, packing and split", f"{SUITE}`make parity`, fp32 <= 1e-6"),
     (21, "save over write + fsync of the same bytes", ("checkpoint_save",)),
     (22, "stall of an asynchronous save over a blocking one", ("checkpoint_stall",)),
-    (23, "resume, same layout: bitwise", f"{SUITE}`tests/engine/test_resume.py`"),
+    (23, "resume, same layout: bitwise", f"{SUITE}`tests/checkpoint/test_resume.py`"),
     (
         24,
         "import over a file copy; export over one; import: memory over its bound; export: the same",

@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from roll_sft.checks import check_config
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.config_build import plain_config
-from roll_sft.durable import writing
+from roll_sft.base.errors import CheckpointError, ConfigError, DivergedError, report
+from roll_sft.base.files import writing
+from roll_sft.checkpoint.manifest import check_complete
+from roll_sft.checkpoint.publish import publish_step, staging_folder
+from roll_sft.checkpoint.resume import start_from
+from roll_sft.config.build import plain_config
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.config.validate import check_config
 from roll_sft.engine.environment import set_variables, silence_warnings
-from roll_sft.engine.manifest import check_complete
-from roll_sft.engine.preflight import Job, prepare
-from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.engine.resume import start_from
-from roll_sft.errors import CheckpointError, ConfigError, DivergedError, report
+from roll_sft.job.prepare import Job, prepare
 
 if TYPE_CHECKING:
     from roll_sft.engine.engine import Engine
@@ -92,7 +92,7 @@ def _check_free(folder: Path) -> None:
 def _run(job: Job, steps: range, *, loads: Path | None, saves: Path | None) -> None:
     # These import Megatron-Core, which warns while it is imported.
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.parallel import Rendezvous, process_groups
+    from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     cluster, parallel = job.config.cluster, job.config.parallel
     store, rank, world_size = next(dist.rendezvous("env://"))

@@ -25,8 +25,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from roll_sft.data.batch import zigzag_inverse
-from roll_sft.engine.kernels import Kernel
+from roll_sft.data.steps.batch import zigzag_inverse
+from roll_sft.engine.attention_kernels import Kernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
 # Of one function in one process: each inner shape, with and without gradients. torch's own 8 is

@@ -16,23 +16,24 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.data.batch import PackedBatch, build_batch, common_tokens
-from roll_sft.data.cache import TokenSet
-from roll_sft.data.plan import RankWork
-from roll_sft.engine import checkpoint, compiling, finite, setup, shards
+from roll_sft.base.metrics import EvalMetrics, StepMetrics
+from roll_sft.checkpoint import tensors
+from roll_sft.checkpoint.background import Saver
+from roll_sft.checkpoint.manifest import read_manifest
+from roll_sft.checkpoint.torch_dist import read_index
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.data.steps.batch import PackedBatch, build_batch, common_tokens
+from roll_sft.data.steps.plan import RankWork
+from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.engine import build, compiling, finite, state
 from roll_sft.engine.attention import describe_pack, segments_of
-from roll_sft.engine.distcp import read_index
-from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.engine.kernels import Heads, choose_kernel
+from roll_sft.engine.attention_kernels import Heads, choose_kernel
 from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
-from roll_sft.engine.manifest import read_manifest
 from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
-from roll_sft.engine.parallel import seed_step
 from roll_sft.engine.peak_memory import PeakMemory
-from roll_sft.engine.saver import Saver
+from roll_sft.engine.process_groups import seed_step
 from roll_sft.engine.weight_gradients import accumulate_in_products
-from roll_sft.metrics import EvalMetrics, StepMetrics
+from roll_sft.job.inputs import ModelSource, TokenData
 
 
 class Readout:
@@ -70,7 +71,7 @@ class Engine:
         self._data = data
         self._device = torch.device(torch.cuda.current_device())
         torch.use_deterministic_algorithms(config.deterministic)
-        self._transformer = setup.transformer_config(source.shape, self._layout, config=config)
+        self._transformer = build.transformer_config(source.shape, self._layout, config=config)
         compiling.turn_on(
             self._transformer, on=compiling.choose(config.model.compile, device=self._device)
         )
@@ -78,25 +79,25 @@ class Engine:
         kernel = choose_kernel(
             config.model.attention_backend,
             device=self._device,
-            dtype=setup.DTYPES[config.model.dtype],
+            dtype=build.DTYPES[config.model.dtype],
             heads=Heads(
                 source.shape.num_attention_heads // self._layout.tensor_size,
                 max(1, source.shape.num_key_value_heads // self._layout.tensor_size),
                 source.shape.head_dim,
             ),
         )
-        self.chunks = setup.build_model(source.shape, self._transformer, kernel=kernel)
+        self.chunks = build.build_model(source.shape, self._transformer, kernel=kernel)
         if checkpoint is None:
-            setup.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
+            build.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
             finite.check_given(self.chunks, source.family, source.shape, source=source.tensors)
         else:
-            setup.clear_weights(self.chunks)
-        self._wrapped = setup.wrap_model(
+            build.clear_weights(self.chunks)
+        self._wrapped = build.wrap_model(
             self.chunks,
             self._transformer,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.optimizer = setup.build_optimizer(config, self._wrapped)
+        self.optimizer = build.build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._saver = Saver()
         self._peak_memory = PeakMemory(self._device)
@@ -117,7 +118,7 @@ class Engine:
         data_wait_s = time.perf_counter() - started
         self.accumulate_gradients(batches)
         report = Readout(self._report())
-        setup.set_learning_rate(self.optimizer, work.learning_rate)
+        build.set_learning_rate(self.optimizer, work.learning_rate)
         _updated, grad_norm, _zeros = self.optimizer.step()
         loss_sum, supervised = report.read()
         if not self._is_reporter:
@@ -150,11 +151,11 @@ class Engine:
         What is not finite is not written: `DivergedError`, from here or where the save ends.
         """
         state, step = self._state()
-        writer = shards.Writer(dist.get_rank(), dist.get_world_size(), step)
+        writer = tensors.Writer(dist.get_rank(), dist.get_world_size(), step)
 
-        def write(pieces: Sequence[shards.Piece]) -> None:
+        def write(pieces: Sequence[tensors.Piece]) -> None:
             finite.check_state(pieces)
-            shards.write(folder, pieces, objects=state.objects, writer=writer)
+            tensors.write(folder, pieces, objects=state.objects, writer=writer)
 
         if self._config.checkpoint.async_save:
             self._saver.begin(state.written(), write)
@@ -181,21 +182,21 @@ class Engine:
         `CheckpointError`.
         """
         index, step = read_index(folder), read_manifest(folder).state.optimizer_step
-        checkpoint.make_optimizer_state(self.optimizer, step=step or 0)
+        state.make_optimizer_state(self.optimizer, step=step or 0)
         optimizer = None if step is None else self.optimizer
-        checkpoint.load(index, checkpoint.rank_state(self.chunks, optimizer))
+        state.load(index, state.rank_state(self.chunks, optimizer))
         finite.check_loaded(self.chunks, folder)
         if optimizer is None:
             self.optimizer.reload_model_params()
 
-    def _state(self) -> tuple[checkpoint.RankState, int | None]:
+    def _state(self) -> tuple[state.RankState, int | None]:
         """What there is to save, and Adam's count if the optimizer is part of it."""
         if not self._config.checkpoint.save_optimizer:
-            return checkpoint.rank_state(self.chunks, None), None
-        step = checkpoint.optimizer_step(self.optimizer)
+            return state.rank_state(self.chunks, None), None
+        step = state.optimizer_step(self.optimizer)
         if step == 0:  # there are no moments yet
-            checkpoint.make_optimizer_state(self.optimizer, step=0)
-        return checkpoint.rank_state(self.chunks, self.optimizer), step
+            state.make_optimizer_state(self.optimizer, step=0)
+        return state.rank_state(self.chunks, self.optimizer), step
 
     def build(self, tokens: TokenSet, indices: Indices) -> list[MicroBatch]:
         """This context rank's slices of the micro-batches `indices` of `tokens`, on the host."""

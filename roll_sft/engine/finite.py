@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from roll_sft.engine.setup import named_parameters
-from roll_sft.engine.shards import Piece
-from roll_sft.errors import CheckpointError, DivergedError
-from roll_sft.models.hf_io import TensorSource
-from roll_sft.models.spec import Family, ModelShape
+from roll_sft.base.errors import CheckpointError, DivergedError
+from roll_sft.checkpoint.tensors import Piece
+from roll_sft.engine.build import named_parameters
+from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.safetensors_in import TensorSource
 
 
 def check_given(

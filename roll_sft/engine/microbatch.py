@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import torch
 
-from roll_sft.data.batch import PackedBatch
+from roll_sft.data.steps.batch import PackedBatch
 from roll_sft.engine.attention import Segments
 from roll_sft.engine.loss import SupervisedRows
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from roll_sft.engine import compiling
-from roll_sft.models.spec import ModelShape
+from roll_sft.models.family import ModelShape
 
 
 class RMSNorm(torch.nn.RMSNorm):

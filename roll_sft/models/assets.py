@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roll_sft.errors import ConfigError
-from roll_sft.models.hf_io import read_json, write_json
+from roll_sft.base.errors import ConfigError
+from roll_sft.models.safetensors_in import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from roll_sft.safe_text import shown
+from roll_sft.base.text import shown
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 DTYPES_IN_WORDS = "float32, bfloat16 or float16"

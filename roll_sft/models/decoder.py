@@ -12,10 +12,11 @@ what `models/rotary.py` refuses.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
+from roll_sft.base.text import shown
+from roll_sft.models.family import ModelShape
 from roll_sft.models.rotary import rotary_inv_freq, rotary_problems
-from roll_sft.models.spec import ModelShape
-from roll_sft.models.words import (
+from roll_sft.models.weight_map import (
     QKV,
     GatedMLP,
     Replicated,
@@ -24,7 +25,6 @@ from roll_sft.models.words import (
     VocabSplit,
     WeightTable,
 )
-from roll_sft.safe_text import shown
 
 if TYPE_CHECKING:
     from transformers import (

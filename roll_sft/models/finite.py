@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from roll_sft.errors import CheckpointError, ConfigError
+from roll_sft.base.errors import CheckpointError, ConfigError
 
 
 class NotFiniteError(CheckpointError):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roll_sft.errors import ConfigError, ResourceError, first_line
-from roll_sft.models.hf_io import SafetensorsSource
+from roll_sft.base.errors import ConfigError, ResourceError, first_line
+from roll_sft.models.safetensors_in import SafetensorsSource
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

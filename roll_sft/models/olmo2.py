@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from roll_sft.models.decoder import attention, decoder_shape, decoder_weights, mlp, own_config
-from roll_sft.models.spec import Family, ModelShape
-from roll_sft.models.words import HeadSplit, Replicated, WeightTable
+from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.weight_map import HeadSplit, Replicated, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

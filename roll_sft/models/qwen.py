@@ -17,8 +17,8 @@ from roll_sft.models.decoder import (
     pre_mlp_norm,
     pre_norm_weights,
 )
-from roll_sft.models.spec import Family, ModelShape
-from roll_sft.models.words import Replicated, WeightTable
+from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.weight_map import Replicated, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_sft.models.assets import TEMPLATE, TEMPLATES, TOKENIZER_CONFIG
-from roll_sft.models.hf_io import read_json, write_json
+from roll_sft.models.safetensors_in import read_json, write_json
 
 LOG = logging.getLogger(__name__)
 # tokenizer.json tells these all, and transformers 4 has none of them.

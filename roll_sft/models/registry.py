@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
 from roll_sft.models.config_file import value_problems
-from roll_sft.models.hf_io import read_json
+from roll_sft.models.family import Family
 from roll_sft.models.llama import LLAMA
 from roll_sft.models.mistral import MISTRAL
 from roll_sft.models.olmo2 import OLMO2
 from roll_sft.models.qwen import QWEN2, QWEN3
-from roll_sft.models.spec import Family
+from roll_sft.models.safetensors_in import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -20,14 +20,14 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.data.plan import StepPlan
-from roll_sft.durable import writing
-from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
-from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.base.files import writing
+from roll_sft.base.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.data.steps.plan import StepPlan
+from roll_sft.job.inputs import ModelSource, ParityTask, TokenData
 from roll_sft.models.hub import HubSource
-from roll_sft.runtime import supply
-from roll_sft.runtime.diagnosis import Ranks, first_cause, missed_deadline
+from roll_sft.runtime import token_transfer
+from roll_sft.runtime.failures import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
 
@@ -198,7 +198,7 @@ class WorkerGroup:
                 for rank, actor in enumerate(self._actors)
             ]
             self._collect(Pending("model download", cluster.checkpoint_timeout_s, fetched))
-        folders = supply.token_folders(data)
+        folders = token_transfer.token_folders(data)
         # This node's the driver verifies itself.
         here = ray.get_runtime_context().get_node_id()
         verifiers = {rank for node, rank in first_of_node.items() if node != here}
@@ -213,7 +213,7 @@ class WorkerGroup:
         LOG.info("sending the tokens to %d nodes that do not share data.cache_dir", len(lacking))
         pending = deque[Pending]()
         for folder in sorted(set().union(*lacking.values())):
-            for part in supply.parts_of(folder, size=supply.PART_BYTES):
+            for part in token_transfer.parts_of(folder, size=token_transfer.PART_BYTES):
                 content = ray.put(part.read())
                 sent = [
                     actor.receive_tokens.remote(
@@ -222,7 +222,7 @@ class WorkerGroup:
                     for rank, actor in enumerate(self._actors)
                 ]
                 pending.append(Pending("token transfer", cluster.setup_timeout_s, sent))
-                if len(pending) > supply.PARTS_AHEAD:
+                if len(pending) > token_transfer.PARTS_AHEAD:
                     self._collect(pending.popleft())
         while pending:
             self._collect(pending.popleft())

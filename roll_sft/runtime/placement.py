@@ -21,9 +21,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from roll_sft.config import ParallelConfig, RunConfig, on_device
-from roll_sft.errors import ResourceError
-from roll_sft.runtime.connection import LOCAL, address_of, connected
+from roll_sft.base.errors import ResourceError
+from roll_sft.config.schema import ParallelConfig, RunConfig, on_device
+from roll_sft.runtime.cluster import LOCAL, address_of, connected
 
 LOG = logging.getLogger(__name__)
 PATIENCE_S = 3.0  # a wait that lasts longer is announced

@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 import ray.util
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.data.integrity import verifying
-from roll_sft.durable import writing
+from roll_sft.base.errors import ConfigError, RollSftError, first_line
+from roll_sft.base.files import writing
+from roll_sft.base.gc_pauses import imports_kept, keep_all
+from roll_sft.base.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.base.text import printable
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.data.tokens.integrity import verifying
 from roll_sft.engine.environment import set_variables, silence_warnings
-from roll_sft.errors import ConfigError, RollSftError, first_line
-from roll_sft.garbage import imports_kept, keep_all
-from roll_sft.metrics import EvalMetrics, RankParity, StepMetrics
-from roll_sft.runtime import supply
-from roll_sft.safe_text import printable
+from roll_sft.runtime import token_transfer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from roll_sft.data.plan import RankWork
-    from roll_sft.engine.inputs import ModelSource, ParityTask, TokenData
+    from roll_sft.data.steps.plan import RankWork
+    from roll_sft.job.inputs import ModelSource, ParityTask, TokenData
     from roll_sft.models.hub import HubModel
 
 LOG = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class RankFault:
     """What went wrong on one rank.
 
     `is_collateral` marks an error that only says that a peer is gone or late: the cause is there.
-    `exit_code` is that of an error of `roll_sft.errors`, None for any other.
+    `exit_code` is that of an error of `roll_sft.base.errors`, None for any other.
     """
 
     address: WorkerAddress
@@ -131,7 +131,7 @@ class Worker:
             with imports_kept():
                 # Most of the start, on all ranks at once.
                 import roll_sft.engine.engine  # noqa: F401
-                from roll_sft.engine.parallel import serve_store
+                from roll_sft.engine.process_groups import serve_store
 
             if self._spec.rank != 0:
                 return None
@@ -151,17 +151,19 @@ class Worker:
     def missing_tokens(self, folders: list[Path], *, verifies: bool) -> list[Path]:
         """Which of the run's token caches this node lacks; begins to verify the others if told."""
         with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
-            lacking = supply.missing(folders)
+            lacking = token_transfer.missing(folders)
             if verifies:
                 there = [folder for folder in folders if folder not in lacking]
                 self._verified = self._resources.enter_context(verifying(there))
             return lacking
 
-    def receive_tokens(self, part: supply.Part, content: "NDArray[np.uint8] | None") -> None:
+    def receive_tokens(
+        self, part: token_transfer.Part, content: "NDArray[np.uint8] | None"
+    ) -> None:
         """Keep a part of a token cache on this node; None is for another node."""
         with self._phase("token transfer", self._spec.config.cluster.setup_timeout_s):
             if content is not None:
-                supply.receive(part, content)
+                token_transfer.receive(part, content)
 
     def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> str | None:
         """Join the process groups and build the engine; returns the GPU's name, if there is one."""
@@ -170,7 +172,7 @@ class Worker:
             import torch
 
             from roll_sft.engine.engine import Engine
-            from roll_sft.engine.parallel import Rendezvous, process_groups
+            from roll_sft.engine.process_groups import Rendezvous, process_groups
 
             torch.set_num_threads(self._spec.config.parallel.cpus_per_worker)
             rendezvous = Rendezvous(
@@ -222,7 +224,7 @@ class Worker:
     def compare(self, task: "ParityTask") -> RankParity:
         """This rank's errors over one batch, beside transformers; rank 0 runs transformers too."""
         with self._phase("parity", self._spec.config.cluster.checkpoint_timeout_s):
-            from roll_sft.engine.parity import compare
+            from roll_sft.parity.compare import compare
 
             return compare(self._engine, task)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from roll_sft.metrics import DOCUMENTED_NAMES, EVAL_NAMES, STEP_NAMES
+from roll_sft.base.metrics import DOCUMENTED_NAMES, EVAL_NAMES, STEP_NAMES
 
 LINES_AT_ONCE = 40  # of each file: fewer metrics than MLflow takes in one request
 MAX_NAME_LENGTH = 200  # MLflow's limit is 250 for a whole key, such as eval/<name>/perplexity

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from roll_sft.errors import first_line
-from roll_sft.safe_text import redacted
-from roll_sft.tracking.facts import DataInput, RunFacts
+from roll_sft.base.errors import first_line
+from roll_sft.base.text import redacted
 from roll_sft.tracking.journal import Journal, Point, safe_name
+from roll_sft.tracking.run_facts import DataInput, RunFacts
 from roll_sft.tracking.system_metrics import SystemMetrics
 
 LOG = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from roll_sft.data.batch import zigzag_indices
+from roll_sft.base.errors import ConfigError
+from roll_sft.data.steps.batch import zigzag_indices
 from roll_sft.engine.attention import Segments, segments_of
-from roll_sft.engine.kernels import Heads, choose_kernel, flash, sdpa, why_not
-from roll_sft.errors import ConfigError
+from roll_sft.engine.attention_kernels import Heads, choose_kernel, flash, sdpa, why_not
 
 CPU = torch.device("cpu")
 LENGTHS = (16, 8, 24)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from roll_sft.config import RunConfig, layout_of
+from roll_sft.base.errors import ConfigError
+from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.engine import compiling
 from roll_sft.engine.swiglu import swiglu
-from roll_sft.errors import ConfigError
 from tests import parity
 from tests.compiled import BOUNDS, FFN, FUNCTIONS, arguments, distance, outcome
 from tests.pool import RankPool

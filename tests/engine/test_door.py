@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from roll_sft.engine import shards
+from roll_sft.base.errors import ConfigError
+from roll_sft.checkpoint import tensors
+from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.engine.__main__ import steps_to_make
-from roll_sft.engine.preflight import prepare
-from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.errors import ConfigError
+from roll_sft.job.prepare import prepare
 from tests import parity
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -60,7 +60,7 @@ def test_steps_count_from_the_beginning_and_are_never_taken_back(tmp_path: Path)
     config = parity.parity_config(tmp_path)
     job = prepare(config)
     staging = staging_folder(tmp_path / "run", 3)
-    shards.write(staging, [], objects={}, writer=shards.Writer(0, 1, optimizer_step=3))
+    tensors.write(staging, [], objects={}, writer=tensors.Writer(0, 1, optimizer_step=3))
     loads = publish_step(job, job.planner.step(3), staging=staging)
     assert steps_to_make(job, steps=None, loads=None) == (1, job.total_steps)
     assert steps_to_make(job, steps=5, loads=loads) == (4, 5)

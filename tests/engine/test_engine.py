@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.demo import make_assets
-from roll_sft.engine.preflight import prepare
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.demo.demo import make_assets
+from roll_sft.job.prepare import prepare
 from roll_sft.run import compose
 from tests import parity
 from tests.pool import RankPool
@@ -162,7 +162,7 @@ def test_recompute_and_deterministic_change_nothing_to_the_last_bit(
 
 
 def test_stages_hold_every_layer_once_and_spare_the_ends() -> None:
-    from roll_sft.engine.setup import uneven_stages
+    from roll_sft.engine.build import uneven_stages
 
     assert uneven_stages(8, 4) is None
     for num_layers, size in ((5, 2), (7, 3), (29, 4), (3, 2)):

@@ -6,12 +6,12 @@ from unittest.mock import patch
 
 import pytest
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.engine.oracle import read_facts
-from roll_sft.engine.preflight import prepare
-from roll_sft.engine.publish import publish_step, staging_folder
-from roll_sft.metrics import RankParity
-from roll_sft.verdict import judge
+from roll_sft.base.metrics import RankParity
+from roll_sft.checkpoint.publish import publish_step, staging_folder
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.job.prepare import prepare
+from roll_sft.parity.oracle import read_facts
+from roll_sft.parity.verdict import judge
 from tests import parity
 from tests.pool import RankPool
 
@@ -38,7 +38,7 @@ def steps_of(
     import torch.distributed as dist
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from roll_sft.data import packing
+    from roll_sft.data.steps import packing
     from roll_sft.engine.engine import Engine
 
     job = prepare(config)
@@ -71,7 +71,7 @@ def steps_of(
 
 def measured(config: RunConfig, reference: Path) -> RankParity:
     """This rank's errors over step 1 in packs of one length. In a pool."""
-    from roll_sft.data import packing
+    from roll_sft.data.steps import packing
 
     with patch.object(packing, "_MOST_FILLING", ALWAYS):
         return parity.measure(config, reference)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from roll_sft.config import layout_of
+from roll_sft.config.schema import layout_of
 from roll_sft.engine import head
 from roll_sft.engine.chunks import chunk_rows
 from tests import parity

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from roll_sft.config import layout_of
-from roll_sft.engine.preflight import prepare
-from roll_sft.verdict import Verdict
+from roll_sft.config.schema import layout_of
+from roll_sft.job.prepare import prepare
+from roll_sft.parity.verdict import Verdict
 from tests import parity
 from tests.faults import FAULTS
 from tests.pool import RankPool

@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
-from roll_sft.data.batch import build_batch
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.data.steps.batch import build_batch
 from roll_sft.engine.rotary import RotaryTable, rotate
-from roll_sft.layout import ParallelLayout
 
 LENGTHS = (5, 1, 17, 8, 32)
 

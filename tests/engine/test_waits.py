@@ -7,9 +7,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.engine.preflight import prepare
-from roll_sft.layout import ParallelLayout
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.job.prepare import prepare
 from tests import parity, waits
 from tests.pool import RankPool
 

@@ -24,10 +24,10 @@ from unittest.mock import patch
 import yaml
 
 import roll_sft.run
-from roll_sft.checks import check_config
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config
-from roll_sft.engine import convert
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig
+from roll_sft.config.validate import check_config
+from roll_sft.convert import command
 from tests.outcome import Outcome
 
 TIME_LIMIT_S = 10.0  # of the processor, so that a machine that is busy fails nothing
@@ -89,8 +89,8 @@ class Case:
         return self._judged(Outcome(ended.returncode, stdout, stderr))
 
     def _call(self) -> int:
-        if self.program == "roll_sft.engine.convert":
-            return convert.main(self.arguments)
+        if self.program == "roll_sft.convert.command":
+            return command.main(self.arguments)
         action = self.action or run_config
         if self.values is None:
             return roll_sft.run.main(self.arguments, action=action)
@@ -171,7 +171,7 @@ def _composed(values: dict[str, Any]) -> tuple[RunConfig, str]:
 
 def run_config(config: RunConfig, composed_yaml: str) -> None:
     """What the door does, and never more than a plan or a preparation."""
-    from roll_sft.driver import run
+    from roll_sft.train.driver import run
 
     if not config.prepare_only:
         config = dataclasses.replace(config, dry_run=True)

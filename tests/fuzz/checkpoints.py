@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config
-from roll_sft.engine import convert
-from roll_sft.engine.distcp import read_index
-from roll_sft.engine.preflight import Job, prepare
-from roll_sft.engine.resume import find_checkpoint, make_way, start_from
-from roll_sft.engine.shards import Piece
+from roll_sft.checkpoint.resume import find_checkpoint, make_way, start_from
+from roll_sft.checkpoint.tensors import Piece
+from roll_sft.checkpoint.torch_dist import read_index
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig
+from roll_sft.convert import command
+from roll_sft.job.prepare import Job, prepare
 from tests.fuzz.case import Case, Outcome
 from tests.fuzz.mutate import brief, changed, damaged, odd_value
 
@@ -51,7 +51,7 @@ def build(home: Path) -> None:
     ]
     (home / "rows.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert (
-        convert.main(["--checkpoint", str(checkpoints / STEP), "--output", str(home / "hf")]) == 0
+        command.main(["--checkpoint", str(checkpoints / STEP), "--output", str(home / "hf")]) == 0
     )
 
 
@@ -296,7 +296,7 @@ def _converted(what: str, target: Path, home: Path, is_honest: bool) -> Case:
 
     return Case(
         what=f"convert {what}",
-        program="roll_sft.engine.convert",
+        program="roll_sft.convert.command",
         arguments=["--checkpoint", str(source), "--output", "out"],
         codes=CODES,
         names=("step_", "checkpoints", "--checkpoint"),

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from roll_sft.config import RunConfig
-from roll_sft.config_keys import all_names
+from roll_sft.config.keys import all_names
+from roll_sft.config.schema import RunConfig
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines
 from tests.fuzz.case import Case, run_config

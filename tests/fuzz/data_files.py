@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config
-from roll_sft.data.cache import TokenSet
-from roll_sft.data.integrity import verifying
-from roll_sft.engine.preflight import prepare
-from roll_sft.runtime.supply import token_folders
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig
+from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.integrity import verifying
+from roll_sft.job.prepare import prepare
+from roll_sft.runtime.token_transfer import token_folders
 from tests.fuzz import reader
 from tests.fuzz.case import Case, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value

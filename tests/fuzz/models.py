@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from roll_sft.config_build import build_config
-from roll_sft.engine import convert
-from roll_sft.engine.preflight import prepare
+from roll_sft.config.build import build_config
+from roll_sft.convert import command
+from roll_sft.job.prepare import prepare
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines
 from tests.fuzz import model_damage
@@ -108,7 +108,7 @@ def _imported(what: str, home: Path) -> Case:
         if outcome.code != 0:
             return [*found, *(["a folder is left"] if Path("out").exists() else [])]
         source = _tensors(Path("model"))
-        code = convert.main(["--checkpoint", "out", "--output", "back"])
+        code = command.main(["--checkpoint", "out", "--output", "back"])
         if code:
             return [*found, f"imported to a checkpoint that is refused with exit {code}"]
         back = load_file("back/model.safetensors")
@@ -125,7 +125,7 @@ def _imported(what: str, home: Path) -> Case:
 
     return Case(
         what=f"import of {what}",
-        program="roll_sft.engine.convert",
+        program="roll_sft.convert.command",
         arguments=["--model", "model", "--output", "out"],
         codes=CODES,
         names=("model",),

@@ -21,21 +21,21 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from roll_sft.config import RunConfig, layout_of
-from roll_sft.config_build import plain_config
-from roll_sft.data.packing import CostModel
-from roll_sft.data.plan import Planner, PlanOptions
-from roll_sft.engine import kernels
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.base.metrics import flops_per_step, peak_flops
+from roll_sft.config.build import plain_config
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.data.steps.packing import CostModel
+from roll_sft.data.steps.plan import Planner, PlanOptions
+from roll_sft.engine import attention_kernels
 from roll_sft.engine.attention import segments_of
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
-from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.engine.parallel import Rendezvous, process_groups
-from roll_sft.engine.preflight import prepare
-from roll_sft.layout import ParallelLayout
-from roll_sft.metrics import flops_per_step, peak_flops
-from roll_sft.models.hf_io import RandomSource
+from roll_sft.engine.process_groups import Rendezvous, process_groups
+from roll_sft.job.inputs import ModelSource, TokenData
+from roll_sft.job.prepare import prepare
 from roll_sft.models.registry import family_of
+from roll_sft.models.safetensors_in import RandomSource
 from tests import parity, waits
 from tests.gpu.compiled_checks import check_compiled
 
@@ -102,9 +102,11 @@ def main() -> int:
 def available(device: str) -> list[str]:
     if device == "cpu":
         return ["sdpa"]
-    where, heads = torch.device(torch.cuda.current_device()), kernels.Heads(8, 2, 64)
+    where, heads = torch.device(torch.cuda.current_device()), attention_kernels.Heads(8, 2, 64)
     found = {
-        name: kernels.why_not(getattr(kernels, name), where, torch.bfloat16, heads)
+        name: attention_kernels.why_not(
+            getattr(attention_kernels, name), where, torch.bfloat16, heads
+        )
         for name in BACKENDS
     }
     for name, reason in found.items():
@@ -127,9 +129,9 @@ def check_kernels(device: str) -> Iterator[tuple[str, float, float]]:
             torch.randn(size, heads, 64, device=where, dtype=dtype)
             for size, heads in zip(sizes, (8, 2, 2), strict=True)
         ]
-        reference = _outputs(kernels.sdpa, [x.float() for x in inputs], segments)
+        reference = _outputs(attention_kernels.sdpa, [x.float() for x in inputs], segments)
         for name in available(device):
-            results = _outputs(getattr(kernels, name), inputs, segments)
+            results = _outputs(getattr(attention_kernels, name), inputs, segments)
             worst = max(
                 float((a.float() - b).abs().max() / b.abs().max())
                 for a, b in zip(results, reference, strict=True)

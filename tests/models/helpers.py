@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from roll_sft.models.hf_io import Shape
 from roll_sft.models.registry import load_hf_config
+from roll_sft.models.safetensors_in import Shape
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2053,

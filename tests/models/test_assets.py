@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
 from roll_sft.models.assets import TrainedTokenizer, asset_files, save_assets
 from roll_sft.models.readers import widen
 from tests.models.helpers import LLAMA3_ROPE

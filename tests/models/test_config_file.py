@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
+from roll_sft.models.family import ModelShape
 from roll_sft.models.registry import family_of, load_hf_config
-from roll_sft.models.spec import ModelShape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

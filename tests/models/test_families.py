@@ -14,10 +14,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from roll_sft.models.hf_io import SafetensorsSource
+from roll_sft.models.family import Family, ModelShape
 from roll_sft.models.registry import FAMILIES, family_of
-from roll_sft.models.spec import Family, ModelShape
-from roll_sft.models.words import Replicated
+from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.weight_map import Replicated
 from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource, tiny_model
 
 ROPE = {"rope_parameters": DEFAULT_ROPE}

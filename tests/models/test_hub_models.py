@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from roll_sft.errors import ConfigError, ResourceError
+from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.models.hub import HubModel, HubSource, local_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
 from roll_sft.models.llama import LLAMA
 from tests.models.helpers import LLAMA3_ROPE, SIZES, config_from_disk
 

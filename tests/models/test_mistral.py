@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
 from roll_sft.models.mistral import MISTRAL
 from tests.models.helpers import SIZES, config_from_disk
 

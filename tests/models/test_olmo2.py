@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
 from roll_sft.models.olmo2 import OLMO2
 from tests.models.helpers import SIZES, MemorySource, config_from_disk
 

@@ -17,9 +17,9 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from roll_sft.models.assets import TrainedTokenizer, save_assets
-from roll_sft.models.hf_io import SafetensorsSource
-from roll_sft.models.hf_write import plan_shards, write_hf_folder
 from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
 from tests import parity
 from tests.models import reading
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from roll_sft.errors import ConfigError
+from roll_sft.base.errors import ConfigError
+from roll_sft.models.family import Family
 from roll_sft.models.registry import FAMILIES, family_of, load_hf_config
-from roll_sft.models.spec import Family
 from tests.models.helpers import LLAMA3_ROPE, SIZES
 
 ON_DISK = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES}

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from roll_sft.config import RunConfig
-from roll_sft.config_build import build_config
-from roll_sft.runtime.connection import connected
+from roll_sft.config.build import build_config
+from roll_sft.config.schema import RunConfig
+from roll_sft.runtime.cluster import connected
 from tests.runtime.ray_cluster import Cluster, Program, two_nodes
 
 Sections = dict[str, object]

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from roll_sft.data.cache import TokenCache
-from roll_sft.data.plan import RankWork, StepPlan
-from roll_sft.engine.inputs import ModelSource, TokenData
-from roll_sft.metrics import EvalMetrics, StepMetrics
+from roll_sft.base.metrics import EvalMetrics, StepMetrics
+from roll_sft.data.steps.plan import RankWork, StepPlan
+from roll_sft.data.tokens.cache import TokenCache
+from roll_sft.job.inputs import ModelSource, TokenData
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker
 
@@ -51,10 +51,10 @@ class LightEngine:
         return EvalMetrics(loss_sum=0.5 * num_samples, supervised_tokens=num_samples)
 
     def begin_save(self, folder: Path) -> None:
-        from roll_sft.engine import shards
+        from roll_sft.checkpoint import tensors
 
-        writer = shards.Writer(self._rank, self._num_ranks, optimizer_step=0)
-        shards.write(folder, [], objects={}, writer=writer)
+        writer = tensors.Writer(self._rank, self._num_ranks, optimizer_step=0)
+        tensors.write(folder, [], objects={}, writer=writer)
 
     def is_saved(self) -> bool:
         return True

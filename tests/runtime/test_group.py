@@ -7,8 +7,8 @@ import psutil
 import pytest
 import ray
 
-from roll_sft.errors import ConfigError, DataError, ResourceError, WorkerError
-from roll_sft.metrics import EvalMetrics
+from roll_sft.base.errors import ConfigError, DataError, ResourceError, WorkerError
+from roll_sft.base.metrics import EvalMetrics
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved

@@ -5,7 +5,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from roll_sft.errors import ResourceError
+from roll_sft.base.errors import ResourceError
 from roll_sft.runtime import placement
 from roll_sft.runtime.placement import reserved
 from tests.runtime.ray_cluster import wait_until

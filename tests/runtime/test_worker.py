@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch.distributed as dist
 
-from roll_sft.errors import CheckpointError, DataError
+from roll_sft.base.errors import CheckpointError, DataError
 from roll_sft.runtime.worker import RankError, WorkerAddress, _fault_of, device_index
 
 ADDRESS = WorkerAddress(3, host="gpu-7", ip="10.0.0.7", node_id="ab12", pid=4711)

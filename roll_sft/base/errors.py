@@ -1,0 +1,89 @@
+"""Errors that reach the user, and the exit code each one ends the run with.
+
+Every message names the value, the rule and the remedy in one line. The doors print that line and no
+traceback; anything that is not a `RollSftError` is a fault of ours and keeps its traceback.
+"""
+
+import sys
+import traceback
+from typing import ClassVar
+
+from roll_sft.base.text import printable
+
+FAULT = 1
+
+
+class RollSftError(Exception):
+    """Base of the errors a user can cause or must act on."""
+
+    exit_code: ClassVar[int] = FAULT
+
+
+class ConfigError(RollSftError):
+    """A configuration value, or a combination of values, that cannot run."""
+
+    exit_code = 2
+
+
+class DataError(RollSftError):
+    """Training or validation data that is missing, malformed or unusable."""
+
+    exit_code = 3
+
+
+class ResourceError(RollSftError):
+    """The cluster does not have what the layout asks for."""
+
+    exit_code = 4
+
+
+class DivergedError(RollSftError):
+    """A loss, the gradient norm or a weight is no longer finite.
+
+    `sound_step` is the last step whose weights are known to compute a finite loss.
+    """
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, sound_step: int = 0) -> None:
+        super().__init__(message)
+        self.sound_step = sound_step
+
+
+class CheckpointError(RollSftError):
+    """A checkpoint or an export that is damaged, incomplete or cannot be written."""
+
+    exit_code = 6
+
+
+class WorkerError(RollSftError):
+    """A worker died, hung past its deadline, or raised an error of ours."""
+
+    exit_code = 7
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise all `problems` as one `ConfigError`, if there are any."""
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def report(error: BaseException) -> int:
+    """Say on stderr what a door ends with, and return its exit code.
+
+    A fault of ours shows its traceback first.
+    """
+    sys.stdout.flush()
+    text, code = str(error), FAULT
+    if isinstance(error, RollSftError):
+        code = error.exit_code
+    else:
+        text = f"{type(error).__name__}: {text}"
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))
+    sys.stderr.write(f"{printable(text)}\n")
+    return code

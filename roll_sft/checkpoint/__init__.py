@@ -1,0 +1,1 @@
+"""Checkpoint folders: written by each rank, published, found again, deleted."""

@@ -1,0 +1,192 @@
+"""Which checkpoint a run goes on from, and whether it may.
+
+Imports no Megatron and starts nothing. Promises: a folder whose files are not those of its manifest
+is never chosen; one that is damaged is named and passed over, never deleted; a run with checkpoints
+begins at step 0 only in another folder.
+"""
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from roll_sft.base.errors import CheckpointError, ConfigError
+from roll_sft.base.files import set_aside, write_durably, writing
+from roll_sft.checkpoint.fingerprint import changes
+from roll_sft.checkpoint.hashing import verify_hashes
+from roll_sft.checkpoint.manifest import (
+    NewerCheckpointError,
+    RunState,
+    check_complete,
+    read_manifest,
+)
+from roll_sft.checkpoint.publish import LATEST
+from roll_sft.config.schema import RunConfig
+from roll_sft.job.prepare import Job
+
+LOG = logging.getLogger(__name__)
+AUTO, NONE = "auto", "none"
+ORIGIN = "origin"  # beside the step folders: that of another run which they began from
+LEFT_OVER = (".staging_*", ".deleted_*")  # what a killed run left half written, half deleted
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: after `step`, from `checkpoint`; step 0 and None for a new one."""
+
+    step: int
+    checkpoint: Path | None
+
+
+def find_checkpoint(config: RunConfig, checkpoints: Path) -> Path | None:
+    """The step folder that a run whose own lie in `checkpoints` goes on from; None for a new one.
+
+    Raises `CheckpointError` where the one named is not whole, or there are some and none is;
+    `ConfigError` where the one named is none, or the run's own do not come from it.
+    """
+    resume, verify = config.resume, config.checkpoint.verify
+    if resume == NONE:
+        return None
+    folders = step_folders(checkpoints)
+    if resume != AUTO:
+        chosen = _named(resume)
+        if not folders or chosen.parent == checkpoints.resolve():
+            _check_whole(chosen, verify=verify)
+            return chosen
+        _check_origin(checkpoints, chosen=chosen)
+        LOG.info("this run has checkpoints of its own by now, and goes on from those")
+    return _newest_whole(folders, verify=verify) if folders else None
+
+
+def _named(resume: str) -> Path:
+    """The step folder that the key `resume` names."""
+    chosen, advice = Path(resume).resolve(), "give a step folder, auto or none"
+    if not chosen.is_dir():
+        found = "is a file" if chosen.exists() else "does not exist"
+        raise ConfigError(f"resume: {resume!r} {found}; {advice}")
+    inside = [*step_folders(chosen), *step_folders(chosen / "checkpoints")]
+    if inside:
+        raise ConfigError(
+            f"resume: {resume!r} holds checkpoints and is none; its newest is resume={inside[-1]}"
+        )
+    if not any(chosen.iterdir()):
+        raise ConfigError(f"resume: {resume!r} is an empty folder; {advice}")
+    read_manifest(chosen)
+    return chosen
+
+
+def _check_origin(checkpoints: Path, *, chosen: Path) -> None:
+    """Refuse a step folder of another run, unless the run of `checkpoints` began from it."""
+    found = origin_of(checkpoints) or "its own step 1"
+    if found != chosen:
+        raise ConfigError(
+            f"resume: {str(chosen)!r} is of another run, and the checkpoints in"
+            f" {str(checkpoints)!r} began from {found}; choose another output_dir or run_name, or"
+            " resume=auto to go on from the newest of these"
+        )
+
+
+def start_from(job: Job, checkpoint: Path | None) -> Start:
+    """Where `job` begins. Raises `ConfigError` where it is not the run that wrote `checkpoint`."""
+    if checkpoint is None:
+        return Start(0, None)
+    state = read_manifest(checkpoint).state
+    _check_same_run(job, state, checkpoint=checkpoint)
+    return Start(state.step, checkpoint)
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The step folders in `checkpoints`, oldest first; anything of another name is left alone."""
+    found = []
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        match = _STEP.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found)]
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a step folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def origin_of(checkpoints: Path) -> Path | None:
+    """The step folder of another run that the run of `checkpoints` began from, if it did."""
+    origin = checkpoints / ORIGIN
+    return Path(origin.read_text(encoding="utf-8").strip()) if origin.is_file() else None
+
+
+def newest_until(checkpoints: Path, step: int) -> Path | None:
+    """The newest checkpoint of a run up to `step`; of one that has none, that it began from."""
+    own, origin = step_folders(checkpoints), origin_of(checkpoints)
+    if own or origin is None:
+        return next((folder for folder in reversed(own) if step_of(folder) <= step), None)
+    try:
+        return origin if read_manifest(origin).state.step <= step else None
+    except CheckpointError:  # it is gone by now
+        return None
+
+
+def make_way(checkpoints: Path, start: Start) -> None:
+    """Clear what a killed run left half-done, and set aside what lies after `start`.
+
+    A later folder is damaged, or the run was told to go back behind it.
+    """
+    for pattern in LEFT_OVER:
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in step_folders(checkpoints):
+        if step_of(path) > start.step:
+            aside = set_aside(path)
+            LOG.warning("%s is not what this run goes on from; it is now %s", path, aside.name)
+    if start.checkpoint is None:
+        (checkpoints / ORIGIN).unlink(missing_ok=True)
+    elif start.checkpoint.parent == checkpoints:
+        with writing(checkpoints / LATEST):
+            write_durably(checkpoints / LATEST, start.checkpoint.name + "\n")
+    else:
+        checkpoints.mkdir(exist_ok=True)
+        write_durably(checkpoints / ORIGIN, f"{start.checkpoint}\n")
+
+
+def _check_whole(folder: Path, *, verify: bool) -> None:
+    manifest = check_complete(folder)
+    if verify:
+        verify_hashes(folder, manifest.files)
+
+
+def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
+    for folder in reversed(folders):
+        try:
+            _check_whole(folder, verify=verify)
+        except NewerCheckpointError:
+            raise
+        except CheckpointError as error:
+            LOG.error("NOT resuming from %s: %s", folder.name, error)
+            continue
+        return folder
+    raise CheckpointError(
+        f"{folders[-1].parent}: none of its {len(folders)} checkpoints is whole; restore one, or"
+        " choose another output_dir to start from the beginning"
+    )
+
+
+def _check_same_run(job: Job, state: RunState, *, checkpoint: Path) -> None:
+    found, allowed = changes(job, state), job.config.checkpoint.allow_changes
+    if state.step == 0:  # a converted model: weights to start from, and no run behind them
+        return
+    if state.optimizer_step is None:
+        found["optimizer"] = "the checkpoint has none, so moments would begin at zero"
+    refused = {name: what for name, what in found.items() if name not in allowed}
+    if refused:
+        lines = "; ".join(f"{name} ({what})" for name, what in refused.items())
+        names = ",".join([*allowed, *refused])
+        raise ConfigError(
+            f"resume: {checkpoint} was written by a run that differs in {lines}; take the change"
+            f" back, or accept it with 'checkpoint.allow_changes=[{names}]', or start in another"
+            " output_dir"
+        )
+    for name, what in found.items():
+        LOG.warning("goes on from %s with another %s: %s", checkpoint.name, name, what)

@@ -1,0 +1,143 @@
+"""Texts as their author typed them, where Hydra and YAML would read a number.
+
+`run_name=2024_11_25` is the integer 20241125 to Hydra's grammar and to YAML, and `1e3` is 1000.0.
+What a key takes is known here, so a text key keeps its characters. Relies on Hydra's generated
+parser and on the place where OmegaConf makes its YAML loader; both are pinned, and tested.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import omegaconf._utils
+import yaml
+from antlr4 import CommonTokenStream, InputStream  # type: ignore[import-untyped]
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.grammar.gen.OverrideParser import OverrideParser
+
+from roll_sft.base.errors import ConfigError
+from roll_sft.base.text import shown
+from roll_sft.config.build import RESERVED
+from roll_sft.config.keys import all_keys, all_names, section_of
+from roll_sft.config.schema import RunConfig
+
+_NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
+_LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
+# YAML 1.1 reads 010 as eight and 1:30 as ninety; the configuration reads ten, and refuses 1:30.
+_YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
+_YAML_TEXT = "tag:yaml.org,2002:str"
+_YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
+
+
+def override_as_typed(argument: str) -> str:
+    """The override `argument` with quotes around what a text key would lose.
+
+    An unknown key of a known section is marked as added, so that it is refused with all other
+    problems. Anything that Hydra cannot parse is returned as it is, for Hydra to refuse. Raises
+    `ConfigError` for a key of the entries of a list, such as `data.train.path`.
+    """
+    lexer = OverrideLexer(InputStream(argument))
+    lexer.removeErrorListeners()
+    parser: Any = OverrideParser(CommonTokenStream(lexer))
+    parser.removeErrorListeners()
+    tree = parser.override()
+    if parser.getNumberOfSyntaxErrors() or tree.value() is None:
+        return argument
+    name = tree.key().getText()
+    for each in _lists():
+        if re.match(rf"{each}\.\D", name):
+            raise ConfigError(
+                f"{shown(name)}: {each} is a list of sources; give it whole, as in"
+                f" '{each}=[{{path: my.jsonl}}]'"
+            )
+    for start, stop in reversed(list(_to_quote(tree.value(), name))):
+        argument = f"{argument[:start]}'{argument[start:stop]}'{argument[stop:]}"
+    is_known_section = name.partition(".")[0] in _sections() and "." in name
+    if argument.startswith(name) and is_known_section and name not in _names():
+        return f"++{argument}"
+    return argument
+
+
+@contextmanager
+def yaml_as_typed() -> Iterator[None]:
+    """While the block runs, text keys of YAML files that OmegaConf loads keep their characters."""
+    original: Any = omegaconf._utils.get_yaml_loader
+
+    def loader() -> Any:
+        class Loader(original()):  # type: ignore[misc]
+            def get_single_node(self) -> yaml.Node | None:
+                node: yaml.Node | None = super().get_single_node()
+                _mark_texts(node, "")
+                return node
+
+        return Loader
+
+    omegaconf._utils.get_yaml_loader = loader
+    try:
+        yield
+    finally:
+        omegaconf._utils.get_yaml_loader = original
+
+
+def _to_quote(context: Any, name: str) -> Iterator[tuple[int, int]]:
+    """The places of numbers that are texts, in what `name` is given; in the order of the text."""
+    kind = type(context)
+    if kind is OverrideParser.PrimitiveContext:
+        tokens = [child.symbol for child in context.getChildren()]
+        tokens = [token for token in tokens if token.type != OverrideLexer.WS]
+        if len(tokens) == 1 and tokens[0].type in _NUMBERS:
+            start, stop = tokens[0].start, tokens[0].stop + 1
+            if _is_text(name) or stop - start > _LONGEST_NUMBER:
+                yield start, stop
+    elif kind is OverrideParser.DictKeyValuePairContext:
+        yield from _to_quote(context.element(), f"{name}.{context.dictKey().getText()}")
+    elif kind is not OverrideParser.FunctionContext:
+        for child in context.getChildren() if hasattr(context, "getChildren") else ():
+            yield from _to_quote(child, name)
+
+
+def _mark_texts(node: yaml.Node | None, name: str) -> None:
+    """Have plain scalars under text keys read as text; a file may hold a part of a section."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _mark_texts(value, f"{name}.{key.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _mark_texts(each, name)
+    elif (
+        isinstance(node, yaml.ScalarNode)
+        and node.tag in _YAML_NUMBERS
+        and (_is_text(name) or _YAML_1_1.match(node.value))
+    ):
+        node.tag = _YAML_TEXT
+
+
+def _is_text(name: str) -> bool:
+    """Whether `name`, or a section's part of a dotted name, takes text."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return ".".join(parts) in _texts()
+
+
+@functools.cache
+def _texts() -> frozenset[str]:
+    """Dotted names of text keys, and their ends: a file of the package `model` begins at `path`."""
+    names = [each.name.split(".") for each in all_keys(RunConfig) if each.is_text]
+    return frozenset(".".join(name[start:]) for name in names for start in range(len(name)))
+
+
+@functools.cache
+def _lists() -> tuple[str, ...]:
+    """The keys whose entries have keys of their own."""
+    return tuple(each.name for each in all_keys(RunConfig) if section_of(each.kind) is not None)
+
+
+@functools.cache
+def _names() -> frozenset[str]:
+    return frozenset(all_names(RunConfig))
+
+
+@functools.cache
+def _sections() -> frozenset[str]:
+    return frozenset(name.partition(".")[0] for name in (*_names(), *RESERVED))

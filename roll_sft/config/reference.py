@@ -1,0 +1,121 @@
+"""The keys of a configuration, explained: `--help`, and docs/configuration.md.
+
+`python -m roll_sft.config.reference > docs/configuration.md` writes the page. Both come from the
+dataclasses of `config.py` alone.
+"""
+
+import dataclasses
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from roll_sft.config.keys import Key, all_keys, section_of, without_null
+from roll_sft.config.schema import RunConfig, SourceConfig
+
+_INTRODUCTION = """\
+# Configuration
+
+Every key of a run. Give one as `section.key=value` on the command line, or as a key of a YAML
+file. `--help` prints the same list. A number that breaks its range, a text that is not among the
+choices and a key that is not listed here are refused before anything starts.
+"""
+_INDENT = "      "
+
+
+def page() -> str:
+    """docs/configuration.md."""
+    parts = [_INTRODUCTION]
+    for title, about, keys in _groups():
+        rows = [
+            f"| `{each.name}` | {_takes(each)} | `{_written(each.default)}` |"
+            f" {_escaped(each.sentence)} |"
+            for each in keys
+        ]
+        head = f"## {title}\n\n{about}\n\n| key | takes | default | meaning |\n|---|---|---|---|"
+        parts.append("\n".join([head, *rows, ""]))
+    return "\n".join(parts)
+
+
+def help_text(*, width: int) -> str:
+    """Every key for a terminal of `width` columns."""
+    lines = []
+    for title, about, keys in _groups():
+        lines += ["", f"{title}: {about}"]
+        for each in keys:
+            head = f"  {each.name}={_written(each.default)}  ({_takes(each)})"
+            lines += textwrap.wrap(head, width=width, subsequent_indent=_INDENT)
+            lines += textwrap.wrap(
+                each.sentence, width=width, initial_indent=_INDENT, subsequent_indent=_INDENT
+            )
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _groups() -> Iterator[tuple[str, str, list[Key]]]:
+    """(title, what it is about, keys) of the run's own keys and of each section."""
+    keys = list(all_keys(RunConfig))
+    yield "run", _about(RunConfig), [each for each in keys if "." not in each.name]
+    for item in dataclasses.fields(RunConfig):
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            own = [each for each in keys if re.fullmatch(rf"{item.name}\.\w+", each.name)]
+            yield item.name, _about(item.type), own
+    yield "sources", _about(SourceConfig), list(all_keys(SourceConfig))
+
+
+def _about(section: type) -> str:
+    return (section.__doc__ or "").splitlines()[0]
+
+
+def _takes(each: Key) -> str:
+    """What the key takes: its choices, or its type, unit and range."""
+    inner, is_optional = without_null(each.kind)
+    if each.choices:
+        words = ", ".join(each.choices)
+        words = f"list of {words}" if get_origin(inner) is list else f"one of {words}"
+    elif section_of(inner) is not None:
+        words = "list of sources"
+    else:
+        words = _type_in_words(inner)
+    words += f", {each.unit}" if each.unit else ""
+    words += _range(each)
+    return f"{words}, or null" if is_optional else words
+
+
+def _type_in_words(kind: Any) -> str:
+    names = {bool: "true or false", int: "integer", float: "number", str: "text"}
+    if get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        return f"list of {names[inner]}"
+    return names.get(kind, "mapping")
+
+
+def _range(each: Key) -> str:
+    """The bounds of a number, such as ", 0 to 1"."""
+    low, above, high = (each.about[name] for name in ("at_least", "above", "at_most"))
+    if low is not None and high is not None:
+        return f", {low:.10g} to {high:.10g}"
+    words = [
+        "" if low is None else f", at least {low:.10g}",
+        "" if above is None else f", above {above:.10g}",
+        "" if high is None else f", at most {high:.10g}",
+    ]
+    return "".join(words)
+
+
+def _written(value: object) -> str:
+    """A default as the command line takes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return str(value)
+
+
+def _escaped(text: str) -> str:
+    """`text` in one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

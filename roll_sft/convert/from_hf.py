@@ -1,0 +1,185 @@
+"""A HuggingFace folder -> one checkpoint folder, in one process, tensor by tensor.
+
+Writes what a training run writes, for any layout to read: the same names, shapes and files, without
+an optimizer and without Megatron-Core. Memory holds one tensor. The folder appears under its name
+when it is complete, and when it was compared, if that was asked for.
+"""
+
+import io
+import math
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from roll_sft.base.errors import CheckpointError
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.base.new_folder import new_folder
+from roll_sft.base.page_cache import bring_in, let_go
+from roll_sft.checkpoint.hashing import one_thread
+from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, RunState
+from roll_sft.checkpoint.publish import versions_here, write_manifest
+from roll_sft.checkpoint.reader import stored_name
+from roll_sft.checkpoint.tensors import Piece, Writer, take_parts, write
+from roll_sft.checkpoint.torch_dist import write_descriptions
+from roll_sft.models.assets import asset_files, check_assets, copy_file
+from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.finite import NotFiniteError, check_finite, rounded
+from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
+from roll_sft.models.weight_map import QKV, Word
+
+MAX_FILE_BYTES = 5_000_000_000
+_IN_USE = 6  # tensors that `write` may still be hashing
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Linear layers have extra state in a checkpoint, of Transformer Engine's fp8: empty here.
+_LINEAR = re.compile(r"(.*\.linear_\w+)\.weight$")
+
+
+def import_model(
+    model: Path, output: Path, *, dtype: str | None, replace: bool, verified: bool = False
+) -> str | None:
+    """Write the HuggingFace folder `model` as a checkpoint folder, from which any layout loads.
+
+    Tensors keep their dtype, or are rounded to `dtype`. With `verified` the two are compared before
+    the folder gets its name; returns what was found. Raises `ConfigError` for a model that this
+    version does not build, `CheckpointError` for files that are damaged or an `output` in the way.
+    """
+    config = load_hf_config(str(model), trust_remote_code=False)
+    family = family_of(config)
+    shape = family.shape(config)
+    source = SafetensorsSource(model)
+    family.check_source(shape, source=source)
+    check_assets(model)
+    wanted = DTYPES[dtype] if dtype else None
+    stored = wanted or source.dtype("model.norm.weight")
+    words, num_layers = family.weights(shape), shape.num_layers
+    dtypes = _dtypes(words, source, wanted)
+    with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
+        for name in asset_files(model):
+            copy_file(model / name, folder / ASSETS / name)
+        groups = list(_groups(family, shape, dtype=stored))
+        for rank, names in enumerate(groups):
+            group = {name: words[name] for name in names}
+            try:
+                with one_thread():
+                    write(
+                        folder,
+                        _pieces(group, num_layers, source=source, dtypes=dtypes),
+                        objects=_objects(names, num_layers),
+                        writer=Writer(rank, len(groups), optimizer_step=None),
+                    )
+            except NotFiniteError as error:
+                raise CheckpointError(
+                    f"{model}: {error}; its file is damaged or its training diverged, take another"
+                ) from error
+        parts = take_parts(folder)
+        write_descriptions(folder, parts)
+        hashes = {part.name: part.sha256 for part in parts}
+        write_manifest(folder, state=_state(stored), versions=versions_here(), hashes=hashes)
+        if not verified:
+            return None
+        from roll_sft.convert.verify import verify  # slow: paid by whoever asks
+
+        return str(verify(model, folder, dtype=wanted))
+
+
+def _groups(family: Family, shape: ModelShape, *, dtype: torch.dtype) -> Iterator[list[str]]:
+    """Megatron parameter names, file by file."""
+    names: list[str] = []
+    room = MAX_FILE_BYTES
+    for name, word in family.weights(shape).items():
+        num_bytes = sum(map(math.prod, word.hf_shapes.values())) * dtype.itemsize
+        if num_bytes > room and names:
+            yield names
+            names, room = [], MAX_FILE_BYTES
+        if word.hf_shapes:  # a tied head owns none: Megatron stores it as the embedding
+            names.append(name)
+            room -= num_bytes
+    yield names
+
+
+def _dtypes(
+    words: Mapping[str, Word], source: SafetensorsSource, wanted: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each stored tensor: `wanted`, or one that holds all that becomes part of it.
+
+    Layers lie in one tensor, and a model may keep some of them in fp32.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for name, word in words.items():
+        key, _ = stored_name(name)
+        for part in word.hf_shapes:
+            own = wanted or source.dtype(part)
+            dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
+    return dtypes
+
+
+def _pieces(
+    words: Mapping[str, Word],
+    num_layers: int,
+    *,
+    source: TensorSource,
+    dtypes: Mapping[str, torch.dtype],
+) -> Iterator[Piece]:
+    """Every parameter of `words` as rectangles of the tensor that it is stored in."""
+    read: deque[torch.Tensor] = deque()
+    for name, word in words.items():
+        key, layer = stored_name(name)
+        num_rows = sum(shape[0] for shape in word.hf_shapes.values())
+        full_shape = (num_rows, *next(iter(word.hf_shapes.values()))[1:])
+        first = 0
+        while len(read) > _IN_USE:
+            let_go(read.popleft())
+        for part in _parts(word, source, read):
+            dtype = dtypes[key]
+            tensor = part if part.dtype == dtype else rounded(name, part, dtype)
+            corner = (first, *(0 for _ in full_shape[1:]))
+            first += len(part)
+            if layer is None:
+                yield Piece(key, full_shape, corner, tensor)
+            else:
+                yield Piece(key, (num_layers, *full_shape), (layer, *corner), tensor[None])
+
+
+def _parts(word: Word, source: TensorSource, read: deque[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Megatron's tensor of one process, one run of rows after the other; `read` gets the files'."""
+    for name in word.hf_shapes:
+        read.append(bring_in(source.read(name)))
+        check_finite(name, read[-1])
+        if not isinstance(word, QKV):
+            yield read[-1]
+    if isinstance(word, QKV):  # its rows alternate between the three tensors
+        yield word.local(source, tensor_rank=0, tensor_size=1)
+
+
+def _objects(names: Iterable[str], num_layers: int) -> dict[str, bytes]:
+    """What Megatron-Core looks for beside the tensors of `names`."""
+    empty = io.BytesIO()
+    torch.save([None], empty)
+    objects = {}
+    for name in names:
+        key, layer = stored_name(name)
+        linear = _LINEAR.match(key)
+        if linear and layer is not None:
+            objects[f"{linear[1]}._extra_state/shard_{layer}_{num_layers}"] = empty.getvalue()
+    return objects
+
+
+def _state(dtype: torch.dtype) -> RunState:
+    """A manifest's facts, of a run that has not begun."""
+    return RunState(
+        step=0,
+        epoch=0,
+        samples_seen_in_epoch=0,
+        seed=0,
+        global_batch_size=0,
+        global_batch_tokens=None,
+        sequence_length=0,
+        sources={},
+        layout=ParallelLayout(1),
+        dtype=_NAMES[dtype],
+    )

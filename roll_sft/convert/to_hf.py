@@ -1,0 +1,169 @@
+"""One checkpoint step folder -> a HuggingFace folder, in one process, tensor by tensor.
+
+The checkpoint describes itself (`hf_assets/`, `manifest.json`), so nothing else is asked for.
+Memory holds one tensor. The folder appears under its name when it is complete, when every file of
+the checkpoint had its SHA-256, and when the two were compared, if that was asked for. Every tensor
+of the checkpoint is read, and every one of the HuggingFace model written, or an error names it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from roll_sft.base.errors import CheckpointError, DivergedError
+from roll_sft.base.new_folder import new_folder
+from roll_sft.checkpoint.hashing import one_thread, verified_beside, verify_hashes
+from roll_sft.checkpoint.manifest import ASSETS, Manifest, check_complete
+from roll_sft.checkpoint.reader import Reader
+from roll_sft.checkpoint.resume import step_folders
+from roll_sft.checkpoint.safe_load import check_pickles
+from roll_sft.checkpoint.versions import check_megatron
+from roll_sft.convert.from_hf import DTYPES
+from roll_sft.convert.model_card import write_card
+from roll_sft.models.assets import asset_files, check_assets
+from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.finite import NotFiniteError, check_finite
+from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A checkpoint that was looked at, and the model that it holds."""
+
+    folder: Path
+    manifest: Manifest
+    family: Family
+    shape: ModelShape
+
+
+def export(
+    checkpoint: Path, output: Path, *, dtype: str | None, replace: bool, verified: bool = False
+) -> str:
+    """Write `checkpoint` as a model folder that transformers loads; returns what there is to say.
+
+    `dtype` is fp32, bf16 or fp16; None keeps that of the source model. With `verified` the logits
+    of both are compared before the folder gets its name. Raises `CheckpointError` for a folder that
+    is no complete checkpoint, an `output` that is in the way, or logits that differ, and
+    `DivergedError` for weights that are not finite.
+    """
+    manifest = check_complete(checkpoint)
+    _check_assets(checkpoint, manifest)
+    # Kilobytes that are parsed; the weights are hashed while they are read.
+    described = {name: facts for name, facts in manifest.files.items() if not _is_shard(name)}
+    verify_hashes(checkpoint, described)
+    check_assets(checkpoint / ASSETS)
+    check_megatron(checkpoint, manifest.versions)
+    check_pickles(checkpoint)
+    config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
+    family = family_of(config)
+    source = _Source(checkpoint, manifest, family, family.shape(config))
+    chosen, reason = _choose_dtype(config, dtype, manifest=manifest)
+    with new_folder(output, kind="model", marker="config.json", replace=replace) as folder:
+        _write_weights(source, folder, dtype=chosen)
+        write_card(checkpoint, folder, manifest=manifest, dtype=_NAMES[chosen])
+        if not verified:
+            return f"dtype {reason}"
+        from roll_sft.convert.verify import verify  # slow: paid by whoever asks
+
+        return f"dtype {reason}\n{verify(folder, checkpoint, dtype=chosen)}"
+
+
+def _check_assets(checkpoint: Path, manifest: Manifest) -> None:
+    """Refuse files that would go into the export and that the manifest knows nothing of."""
+    assets = checkpoint / ASSETS
+    if not assets.is_dir():
+        raise CheckpointError(f"{assets}: is missing, and an export begins with it; take another")
+    for name in asset_files(assets):
+        if f"{ASSETS}/{name}" not in manifest.files:
+            raise CheckpointError(
+                f"{assets / name}: is not in the manifest, so it came into the checkpoint later;"
+                " move it away"
+            )
+
+
+def _choose_dtype(
+    config: "PreTrainedConfig", asked: str | None, *, manifest: Manifest
+) -> tuple[torch.dtype, str]:
+    """The dtype to export in, and why."""
+    if asked is not None:
+        return DTYPES[asked], f"{asked}, as asked for"
+    if config.dtype not in _NAMES:
+        return (
+            torch.float32,
+            "fp32, for the source's config.json names none; convert --dtype sets another",
+        )
+    name = _NAMES[config.dtype]
+    is_trained_in_fp32 = manifest.state.dtype == "fp32" or manifest.state.optimizer_step is not None
+    is_rounded = is_trained_in_fp32 and name != "fp32"
+    more = (
+        ", rounded once from the fp32 weights; convert --dtype fp32 keeps these"
+        if is_rounded
+        else ""
+    )
+    return config.dtype, f"{name}, the source model's{more}"
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".distcp")
+
+
+def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write assets and tensors into `folder`, while beside it every file is hashed."""
+    plan = plan_shards(source.family.hf_shapes(source.shape), dtype=dtype)
+    reader = Reader(source.folder, dtype=dtype)
+    shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
+    with verified_beside(source.folder, shards), one_thread():
+        try:
+            write_hf_folder(
+                _hf_tensors(reader, source), plan=plan, assets=source.folder / ASSETS, folder=folder
+            )
+        except NotFiniteError as error:
+            raise _not_finite(source, error) from error
+        reader.check_all_read()
+
+
+def _hf_tensors(reader: Reader, source: _Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every HuggingFace tensor once, in the order of the family's table."""
+    for name, word in source.family.weights(source.shape).items():
+        if word.hf_shapes:  # a tied head owns none: its embedding is exported
+            yield from word.to_hf(reader.read(name)).items()
+
+
+def _not_finite(source: _Source, error: NotFiniteError) -> CheckpointError | DivergedError:
+    step = source.manifest.state.step
+    if step == 0:  # converted, not trained
+        return CheckpointError(
+            f"{source.folder}: {error}, as it was in the model that this checkpoint was converted"
+            " from; take another"
+        )
+    good = _last_finite(source)
+    remedy = (
+        "no earlier checkpoint beside it is finite; train again with a lower train.learning_rate"
+        if good is None
+        else f"the last with finite weights is {good.name}: go back with resume={good} and a lower"
+        " train.learning_rate, or export that one"
+    )
+    return DivergedError(f"{source.folder}: {error}: the run had diverged by step {step}; {remedy}")
+
+
+def _last_finite(source: _Source) -> Path | None:
+    """The newest whole checkpoint before `source` whose weights are all finite."""
+    for folder in reversed(step_folders(source.folder.resolve().parent)):
+        try:
+            if check_complete(folder).state.step >= source.manifest.state.step:
+                continue
+            for name, tensor in _hf_tensors(Reader(folder), source):
+                check_finite(name, tensor)
+        except CheckpointError:
+            continue
+        return folder
+    return None

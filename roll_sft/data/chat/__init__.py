@@ -1,0 +1,1 @@
+"""Conversations to token ids and a mask of what is supervised."""

@@ -1,0 +1,341 @@
+"""Rows -> samples: token ids and the mask of what is learnt, exact or refused.
+
+A conversation is rendered by the chat template and encoded once. What is learnt is found in one of
+two ways, which give the same samples:
+- the quick one: a template that writes from left to right (`data.causal`) and sets control tokens
+  around each answer needs one rendering, and the answers are found in the ids of many rows at once;
+- the proved one, for all else: the turns are found in the text (`data.turns`), and carried over to
+  the tokens by the ids or by character offsets (`data.mask`).
+
+A document is encoded without a template, begins as the tokenizer begins a text, ends with the
+end-of-text token, and is learnt as a whole.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from roll_sft.base.errors import DataError
+from roll_sft.data.chat.encoder import Encoder, EncoderFacts
+from roll_sft.data.chat.mask import Flat, masks_by_ids
+from roll_sft.data.chat.prepared import PlannedText, PreparedTemplate
+from roll_sft.data.chat.render import RESERVED, Renderer
+from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
+from roll_sft.data.chat.templates import fitting_templates, preferred
+from roll_sft.data.chat.turns import Text
+from roll_sft.data.rows.conversation import Conversation, Document, Message
+
+__all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
+
+_log = logging.getLogger(__name__)
+
+# Part of the fingerprint: raise it when the same row gives other ids or another mask.
+_VERSION = 4
+_MOST_PREPARED = 64  # sets of variables; more come from rows that hardly repeat theirs
+_MOST_ADVISED = 200  # rows for which templates are tried; a preview lists half as many
+_PLAIN_ROW = Conversation((Message("user", "q"), Message("assistant", "a")), row=0, line=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """All that decides the samples, as plain values.
+
+    `templates` has the template's text by the name "default", and by "tool_use" the one for rows
+    with tools if the tokenizer has one; `template_names` are all that the tokenizer has.
+    """
+
+    encoder: EncoderFacts
+    templates: Mapping[str, str]
+    template_names: tuple[str, ...]
+    special_tokens: Mapping[str, Any]
+    variables: Mapping[str, Any]
+    train_on: str
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A text on its way to its sample; a document has no template."""
+
+    planned: PlannedText
+    template: PreparedTemplate | None = None
+    result: TokenizedSample | UnusableRow | None = None
+
+
+class ChatTokenizer:
+    """Turns rows into samples with one tokenizer, its chat template and one `train_on`.
+
+    `template` is the template's text (None: the tokenizer has none). `fingerprint` (hexadecimal
+    SHA-256) changes with anything that changes a sample: vocabulary, merges, normalisation, added
+    tokens, templates and their variables, `train_on`, and the rules of these modules. Travels
+    between processes as the text of the tokenizer and the template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        train_on: str = "assistant",
+    ) -> None:
+        """`template` is Jinja text in place of the tokenizer's own, `variables` what it is given.
+
+        `train_on` is as `data.train_on`. Raise `DataError` if `tokenizer` reports no character
+        offsets.
+        """
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise DataError(
+                f"tokenizer {type(tokenizer).__name__}: is not a fast one and reports no character "
+                f"offsets, which the loss mask needs; use a model folder with a tokenizer.json"
+            )
+        own = tokenizer.chat_template or {}
+        named = dict(own) if isinstance(own, dict) else {"default": own}
+        self._set_up(
+            _Recipe(
+                EncoderFacts.of(tokenizer),
+                templates=named if template is None else {"default": template},
+                template_names=tuple(sorted(named)),
+                special_tokens=dict(tokenizer.special_tokens_map),
+                variables=dict(variables or {}),
+                train_on=train_on,
+            )
+        )
+
+    def __getstate__(self) -> _Recipe:
+        return self._recipe
+
+    def __setstate__(self, recipe: _Recipe) -> None:
+        self._set_up(recipe)
+
+    def _set_up(self, recipe: _Recipe) -> None:
+        self._recipe = recipe
+        self._encoder = Encoder(recipe.encoder)
+        self._num_advised = 0
+        self._prepared: dict[tuple[str, str], PreparedTemplate] = {}
+        self.template = recipe.templates.get("default")
+        parts = (
+            _VERSION,
+            recipe.encoder.backend,
+            recipe.templates,
+            recipe.special_tokens,
+            recipe.variables,
+            sorted(recipe.encoder.protected.items()),
+            recipe.encoder.first_ids,
+            recipe.encoder.end_of_text,
+            recipe.train_on,
+        )
+        described = json.dumps(parts, sort_keys=True, default=str)
+        self.fingerprint = hashlib.sha256(described.encode("utf-8")).hexdigest()
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends an answer; None without a template, or if it writes no probe."""
+        if self.template is None:
+            return None
+        return self._prepared_for(_PLAIN_ROW).end_of_turn_id
+
+    def tokenize(self, row: Conversation | Document) -> list[TokenizedSample]:
+        """Return the samples of one row, or raise `UnusableRow`; see `tokenize_many`."""
+        result = self.tokenize_many([row])[0]
+        if isinstance(result, UnusableRow):
+            raise result
+        return result
+
+    def tokenize_many(
+        self, rows: Sequence[Conversation | Document]
+    ) -> list[list[TokenizedSample] | UnusableRow]:
+        """Return for each row its samples, in order, or why it has none (not raised).
+
+        A conversation gives one sample, or one for each learnt turn (see `data.turns`). Encodes all
+        rows together, which uses all cores. Raises `DataError` if the template cannot be used with
+        any conversation: it is missing or broken, or writes no end-of-turn token after an answer.
+        """
+        plans = [self._planned(row) for row in rows]
+        self._sample_by_ids(_select(plans, by_ids=True))
+        for index, plan in enumerate(plans):
+            # An answer whose header is not there as expected: say where it is, or why not.
+            if isinstance(plan, list) and any(
+                each.planned.by_ids and each.result is None for each in plan
+            ):
+                plans[index] = self._planned(rows[index], by_ids=False)
+        self._sample_by_places(_select(plans, by_ids=False))
+        results = [_results(plan) for plan in plans]
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, UnusableRow) and result.is_of_template:
+                result.remedy = partial(self._remedy, row)
+        return results
+
+    def _planned(
+        self, row: Conversation | Document, *, by_ids: bool = True
+    ) -> list[_Plan] | UnusableRow:
+        try:
+            if isinstance(row, Document):
+                return [self._document(row)]
+            _check_turns(row)
+            template = self._prepared_for(row)
+            return [_Plan(planned, template) for planned in template.plan(row, by_ids=by_ids)]
+        except UnusableRow as error:
+            return error
+
+    def _document(self, row: Document) -> _Plan:
+        if self._recipe.encoder.end_of_text is None:
+            raise DataError(
+                "the tokenizer has no eos_token, so a text would have no end; name one in its "
+                "tokenizer_config.json"
+            )
+        encoder, text = self._encoder, Text(row.text, answers=(), calls=())
+        if not encoder.holds_control_text(row.text):
+            return _Plan(PlannedText(text, by_ids=True))
+        sample = self._document_sample(encoder.encode_renamed(row.text).ids)
+        return _Plan(PlannedText(text, by_ids=False), result=sample)
+
+    def _document_sample(self, ids: Iterable[int]) -> TokenizedSample:
+        facts = self._recipe.encoder
+        whole = np.array([*facts.first_ids, *ids, facts.end_of_text], np.int32)
+        label_mask = np.ones(whole.size, np.uint8)
+        label_mask[-1] = 0
+        return TokenizedSample(whole, label_mask)
+
+    def _sample_by_ids(self, plans: Sequence[_Plan]) -> None:
+        # The template writes what begins a text; adding it again would double it.
+        encoded = self._encoder.encode([plan.planned.text.text for plan in plans])
+        chats: dict[PreparedTemplate, list[tuple[_Plan, NDArray[np.int32]]]] = {}
+        for plan, ids in zip(plans, encoded, strict=True):
+            if plan.template is None:
+                plan.result = self._document_sample(ids)
+            else:
+                chats.setdefault(plan.template, []).append((plan, ids))
+        for template, group in chats.items():
+            assert template.anchor is not None, "nothing is planned by ids without an anchor"
+            samples = masks_by_ids(
+                [plan.planned.text for plan, _ in group],
+                Flat.of([ids for _, ids in group]),
+                anchor=template.anchor,
+                learn_all=self._recipe.train_on == "all",
+            )
+            for (plan, _), sample in zip(group, samples, strict=True):
+                plan.result = sample
+
+    def _sample_by_places(self, plans: Sequence[_Plan]) -> None:
+        groups: dict[PreparedTemplate, list[_Plan]] = {}
+        for plan in plans:
+            assert plan.template is not None, "a document has its sample by now"
+            groups.setdefault(plan.template, []).append(plan)
+        for template, group in groups.items():
+            results = template.sample_by_places([plan.planned for plan in group])
+            for plan, result in zip(group, results, strict=True):
+                plan.result = result
+
+    def _prepared_for(self, row: Conversation) -> PreparedTemplate:
+        """The template that transformers takes for `row`, with its variables."""
+        recipe = self._recipe
+        name = "tool_use" if row.tools and "tool_use" in recipe.templates else "default"
+        template = recipe.templates.get(name)
+        if template is None:
+            raise DataError(
+                f"the tokenizer has no default chat template (found: "
+                f"{', '.join(recipe.template_names) or 'none'}); {self._remedy(_PLAIN_ROW)}, or "
+                f"give the tokenizer of an instruction-tuned model with model.tokenizer_path"
+            )
+        own = row.template_kwargs
+        key = (name, json.dumps(own, sort_keys=True) if own else "")
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            _check_variables(own)
+            variables = {**recipe.variables, **own}
+            renderer = Renderer(template, recipe.special_tokens, variables)
+            _warn_of_unread(own, renderer)
+            prepared = PreparedTemplate(renderer, self._encoder, train_on=recipe.train_on)
+            self._prepared[key] = prepared
+        return prepared
+
+    def _remedy(self, row: Conversation | Document) -> str:
+        """Which named templates write `row` with this tokenizer, found by trying them."""
+        self._num_advised += 1
+        if self._num_advised > _MOST_ADVISED:
+            return "use another template (data.chat_template)"
+        working = []
+        for name, other in self._others.items():
+            try:
+                other.tokenize(row)
+            except (UnusableRow, DataError):
+                continue
+            working.append(name)
+        if not working:
+            return "use a Jinja file that writes it (data.chat_template); no named template does"
+        *others, last = preferred(working)
+        names = f"{', '.join(others)} or {last}" if others else last
+        return f"use data.chat_template={names}, or a Jinja file that writes it"
+
+    @cached_property
+    def _others(self) -> dict[str, "ChatTokenizer"]:
+        """By name, what this would be with each named template that fits the tokenizer."""
+        facts, others = self._recipe.encoder, {}
+        fitting = fitting_templates(
+            facts.protected,
+            eos_token=self._recipe.special_tokens.get("eos_token"),
+            begins_with_bos=bool(facts.first_ids),
+        )
+        for name, template in fitting.items():
+            others[name] = ChatTokenizer.__new__(ChatTokenizer)
+            others[name]._set_up(replace(self._recipe, templates={"default": template}))
+        return others
+
+
+def _check_turns(row: Conversation) -> None:
+    if not row.messages:
+        raise UnusableRow("the conversation holds no message; remove the row")
+    if row.messages[0].role == "assistant":
+        raise UnusableRow(
+            "the conversation begins with an assistant message, which answers nothing; "
+            "begin with a user message"
+        )
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    if reserved := sorted(set(variables).intersection(RESERVED)):
+        raise UnusableRow(
+            f"the row's template variables hold '{reserved[0]}', which training itself decides; "
+            f"remove it"
+        )
+
+
+def _warn_of_unread(variables: Mapping[str, Any], renderer: Renderer) -> None:
+    if variables and (unread := sorted(set(variables) - renderer.variables)):
+        _log.warning(
+            "rows set %s for the chat template, which does not read it: it changes nothing",
+            ", ".join(unread),
+        )
+
+
+def _select(plans: Iterable[list[_Plan] | UnusableRow], *, by_ids: bool) -> list[_Plan]:
+    """Return the plans that go one way and have no result yet."""
+    return [
+        each
+        for plan in plans
+        if isinstance(plan, list)
+        for each in plan
+        if each.planned.by_ids == by_ids and each.result is None
+    ]
+
+
+def _results(plans: list[_Plan] | UnusableRow) -> list[TokenizedSample] | UnusableRow:
+    if isinstance(plans, UnusableRow):
+        return plans
+    samples: list[TokenizedSample] = []
+    for plan in plans:
+        if isinstance(plan.result, UnusableRow):
+            return plan.result
+        assert plan.result is not None, "every plan has been sampled"
+        samples.append(plan.result)
+    return samples

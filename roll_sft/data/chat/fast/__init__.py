@@ -1,0 +1,1 @@
+"""What only makes rendering and encoding quicker."""

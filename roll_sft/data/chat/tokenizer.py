@@ -1,0 +1,75 @@
+"""A folder -> its tokenizer, whatever lies there: one that fits the model, or one line why not."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from roll_sft.base.errors import ConfigError, first_line
+from roll_sft.base.text import shown
+
+_KEY = "model.tokenizer_path"
+_REMEDY = "give a folder with tokenizer.json and tokenizer_config.json"
+
+
+class NoTokenizerError(ConfigError):
+    """The folder is there and holds no tokenizer."""
+
+
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool, embedding_size: int
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the folder `path`, for a model of `embedding_size` token ids.
+
+    Raises `ConfigError` if there is none, if its files are damaged, or if one of its ids has no row
+    in the embedding.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(f"{_KEY}: {shown(path)} is not a folder; give one, or a hub id")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        tokenizer("a", add_special_tokens=True)  # some bad values are met by the first text
+        largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+    # Of files with other values than a tokenizer has, transformers raises whatever comes first.
+    except Exception as error:
+        reason = _damage(Path(path)) or f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"{_KEY}: transformers cannot load a tokenizer from {shown(path)} ({reason}); {_REMEDY}"
+        ) from error
+    # Without the files, transformers makes one that knows a special token or two and no text.
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise NoTokenizerError(f"{_KEY}: {shown(path)} holds no tokenizer; {_REMEDY}")
+    # The largest id and not their number: a vocabulary may have gaps.
+    if largest[1] >= embedding_size:
+        raise ConfigError(
+            f"{_KEY}: the tokenizer gives {shown(largest[0])} the id {largest[1]}, and the model's"
+            f" embedding has {embedding_size} rows, from 0; use the model's own tokenizer or resize"
+            " the model"
+        )
+    _check_template(tokenizer.chat_template, path=path)
+    return tokenizer
+
+
+def _damage(folder: Path) -> str | None:
+    """Which file of a tokenizer is no JSON object, if one is not."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():  # a pipe would be waited for
+            continue
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{name}: {first_line(error)}"
+        if not isinstance(content, dict):
+            return f"{name} holds {shown(content)}, not a JSON object"
+    return None
+
+
+def _check_template(template: object, *, path: str) -> None:
+    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"{_KEY}: the chat_template of {shown(path)} is {shown(template)}, not a text or named"
+            " texts; mend its tokenizer_config.json"
+        )

@@ -1,0 +1,288 @@
+"""A conversation -> texts, and where in them the learnt turns begin and end, proved.
+
+A turn begins where the rendering of what comes before it, with the generation prompt, ends; it ends
+where the rendering up to it ends. Both must be beginnings of the whole text. A template that
+rewrites earlier turns once the conversation goes on (reasoning is dropped from history) breaks
+this: such a conversation becomes one text for each learnt turn, the conversation up to that turn,
+in which that turn alone is learnt. That is what a model is asked at inference, and each turn is
+still learnt once.
+
+What is promised, or the row is refused with a reason: every message is in the text, with its
+reasoning, tools and tool calls, and the header of a learnt turn is what the generation prompt says.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from roll_sft.base.errors import DataError
+from roll_sft.data.chat.encoder import unmarked
+from roll_sft.data.chat.render import Renderer, Rendering, Span, Turns
+from roll_sft.data.chat.sample import UnusableRow, quoted
+from roll_sft.data.rows.conversation import Conversation, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The characters `start:end` of the text that assistant message `message` adds to its header.
+
+    `spans` are those of them to be learnt, with the end-of-turn token in any case. `is_blank`: the
+    message says nothing but spaces.
+    """
+
+    start: int
+    end: int
+    message: int
+    spans: tuple[Span, ...]
+    is_blank: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One sample to be: a text and what is to be found in it.
+
+    `answers` has for each of its assistant messages whether it is singled out: to be learnt, or
+    with `train_on=all` to be left out. `calls` has whether it is a tool call. `turns` has the
+    places of those singled out, None if they were not looked for.
+    """
+
+    text: str
+    answers: tuple[bool, ...]
+    calls: tuple[bool, ...]
+    turns: tuple[Turn, ...] | None = None
+
+
+class _RewrittenError(Exception):
+    """The text does not begin with the rendering of fewer messages."""
+
+
+class TurnFinder:
+    """Finds the turns of conversations with one template. `train_on` is as in the configuration."""
+
+    def __init__(self, renderer: Renderer, *, train_on: str) -> None:
+        self._renderer = renderer
+        self._train_on = train_on
+        self._has_prompt = False
+
+    def singled_out(self, messages: Sequence[Message]) -> list[int]:
+        """Return the assistant messages to be learnt, or with `train_on=all` to be left out."""
+        if self._train_on == "all":
+            return [i for i, m in enumerate(messages) if m.role == "assistant" and not m.train]
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        if self._train_on == "last_assistant":
+            answers = answers[-1:]
+        return [i for i in answers if messages[i].train]
+
+    def whole(self, row: Conversation, text: str) -> Text:
+        """Return `text` as the one sample of `row`, without the places of its turns."""
+        return _text(text, row.messages, self.singled_out(row.messages))
+
+    def find(self, row: Conversation) -> list[Text]:
+        """Return the texts of `row` with the places of their turns, or raise `UnusableRow`.
+
+        Raises `DataError` if the template cannot be used with any conversation.
+        """
+        renderer, messages = self._renderer, row.messages
+        renderer.check_expressible(row)
+        turns, wanted = renderer.turns(messages), self.singled_out(messages)
+        last = len(messages) - 1
+        if messages[last].role == "assistant" and (self._train_on == "all" or last in wanted):
+            turns[last] = renderer.answer(messages[last])
+        rendering = renderer.render(turns, tools=row.tools, add_generation_prompt=False)
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                _check_present(message, index=index, text=rendering.text)
+            elif self._train_on == "all":
+                _check_answer(message, index=index, text=rendering.text)
+            elif index not in wanted:
+                _check_context(message, index=index, text=rendering.text)
+        _check_tools(row.tools, text=rendering.text)
+        # An earlier answer stands here as history, not in the form in which it would be asked for.
+        if self._train_on != "all" and any(
+            renderer.answer(messages[index]) != turns[index] for index in wanted
+        ):
+            return [self._up_to(row, turns, index) for index in wanted]
+        try:
+            places = [self._place(row, turns, rendering, index) for index in wanted]
+            return [_text(rendering.text, messages, wanted, places)]
+        except _RewrittenError as error:
+            if self._train_on == "all":
+                raise UnusableRow(str(error), is_of_template=True) from error
+            return [self._up_to(row, turns, index) for index in wanted]
+
+    def _up_to(self, row: Conversation, turns: Turns, index: int) -> Text:
+        """Return the conversation up to message `index`, which alone is learnt."""
+        messages = row.messages[: index + 1]
+        turns = [*turns[:index], self._renderer.answer(messages[index])]
+        rendering = self._renderer.render(turns, tools=row.tools, add_generation_prompt=False)
+        try:
+            place = self._place(row, turns, rendering, index)
+        except _RewrittenError as error:
+            reason = self._closed_to(messages[index], index=index) or str(error)
+            raise UnusableRow(reason, is_of_template=True) from error
+        return _text(rendering.text, messages, [index], [place])
+
+    def _closed_to(self, message: Message, *, index: int) -> str | None:
+        """Why no form of an answer goes on from the generation prompt, if it is its think block."""
+        lead = self._renderer.think.lead
+        if not lead:
+            return None
+        is_reasoned = bool(message.reasoning) or "</think>" in message.content
+        what = "with" if is_reasoned else "without"
+        return (
+            f"the generation prompt of the chat template ends in {lead!r}, and the template does "
+            f"not write message {index}, an answer {what} reasoning, as going on from there"
+        )
+
+    def _place(self, row: Conversation, turns: Turns, whole: Rendering, index: int) -> Turn:
+        renderer, text = self._renderer, whole.text
+        render = renderer.render
+        before = render(turns[:index], tools=row.tools, add_generation_prompt=True).text
+        upto = text
+        if index < len(turns) - 1:
+            upto = render(turns[: index + 1], tools=row.tools, add_generation_prompt=False).text
+        for beginning in (before, upto):
+            if not text.startswith(beginning):
+                raise _RewrittenError(_rewritten(text, beginning=beginning, index=index))
+        message = row.messages[index]
+        start, end = len(before), len(upto)
+        written = text[start:end]
+        tail = renderer.think.prompt_tail
+        _check_answer(
+            message, index=index, text=written, before=tail if before.endswith(tail) else ""
+        )
+        spans = _learnt(start, end, marks=whole.marks)
+        # Some templates (a think block) write more before the answer, after the generation prompt.
+        # Without such a prompt it is the header they write there, unless a mark says otherwise.
+        if not self._has_prompt and not written.lstrip().startswith(_first_words(message)):
+            plain = render(turns[:index], tools=row.tools, add_generation_prompt=False).text
+            self._has_prompt = before != plain
+            if not self._has_prompt and spans == ((start, end),):
+                raise DataError(
+                    f"the chat template ignores add_generation_prompt and writes {quoted(written)} "
+                    f"before an answer, so the header cannot be told from the answer; add "
+                    f"{{% if add_generation_prompt %}} with the header to the tokenizer's template"
+                )
+        is_blank = not (message.content.strip() or message.reasoning or message.tool_calls)
+        return Turn(start, end, index, spans, is_blank=is_blank)
+
+
+def _text(
+    text: str,
+    messages: Sequence[Message],
+    wanted: Sequence[int],
+    turns: Sequence[Turn] | None = None,
+) -> Text:
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    return Text(
+        text,
+        answers=tuple(index in wanted for index in answers),
+        calls=tuple(bool(messages[index].tool_calls) for index in answers),
+        turns=None if turns is None else tuple(turns),
+    )
+
+
+def _learnt(start: int, end: int, *, marks: Iterable[Span]) -> tuple[Span, ...]:
+    """Return what is learnt of a turn: what the template marks of it, all of it without a mark."""
+    inside = [(max(start, left), min(end, right)) for left, right in marks]
+    inside = [span for span in inside if span[0] < span[1]]
+    return tuple(inside) or ((start, end),)
+
+
+def _first_words(message: Message) -> str:
+    return message.content.strip() or unmarked(message.reasoning).strip()
+
+
+def _check_present(message: Message, *, index: int, text: str, before: str = "") -> None:
+    """Raise `UnusableRow` if the template left out or changed what the message says.
+
+    Spaces may differ, and it may be written as JSON. `before` is what the generation prompt wrote
+    of an answer before `text`: the message may begin there, but not end there.
+    """
+    content = message.content
+    if _holds(text, content):
+        return
+    if before and not _holds(before, content) and _holds(before + text, content):
+        return
+    raise UnusableRow(
+        f"the chat template drops or rewrites the text of message {index} ({message.role})",
+        is_of_template=True,
+    )
+
+
+def _check_context(message: Message, *, index: int, text: str) -> None:
+    """As `_check_present`, for an answer that is not learnt: earlier reasoning may be dropped."""
+    answer = message.content.rpartition("</think>")[2]
+    if not _holds(text, answer):
+        _check_present(message, index=index, text=text)
+    _check_calls(message, index=index, text=text)
+
+
+def _check_answer(message: Message, *, index: int, text: str, before: str = "") -> None:
+    _check_present(message, index=index, text=text, before=before)
+    if not _holds(text, message.reasoning):
+        raise UnusableRow(
+            f"the chat template drops or rewrites the reasoning of message {index}",
+            is_of_template=True,
+        )
+    _check_calls(message, index=index, text=text)
+
+
+def _check_calls(message: Message, *, index: int, text: str) -> None:
+    for call in message.tool_calls:
+        for part in (call.name, *_texts(call.arguments)):
+            if not any(form in text for form in _forms(part)):
+                raise UnusableRow(
+                    f"the chat template drops {quoted(part)} of the tool call {call.name!r} in "
+                    f"message {index}",
+                    is_of_template=True,
+                )
+
+
+def _check_tools(tools: Sequence[Mapping[str, Any]], *, text: str) -> None:
+    for tool in tools:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and not any(form in text for form in _forms(name)):
+            raise UnusableRow(
+                f"the row offers the tool {name!r}, and the chat template does not write it",
+                is_of_template=True,
+            )
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (str(key) for key in value)
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `part` stands in `text`, but for spaces, as it is or as a JSON string."""
+    if part in text:
+        return True
+    closed = "".join(text.split())
+    return any("".join(form.split()) in closed for form in _forms(part))
+
+
+def _forms(part: str) -> Iterator[str]:
+    """The ways in which templates write a text: as it is, or with `tojson`, in ASCII or not."""
+    yield part
+    for ensure_ascii in (False, True):
+        yield json.dumps(part, ensure_ascii=ensure_ascii)[1:-1]
+
+
+def _rewritten(text: str, *, beginning: str, index: int) -> str:
+    shorter = min(len(text), len(beginning))
+    place = next((at for at in range(shorter) if text[at] != beginning[at]), shorter)
+    return (
+        f"the chat template rewrites earlier turns, so the answer in message {index} has no fixed "
+        f"place: it writes {quoted(beginning[place:])} up to that turn and "
+        f"{quoted(text[place:])} once the conversation goes on"
+    )

@@ -1,0 +1,211 @@
+"""Lists of messages, as data sets spell them -> `Message`.
+
+Two spellings are read, told from each entry: {role, content} of OpenAI's and transformers' chats,
+and {from, value} of ShareGPT's. Text is passed on as it stands. What an entry holds that would
+change what is trained, and that a `Message` cannot say, is refused by name; what only describes
+the entry (an id, a time) is left aside, and its name is noted.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from roll_sft.data.rows.content_parts import Content, read_content
+from roll_sft.data.rows.conversation import ROLES, Message
+from roll_sft.data.rows.tool_calls import calls_in_text, read_calls
+from roll_sft.data.rows.values import (
+    BadRowError,
+    NoAnswerError,
+    is_empty,
+    kind_of,
+    listed,
+    shown,
+    text_of,
+)
+
+# What a speaker is called -> role. `function_call` is an assistant whose text is calls as JSON.
+_ROLES_OF_ROLE: Mapping[str, str] = {**{role: role for role in ROLES}, "function": "tool"}
+_ROLES_OF_FROM: Mapping[str, str] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# Each says whether a message is trained on, in some data format; `masked` says the opposite.
+_BOOLEANS = ("train", "training", "loss", "masked")
+_NUMBERS = ("weight", "loss_weight", "loss_scale", "loss_mask")
+_MEDIA = "only text can be trained on"
+_THOUGHT = "write it as reasoning_content"
+_CALLS = "write calls as tool_calls, and each answer as a message of role tool"
+_TOOLS = "write the tools as a column of the row"
+_HARMONY = "write thoughts as reasoning_content, and calls as tool_calls"
+_ONE_ANSWER = "one answer is trained on: write it as content"
+# Would change what is trained -> what to write instead.
+_REFUSED = {
+    "mask": "data formats read it in opposite ways: write train, true or false",
+    "train_detail": "write whole messages, with train true or false",
+    "refusal": "write it as content",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("files", "attachments"), _MEDIA),
+    **dict.fromkeys(("thought", "thoughts", "think"), _THOUGHT),
+    **dict.fromkeys(("function_calls", "tool_call"), _CALLS),
+    **dict.fromkeys(("tool_responses", "tool_results", "tool_outputs"), _CALLS),
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    **dict.fromkeys(("channel", "recipient"), _HARMONY),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response"), _ONE_ANSWER),
+}
+# By the key that holds what is said.
+_SPELLINGS = {"content": {"role", "content"}, "value": {"from", "value"}}
+_READ = frozenset(
+    {"name", "tool_call_id", "tool_calls", "function_call", *_REASONING, *_BOOLEANS, *_NUMBERS}
+)
+
+
+def read_messages(entries: object, *, column: str, left_aside: set[str]) -> tuple[Message, ...]:
+    """Return the messages that `column` lists; raise `BadRowError` for what cannot be used.
+
+    The names of keys that are left aside go into `left_aside`, as `messages[].id`.
+    """
+    if not isinstance(entries, list):
+        raise BadRowError(
+            f"column '{column}' is {kind_of(entries)}; it must be a list of {{role, content}}"
+        )
+    keys: set[str] = set()
+    messages = tuple(
+        _message(entry, where=f"{column}[{index}]", left_aside=keys)
+        for index, entry in enumerate(entries)
+    )
+    if keys:
+        left_aside.update(f"{column}[].{key}" for key in keys)
+    return messages
+
+
+def check_answer(messages: Sequence[Message], *, where: str) -> None:
+    """Raise `NoAnswerError` unless an assistant says or calls something."""
+    for message in messages:
+        if message.role == "assistant" and (message.content.strip() or message.tool_calls):
+            return
+    raise NoAnswerError(
+        f"{where} has no assistant message with text among its {len(messages)}; "
+        f"a row needs one to train on"
+    )
+
+
+def with_system(messages: tuple[Message, ...], system: str, *, where: str) -> tuple[Message, ...]:
+    """Put the text of a column before `messages`, unless they begin with the same."""
+    if not system:
+        return messages
+    first = next((message for message in messages if message.role == "system"), None)
+    if first is None:
+        return (Message("system", system), *messages)
+    if first.content != system:
+        raise BadRowError(
+            f"{where} and a system message of the row hold different texts; keep one of them"
+        )
+    return messages
+
+
+def _message(entry: object, *, where: str, left_aside: set[str]) -> Message:
+    if not isinstance(entry, dict):
+        raise BadRowError(f"{where} is {kind_of(entry)}; it must be an object {{role, content}}")
+    fields = {name: value for name, value in entry.items() if value is not None}
+    said, role, text_field = _speaker(fields, where=where)
+    if len(fields) == 2 and said != "function_call" and isinstance(fields.get(text_field), str):
+        return Message(role, text_of(fields[text_field], where=f"{where}.{text_field}"))
+    others = fields.keys() - _READ - _SPELLINGS[text_field]
+    if others:
+        left_aside |= _describing(others, fields, where=where)
+    calls = read_calls(fields, where=where, left_aside=left_aside)
+    content = Content()
+    if said == "function_call":
+        at = f"{where}.{text_field}"
+        calls += calls_in_text(fields.get(text_field), where=at, left_aside=left_aside)
+    elif text_field in fields:
+        at = f"{where}.{text_field}"
+        content = read_content(fields[text_field], where=at, left_aside=left_aside)
+    elif not calls:
+        given = f"null {text_field}" if text_field in entry else f"no {text_field}"
+        raise BadRowError(f"{where} has {given} (fields found: {listed(entry)})")
+    if calls and content.calls:
+        raise BadRowError(f"{where} has calls among its parts and beside them; keep one of them")
+    calls += content.calls
+    reasoning = _reasoning(fields, content.reasoning, where=where)
+    if role != "assistant" and (calls or reasoning):
+        what = "calls tools" if calls else "has reasoning"
+        raise BadRowError(f"{where} ({role}) {what}; only an assistant message can; correct it")
+    return Message(
+        role,
+        content.text,
+        reasoning=reasoning,
+        tool_calls=calls,
+        name=_optional_text(fields, "name", where=where),
+        tool_call_id=_optional_text(fields, "tool_call_id", where=where),
+        train=_is_trained(fields, role=role, where=where),
+    )
+
+
+def _speaker(fields: Mapping[str, object], *, where: str) -> tuple[str, str, str]:
+    """What the speaker is called, the role that it is, and the key that holds what is said."""
+    speaker, text_field, roles = "role", "content", _ROLES_OF_ROLE
+    if "from" in fields and "role" not in fields:
+        speaker, text_field, roles = "from", "value", _ROLES_OF_FROM
+    said = fields.get(speaker)
+    if not isinstance(said, str) or said not in roles:
+        given = f"{speaker} '{shown(said)}'" if isinstance(said, str) else f"no {speaker} as text"
+        raise BadRowError(f"{where} has {given}; accepted are {', '.join(roles)}")
+    return said, roles[said], text_field
+
+
+def _describing(others: set[str], fields: Mapping[str, object], *, where: str) -> set[str]:
+    """Those of `others` that only describe the message; raise `BadRowError` for the rest."""
+    filled = {name for name in others if not is_empty(fields[name])}
+    for name in sorted(_REFUSED.keys() & filled):
+        raise BadRowError(
+            f"{where} has '{name}', which would be lost; {_REFUSED[name]}, or remove it"
+        )
+    return filled
+
+
+def _optional_text(fields: Mapping[str, object], name: str, *, where: str) -> str:
+    return text_of(fields.get(name, ""), where=f"{where}.{name}")
+
+
+def _reasoning(fields: Mapping[str, object], of_parts: str, *, where: str) -> str:
+    found = {name: _optional_text(fields, name, where=where) for name in _REASONING}
+    found["content"] = of_parts
+    texts = {text: name for name, text in found.items() if text}
+    if len(texts) > 1:
+        names = " and ".join(f"'{name}'" for name in texts.values())
+        raise BadRowError(f"{where} has {names} with different texts; keep one of them")
+    return next(iter(texts), "")
+
+
+def _is_trained(fields: Mapping[str, object], *, role: str, where: str) -> bool:
+    asked: dict[str, bool] = {}
+    for name in _BOOLEANS:
+        if (flag := fields.get(name)) is not None:
+            if not isinstance(flag, bool):
+                raise BadRowError(f"{where}.{name} is {kind_of(flag)}; it must be true or false")
+            asked[name] = flag != (name == "masked")
+    for name in _NUMBERS:
+        if (number := fields.get(name)) is not None:
+            if isinstance(number, bool) or number not in (0, 1):
+                raise BadRowError(
+                    f"{where} has {name} {number!r}; a message is trained on or not: 1 or 0 are"
+                    " accepted"
+                )
+            asked[name] = bool(number)
+    if len(set(asked.values())) > 1:
+        told = " and ".join(f"{name} {fields[name]}" for name in asked)
+        raise BadRowError(f"{where} has {told}; keep one of them")
+    if role != "assistant" and any(asked.values()):
+        raise BadRowError(
+            f"{where} ({role}) asks to be trained on with '{next(iter(asked))}'; only assistant "
+            f"messages are, or every token with data.train_on=all; remove it"
+        )
+    return all(asked.values())

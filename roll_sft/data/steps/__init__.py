@@ -1,0 +1,1 @@
+"""Samples to steps: epochs, packing, plans, batches, learning rate."""

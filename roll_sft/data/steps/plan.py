@@ -1,0 +1,234 @@
+"""Which samples make up optimizer step k, and which rank runs which of them in which micro-batch.
+
+The samples of step k are chosen first (`data.epochs`), from the seed, the mixture, the batch and k
+alone; only then are they dealt to data-parallel ranks and packed. So a layout, packing or a token
+cap changes where a sample runs, never which step it is in, and to resume is to ask for the next
+step: there is no iterator to restore.
+
+Invariants: every draw of an epoch is in exactly one of its steps; a batch never crosses epochs and
+the last, short one is kept; every rank has at least one micro-batch, and a multiple of the layout's
+`micro_batch_multiple`, empty ones filling up; no micro-batch exceeds the cap;
+asking for a step twice gives equal plans, whatever was asked in between.
+
+Assumes the set is not empty, `supervised` counts the labels each sample contributes, and no
+sample is longer than the cap (the configuration guarantees it; it is asserted here).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roll_sft.base.layout import ParallelLayout, round_up
+from roll_sft.data.steps import packing
+from roll_sft.data.steps.epochs import BatchSize, Epochs, Share
+from roll_sft.data.steps.packing import Bin, CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What a plan depends on besides the samples.
+
+    `micro_batch_tokens` caps the padded tokens of one micro-batch before the context-parallel
+    split. `global_batch_tokens` wins over `global_batch_size`; of these options only they, `seed`
+    and `shuffle` decide which samples a step holds.
+    """
+
+    seed: int
+    global_batch_size: int
+    shuffle: bool
+    packing: bool
+    micro_batch_tokens: int
+    layout: ParallelLayout
+    cost: CostModel
+    global_batch_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankWork:
+    """What one worker needs to run one step: a few KB of indices, never tokens.
+
+    All ranks of one model replica get equal work. `supervised_tokens` counts the whole global
+    batch: it is the denominator of the loss. An empty micro-batch stands for a pack of weight 0.
+    `next_micro_batches` may be built while this step runs.
+    """
+
+    step: int
+    micro_batches: tuple[tuple[int, ...], ...]
+    supervised_tokens: int
+    learning_rate: float
+    next_micro_batches: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One optimizer step, or one chunk of a validation pass.
+
+    `ranks[data_rank][micro_batch]` are sample ids; `sample_ids` are the same ids in the order of
+    the shuffle. Token counts are of the whole global batch, each token once: `total_tokens`
+    without padding, `total_tokens_including_padding` with that of every pack, the packs of ranks
+    without samples included. `fill` is `total_tokens` over what all packs could hold.
+    `dp_imbalance` is max over mean of the data ranks' modelled cost. `epoch` counts from 0 and
+    `samples_seen_in_epoch` is as of the end of this step.
+    """
+
+    step: int
+    epoch: int
+    samples_seen_in_epoch: int
+    sample_ids: tuple[int, ...]
+    ranks: tuple[tuple[tuple[int, ...], ...], ...]
+    supervised_tokens: int
+    total_tokens: int
+    total_tokens_including_padding: int
+    fill: float
+    dp_imbalance: float
+
+    def work_for(
+        self, data_rank: int, *, learning_rate: float, following: "StepPlan | None" = None
+    ) -> RankWork:
+        """The share of one data-parallel rank, and its share of the step that comes after."""
+        return RankWork(
+            self.step,
+            self.ranks[data_rank],
+            self.supervised_tokens,
+            learning_rate,
+            None if following is None else following.ranks[data_rank],
+        )
+
+
+class Planner:
+    """Plans any step of training over one set of samples.
+
+    `lengths` and `supervised` are integer arrays [n]: tokens of each sample and how many of them
+    are supervised. They are kept, not copied. `shares` say how many samples of which part an epoch
+    draws, by default each once.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        supervised: NDArray[np.integer],
+        *,
+        options: PlanOptions,
+        shares: Sequence[Share] = (),
+    ) -> None:
+        assert lengths.shape == supervised.shape == (lengths.size,), (
+            f"shapes {lengths.shape} and {supervised.shape} must be one and the same [n]"
+        )
+        assert lengths.size > 0, "a plan needs at least one sample"
+        # Rounded down, so that a pack still fits the cap after it is padded to the pack alignment.
+        layout, alignment = options.layout, options.layout.pack_alignment
+        self._capacity = options.micro_batch_tokens // alignment * alignment
+        longest = int(lengths.max())
+        assert round_up(longest, layout.sample_alignment) <= self._capacity, (
+            f"a sample of {longest} tokens does not fit micro_batch_tokens "
+            f"{options.micro_batch_tokens}, {self._capacity} when aligned"
+        )
+        self._lengths = lengths
+        self._supervised = supervised
+        self._options = options
+        self._epochs = Epochs(
+            lengths,
+            shares=shares or [Share(0, lengths.size, per_epoch=lengths.size)],
+            batch=BatchSize(options.global_batch_size, options.global_batch_tokens),
+            seed=options.seed,
+            shuffle=options.shuffle,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of the first epoch, the short last one included."""
+        return self.steps_in(1)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch draws, repetitions counted."""
+        return self._epochs.samples_per_epoch
+
+    def steps_in(self, num_epochs: int) -> int:
+        """Optimizer steps of the first `num_epochs`, the short last one of each included."""
+        return self._epochs.steps_before(num_epochs)
+
+    def step(self, step: int) -> StepPlan:
+        """Plan of optimizer step `step`, from 1; there is no last one, epochs follow each other."""
+        assert step >= 1, f"step {step}: steps count from 1"
+        epoch, first, chosen = self._epochs.step(step)
+        return self._plan(step, chosen, epoch=epoch, first=first)
+
+    def evaluation(self) -> tuple[StepPlan, ...]:
+        """One pass over all samples in stored order, at most a global batch in a chunk."""
+        plans, first = [], 0
+        for index, chosen in enumerate(self._epochs.stored()):
+            plans.append(self._plan(index + 1, chosen, epoch=0, first=first))
+            first += chosen.size
+        return tuple(plans)
+
+    def _plan(self, step: int, chosen: NDArray[np.int32], *, epoch: int, first: int) -> StepPlan:
+        # In order of id, so that ties below fall the same way whatever the shuffle was.
+        by_id = np.sort(chosen)
+        lengths = self._lengths[by_id].astype(np.int64)
+        layout, ids = self._options.layout, by_id.tolist()
+        alignment = layout.sample_alignment
+        aligned = (-(-lengths // alignment) * alignment).tolist()
+        shares, imbalance = self._deal(aligned)
+        packs = [[sum(aligned[i] for i in members) for members in share] for share in shares]
+        padded = sum(_tokens_as_run(rank, layout) for rank in packs)
+        num_packs, total = sum(map(len, packs)), int(lengths.sum())
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            samples_seen_in_epoch=first + chosen.size,
+            sample_ids=tuple(chosen.tolist()),
+            ranks=tuple(
+                tuple(tuple(ids[i] for i in members) for members in share) for share in shares
+            ),
+            supervised_tokens=int(self._supervised[by_id].sum(dtype=np.int64)),
+            total_tokens=total,
+            total_tokens_including_padding=padded,
+            fill=total / (num_packs * self._capacity),
+            dp_imbalance=imbalance,
+        )
+
+    def _deal(self, aligned: Sequence[int]) -> tuple[list[list[Bin]], float]:
+        """Micro-batches of each rank as indices into `aligned`, and max over mean of rank costs."""
+        layout, cost = self._options.layout, self._options.cost
+        ranks = packing.assign_to_ranks(
+            aligned,
+            num_ranks=layout.data_size,
+            cost=cost,
+            token_ceiling=self._token_ceiling(sum(aligned)),
+        )
+        all_costs = cost.of_all(aligned)
+        costs = [sum(all_costs[i] for i in rank) for rank in ranks]
+        imbalance = max(1.0, max(costs) * len(costs) / sum(costs))  # the mean rounds
+        return [self._micro_batches(rank, aligned) for rank in ranks], imbalance
+
+    def _micro_batches(self, rank: Bin, aligned: Sequence[int]) -> list[Bin]:
+        own, cost = [aligned[i] for i in rank], self._options.cost
+        multiple = self._options.layout.micro_batch_multiple
+        if self._options.packing:
+            bins = packing.pack_evenly(own, capacity=self._capacity, multiple=multiple, cost=cost)
+        else:
+            bins = [(position,) for position in range(len(own))]
+        ordered = packing.order_for_pipeline(bins, own, cost=cost)
+        batches = [tuple(rank[position] for position in members) for members in ordered]
+        return batches + [()] * (round_up(max(1, len(batches)), multiple) - len(batches))
+
+    def _token_ceiling(self, tokens: int) -> int:
+        """Tokens a rank may hold: the fewest micro-batches that can run `tokens`, and one more.
+
+        Balance in cost comes first, and ranks of many short samples then hold more tokens than
+        others. Without the spare micro-batch a step that fills its micro-batches would have to be
+        dealt by tokens; without any ceiling those ranks would run many more micro-batches than
+        the rest.
+        """
+        tokens_per_round = self._options.layout.data_size * self._capacity
+        return round_up(tokens, tokens_per_round) // self._options.layout.data_size + self._capacity
+
+
+def _tokens_as_run(packs: Sequence[int], layout: ParallelLayout) -> int:
+    """Tokens of a rank's `packs`, aligned samples summed, with all padding that they run with."""
+    lengths = [round_up(tokens or 2, layout.pack_alignment) for tokens in packs]
+    length = packing.common_length(lengths, layout=layout)
+    return sum(lengths) if length is None else length * len(lengths)

@@ -1,0 +1,1 @@
+"""The token cache: built once, mapped by every rank."""

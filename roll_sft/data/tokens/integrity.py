@@ -1,0 +1,47 @@
+"""The tokens of a run against their checksums, beside what else a start does.
+
+The arrays that have an entry for each sample are compared where a folder is opened (`fill.ready`).
+Those that have one for each token are most of a cache: threads read them while Ray and the workers
+start. Promise: a folder that is found damaged is prepared again by the next start.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from roll_sft.base.errors import DataError
+from roll_sft.data.tokens.cache import PER_TOKEN, REPORT_FILE, check_arrays, read_facts
+
+NUM_THREADS = 4  # the checksum leaves the interpreter's lock alone; more would only wait for a disk
+
+
+@contextlib.contextmanager
+def verifying(folders: Iterable[Path]) -> Iterator[Callable[[], None]]:
+    """Read the tokens of `folders` while the block runs.
+
+    The block is given a function that waits for the end, and raises `DataError` for a folder that
+    is damaged. What has not been read when the block ends is left.
+    """
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="token-verifier") as pool:
+        checks = [pool.submit(_check, folder) for folder in folders]
+
+        def finish() -> None:
+            for check in checks:
+                check.result()
+
+        try:
+            yield finish
+        finally:
+            for check in checks:
+                check.cancel()
+
+
+def _check(folder: Path) -> None:
+    facts = read_facts(folder)
+    try:
+        check_arrays(folder, facts, PER_TOKEN)
+    except DataError as damage:
+        with contextlib.suppress(OSError):  # a cache that may only be read: whoever may must do it
+            (folder / REPORT_FILE).unlink()
+        raise DataError(f"{damage}; run the same command again, which prepares it anew") from damage

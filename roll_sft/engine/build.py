@@ -1,0 +1,267 @@
+"""Shape and configuration -> GPTModel, weights, gradient buffers, optimizer; each built once.
+
+Assumes process groups (`engine/process_groups.py`). Weights are loaded before the optimizer is
+built, because the distributed optimizer copies them into its own fp32 shards.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.config.schema import RunConfig
+from roll_sft.engine import grad_norm, rotary, swiglu
+from roll_sft.engine.attention import packed_attention
+from roll_sft.engine.attention_kernels import Kernel
+from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
+from roll_sft.engine.norms import RMSNorm, layer_spec
+from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.safetensors_in import TensorSource
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(
+    shape: ModelShape, layout: ParallelLayout, *, config: RunConfig
+) -> TransformerConfig:
+    """Megatron's configuration of `shape` on `layout`; what a flag costs is said beside it."""
+    dtype, recompute = DTYPES[config.model.dtype], config.train.recompute
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        layernorm_epsilon=shape.rms_norm_eps,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm != "none",  # see build_model
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_size if layout.virtual_size > 1 else None
+        ),
+        pipeline_model_parallel_layout=uneven_stages(
+            shape.num_layers, layout.pipeline_size * layout.virtual_size
+        ),
+        # With two stages the next and the previous rank are one peer, and batched sends then cross
+        # activations with gradients under interleaving: a wrong loss, without an error.
+        overlap_p2p_comm=layout.virtual_size > 1,
+        batch_p2p_comm=layout.virtual_size == 1,
+        # True waits for the device after every exchange, against a race in torch before 1.10.
+        batch_p2p_sync=False,
+        context_parallel_size=layout.context_size,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Selective recomputes attention's core, full every layer from its input.
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        deterministic_mode=config.deterministic,
+        # Every parameter is loaded, so drawing random ones first would be lost time. Not
+        # perform_initialization=False: it also skips the marks by which the gradient norm knows a
+        # tensor-parallel parameter from a replicated one (a third of the norm lost at TP 2).
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        # Where packs differ in length, see Engine; the default token dispatcher refuses that even
+        # without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # One definition of the loss: sum over supervised tokens / their number in the global batch.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # The fused cross-entropy returns a bf16 gradient (4e-4 on the norm); the others need CUDA,
+        # or Transformer Engine. What is fused without them: `compiling`.
+        cross_entropy_loss_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
+    """Stage contents where `num_stages` does not divide `num_layers`; None where it does.
+
+    Surplus layers go to the middle stages first, then to the first: the ends hold the embedding and
+    the head, and the head is the heavier.
+    """
+    base, surplus = divmod(num_layers, num_stages)
+    if surplus == 0:
+        return None
+    last = num_stages - 1
+    order = [*range(1, last), 0, last]
+    counts = [base] * num_stages
+    for stage in order[:surplus]:
+        counts[stage] += 1
+    stages = [["decoder"] * count for count in counts]
+    stages[0].insert(0, "embedding")
+    stages[last].append("loss")
+    return stages
+
+
+def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel) -> list[GPTModel]:
+    """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
+    rotary.install()
+    swiglu.install()
+    layer = layer_spec(shape, core_attention=packed_attention(kernel))
+    virtual_size = config.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual_size is None else range(virtual_size)
+    chunks = [_build_chunk(shape, config, layer, stage) for stage in stages]
+    # From here on the flag makes finalize_model_grads sum these norms over the tensor group, by
+    # their names. A norm over the whole projection is cut over that group and must not be summed.
+    config.qk_layernorm = shape.qk_norm == "head"
+    return chunks
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, layer: ModuleSpec, stage: int | None
+) -> GPTModel:
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=RMSNorm
+    )
+    model_class = GPTModel if HAS_OUTPUT_PROCESSOR else SupervisedGPTModel
+    model = model_class(
+        config,
+        block,
+        vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=stage is None, vp_stage=stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=stage is None, vp_stage=stage
+        ),
+        vp_stage=stage,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+    )
+    # Megatron derives frequencies from a base and fixes some scalings; take transformers' own.
+    device = torch.cuda.current_device()
+    frequencies = torch.tensor(shape.rotary_inv_freq, dtype=torch.float32, device=device)
+    model.rotary_pos_emb = rotary.RotaryTable(frequencies)
+    return model.to(device)
+
+
+def load_weights(
+    chunks: list[GPTModel], family: Family, shape: ModelShape, *, source: TensorSource
+) -> None:
+    """Fill every parameter of this rank from HuggingFace tensors, reading only its slices."""
+    words = family.weights(shape)
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    with torch.no_grad():
+        for name, parameter in named_parameters(chunks):
+            word = words[name]
+            value = word.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
+            assert value.shape == parameter.shape, (
+                f"{name}: HuggingFace gives {tuple(value.shape)}, Megatron has"
+                f" {tuple(parameter.shape)}"
+            )
+            parameter.copy_(value)
+
+
+def clear_weights(chunks: list[GPTModel]) -> None:
+    """Zeros, for a checkpoint to fill; it does not hold the padding of the vocabulary."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.zero_()
+
+
+def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Every parameter of this rank, named by its layer's index in the model, not in its stage."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            prefix, dot, rest = name.partition("decoder.layers.")
+            if dot:
+                index, _, tail = rest.partition(".")
+                layer: Any = chunk.decoder.layers[int(index)]
+                name = f"{prefix}{dot}{int(layer.layer_number) - 1}.{tail}"  # counts from 1
+            yield name, parameter
+
+
+def wrap_model(
+    chunks: list[GPTModel], config: TransformerConfig, *, use_distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """The model's chunks with gradient buffers (fp32) and data-parallel reduction."""
+    buffers = DistributedDataParallelConfig(
+        use_distributed_optimizer=use_distributed_optimizer, grad_reduce_in_fp32=True
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config, buffers, Float16Module(config, chunk) if config.bf16 else chunk
+        )
+        for chunk in chunks
+    ]
+    # Ranks may run different numbers of micro-batches, so only the last may reduce.
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm."""
+    grad_norm.install()
+    train, device = config.train, torch.device(torch.cuda.current_device())
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            bf16=config.model.dtype == "bf16",
+            params_dtype=DTYPES[config.model.dtype],
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            # Megatron computes no norm when clipping is off; an infinite bound never clips.
+            clip_grad=train.max_grad_norm or math.inf,
+        ),
+        wrapped,
+        use_gloo_process_groups=device.type == "cpu",
+    )
+    for group in optimizer.param_groups:
+        group["weight_decay"] = train.weight_decay * group["wd_mult"]
+        # One kernel for the whole update where Megatron took torch's AdamW, whose own choice is
+        # three times the memory traffic and a temporary of every parameter.
+        if device.type == "cuda" and "foreach" in group:
+            group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """Use `learning_rate` for the next step, in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_mult"]

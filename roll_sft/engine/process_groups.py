@@ -1,0 +1,113 @@
+"""Process groups of one rank: rendezvous, Megatron's groups, teardown.
+
+Assumes one process per rank and no groups yet; promises that Megatron's idea of every rank equals
+`ParallelLayout`'s, since the driver routes data by the latter.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from roll_sft.base.layout import Coordinate, ParallelLayout
+from roll_sft.engine import cpu_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """How a rank finds the others. `port` is that of the store which rank 0 already serves."""
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    setup_timeout_s: float
+    collective_timeout_s: float
+    local_device: int = 0  # of the GPUs this process sees; the runtime shows each worker its own
+
+
+def serve_store(host: str, *, world_size: int, timeout_s: float) -> dist.TCPStore:
+    """The rendezvous store, served by this process on a free port that the kernel picks.
+
+    Binding before the port is told to anyone leaves no gap in which another program can take it.
+    """
+    return dist.TCPStore(
+        host,
+        0,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+
+
+@contextlib.contextmanager
+def process_groups(
+    rendezvous: Rendezvous, layout: ParallelLayout, *, device: str, store: dist.Store | None = None
+) -> Iterator[None]:
+    """Join the group of `layout` and make Megatron's groups; leave both on exit.
+
+    `device` is "cpu" (gloo) or "cuda" (NCCL). Rank 0 passes the `store` that it serves.
+    """
+    if device == "cpu":
+        cpu_backend.install()
+    else:
+        torch.cuda.set_device(rendezvous.local_device)
+    if store is None:
+        store = dist.TCPStore(
+            rendezvous.host,
+            rendezvous.port,
+            rendezvous.world_size,
+            is_master=False,
+            timeout=timedelta(seconds=rendezvous.setup_timeout_s),
+        )
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=store,
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
+        timeout=timedelta(seconds=rendezvous.collective_timeout_s),
+        # NCCL then connects here, not in the first step, and makes its subgroups by splitting.
+        device_id=None if device == "cpu" else torch.device("cuda", rendezvous.local_device),
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            layout.tensor_size,
+            layout.pipeline_size,
+            layout.virtual_size if layout.virtual_size > 1 else None,
+            context_parallel_size=layout.context_size,
+            distributed_timeout_minutes=max(1, round(rendezvous.collective_timeout_s / 60)),
+            # Beside NCCL nothing uses gloo, whose mesh fails where a host's name is 127.0.1.1.
+            create_gloo_process_groups=device == "cpu",
+        )
+        _check_agreement(layout, rendezvous.rank)
+        # Megatron forks its dropout state around every layer, so the tracker must exist.
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, *, step: int) -> None:
+    """Begin `step` with random states that follow from `seed` and `step` alone, on every rank.
+
+    So a checkpoint holds none, and a run that goes on draws what it would have drawn, on as many
+    ranks as it likes.
+    """
+    tensor_parallel.model_parallel_cuda_manual_seed((seed * 1_000_003 + step) % 2**31)
+
+
+def _check_agreement(layout: ParallelLayout, rank: int) -> None:
+    megatron = Coordinate(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    ours = layout.coordinate(rank)
+    assert megatron == ours, f"rank {rank}: Megatron places it at {megatron}, the layout at {ours}"

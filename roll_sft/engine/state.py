@@ -1,0 +1,241 @@
+"""A rank's weights and optimizer state as pieces of stored tensors, whatever the layout.
+
+Megatron-Core says where each parameter lies in the whole model; the distributed optimizer says
+which range of each flattened parameter a data rank owns. Together they place every number of the
+state in a tensor that no layout has a part in: `decoder.layers...` [layer, ...] and
+`optimizer.state.exp_avg.decoder.layers...`. Each data rank writes and reads its own ranges, and a
+share of what all of them hold; nothing is gathered, and writing is not collective.
+
+In fp32 the weights are the optimizer's masters and are stored once.
+"""
+
+import bisect
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from roll_sft.checkpoint.tensors import Index, Piece, rectangles
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """The state of a rank as pieces that share its memory.
+
+    `own` no other data rank holds. `shared` all of them hold: as many pieces, in the same order, of
+    which the data rank of the same place in `owners` writes and reads each for the others.
+    `is_copy` marks those that another model-parallel rank writes.
+    """
+
+    own: list[Piece]
+    own_is_copy: list[bool]
+    shared: list[Piece]
+    shared_is_copy: list[bool]
+    owners: list[int]
+    objects: dict[str, bytes]  # what Megatron-Core looks for beside the tensors; empty values
+
+    def written(self) -> list[Piece]:
+        """What this rank writes."""
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        own = [piece for piece, copy in zip(self.own, self.own_is_copy, strict=True) if not copy]
+        shared = zip(self.shared, self.shared_is_copy, self.owners, strict=True)
+        return own + [piece for piece, copy, owner in shared if owner == rank and not copy]
+
+
+def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> RankState:
+    """The pieces of this rank's weights, and of its optimizer if given, whose state must exist."""
+    places = _Places(chunks)
+    shared = [(place.piece, place.is_copy) for place in places.all]
+    own: list[tuple[Piece, bool]] = []
+    for inner in _inner_optimizers(optimizer):
+        is_distributed = isinstance(inner, DistributedOptimizer)
+        for parameter, main, start in _main_parameters(inner):
+            values = {name: inner.optimizer.state[main][name] for name in MOMENTS}
+            if main.data_ptr() != parameter.data_ptr() + start * parameter.element_size():
+                values["param"] = main.detach()
+            for name, value in values.items():
+                pieces = places.cut(parameter, value, name=name, start=start)
+                (own if is_distributed else shared).extend(pieces)
+    owners = _owners([piece.tensor.numel() for piece, _ in shared])
+    return RankState(
+        own=[piece for piece, _ in own],
+        own_is_copy=[copy for _, copy in own],
+        shared=[piece for piece, _ in shared],
+        shared_is_copy=[copy for _, copy in shared],
+        owners=owners,
+        objects=places.objects,
+    )
+
+
+def load(index: Index, state: RankState) -> None:
+    """Fill `state` from a checkpoint; collective. Each data rank reads its part for the others.
+
+    Raises `CheckpointError` where something is missing, not whole or damaged.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    rank = dist.get_rank(group)
+    with torch.no_grad():
+        # All reads come first, so that a rank that fails does so outside of any collective.
+        for piece, owner in zip(state.shared, state.owners, strict=True):
+            if owner == rank:
+                index.fill(piece)
+        for piece in state.own:
+            index.fill(piece)
+        if dist.get_world_size(group) > 1:
+            for piece, owner in zip(state.shared, state.owners, strict=True):
+                source = dist.get_global_rank(group, owner)
+                dist.broadcast(piece.tensor, src=source, group=group)
+
+
+def make_optimizer_state(optimizer: MegatronOptimizer, *, step: int) -> None:
+    """Zero moments and Adam's count of `step` updates, where the optimizer has none yet."""
+    for inner in _inner_optimizers(optimizer):
+        adam = inner.optimizer
+        counts_each = isinstance(adam, torch.optim.Adam)  # fused ones count per group
+        for _parameter, main, _start in _main_parameters(inner):
+            state = adam.state[main]
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = torch.zeros_like(main, dtype=torch.float32)
+            if counts_each:
+                # One tensor each: a shared one would advance once for every parameter. The fused
+                # kernel reads it on the device, every other on the host.
+                device = main.device if adam.param_groups[0].get("fused") else None
+                state["step"] = torch.tensor(float(step), device=device)
+        if not counts_each:
+            for group in adam.param_groups:
+                group["step"] = step
+
+
+def optimizer_step(optimizer: MegatronOptimizer) -> int:
+    """How many updates Adam has made."""
+    for inner in _inner_optimizers(optimizer):
+        adam = inner.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            return int(adam.param_groups[0].get("step", 0))
+        for _parameter, main, _start in _main_parameters(inner):
+            return int(adam.state[main].get("step", 0))
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a part of a parameter lies in the whole model; `first` counts from the parameter's."""
+
+    address: int
+    piece: Piece
+    is_copy: bool
+
+
+class _Places:
+    """The parts of this rank's parameters, found by their memory.
+
+    A parameter may be several: Megatron stores gate and up projection, fused in memory, as two
+    halves of one tensor, so that tensor shards of each lie together.
+    """
+
+    def __init__(self, chunks: list[GPTModel]) -> None:
+        self.all: list[_Place] = []
+        self.objects: dict[str, bytes] = {}
+        for chunk in chunks:
+            state = chunk.sharded_state_dict()
+            apply_factories(state)
+            for value in nested_values(state):
+                if isinstance(value, ShardedTensor):
+                    self.all.append(_place(value))
+                elif isinstance(value, ShardedObject) and is_main_replica(value.replica_id):
+                    buffer = io.BytesIO()
+                    torch.save([value.data], buffer)
+                    self.objects[value.unique_key] = buffer.getvalue()
+        self.all.sort(key=lambda place: place.address)
+        self._addresses = [place.address for place in self.all]
+
+    def cut(
+        self, parameter: torch.Tensor, value: torch.Tensor, *, name: str, start: int
+    ) -> Iterator[tuple[Piece, bool]]:
+        """Pieces of `value`, which belongs to the numbers of `parameter` from `start` on, flat."""
+        flat, width = value.view(-1), parameter.element_size()
+        address, stop = parameter.data_ptr(), start + flat.numel()
+        taken = 0
+        for place in self.all[bisect.bisect_left(self._addresses, address) :]:
+            if place.address >= address + parameter.nbytes:
+                break
+            part, first = place.piece, (place.address - address) // width
+            begin, end = max(start, first), min(stop, first + place.piece.tensor.numel())
+            for offset, sizes in rectangles(begin - first, end - first, part.tensor.shape):
+                numbers = flat.narrow(0, taken, math.prod(sizes)).view(sizes)
+                taken += math.prod(sizes)
+                key = f"optimizer.state.{name}.{part.key}"
+                corner = tuple(a + b for a, b in zip(part.offset, offset, strict=True))
+                yield replace(part, key=key, offset=corner, tensor=numbers), place.is_copy
+        assert taken == flat.numel(), f"{taken} of {flat.numel()} numbers have a place"
+
+
+def _place(sharded: ShardedTensor) -> _Place:
+    data = sharded.data
+    assert data is not None, f"{sharded.key} has no data"
+    leading = (1,) * sharded.prepend_axis_num
+    piece = Piece(
+        key=sharded.key,
+        shape=tuple(sharded.global_shape),
+        offset=tuple(sharded.global_offset),
+        tensor=data.detach().view(*leading, *data.shape),
+        is_padded=sharded.allow_shape_mismatch,
+    )
+    replica = sharded.replica_id
+    assert isinstance(replica, tuple), f"{sharded.key}: replica {replica} names no data rank"
+    return _Place(data.data_ptr(), piece, any(replica[:-1]))  # the last is the data rank
+
+
+def _inner_optimizers(optimizer: MegatronOptimizer | None) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _main_parameters(inner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(parameter, what the optimizer updates for it, the first number of it that this is)."""
+    if isinstance(inner, DistributedOptimizer):
+        for parameter, (group, order) in inner.model_param_group_index_map.items():
+            main = inner.optimizer.param_groups[group]["params"][order]
+            yield parameter, main, inner._get_model_param_range_map(parameter)["param"].start
+        return
+    halves, masters = (
+        getattr(inner, name, []) for name in ("float16_groups", "fp32_from_float16_groups")
+    )
+    master_of = {
+        id(main): parameter
+        for parameters, mains in zip(halves, masters, strict=True)
+        for parameter, main in zip(parameters, mains, strict=True)
+    }
+    for group in inner.optimizer.param_groups:
+        for main in group["params"]:
+            yield master_of.get(id(main), main), main, 0
+
+
+def _owners(sizes: list[int]) -> list[int]:
+    """The data rank that writes and reads each shared piece: even shares, the same on all ranks."""
+    loads = [0] * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        owner = loads.index(min(loads))
+        owners[index] = owner
+        loads[owner] += sizes[index]
+    return owners

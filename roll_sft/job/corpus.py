@@ -1,0 +1,192 @@
+"""What the `data` section of a configuration becomes: tokens, reports, and what an epoch draws.
+
+Floor 1 knows no configuration; this is where its keys are turned into arguments.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from roll_sft.base.errors import ConfigError
+from roll_sft.config.schema import DataConfig, RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.data.chat.chat import ChatTokenizer
+from roll_sft.data.rows.columns import ColumnKeys
+from roll_sft.data.steps.epochs import Share
+from roll_sft.data.steps.packing import best_fit_decreasing
+from roll_sft.data.steps.plan import Planner, PlanOptions, StepPlan
+from roll_sft.data.tokens.build_shard import SourceOptions
+from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.estimate import rough_report
+from roll_sft.data.tokens.prepare import CachePlace, Source, SourceReport, prepare_sources
+from roll_sft.data.tokens.workers import Spread
+from roll_sft.job.inputs import TokenData
+
+_log = logging.getLogger(__name__)
+
+_STEPS_SAMPLED = 8  # whose packs say how full they will be
+_POOR_FILL = 0.6
+_MOST_REPEATS = 1000  # of one sample in an epoch
+_MOST_SAMPLES = 1 << 30  # of an epoch: they are numbered by 32 bits
+# Of whole packs. A step just above them would need one pack more on each rank, nearly empty.
+_FILL_TO_AIM_AT = 0.9
+
+
+def tokenise(
+    config: RunConfig, chat: ChatTokenizer, *, spread: Spread | None = None
+) -> tuple[TokenData, dict[str, tuple[SourceReport, ...]]]:
+    """The tokens of all sources, from the cache where they are there, and what became of the rows.
+
+    What is missing is prepared by `spread`, or else on this machine; for a dry run it is not, but a
+    `NotPreparedError`. Reports are by "train" and "validation".
+    """
+    data = config.data
+    place = CachePlace(
+        Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft",
+        num_proc=data.num_proc,
+        spread=spread,
+        only_read=config.dry_run,
+    )
+    sources = [
+        Source(entry.path or "", name=source_name(entry), split=entry.split)
+        for entry in [*data.train, *data.validation]
+    ]
+    found = prepare_sources(sources, tokenizer=chat, options=source_options(data), place=place)
+    train, validation = found[: len(data.train)], found[len(data.train) :]
+    tokens = TokenData(
+        TokenSet([source for source, _ in train]),
+        {source.name: TokenSet([source]) for source, _ in validation},
+    )
+    reports = {
+        "train": tuple(report for _, report in train),
+        "validation": tuple(report for _, report in validation),
+    }
+    return tokens, reports
+
+
+def rough(entry: SourceConfig, data: DataConfig) -> SourceReport:
+    """What a source holds, guessed for want of a tokenizer."""
+    return rough_report(
+        Source(entry.path or "", name=source_name(entry), split=entry.split),
+        keys=_column_keys(data),
+        is_strict=data.on_bad_row == "error",
+    )
+
+
+def addresses_of(tokens: TokenSet, shares: Mapping[str, Share]) -> dict[str, str]:
+    """Source -> address of its tokens, which changes with data, tokenizer and options.
+
+    Where an epoch does not draw each sample once, the number that it draws is part of it.
+    """
+    addresses = {}
+    for source in tokens.sources:
+        shards = "\n".join(cache.folder.name for cache in source.caches)
+        share = shares[source.name]
+        drawn = "" if share.is_whole else f"*{share.per_epoch}"
+        addresses[source.name] = hashlib.sha256(shards.encode()).hexdigest() + drawn
+    return addresses
+
+
+def shares_of(entries: list[SourceConfig], samples: Mapping[str, range]) -> dict[str, Share]:
+    """How much of each train source an epoch draws; `samples` are the indices of each.
+
+    Raises `ConfigError` for more than could be shuffled.
+    """
+    shares = {
+        source_name(entry): Share.of(
+            samples[source_name(entry)], weight=entry.weight, samples=entry.samples
+        )
+        for entry in entries
+    }
+    for name, share in shares.items():
+        size = share.stop - share.start
+        if share.per_epoch > _MOST_REPEATS * size:
+            raise ConfigError(
+                f"data.train: an epoch of {share.per_epoch:,} samples of {name} repeats each of its"
+                f" {size:,} more than {_MOST_REPEATS:,} times; lower samples or weight, and raise"
+                " train.num_train_epochs"
+            )
+    if (total := sum(share.per_epoch for share in shares.values())) > _MOST_SAMPLES:
+        raise ConfigError(
+            f"data.train: an epoch of {total:,} samples is more than {_MOST_SAMPLES:,}; lower"
+            " samples or weight, and raise train.num_train_epochs"
+        )
+    return shares
+
+
+def planner_of(
+    tokens: TokenSet, options: PlanOptions, shares: Mapping[str, Share] | None = None
+) -> Planner:
+    """The planner of one set; without `shares` an epoch holds each sample once."""
+    drawn = tuple(shares.values()) if shares else ()
+    return Planner(tokens.lengths, tokens.supervised, options=options, shares=drawn)
+
+
+def expected_fill(planner: Planner) -> float:
+    """Tokens in the packs of the first steps, over what these packs could hold."""
+    plans = _first_steps(planner)
+    return sum(plan.fill for plan in plans) / len(plans)
+
+
+def warn_of_poor_fill(
+    config: RunConfig, tokens: TokenSet, planner: Planner, *, pack_tokens: int
+) -> None:
+    """Say once that packs will be half empty on many ranks, and what would fill them.
+
+    A single rank waits for nobody, and a set that is one step has no larger one to offer.
+    """
+    fill, data_size = expected_fill(planner), layout_of(config.parallel).data_size
+    is_alone = data_size == 1 or planner.steps_per_epoch == 1
+    if not config.data.packing or is_alone or fill >= _POOR_FILL:
+        return
+    plans = _first_steps(planner)
+    lengths = tokens.lengths[[index for plan in plans for index in plan.sample_ids]]
+    fewest = len(best_fit_decreasing(lengths.tolist(), capacity=pack_tokens))
+    if lengths.sum() < _POOR_FILL * fewest * pack_tokens:
+        remedy = "samples are long beside a pack, so raise train.micro_batch_tokens to join them"
+    else:
+        packs = -(-plans[0].total_tokens // (data_size * pack_tokens))
+        wanted = int(_FILL_TO_AIM_AT * packs * data_size * pack_tokens)
+        remedy = f"set train.global_batch_tokens={wanted}, or raise train.global_batch_size"
+    _log.warning(
+        "packs of %d tokens on %d data-parallel ranks will be %.0f %% full at %d tokens a step; %s",
+        pack_tokens,
+        data_size,
+        100 * fill,
+        plans[0].total_tokens,
+        remedy,
+    )
+
+
+def _first_steps(planner: Planner) -> list[StepPlan]:
+    num_steps = min(_STEPS_SAMPLED, planner.steps_per_epoch)
+    return [planner.step(step) for step in range(1, num_steps + 1)]
+
+
+def source_options(data: DataConfig) -> SourceOptions:
+    """How rows become samples."""
+    overlong: dict[str, Literal["drop", "truncate", "error"]] = {
+        "drop": "drop",
+        "truncate": "truncate",
+        "error": "error",
+    }
+    return SourceOptions(
+        keys=_column_keys(data),
+        sequence_length=data.sequence_length,
+        overlong=overlong[data.overlong],
+        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def _column_keys(data: DataConfig) -> ColumnKeys:
+    return ColumnKeys(
+        prompt=data.prompt_key,
+        query=data.query_key,
+        response=data.response_key,
+        system=data.system_key,
+        messages=data.messages_key,
+        text=data.text_key,
+        tools=data.tools_key,
+    )

@@ -1,0 +1,157 @@
+"""What a rank needs in memory, from the plan alone; estimates say so.
+
+Legend: h hidden size, q and k width of the queries and of the keys, f width of the MLP, of one
+token in one layer; all in numbers, which are turned into bytes at the end.
+"""
+
+from dataclasses import dataclass
+
+from roll_sft.engine.chunks import chunk_rows
+from roll_sft.job.prepare import Plan
+
+GIB = 2**30
+# Of a parameter on a CPU: torch's AdamW makes the root of all second moments at once. On a GPU the
+# update is one kernel, in place.
+UPDATE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Peak memory of one rank; the parts are of device memory but the last."""
+
+    state_gib: float  # weights, fp32 gradients, master weights and Adam moments
+    activations_gib: float  # kept for the backward, and the gradients of one layer's
+    head_gib: float
+    update_gib: float  # of the optimizer, when activations are gone
+    save_host_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        """Device memory in all."""
+        return self.state_gib + max(self.activations_gib + self.head_gib, self.update_gib)
+
+
+def estimate(plan: Plan) -> MemoryEstimate:
+    """Of the fullest rank: the first stage has the most micro-batches in flight, the last the head.
+
+    Assumes packs as long as they may be, with a label at every token, and a kernel for attention
+    that keeps no scores.
+    """
+    stages = {0, plan.layout.pipeline_size - 1}
+    return max((_of_stage(plan, stage) for stage in stages), key=lambda found: found.total_gib)
+
+
+def _of_stage(plan: Plan, stage: int) -> MemoryEstimate:
+    layout, train = plan.layout, plan.config.train
+    weight_bytes, master_bytes = _weight_bytes(plan)
+    parameters = _parameters(plan, stage)
+    # The distributed optimizer cuts masters and moments over data x context ranks.
+    is_cut = plan.config.parallel.use_distributed_optimizer
+    replicas = layout.data_size * layout.context_size if is_cut else 1
+    state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
+
+    tokens = plan.pack_tokens // layout.context_size
+    hidden, kept = _kept_per_layer(plan)
+    layers = _layers_in_flight(plan, stage)
+    # Full recomputation keeps what enters a layer, and in the backward all of the layer it is in.
+    numbers = tokens * (layers * hidden + kept if train.recompute == "full" else layers * kept)
+    numbers += _gradients_of_layer(plan, tokens)
+    is_last = stage == layout.pipeline_size - 1
+    update_bytes = UPDATE_BYTES if plan.config.parallel.device == "cpu" else 0
+    return MemoryEstimate(
+        state_gib=state / GIB,
+        activations_gib=numbers * weight_bytes / GIB,
+        head_gib=_head_bytes(plan, tokens) / GIB if is_last else 0.0,
+        update_gib=parameters * update_bytes / replicas / GIB,
+        save_host_gib=_save_host_bytes(plan, parameters) / GIB,
+    )
+
+
+def _weight_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of a weight, or of an activation, and of the master weight beside it."""
+    return (2, 4) if plan.config.model.dtype == "bf16" else (4, 0)
+
+
+def _is_compiled(plan: Plan) -> bool:
+    """Whether what is elementwise is one kernel, as it is on a GPU by default."""
+    wanted, device = plan.config.model.compile, plan.config.parallel.device
+    return device != "cpu" if wanted is None else wanted
+
+
+def _parameters(plan: Plan, stage: int) -> float:
+    """Of a rank of `stage`; what tensor ranks hold alike is too little to count."""
+    shape, layout = plan.shape, plan.layout
+    tied = shape.tie_word_embeddings
+    in_layers = shape.num_parameters - (1 if tied else 2) * shape.vocab_size * shape.hidden_size
+    share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
+    is_first, is_last = stage == 0, stage == layout.pipeline_size - 1
+    # A tied head is the embedding; on another stage it is a copy of it.
+    ends = is_first + (is_last and not (tied and is_first))
+    embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
+    return (in_layers * share + ends * embedding) / layout.tensor_size
+
+
+def _layers_in_flight(plan: Plan, stage: int) -> int:
+    """Layers whose activations a rank of `stage` holds at once, each micro-batch's counted."""
+    layout = plan.layout
+    chunk = -(-plan.shape.num_layers // (layout.pipeline_size * layout.virtual_size))
+    behind = layout.pipeline_size - 1 - stage
+    if layout.virtual_size == 1:
+        return (behind + 1) * chunk
+    # Megatron-Core's warm-up of interleaved stages, and the one that runs.
+    return (2 * behind + (layout.virtual_size - 1) * layout.pipeline_size + 1) * chunk
+
+
+def _kept_per_layer(plan: Plan) -> tuple[float, float]:
+    """Numbers that a layer keeps for each token: of what enters it, and in all."""
+    shape, layout = plan.shape, plan.layout
+    q, k = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    hidden = shape.hidden_size / (layout.tensor_size if layout.sequence_parallel else 1)
+    # What enters each norm and what leaves it; queries, keys and values as projected, queries and
+    # keys normed and rotated, the attention's output; of the MLP what is projected and the product,
+    # and op by op also the gates activated and what they gate once more.
+    attention = 3 * (q + k) + (0 if shape.qk_norm == "none" else q + k)
+    mlp = (3 if _is_compiled(plan) else 5) * shape.ffn_hidden_size
+    kept = 4 * hidden + (attention + mlp) / layout.tensor_size
+    if layout.context_size > 1:  # keys and values of the whole pack
+        kept += 2 * k * layout.context_size / layout.tensor_size
+    return hidden, kept
+
+
+def _gradients_of_layer(plan: Plan, tokens: int) -> float:
+    """Numbers of the widest moment of a layer's backward: the MLP's, and of its weight."""
+    shape, tensor_size = plan.shape, plan.layout.tensor_size
+    wide = 3 * tokens * shape.ffn_hidden_size + 2 * shape.ffn_hidden_size * shape.hidden_size
+    return 2 * tokens * shape.hidden_size + wide / tensor_size
+
+
+def _head_bytes(plan: Plan, tokens: int) -> float:
+    """A chunk's logits, and what the head keeps: its rows, their gradient, and its weight's, fp32.
+
+    Logits exist before the softmax and as gradients; op by op in fp32 between. When they are gone,
+    the weight's gradient is there in its own dtype, too.
+    """
+    shape, layout = plan.shape, plan.layout
+    width, _ = _weight_bytes(plan)
+    words = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
+    weight = words * shape.hidden_size
+    logits = 2 * width if _is_compiled(plan) else max(2 * width, width + 4)
+    on_gpu = plan.config.parallel.device != "cpu"
+    chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
+    copy = weight * width if width < 4 else 0
+    return max(chunk, copy) + 2 * tokens * shape.hidden_size * width + weight * 4
+
+
+def _save_host_bytes(plan: Plan, parameters: float) -> float:
+    """Host memory that a save takes from a rank with `parameters`.
+
+    In the background: a copy of what the rank writes, its share of the weights and its own ranges
+    of the optimizer. Else the largest tensor, which leaves the device alone.
+    """
+    config, shape, layout = plan.config, plan.shape, plan.layout
+    weight, master = _weight_bytes(plan)
+    if not config.checkpoint.async_save:
+        return weight * shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
+    owners = layout.data_size * layout.context_size
+    optimizer = 8 + master if config.checkpoint.save_optimizer else 0
+    return parameters * (weight + optimizer) / owners

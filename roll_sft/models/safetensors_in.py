@@ -1,0 +1,214 @@
+"""Hugging Face model folders in, streaming; `hf_write.py` writes them.
+
+A `TensorSource` gives tensors, or slices of them, by Hugging Face name, from safetensors files or
+from a seeded generator. Pickle files are refused: loading one can run code.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from roll_sft.base.errors import CheckpointError, ConfigError
+
+Shape: TypeAlias = tuple[int, ...]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+_PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class TensorSource(Protocol):
+    """Tensors by Hugging Face name. `str(source)` names it in messages."""
+
+    def names(self) -> frozenset[str]:
+        """Every tensor there is."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU, in its own dtype. Copy before writing into it."""
+        ...
+
+    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
+        """Entries `start` to `stop` along `dim`, contiguous. Copy before writing into it."""
+        ...
+
+
+class SafetensorsSource:
+    """The safetensors files of a model folder: one, or shards with an index.
+
+    Files are mapped when first needed. A missing folder or format is a `ConfigError`; a missing or
+    damaged file, or a tensor it does not hold, a `CheckpointError`. Travels between processes as
+    the path of its folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = folder
+        self._handles: dict[Path, Any] = {}  # safetensors' stubs do not type its handles
+        self._file_of = self._find_tensors(Path(folder))
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def __reduce__(self) -> tuple[type["SafetensorsSource"], tuple[Path]]:
+        # Absolute: another process may have another current folder.
+        return SafetensorsSource, (Path(self._folder).absolute(),)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._file_of)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._view(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in, without reading it."""
+        return FLOATS[self._view(name).get_dtype()]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor; it maps the file, nothing is copied."""
+        tensor: torch.Tensor = self._view(name)[...]
+        return tensor
+
+    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
+        """Entries `start` to `stop` along `dim`; only their pages are read."""
+        view = self._view(name)
+        assert dim < len(view.get_shape()), f"{name} has no dim {dim}"
+        # A cut along dim 1 comes as a strided view of the mapped file.
+        tensor: torch.Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
+        return tensor.contiguous()
+
+    def _find_tensors(self, folder: Path) -> dict[str, Path]:
+        if not folder.is_dir():
+            raise ConfigError(f"model.path: '{self}' is not a folder; give a local model folder")
+        if (folder / SINGLE_FILE).is_file():
+            path = folder / SINGLE_FILE
+            return dict.fromkeys(self._handle(path).keys(), path)
+        if (folder / INDEX_FILE).is_file():
+            return self._read_index(folder)
+        if any((folder / name).is_file() for name in _PICKLE_FILES):
+            raise ConfigError(
+                f"model.path: '{self}' has only pytorch_model.bin, and loading pickle can run "
+                "code; convert it with transformers' save_pretrained, which writes safetensors"
+            )
+        raise ConfigError(
+            f"model.path: '{self}' has neither {SINGLE_FILE} nor {INDEX_FILE}; complete the "
+            "download, or set model.random_init=true to start from random weights"
+        )
+
+    def _read_index(self, folder: Path) -> dict[str, Path]:
+        try:
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"model.path: {self}/{INDEX_FILE} is not an index of shards ({error!r}); "
+                "download it again"
+            ) from error
+        for name, file in files.items():
+            if file != Path(file).name or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"model.path: {self}/{INDEX_FILE} puts {name} in {file!r}, which is no"
+                    " safetensors file of this folder; download it again"
+                )
+        file_of = {name: folder / file for name, file in files.items()}
+        missing = sorted({path.name for path in file_of.values() if not path.is_file()})
+        if missing:
+            raise CheckpointError(
+                f"model.path: '{self}' lacks {len(missing)} of the shards in its index, the first "
+                f"is {missing[0]}; complete the download"
+            )
+        return file_of
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"model.path: {self}/{path.name} is damaged ({error}); download it again"
+                ) from error
+        return self._handles[path]
+
+    def _view(self, name: str) -> Any:
+        path = self._file_of.get(name)
+        if path is None:
+            raise CheckpointError(
+                f"model.path: '{self}' has no tensor {name} among its {len(self._file_of)}; "
+                "give a complete checkpoint of this architecture"
+            )
+        try:
+            view = self._handle(path).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"model.path: the index of '{self}' puts {name} in {path.name}, which does not "
+                "hold it; download both again"
+            ) from error
+        if view.get_dtype() not in FLOATS:
+            raise ConfigError(
+                f"model.path: '{self}' has {name} in {view.get_dtype()}, and weights are read in"
+                f" {', '.join(FLOATS)}; give an unquantized checkpoint"
+            )
+        return view
+
+
+class RandomSource:
+    """Fresh float32 weights for `model.random_init`: norms 1, biases 0, the rest normal.
+
+    Each tensor has a generator of its own, seeded by `seed` and the tensor's name, so the weights
+    do not depend on the layout, on which slices are read, or on their order.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], *, seed: int, initializer_range: float) -> None:
+        self._shapes = dict(shapes)
+        self._seed = seed
+        self._initializer_range = initializer_range
+
+    def __str__(self) -> str:
+        return f"random weights of seed {self._seed}"
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> Shape:
+        return self._shapes[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = torch.empty(self._shapes[name], dtype=torch.float32, device="cpu")
+        if name.endswith("norm.weight"):
+            return tensor.fill_(1.0)
+        if name.endswith(".bias"):
+            return tensor.zero_()
+        assert tensor.ndim > 1, f"no rule to initialize {name} of shape {self._shapes[name]}"
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        return tensor.normal_(0.0, self._initializer_range, generator=generator)
+
+    def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
+        """Entries `start` to `stop` along `dim`, in memory of their own."""
+        entries = self.read(name).narrow(dim, start, stop - start)
+        return entries.clone(memory_format=torch.contiguous_format)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file `path`; `ConfigError` if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}); correct the file") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not an object; correct it")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to the file `path`, indented."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""`roll-sft parity`: a batch beside transformers."""

@@ -1,0 +1,1 @@
+"""`roll-sft preview`: what a run would learn from its rows."""

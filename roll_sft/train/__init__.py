@@ -1,0 +1,1 @@
+"""The driver: time, saves, records, console."""

@@ -1,0 +1,134 @@
+"""What a run records: `steps.jsonl`, `eval.jsonl`, `samples.jsonl`, the display.
+
+One place turns a step's plan and its metrics into the line that everything else reads.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from roll_sft.base import metrics
+from roll_sft.base.metrics import EvalMetrics, EvalRecord, StepMetrics, StepRecord
+from roll_sft.data.steps.plan import StepPlan
+from roll_sft.job.prepare import Job
+from roll_sft.train.run_folder import JsonLines
+from roll_sft.train.terminal import StepDisplay, step_display
+
+
+class Records:
+    """The open files of a run, which trackers read, and its display."""
+
+    def __init__(self, job: Job, folder: Path, *, display: StepDisplay) -> None:
+        self._job, self._folder, self._display = job, folder, display
+        self._files, self._all = contextlib.ExitStack(), list[JsonLines]()
+        self.device_name: str | None = None
+
+    def begin(self) -> None:
+        """Open the files, which go on after the lines that they have by now."""
+        folder = self._folder
+        self._steps = self._open(folder / "steps.jsonl")
+        self._evals = self._open(folder / "eval.jsonl") if self._job.validation else None
+        wanted = self._job.config.train.log_samples
+        self._samples = self._open(folder / "samples.jsonl") if wanted else None
+
+    def sync(self) -> None:
+        """Bring every line so far to disk, as a checkpoint that goes on after it needs."""
+        for lines in self._all:
+            lines.sync()
+
+    def step(self, plan: StepPlan, result: StepMetrics) -> StepRecord:
+        """Record a finished step."""
+        names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
+        record = self._record(plan, result, names)
+        self._steps.write(record)
+        if self._samples is not None:
+            self._samples.write({"step": plan.step, "samples": names})
+        self._display.show(record, fill=plan.fill)
+        return record
+
+    def bad_batch(self, plan: StepPlan, result: StepMetrics) -> None:
+        """Record the samples of a step whose loss or gradient is not finite; it has no line."""
+        names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
+        self._open(self._folder / "bad_batches.jsonl").write(
+            {
+                "step": plan.step,
+                "train_loss": result.loss_sum / result.supervised_tokens,
+                "grad_norm": result.grad_norm,
+                "samples": names,
+            }
+        )
+
+    def evaluation(self, step: int, name: str, result: EvalMetrics, *, seconds: float) -> float:
+        """Record the loss of validation set `name` after `step`; returns it."""
+        assert self._evals is not None, "a run without validation sets evaluates nothing"
+        loss = result.loss_sum / result.supervised_tokens
+        line = EvalRecord(
+            step=step,
+            name=name,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),  # past 709 a float overflows
+            supervised_tokens=result.supervised_tokens,
+            time_s=seconds,
+        )
+        self._evals.write(line)
+        return loss
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def _open(self, path: Path) -> JsonLines:
+        lines = JsonLines(path)
+        self._files.callback(lines.close)
+        self._all.append(lines)
+        return lines
+
+    def _record(self, plan: StepPlan, result: StepMetrics, names: list[str]) -> StepRecord:
+        job = self._job
+        per_epoch = job.planner.samples_per_epoch
+        seconds = result.step_time_s * job.layout.world_size
+        return StepRecord(
+            step=plan.step,
+            epoch=plan.epoch + plan.samples_seen_in_epoch / per_epoch,
+            train_loss=result.loss_sum / result.supervised_tokens,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            supervised_tokens=result.supervised_tokens,
+            total_tokens=plan.total_tokens,
+            total_tokens_including_padding=plan.total_tokens_including_padding,
+            per_device_tps=plan.total_tokens / seconds,
+            per_device_tps_including_padding=plan.total_tokens_including_padding / seconds,
+            step_time_s=result.step_time_s,
+            data_wait_s=result.data_wait_s,
+            mfu=self._mfu(plan, seconds),
+            peak_memory_gib=result.peak_memory_gib,
+            dp_imbalance=plan.dp_imbalance,
+            sample_ids_sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        )
+
+    def _mfu(self, plan: StepPlan, device_seconds: float) -> float | None:
+        peak = metrics.peak_flops(self.device_name)
+        if peak is None:
+            return None
+        shape = self._job.source.shape
+        flops = metrics.flops_per_step(
+            num_matmul_parameters=shape.num_matmul_parameters,
+            num_layers=shape.num_layers,
+            attention_width=shape.attention_width,
+            lengths=self._job.data.train.lengths[list(plan.sample_ids)].tolist(),
+        )
+        return flops / device_seconds / peak
+
+
+@contextlib.contextmanager
+def open_records(job: Job, folder: Path, *, first_step: int = 1) -> Iterator[Records]:
+    """A run's records from `first_step` on."""
+    steps, every = job.total_steps, job.config.train.logging_steps
+    with step_display(steps, logging_steps=every, first_step=first_step) as display:
+        records = Records(job, folder, display=display)
+        try:
+            yield records
+        finally:
+            records.close()

@@ -1,0 +1,165 @@
+"""The checkpoints of a run: when they are begun, published and deleted.
+
+With `checkpoint.async_save` the workers write while they train, and the driver publishes when all
+have written; it looks after each step, without waiting. Promises: one checkpoint is written at a
+time; it is published after the logs up to its step are on disk, and before the run ends; what a
+rank finds not to be finite is never published.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from roll_sft.base.errors import CheckpointError, DivergedError, RollSftError
+from roll_sft.base.files import writing
+from roll_sft.checkpoint.publish import publish_step, staging_folder
+from roll_sft.checkpoint.resume import newest_until, origin_of, step_folders
+from roll_sft.checkpoint.retention import GIB, checkpoint_bytes, free_bytes, retain
+from roll_sft.data.steps.plan import StepPlan
+from roll_sft.job.prepare import Job
+from roll_sft.runtime.group import Pending, WorkerGroup
+from roll_sft.train import run_folder
+from roll_sft.train.records import Records
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A checkpoint that the workers are writing, and the question to them whether they are done."""
+
+    plan: StepPlan
+    staging: Path
+    began: float
+    question: Pending | None = None
+
+
+class Saves:
+    """Makes checkpoints in the folder of a run."""
+
+    def __init__(self, job: Job, group: WorkerGroup, records: Records, *, folder: Path) -> None:
+        self._job, self._group, self._records, self._folder = job, group, records, folder
+        self._checkpoints = folder / run_folder.CHECKPOINTS
+        self._writing: _Writing | None = None
+        self._last_save = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Whether `train.save_minutes` have passed since the last save, and there is room."""
+        config = self._job.config
+        minutes = config.train.save_minutes
+        passed_s = time.monotonic() - self._last_save
+        if not config.checkpoint.save or minutes is None or passed_s < 60 * minutes:
+            return False
+        size = checkpoint_bytes(config, self._job.source.shape)
+        if free_bytes(self._folder) < size:
+            # The steps of `save_steps` end a run that cannot keep them; the clock need not.
+            LOG.warning(
+                "no checkpoint after %.0f minutes: %s has no room for %.3g GiB; make room",
+                passed_s / 60,
+                self._folder,
+                size / GIB,
+            )
+            self._last_save = time.monotonic()
+            return False
+        return True
+
+    def begin(self, plan: StepPlan) -> None:
+        """Save the state after the step of `plan`, which all workers have finished."""
+        self.finish()
+        self._last_save = time.monotonic()
+        began = time.perf_counter()
+        staging = self._staging(plan.step)
+        with _not_sound_after(plan):
+            self._group.begin_save(staging)
+        self._writing = _Writing(plan, staging, began)
+        if not self._job.config.checkpoint.async_save:
+            self._publish()
+
+    def look(self) -> None:
+        """Publish what has been written by now; waits for nothing."""
+        begun = self._writing
+        if begun is None:
+            return
+        if begun.question is None:
+            begun.question = self._group.is_saved()
+            return
+        with _not_sound_after(begun.plan):
+            answer = self._group.answer_of(begun.question)
+        if answer:
+            self._publish()
+        elif answer is not None:
+            begun.question = None
+            seconds = time.perf_counter() - begun.began
+            if seconds > self._job.config.cluster.checkpoint_timeout_s:
+                self.finish()  # where a deadline names the rank that is late
+
+    def finish(self) -> None:
+        """Publish what is being written, once it is."""
+        if self._writing is not None:
+            with _not_sound_after(self._writing.plan):
+                self._group.finish_save()
+            self._publish()
+
+    def way_back(self, sound_step: int) -> str:
+        """What to do after a divergence; publishes what is being written, if it is sound.
+
+        The state after `sound_step` is the last that is known to be.
+        """
+        if self._writing is not None and self._writing.plan.step <= sound_step:
+            try:
+                self.finish()
+            except RollSftError as error:
+                LOG.warning("the checkpoint that was being written is lost: %s", error)
+        good = newest_until(self._checkpoints, sound_step)
+        lower = "lower train.learning_rate or train.max_grad_norm"
+        if good is None:
+            elsewhere = " with another output_dir or run_name" if self._own_folders() else ""
+            return f"no checkpoint before it is known to be good: {lower} and start anew{elsewhere}"
+        allowed = self._job.config.checkpoint.allow_changes
+        names = ",".join(dict.fromkeys([*allowed, "schedule", "optimizer"]))
+        return (
+            f"the last good checkpoint is {good.name}: {lower} and go back to it with resume={good}"
+            f" 'checkpoint.allow_changes=[{names}]'"
+        )
+
+    def what_is_kept(self) -> str:
+        """What the same command goes on from."""
+        folders = self._own_folders()
+        origin = folders[-1] if folders else origin_of(self._checkpoints)
+        if origin is None:
+            return "no checkpoint was made yet: the same command begins again with step 1"
+        return f"{origin} is kept: the same command goes on from it"
+
+    def _own_folders(self) -> list[Path]:
+        return step_folders(self._checkpoints)
+
+    def _staging(self, step: int) -> Path:
+        with writing(self._checkpoints, CheckpointError):
+            return staging_folder(self._checkpoints, step)
+
+    def _publish(self) -> None:
+        begun, self._writing = self._writing, None
+        assert begun is not None, "nothing is being written"
+        plan = begun.plan
+        with writing(begun.staging, CheckpointError):
+            self._records.sync()
+            final = publish_step(self._job, plan, staging=begun.staging)
+        seconds = time.perf_counter() - begun.began
+        LOG.info("step %d  checkpoint %s in %.1f s", plan.step, final, seconds)
+        config = self._job.config.checkpoint
+        losses = run_folder.losses(self._folder, config.keep_best)
+        retain(self._checkpoints, config, losses=losses)
+
+
+@contextlib.contextmanager
+def _not_sound_after(plan: StepPlan) -> Iterator[None]:
+    """Say of weights that a rank finds not to be finite after which step they still were."""
+    try:
+        yield
+    except DivergedError as error:
+        raise DivergedError(
+            f"step {plan.step}: {error}, so no checkpoint is made of it", sound_step=plan.step - 1
+        ) from error

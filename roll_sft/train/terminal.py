@@ -1,0 +1,148 @@
+"""What the driver shows while it runs: log lines, a line for each logged step, and a live line.
+
+On a terminal the prefix of a line is the time of day, and a live line below the log carries step,
+bar, loss and time left. Elsewhere each line is plain, with its date. Nothing here is read by
+programs: they read `steps.jsonl`.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from roll_sft.base.metrics import StepRecord
+from roll_sft.base.text import printable
+
+LOG = logging.getLogger(__name__)
+CONSOLE = Console(stderr=True, highlight=False)
+FILE_WIDTH = 120  # columns of what goes to a file, where 80, which Rich would take, breaks paths
+CLOCK = "%H:%M:%S "
+STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+BAR_WIDTH = 40  # columns at most; a narrow terminal has fewer
+
+
+class _TerminalHandler(logging.Handler):
+    """Prints above the live line. The terminal wraps long lines, so that paths copy whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = Text(time.strftime(CLOCK, time.localtime(record.created)), style="dim")
+        line.append(_message(record), style=f"not dim {STYLES.get(record.levelno, '')}")
+        try:
+            CONSOLE.print(line, soft_wrap=True)
+        except OSError:  # a terminal that is gone must not end a run
+            self.handleError(record)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {_message(record)}"
+
+
+def stdout_console() -> Console:
+    """Where a command's answer goes: tables, samples. Names in it are never read as markup."""
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def set_up_logging() -> None:
+    """Send the package's log to stderr."""
+    handler: logging.Handler = _TerminalHandler()
+    if not CONSOLE.is_terminal:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_PlainFormatter())
+    logger = logging.getLogger("roll_sft")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def format_seconds(seconds: float) -> str:
+    """`0:02:13`, from a day on `1 d 03:00:00`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (
+        f"{days} d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+    )
+
+
+class StepDisplay:
+    """Shows finished steps; `progress` is the live line, None without a terminal."""
+
+    def __init__(
+        self, progress: Progress | None, total_steps: int, *, logging_steps: int, first_step: int
+    ) -> None:
+        self._progress, self._logging_steps = progress, logging_steps
+        self._total = total_steps
+        self._first: tuple[int, float] | None = None  # the first finished step, and when it was
+        if progress is not None:
+            done = first_step - 1
+            self._task = progress.add_task(
+                "", total=total_steps, completed=done, text="starting workers"
+            )
+
+    def show(self, record: StepRecord, *, fill: float) -> None:
+        """Report one finished step; a line each `logging_steps` and on the last.
+
+        `fill` is the share of its packs that holds tokens.
+        """
+        loss, eta = f"loss {record.train_loss:.4f}", f"ETA {self._time_left(record)}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record.step, text=f"{loss}  {eta}")
+        if record.step % self._logging_steps and record.step != self._total:
+            return
+        # In the order of importance: a narrow terminal shows the first ones.
+        fields = [
+            f"step {record.step}/{self._total}",
+            loss,
+            eta,
+            f"{record.per_device_tps:,.0f} tok/s/device",
+            f"lr {record.learning_rate:.2e}",
+            f"grad {record.grad_norm:.3f}",
+            f"{record.step_time_s:.2f} s",
+            f"packs {100 * fill:.0f} % full",
+        ]
+        LOG.info("%s", "  ".join(fields if self._progress is None else _fitting(fields)))
+
+    def _time_left(self, record: StepRecord) -> str:
+        """From the mean time of this process's steps, with its evaluations and saves."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (record.step, now)
+        step, then = self._first
+        per_step = (now - then) / (record.step - step) if record.step > step else record.step_time_s
+        return format_seconds(per_step * (self._total - record.step))
+
+
+@contextmanager
+def step_display(
+    total_steps: int, *, logging_steps: int, first_step: int = 1
+) -> Iterator[StepDisplay]:
+    """The run's only progress display."""
+    if not CONSOLE.is_terminal:
+        yield StepDisplay(None, total_steps, logging_steps=logging_steps, first_step=first_step)
+        return
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(BAR_WIDTH),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=CONSOLE, transient=True, refresh_per_second=2) as progress:
+        yield StepDisplay(progress, total_steps, logging_steps=logging_steps, first_step=first_step)
+
+
+def _message(record: logging.LogRecord) -> str:
+    level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+    return printable(f"{level}{record.getMessage()}")
+
+
+def _fitting(fields: list[str]) -> list[str]:
+    """The first `fields` that fit into a line of the terminal; the first three always."""
+    room = CONSOLE.width - len(time.strftime(CLOCK))
+    fits = [len("  ".join(fields[: n + 1])) <= room for n in range(len(fields))]
+    return [field for n, field in enumerate(fields) if n < 3 or fits[n]]

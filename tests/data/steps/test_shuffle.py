@@ -1,0 +1,134 @@
+"""A permutation in parts: the same as one sort of all keys, made ahead in a thread."""
+
+import hashlib
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roll_sft.data.steps import epochs as epochs_module
+from roll_sft.data.steps.epochs import BatchSize, Epochs, Share
+from roll_sft.data.steps.shuffle import Draw, Part, part_of, sorted_positions
+
+FEW = settings(deadline=None, max_examples=60)
+
+
+def whole_sort(draw: Draw) -> np.ndarray:
+    """The definition: the numbers in the order of their keys."""
+    key = np.array([draw.seed, draw.epoch], np.uint64)
+    counter = np.array([0, 0, 0, draw.stream], np.uint64)
+    return np.argsort(
+        np.random.Philox(key=key, counter=counter).random_raw(draw.size), kind="stable"
+    )
+
+
+@FEW
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=60))
+def test_keys_that_are_alike_in_their_first_bits_are_told_apart(pairs: list[Any]) -> None:
+    keys = np.array([(high << 61) | low for high, low in pairs], np.uint64)
+    assert sorted_positions(keys).tolist() == np.argsort(keys, kind="stable").tolist()
+
+
+@FEW
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1), st.integers(0, 3), st.integers(1, 12))
+def test_parts_one_after_the_other_are_one_sort_of_all_keys(
+    size: int, seed: int, stream: int, num_parts: int
+) -> None:
+    draw = Draw(size, seed, epoch=2, stream=stream)
+    parts = [part_of(draw, number, num_parts=num_parts) for number in range(num_parts)]
+    assert np.concatenate([part.numbers for part in parts]).tolist() == whole_sort(draw).tolist()
+    assert [part.first for part in parts[1:]] == [part.stop for part in parts[:-1]]
+
+
+def test_many_blocks_of_keys_are_one_stream() -> None:
+    draw = Draw(150_000, 7, 1, 0)
+    assert (part_of(draw, 0, num_parts=1).numbers == whole_sort(draw)).all()
+
+
+def test_the_order_of_a_large_epoch_is_pinned() -> None:
+    # Another hash here would break every resumed run.
+    size = 300_000
+    every = Epochs(
+        np.full(size, 3, np.int32),
+        shares=[Share(0, size, size)],
+        batch=BatchSize(size),
+        seed=42,
+        shuffle=True,
+    )
+    hashes = [hashlib.sha256(every.step(step)[2].tobytes()).hexdigest()[:16] for step in (1, 2)]
+    assert hashes == ["75cdbf51009f52b8", "fb5bb14f2a0d8fcb"]
+
+
+@settings(FEW, max_examples=30)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 60),
+    st.sampled_from([None, 1, 40, 700]),
+    st.booleans(),
+    st.lists(st.integers(1, 80), min_size=1, max_size=12),
+)
+def test_parts_are_not_to_be_seen(
+    size: int, draws: int, tokens: int | None, shuffle: bool, steps: list[int]
+) -> None:
+    shares = [Share(0, size // 2, draws), Share(size // 2, size, 30)] if size > 1 else ()
+
+    def epochs() -> Epochs:
+        return Epochs(
+            np.arange(1, size + 1, dtype=np.int32),
+            shares=shares or [Share(0, 1, draws)],
+            batch=BatchSize(7, tokens),
+            seed=3,
+            shuffle=shuffle,
+        )
+
+    plain = epochs()
+    expected = [plain.step(step) for step in steps]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epochs_module, "_PART_SIZE", 11)
+        found = epochs()
+        for step, (epoch, first, chosen) in zip(steps, expected, strict=True):
+            again = found.step(step)
+            assert again[:2] == (epoch, first)
+            assert again[2].tolist() == chosen.tolist()
+
+
+def large(patch: pytest.MonkeyPatch, made: Any) -> Epochs:
+    """9,600 samples in eight parts, which `made` makes; in steps of 400."""
+    patch.setattr(epochs_module, "_PART_SIZE", 1200)
+    patch.setattr(epochs_module, "part_of", made)
+    shares = [Share(0, 9600, 9600)]
+    return Epochs(
+        np.ones(9600, np.int32), shares=shares, batch=BatchSize(400), seed=1, shuffle=True
+    )
+
+
+def test_each_part_is_made_once_and_all_but_the_first_beside_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def watched(draw: Draw, number: int, *, num_parts: int) -> Part:
+        made.append((draw.epoch, number, threading.current_thread() is threading.main_thread()))
+        return part_of(draw, number, num_parts=num_parts)
+
+    every = large(monkeypatch, watched)
+    for step in range(1, 3 * 24 + 1):
+        every.step(step)
+    expected = [(epoch, number) for epoch in range(3) for number in range(8)]
+    assert [each[:2] for each in made[:24]] == expected
+    assert [each[:2] for each in made[24:]] in ([], [(3, 0)])  # begun ahead of what is asked for
+    assert [is_main for *_, is_main in made[:24]] == [True] + 23 * [False]
+
+
+def test_what_fails_beside_the_run_is_raised_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(draw: Draw, number: int, *, num_parts: int) -> Part:
+        if number == 1:
+            raise MemoryError("no room for a part")
+        return part_of(draw, number, num_parts=num_parts)
+
+    every = large(monkeypatch, failing)
+    with pytest.raises(MemoryError, match="no room"):
+        _ = [every.step(step) for step in range(1, 10)]

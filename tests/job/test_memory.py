@@ -1,0 +1,212 @@
+"""What a run says it needs in memory, by hand and beside what an engine holds."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen2Config
+
+from roll_sft.config.build import plain_config
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.job.memory import GIB, estimate
+from roll_sft.job.prepare import Plan, prepare
+from roll_sft.models.family import ModelShape
+from roll_sft.models.registry import family_of
+from tests import parity
+from tests.pool import RankPool
+
+TOKENS, WORDS = 8192, 151_936
+HALF_B = Qwen2Config(
+    vocab_size=WORDS,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=True,
+    architectures=["Qwen2ForCausalLM"],
+)
+TP2 = {"num_workers": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+KEPT = 4 * 896 + 3 * (896 + 128) + 3 * 4864  # numbers that a layer keeps of a token
+# Of the widest moment of its backward: the MLP's and its weight's.
+GRADIENTS = TOKENS * (2 * 896 + 3 * 4864) + 2 * 896 * 4864
+
+
+def plan_of(
+    recompute: str = "none",
+    dtype: str = "bf16",
+    is_compiled: bool | None = None,
+    **parallel: Any,
+) -> Plan:
+    config = plain_config(
+        {
+            "model": {"dtype": dtype, "compile": is_compiled},
+            "parallel": {"num_workers": 1, **parallel},
+            "train": {"micro_batch_tokens": TOKENS, "recompute": recompute},
+        }
+    )
+    shape = family_of(HALF_B).shape(HALF_B)
+    layout = layout_of(config.parallel)
+    return Plan(config, layout, shape, reports={}, steps_per_epoch=1, total_steps=1, shares={})
+
+
+def kept_of(shape: ModelShape, *, of_mlp: int) -> int:
+    """`KEPT` of any shape with as many query heads as fill its width."""
+    keys = shape.num_key_value_heads * shape.head_dim
+    return 4 * shape.hidden_size + 3 * (shape.hidden_size + keys) + of_mlp * shape.ffn_hidden_size
+
+
+def test_the_memory_of_a_small_model_on_one_gpu_is_the_sum_done_by_hand() -> None:
+    plan = plan_of()
+    assert kept_of(plan.shape, of_mlp=3) == KEPT
+    found = estimate(plan)
+    assert found.state_gib == pytest.approx(494_032_768 * (2 + 4 + 4 + 8) / GIB, rel=1e-3)
+    assert found.activations_gib == pytest.approx((24 * TOKENS * KEPT + GRADIENTS) * 2 / GIB)
+    # 2048 rows of logits and their gradient, rows and theirs, the weight's gradient in fp32.
+    head = 2048 * WORDS * (2 + 2) + 2 * TOKENS * 896 * 2 + WORDS * 896 * 4
+    assert found.head_gib == pytest.approx(head / GIB)
+    assert found.update_gib == 0.0  # one kernel, in place
+    assert found.total_gib == found.state_gib + found.activations_gib + found.head_gib
+
+
+def test_full_recomputation_keeps_what_enters_a_layer_and_one_layer() -> None:
+    found = estimate(plan_of("full"))
+    numbers = TOKENS * (24 * 896 + KEPT) + GRADIENTS
+    assert found.activations_gib == pytest.approx(numbers * 2 / GIB)
+    in_fp32 = estimate(plan_of("full", dtype="fp32"))
+    assert in_fp32.activations_gib == pytest.approx(numbers * 4 / GIB)
+
+
+def test_op_by_op_more_is_kept_of_the_mlp_and_of_the_head() -> None:
+    compiled, plain = estimate(plan_of()), estimate(plan_of(is_compiled=False))
+    more = 24 * TOKENS * 2 * 4864 * 2 / GIB
+    assert plain.activations_gib - compiled.activations_gib == pytest.approx(more)
+    assert plain.head_gib - compiled.head_gib == pytest.approx(2048 * WORDS * (6 - 4) / GIB)
+    assert estimate(plan_of(device="cpu")).activations_gib == plain.activations_gib
+
+
+def test_each_axis_cuts_its_part() -> None:
+    one = estimate(plan_of())
+    tensor = estimate(plan_of(**TP2))
+    assert tensor.state_gib == pytest.approx(one.state_gib / 2, rel=1e-3)
+    assert one.activations_gib / 2 < tensor.activations_gib < 0.51 * one.activations_gib
+    data = estimate(plan_of(num_workers=4))
+    assert data.state_gib == pytest.approx(one.state_gib * (2 + 4 + 12 / 4) / 18)
+    assert data.activations_gib == one.activations_gib
+    whole = estimate(plan_of(num_workers=4, use_distributed_optimizer=False))
+    assert whole.state_gib == one.state_gib
+    context = estimate(plan_of(num_workers=2, context_parallel_size=2))
+    assert one.activations_gib / 2 < context.activations_gib < 0.53 * one.activations_gib
+
+
+def test_the_first_stage_holds_a_micro_batch_for_every_stage_and_the_last_the_head() -> None:
+    one, two = estimate(plan_of()), estimate(plan_of(num_workers=2, pipeline_model_parallel_size=2))
+    # Half of the layers, twice in flight, and the embedding: the first is the fuller.
+    assert two.activations_gib == one.activations_gib
+    assert two.head_gib == 0
+    interleaved = estimate(
+        plan_of(
+            num_workers=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+        )
+    )
+    chunks = 2 + 2 + 1  # of six layers: on the way to the last stage, one more turn, and its own
+    numbers = chunks * 6 * TOKENS * KEPT + GRADIENTS
+    assert interleaved.activations_gib == pytest.approx(numbers * 2 / GIB)
+    full = estimate(plan_of("full", num_workers=2, pipeline_model_parallel_size=2))
+    assert full.head_gib == one.head_gib  # with little else in flight, the last is the fuller
+
+
+def test_where_packs_are_short_the_update_needs_the_most_on_a_cpu() -> None:
+    plan = plan_of(device="cpu")
+    short = replace(
+        plan.config,
+        train=replace(plan.config.train, micro_batch_tokens=64),
+        data=replace(plan.config.data, sequence_length=64),
+    )
+    found = estimate(replace(plan, config=short))
+    assert found.update_gib == pytest.approx(494_032_768 * 4 / GIB, rel=1e-3)
+    assert found.total_gib == found.state_gib + found.update_gib
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("memory")
+    parity.write_model(root / "model", kind="qwen2-tied", num_layers=4)
+    parity.write_rows(root / "rows.jsonl")
+    return root
+
+
+def bytes_held(config: RunConfig) -> tuple[int, int, int]:
+    """Of the state after a step, of what a layer keeps, and the tokens of that. In a pool."""
+    import torch.distributed as dist
+
+    from roll_sft.engine.engine import Engine
+
+    job = prepare(config)
+    engine = Engine(config, source=job.source, data=job.data)
+    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    work = job.planner.step(1).work_for(data_rank, learning_rate=1e-4)
+    engine.train_step(work)
+    pack = engine.build(job.data.train, work.micro_batches[:1])
+    tensors = [*engine.chunks[0].parameters()]
+    tensors += [buffer.grad_data for chunk in engine._wrapped for buffer in chunk.buffers]
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        tensors += [p for group in part.optimizer.param_groups for p in group["params"]]
+        tensors += [t for state in part.optimizer.state.values() for t in state.values()]
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    state = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return state, _kept_by_layer(engine, pack, held), pack[0].pack.tokens_T.shape[1]
+
+
+def _kept_by_layer(engine: Any, pack: Any, held: dict[int, Any]) -> int:
+    """Bytes that the second layer keeps for the backward of `pack`, each once."""
+    import torch
+
+    kept: dict[int, torch.Tensor] = {}
+    layer = engine.chunks[0].decoder.layers[1]
+    forward = layer.forward
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in held:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def watched(*args: Any, **options: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return forward(*args, **options)
+
+    layer.forward = watched
+    engine.accumulate_gradients(pack)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [
+        ("fp32", {}),
+        ("bf16", {"num_workers": 2}),
+        ("bf16", {"use_distributed_optimizer": False, **TP2}),
+        ("fp32", {"num_workers": 2, "pipeline_model_parallel_size": 2}),
+    ],
+    ids=["1 fp32", "DP2 bf16", "TP2+SP bf16", "PP2 fp32"],
+)
+def test_an_engine_holds_what_was_estimated(
+    dtype: str, parallel: dict[str, Any], folder: Path, pool: RankPool
+) -> None:
+    config = parity.parity_config(
+        folder, model={"dtype": dtype}, parallel={"num_workers": 1, **parallel}
+    )
+    plan = prepare(config).plan
+    found = pool.run(bytes_held, layout_of(config.parallel), config)
+    fullest = max(state for state, _, _ in found)
+    assert estimate(plan).state_gib * GIB == pytest.approx(fullest, rel=0.01)
+    if dtype == "fp32":
+        shape = plan.shape
+        # On a CPU a norm is two steps, and attention is joined from its samples'.
+        least = kept_of(shape, of_mlp=5) + 2 * shape.hidden_size + shape.hidden_size
+        angles, scales = 4 * shape.head_dim, 2 + shape.num_attention_heads
+        for _, kept, tokens in found:
+            assert least <= kept / tokens / 4 <= least + angles + scales
