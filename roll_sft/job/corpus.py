@@ -19,7 +19,8 @@ from roll_sft.data.steps.plan import Planner, PlanOptions, StepPlan
 from roll_sft.data.tokens.build_shard import SourceOptions
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.estimate import rough_report
-from roll_sft.data.tokens.prepare import CachePlace, Source, SourceReport, prepare_sources
+from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
+from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread
 from roll_sft.job.inputs import TokenData
 

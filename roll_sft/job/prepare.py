@@ -26,7 +26,8 @@ from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.estimate import TOKEN_BYTES
-from roll_sft.data.tokens.prepare import NotPreparedError, SourceReport
+from roll_sft.data.tokens.prepare import NotPreparedError
+from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread
 from roll_sft.job import corpus
 from roll_sft.job.inputs import ModelSource, TokenData

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from roll_sft.data.tokens.prepare import SourceReport
+from roll_sft.data.tokens.report import SourceReport
 from roll_sft.job.memory import MemoryEstimate, estimate
 from roll_sft.job.prepare import Plan, drawn_tokens
 from roll_sft.train.terminal import stdout_console

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from roll_sft.data.tokens.build_shard import (
 )
 from roll_sft.data.tokens.cache import PLACES_SHOWN, CacheFacts, SourceTokens, TokenCache
 from roll_sft.data.tokens.file_index import known_files
+from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread, spread_for
 
 _log = logging.getLogger(__name__)
@@ -68,38 +69,6 @@ class CachePlace:
 
 class NotPreparedError(DataError):
     """A cache that is only read lacks tokens of the data."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceReport:
-    """What became of the rows of a source; `kept` and the values of `dropped` add up to `rows`.
-
-    `dropped_places` has the first places ("file:line") for each reason. `samples`: a row may give
-    several; `dropped_samples` were left out of rows that gave others, and `truncated` ones cut.
-    `length` has the tokens per sample as min, p50, p90, p99 and max. `columns_left_aside` are the
-    columns, and the keys of messages, that samples are not made of. `cached`: nothing had to be
-    tokenised.
-    """
-
-    name: str
-    path: str
-    rows: int
-    kept: int
-    dropped: Mapping[str, int]
-    dropped_places: Mapping[str, list[str]]
-    truncated: int
-    samples: int
-    dropped_samples: Mapping[str, int]
-    tokens: int
-    supervised_tokens: int
-    supervised_share: float
-    length: Mapping[str, int]
-    columns_left_aside: list[str]
-    cached: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as an entry of `data_report.json`."""
-        return asdict(self)
 
 
 def prepare_sources(

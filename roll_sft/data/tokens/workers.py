@@ -30,7 +30,10 @@ from roll_sft.data.tokens.build_shard import Filled, ShardTask, fill
 # do most of the work there is.
 _SMALL_BYTES = 64 << 20
 # With our search path, so that a helper finds what we found.
-_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from roll_sft.data.tokens.workers import serve; serve()"
+_PROGRAM = """
+import sys; sys.path[:] = sys.argv[1:]
+from roll_sft.data.tokens.workers import serve; serve()
+"""
 
 Spread = Callable[[ChatTokenizer, Sequence[ShardTask]], Generator[Filled, None, None]]
 """Runs `fill` on each task, somewhere."""
