@@ -183,6 +183,57 @@ def test_a_preparation_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> No
     assert not list(cache.glob(".*.tmp"))
 
 
+class WaitsForEver(ChatTokenizer):
+    """Says in a file of its own that work has begun, and which process does it."""
+
+    def tokenize_many(self, rows: Any) -> Any:
+        (Path(os.environ["STARTED"]) / str(os.getpid())).touch()
+        time.sleep(600)
+
+
+def interrupted_run(folder: Path) -> None:
+    """Prepare with two processes until Ctrl-C, as a terminal sends it: to all of them."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["STARTED"] = str(folder / "started")
+    prepare_sources(
+        [Source(str(folder / "rows"), "demo")],
+        tokenizer=WaitsForEver(tiny_tokenizer()),
+        options=OPTIONS,
+        place=CachePlace(folder / "cache", num_proc=2),
+    )
+
+
+def test_ctrl_c_ends_the_processes_with_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "started").mkdir()
+    for number in range(3):
+        write(tmp_path / "rows", number)
+    process = multiprocessing.get_context("spawn").Process(target=interrupted_run, args=(tmp_path,))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "started").iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    helpers = [int(each.name) for each in (tmp_path / "started").iterdir()]
+    assert len(helpers) == 2
+    os.killpg(process.pid or 0, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 1  # a traceback of KeyboardInterrupt, this process's alone
+    assert capfd.readouterr().err.count("KeyboardInterrupt") == 1
+    while any(map(is_running, helpers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, helpers))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def wait_for_silence(cache: Path) -> None:
     """Until the processes of a killed run have ended, which they do by themselves."""
     deadline = time.monotonic() + 30
