@@ -29,12 +29,10 @@ from roll_sft.data.rows.json_rows import (
     JSON_SPACE,
     TOO_DEEP,
     RawRow,
-    array_rows,
     bounded_lines,
     line_rows,
 )
 from roll_sft.data.rows.row_format import columns_of, sample_of, shape_of
-from roll_sft.data.rows.table_rows import table_parts, table_rows
 from roll_sft.data.rows.values import BadRowError, NoAnswerError, UnusableFileError, listed, shown
 
 SHARD_BYTES = 32 << 20
@@ -247,6 +245,8 @@ def _table_shards(
     name: str, *, kind: Literal["parquet", "arrow"], shard_bytes: int
 ) -> Iterator[Shard]:
     file_hash, _ = _hashed(name, digest=hashlib.sha256(kind.encode()))
+    from roll_sft.data.rows.table_rows import table_parts
+
     with opened(name) as file:
         parts = list(table_parts(file, kind=kind, name=name))
     if not any(part.num_rows for part in parts):
@@ -264,33 +264,38 @@ def _table_shards(
 def _raw_rows(shard: Shard, *, wanted: Set[str]) -> Iterator[RawRow | BadRow]:
     with opened(shard.file) as file:
         if shard.kind in ("parquet", "arrow"):
+            from roll_sft.data.rows.table_rows import table_rows
+
+            part = range(shard.start, shard.stop)
             yield from table_rows(
                 file,
                 kind=shard.kind,
                 name=shard.file,
-                part=range(shard.start, shard.stop),
+                part=part,
                 first_row=shard.first_line,
                 wanted=wanted,
             )
-        elif compression_of(shard.file) is not None:
-            yield from _decompressed_rows(shard, file)
-        elif shard.kind == "array":
-            yield from array_rows(file, name=shard.file)
-        else:
+        elif compression_of(shard.file) is None:
             file.seek(shard.start)
-            lines = bounded_lines(file, num_bytes=shard.stop - shard.start)
-            yield from line_rows(lines, first_line=shard.first_line)
+            yield from _json_rows(shard, file)
+        else:
+            yield from _decompressed_rows(shard, file)
+
+
+def _json_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
+    if shard.kind == "array":
+        from roll_sft.data.rows.json_array import array_rows
+
+        return array_rows(file, name=shard.file)
+    is_whole = compression_of(shard.file) is not None
+    num_bytes = None if is_whole else shard.stop - shard.start
+    return line_rows(bounded_lines(file, num_bytes=num_bytes), first_line=shard.first_line)
 
 
 def _decompressed_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
-    is_array, line = shard.kind == "array", 1
-    rows = (
-        array_rows(file, name=shard.file)
-        if is_array
-        else line_rows(bounded_lines(file), first_line=1)
-    )
+    line = 1
     try:
-        for row in rows:
+        for row in _json_rows(shard, file):
             line = row.line
             yield row
     except OSError as error:

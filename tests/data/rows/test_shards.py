@@ -1,7 +1,6 @@
 """Shards: every row is in one, cuts stay where they are, and a file has one shape over all."""
 
 import gzip
-import io
 import json
 import pickle
 from dataclasses import replace
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from roll_sft.base.errors import DataError
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
-from roll_sft.data.rows.json_rows import array_rows
 from roll_sft.data.rows.shards import Shard, file_shapes, find_shards, read_shard
 from roll_sft.data.rows.sources import read_conversations
 
@@ -174,21 +172,3 @@ def test_columns_that_rows_used_are_gathered(tmp_path: Path) -> None:
         assert not any(isinstance(row, BadRow) for row in reading)
         used.append(reading.used)
     assert sorted(map(len, used)) == [0] * (len(used) - 1) + [1]
-
-
-def test_an_array_without_an_end_is_read_as_far_as_is_asked() -> None:
-    class Endless(io.RawIOBase):
-        num_read = 0
-
-        def read(self, size: int = -1) -> bytes:
-            self.num_read += size
-            begin = b"[" if self.num_read == size else b""
-            return begin + b'{"text": "0123456789"},\n' * (size // 24)
-
-    file = Endless()
-    rows = array_rows(file, name="endless", window_bytes=1 << 12)  # type: ignore[arg-type]
-    for number in range(20_000):
-        row = next(rows)
-        assert row.row == number
-        assert row.line == number + 1
-    assert file.num_read < 20_000 * 24 + (1 << 14)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from roll_sft.base.errors import ConfigError, DataError
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document, Message
-from roll_sft.data.rows.json_rows import RawRow, array_rows, line_rows
+from roll_sft.data.rows.json_array import array_rows
+from roll_sft.data.rows.json_rows import RawRow, line_rows
 from roll_sft.data.rows.sources import read_conversations
 
 AUTO = ColumnKeys()
@@ -319,13 +320,10 @@ def test_text_arrives_as_it_was_written(
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    values=st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists), min_size=1),
-    window=st.integers(1, 100),
-)
-def test_arrays_and_lines_give_the_same_values(values: list[Any], window: int) -> None:
+@given(values=st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists), min_size=1))
+def test_arrays_and_lines_give_the_same_values(values: list[Any]) -> None:
     file = io.BytesIO(json.dumps(values, indent=2).encode())
-    array = list(array_rows(file, name="rows.json", window_bytes=window))
+    array = list(array_rows(file, name="rows.json"))
     assert [row.value for row in array if isinstance(row, RawRow)] == values
     lines = [json.dumps({"v": value}).encode() for value in values]
     found = line_rows(iter(lines), first_line=1)
