@@ -12,18 +12,12 @@ import glob
 import io
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-import fsspec
-import pyarrow as pa
-from fsspec.registry import known_implementations
-
 from roll_sft.base.errors import DataError, first_line
-from roll_sft.data.rows.hub import hub_files, is_hub_id
-from roll_sft.data.rows.saved_folders import SPLITS_FILE, check_one_split, without_cache_files
 from roll_sft.data.rows.values import shown
 
 FileKind = Literal["json", "parquet", "arrow"]
@@ -39,7 +33,8 @@ _NO_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state)\.json|.*\.(md|rst|txt|py|ya?ml)|(LICENSE|NOTICE)(\..*)?"
 )
 _PATTERN = re.compile(r"[*?\[]")
-_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]+)://")
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")
+_HUB_ID = re.compile(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*(/[\w.\-]+)?")
 _NAMES_SHOWN = 5
 _BUFFER_BYTES = 1 << 16
 
@@ -51,12 +46,12 @@ def find_files(path: str, *, split: str | None = None) -> list[str]:
     `DataError` where there is no such file, or one that cannot be read.
     """
     if is_on_hub(path):
+        from roll_sft.data.rows.hub import hub_files
+
         return hub_files(path, split=split)
-    url = _URL.match(path)
-    form, below = _remote_files(path, url.group(1)) if url else _local_files(path)
+    form, below = _remote_files(path) if _URL.match(path) else _local_files(path)
     if form != "file":
-        rows = without_cache_files(list(below), _text_of, is_whole=form == "folder")
-        below = {name: below[name] for name in rows}
+        below = _without_cache_files(below, form=form)
     if not below:
         raise DataError(f"{path}: no file here; give a file ending in {ACCEPTED}")
     for name in below:
@@ -70,8 +65,17 @@ def find_files(path: str, *, split: str | None = None) -> list[str]:
     if split is not None:
         return _of_split(below, split=split, path=path)
     if form == "folder":
+        from roll_sft.data.rows.saved_folders import SPLITS_FILE, check_one_split
+
         check_one_split(below, path=path, saved=_text_of(f"{path.rstrip('/')}/{SPLITS_FILE}"))
     return list(below)
+
+
+def _without_cache_files(below: Mapping[str, str], *, form: _Form) -> dict[str, str]:
+    from roll_sft.data.rows.saved_folders import without_cache_files
+
+    rows = without_cache_files(list(below), _text_of, is_whole=form == "folder")
+    return {name: below[name] for name in rows}
 
 
 def kind_of_file(name: str) -> FileKind | None:
@@ -109,12 +113,15 @@ def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
 def is_on_hub(path: str) -> bool:
     """Whether `path` means a dataset of the hub: it has that form, and no file or folder has it."""
     is_file_name = kind_of_file(path) is not None or PurePosixPath(path).suffix in COMPRESSIONS
-    return is_hub_id(path) and not is_file_name and _local_form(path) is None
+    has_form = _HUB_ID.fullmatch(path) is not None
+    return has_form and not is_file_name and _local_form(path) is None
 
 
 @contextmanager
 def _open(name: str) -> Iterator[BinaryIO]:
     if _URL.match(name):
+        import fsspec
+
         with fsspec.open(name, "rb", compression=None) as remote:
             yield io.BufferedReader(remote)  # whose readline takes a size, as fsspec's does not
     else:
@@ -126,6 +133,8 @@ def _open(name: str) -> Iterator[BinaryIO]:
 
 
 def _decompressed(file: BinaryIO, codec: str) -> BinaryIO:
+    import pyarrow as pa
+
     stream: Any = pa.CompressedInputStream(file, codec)
     return io.BufferedReader(stream, _BUFFER_BYTES)
 
@@ -155,33 +164,20 @@ def _local_files(path: str) -> tuple[_Form, dict[str, str]]:
     if not _PATTERN.search(path):
         raise DataError(f"{path}: no such file; check the path in the configuration")
     found = [name for name in glob.glob(path, recursive=True) if Path(name).is_file()]
-    return "pattern", _below(found, root=_before_pattern(path))
+    return "pattern", _named(dict(zip(found, found, strict=True)), root=_before_pattern(path))
 
 
-def _remote_files(path: str, protocol: str) -> tuple[_Form, dict[str, str]]:
-    form: _Form = "file"
-    try:
-        system, place = fsspec.url_to_fs(path)
-        root = str(PurePosixPath(place).parent)
-        if _PATTERN.search(path):
-            form, root = "pattern", _before_pattern(place)
-            found = [name for name in system.glob(place) if system.isfile(name)]
-        elif system.isdir(place):
-            form, root, found = "folder", place, system.find(place)
-        else:
-            found = [place] if system.exists(place) else []
-    except ImportError as error:
-        package = known_implementations.get(protocol, {}).get("err") or first_line(error)
-        raise DataError(f"{path}: {protocol}:// needs a package: {package}") from error
-    except ValueError as error:  # a protocol that fsspec does not know
-        raise DataError(f"{path}: {first_line(error)}; check the beginning of the URL") from error
-    except Exception as error:
-        # Each store has errors of its own: of the network, of credentials, of its own classes.
-        raise DataError(f"{path}: cannot be listed ({first_line(error)})") from error
-    below = _below(found, root=root)
-    if form == "folder":
-        below = {name: each for name, each in below.items() if _is_data(each)}
-    return form, {system.unstrip_protocol(name): each for name, each in below.items()}
+def _remote_files(path: str) -> tuple[_Form, dict[str, str]]:
+    from roll_sft.data.rows.remote_files import list_url
+
+    is_pattern = _PATTERN.search(path) is not None
+    place, urls, is_folder = list_url(path, is_pattern=is_pattern)
+    if is_pattern:
+        return "pattern", _named(urls, root=_before_pattern(place))
+    if not is_folder:
+        return "file", _named(urls, root=str(PurePosixPath(place).parent))
+    names = _named(urls, root=place)
+    return "folder", {name: each for name, each in names.items() if _is_data(each)}
 
 
 def _before_pattern(path: str) -> str:
@@ -189,9 +185,9 @@ def _before_pattern(path: str) -> str:
     return str(PurePosixPath(_PATTERN.split(path, maxsplit=1)[0] + "x").parent)
 
 
-def _below(names: Iterable[str], *, root: str) -> dict[str, str]:
-    """Names, sorted, each with what it is called below `root`."""
-    return {name: str(PurePosixPath(name).relative_to(root)) for name in sorted(names)}
+def _named(places: Mapping[str, str], *, root: str) -> dict[str, str]:
+    """The values of `places`, sorted by key, each with what its key is called below `root`."""
+    return {places[each]: str(PurePosixPath(each).relative_to(root)) for each in sorted(places)}
 
 
 def _text_of(name: str) -> str | None:

@@ -6,19 +6,15 @@ split, which is read as a local one from then on. No code of a dataset is run.
 
 import re
 
+import datasets
+
 from roll_sft.base.errors import DataError, first_line
 
-_IDENTIFIER = re.compile(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*(/[\w.\-]+)?")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `path` has the form org/name, or org/name/configuration."""
-    return _IDENTIFIER.fullmatch(path) is not None
-
-
 def hub_files(path: str, *, split: str | None) -> list[str]:
-    """Return the files of `split`, of the only one there is without it, in order.
+    """Return the files of `split` in order; without `split`, of the only one there is.
 
     Raises `DataError` if the hub does not give the dataset, and without a choice among splits.
     """
@@ -27,8 +23,6 @@ def hub_files(path: str, *, split: str | None) -> list[str]:
             f"{path}: split '{split}' is no name; give one such as train, and samples or weight to "
             f"take a part of it"
         )
-    import datasets  # here: it takes a second, and most runs read files
-
     name, _, configuration = path[path.index("/") + 1 :].partition("/")
     repository = f"{path.partition('/')[0]}/{name}"
     try:
