@@ -52,7 +52,7 @@ def steps_of(
 
     steps, lengths = [], []
     with (
-        patch.object(packing, "_MOST_FILLING", most_filling),
+        patch.object(packing, "_MAX_FILLING", most_filling),
         patch.object(P2PCommunicator, "_communicate_shapes", counted),
     ):
         engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
@@ -73,7 +73,7 @@ def measured(config: RunConfig, reference: Path) -> RankParity:
     """This rank's errors over step 1 in packs of one length. In a pool."""
     from roll_sft.data.steps import packing
 
-    with patch.object(packing, "_MOST_FILLING", ALWAYS):
+    with patch.object(packing, "_MAX_FILLING", ALWAYS):
         return parity.measure(config, reference)
 
 

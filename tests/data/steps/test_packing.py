@@ -10,11 +10,10 @@ from roll_sft.data.steps.packing import (
     Bin,
     CostModel,
     assign_to_ranks,
-    balance_bins,
     best_fit_decreasing,
-    bin_cost,
     common_length,
     order_for_pipeline,
+    pack_evenly,
     padded_lengths,
 )
 
@@ -31,6 +30,10 @@ def indices_of(bins: list[Bin]) -> list[int]:
 
 def tokens_of(bins: list[Bin], lengths: list[int]) -> list[int]:
     return [sum(lengths[index] for index in one_bin) for one_bin in bins]
+
+
+def cost_of(one_bin: Bin, lengths: list[int], cost: CostModel = COST) -> float:
+    return sum(cost(lengths[index]) for index in one_bin)
 
 
 def log_normal(size: int, *, cap: int, seed: int = 0) -> list[int]:
@@ -140,7 +143,7 @@ def test_without_a_ceiling_no_rank_exceeds_the_mean_by_more_than_one_sample(
     lengths: list[int], num_ranks: int
 ) -> None:
     ranks = assign_to_ranks(lengths, num_ranks=num_ranks, cost=COST, token_ceiling=sum(lengths))
-    costs = [bin_cost(rank, lengths, cost=COST) for rank in ranks]
+    costs = [cost_of(rank, lengths) for rank in ranks]
     assert max(costs) <= sum(costs) / num_ranks + COST(max(lengths)) + 1e-6
 
 
@@ -168,50 +171,57 @@ def test_ranks_of_512_log_normal_samples_differ_by_less_than_one_percent() -> No
         lengths = log_normal(512, cap=8192)
         cost = CostModel(linear)
         ranks = assign_to_ranks(lengths, num_ranks=8, cost=cost, token_ceiling=sum(lengths))
-        costs = [bin_cost(rank, lengths, cost=cost) for rank in ranks]
+        costs = [cost_of(rank, lengths, cost) for rank in ranks]
         assert max(costs) * 8 / sum(costs) <= 1.01
 
 
 @FEW
-@given(some_lengths)
-def test_balancing_keeps_the_number_of_bins_the_capacity_and_never_costs_more(
-    lengths: list[int],
-) -> None:
-    bins = best_fit_decreasing(lengths, capacity=CAPACITY)
-    balanced = balance_bins(bins, lengths, num_bins=len(bins), cost=COST, capacity=CAPACITY)
-    assert len(balanced) == len(bins)
-    assert indices_of(balanced) == list(range(len(lengths)))
-    assert all(0 < tokens <= CAPACITY for tokens in tokens_of(balanced, lengths))
-
-    def largest(candidates: list[Bin]) -> float:
-        return max((bin_cost(one, lengths, cost=COST) for one in candidates), default=0.0)
-
-    assert largest(balanced) <= largest(bins)
+@given(some_lengths, st.integers(1, 4))
+def test_packs_hold_every_sample_once_within_capacity(lengths: list[int], multiple: int) -> None:
+    bins = pack_evenly(lengths, capacity=CAPACITY, multiple=multiple, cost=COST)
+    assert indices_of(bins) == list(range(len(lengths)))
+    assert all(0 < tokens <= CAPACITY for tokens in tokens_of(bins, lengths))
+    # Never more than best-fit needs, but for the multiple.
+    assert len(bins) < len(best_fit_decreasing(lengths, capacity=CAPACITY)) + multiple
 
 
-def test_balancing_evens_out_a_remainder() -> None:
+@pytest.mark.parametrize(("multiple", "tokens"), [(1, [60, 60]), (2, [60, 60]), (3, [40] * 3)])
+def test_packs_are_even_and_as_few_as_the_multiple_allows(multiple: int, tokens: list[int]) -> None:
     lengths = [10] * 12
-    bins = best_fit_decreasing(lengths, capacity=100)
-    assert tokens_of(bins, lengths) == [100, 20]
-    balanced = balance_bins(bins, lengths, num_bins=len(bins), cost=COST, capacity=100)
-    assert tokens_of(balanced, lengths) == [60, 60]
+    assert tokens_of(best_fit_decreasing(lengths, capacity=100), lengths) == [100, 20]
+    bins = pack_evenly(lengths, capacity=100, multiple=multiple, cost=COST)
+    assert tokens_of(bins, lengths) == tokens
 
 
-def test_balancing_returns_bins_that_cannot_be_dealt_anew() -> None:
+def test_packs_are_even_in_cost_and_not_in_tokens() -> None:
+    lengths = [8, 3, 3, 3]
+    bins = pack_evenly(lengths, capacity=10, multiple=1, cost=CostModel(linear=0.0))
+    assert bins == [(0,), (1, 2, 3)]
+
+
+def test_there_are_no_more_packs_than_samples() -> None:
+    assert pack_evenly([5, 4], capacity=10, multiple=4, cost=COST) == [(0,), (1,)]
+    assert pack_evenly([], capacity=10, multiple=4, cost=COST) == []
+
+
+def test_a_pack_may_be_filled_to_its_last_token() -> None:
+    assert pack_evenly([6, 4], capacity=10, multiple=1, cost=COST) == [(0, 1)]
+    assert assign_to_ranks([6, 4, 5, 5], num_ranks=2, cost=COST, token_ceiling=10) == [
+        (0, 1),
+        (2, 3),
+    ]
+
+
+def test_samples_that_cannot_be_dealt_are_packed_by_best_fit() -> None:
     lengths = [5, 5, 4, 4, 2]  # longest first would end with 5 + 4 twice and no room for the 2
-    bins = best_fit_decreasing(lengths, capacity=10)
-    assert bins == [(0, 1), (2, 3, 4)]
-    assert balance_bins(bins, lengths, num_bins=len(bins), cost=COST, capacity=10) == bins
+    bins = pack_evenly(lengths, capacity=10, multiple=1, cost=COST)
+    assert bins == best_fit_decreasing(lengths, capacity=10) == [(0, 1), (2, 3, 4)]
 
 
-def test_balancing_returns_bins_that_dealing_would_make_costlier() -> None:
-    lengths, cost = [4, 4, 3, 3, 3], CostModel(linear=0.0)
-    bins = best_fit_decreasing(lengths, capacity=10)
-    assert tokens_of(bins, lengths) == [
-        8,
-        9,
-    ]  # the least possible; longest first ends with 7 and 10
-    assert balance_bins(bins, lengths, num_bins=len(bins), cost=cost, capacity=10) == bins
+def test_samples_that_need_more_packs_than_their_tokens_are_dealt_to_so_many() -> None:
+    lengths = [6, 6, 6, 1, 1]  # 20 tokens, and no two of the long ones in one pack of 10
+    bins = pack_evenly(lengths, capacity=10, multiple=1, cost=COST)
+    assert bins == [(0, 3), (1, 4), (2,)]
 
 
 @FEW
@@ -220,7 +230,7 @@ def test_a_pipeline_gets_rising_then_falling_costs(lengths: list[int]) -> None:
     bins = best_fit_decreasing(lengths, capacity=CAPACITY)
     ordered = order_for_pipeline(bins, lengths, cost=COST)
     assert sorted(ordered) == sorted(bins)
-    costs = [bin_cost(one, lengths, cost=COST) for one in ordered]
+    costs = [cost_of(one, lengths) for one in ordered]
     top = costs.index(max(costs)) if costs else 0
     assert costs[: top + 1] == sorted(costs[: top + 1])
     assert costs[top:] == sorted(costs[top:], reverse=True)
@@ -232,6 +242,8 @@ def test_packs_are_filled_up_in_a_pipeline_alone_and_where_it_is_cheap() -> None
     assert common_length([100, 98, 97], layout=pipeline) == 100
     assert common_length([100, 100], layout=pipeline) == 100
     assert common_length([7], layout=pipeline) == 7
+    assert common_length([51, 49], layout=pipeline) == 51  # 2 % of all tokens, and no more
+    assert common_length([52, 49], layout=pipeline) is None
     assert common_length([100, 94], layout=pipeline) is None
     assert common_length([100, 2], layout=pipeline) is None
     assert common_length([100, 100], layout=ParallelLayout(2)) is None
