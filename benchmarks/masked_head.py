@@ -62,7 +62,7 @@ class _Step:
 
     def run(self, rows: torch.Tensor) -> None:
         """One forward and backward over `rows`."""
-        from roll_sft.engine.head import cross_entropy_of_rows
+        from roll_sft.engine.loss import cross_entropy_of_rows
 
         hidden = self.hidden.detach().requires_grad_()
         losses = cross_entropy_of_rows(

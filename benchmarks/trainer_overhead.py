@@ -68,7 +68,7 @@ def _our_steps(engine: Any, job: Job) -> Callable[[], None]:
 def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from roll_sft.engine import build
+    from roll_sft.engine.optimizer import update
 
     forward_backward = get_forward_backward_func()
     batches = [_tensors(engine, job, step) for step in _steps()]
@@ -97,8 +97,7 @@ def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
                 micro_batch_size=1,
                 forward_only=False,
             )
-            build.set_learning_rate(engine.optimizer, 1e-4)
-            engine.optimizer.step()
+            update(engine.optimizer, learning_rate=1e-4)
 
     return run
 
@@ -111,7 +110,7 @@ def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
     packs = []
     for batch in engine.build(job.data.train, job.planner.step(step).ranks[0]):
         pack = batch.pack
-        packed = describe_pack(batch.segments, pack.positions_T, max_seqlen=pack.max_seqlen)
+        packed = describe_pack(batch.segments, pack.positions_T, frequencies=engine._frequencies)
         options = {"packed_seq_params": packed, **loss_arguments(batch.rows)}
         count = torch.tensor(pack.num_supervised, dtype=torch.int)
         packs.append(((pack.tokens_T, pack.positions_T, None), options, count))

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from roll_sft.engine.norms import normed_rows
-from roll_sft.engine.rotary import RotaryTable, rotate, rotated_states
-from roll_sft.engine.swiglu import swiglu
+from roll_sft.engine.attention import rotary_angles, rotate, rotated_in_fp32
+from roll_sft.engine.layers import normed_rows, swiglu
 
 # Those of the model of the run below, which finds on disk what was compiled here.
 HIDDEN, HEADS, HEAD_DIM, FFN, EPSILON = 64, 4, 16, 160, 3e-5
@@ -24,19 +23,14 @@ def plain_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
     return F.rms_norm(rows, (HIDDEN,), weight, epsilon)
 
 
-def plain_rotation(
-    states: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    class Config:
-        bias_activation_fusion = False
-
-    return rotate(states, table, Config(), positions)  # type: ignore[arg-type]
+def plain_rotation(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    return rotate(states, angles, is_compiled=False)
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "swiglu": (swiglu, plain_swiglu),
     "norm": (normed_rows, plain_norm),
-    "rotation": (rotated_states, plain_rotation),
+    "rotation": (rotated_in_fp32, plain_rotation),
 }
 
 
@@ -44,9 +38,9 @@ def arguments(name: str, length: int, dtype: torch.dtype) -> tuple[list[torch.Te
     """The rows, of which the first is trained, and the rest."""
     torch.manual_seed(length)
     if name == "rotation":
-        table = RotaryTable(10_000.0 ** (-torch.arange(HEAD_DIM // 2) / 8)).get_emb(length + 3)
         states = torch.randn(length, HEADS, HEAD_DIM).to(dtype)
-        return [states, table, torch.randint(0, length + 3, (length,))], []
+        frequencies = 10_000.0 ** (-torch.arange(HEAD_DIM // 2) / 8)
+        return [states, rotary_angles(torch.randint(0, length + 3, (length,)), frequencies)], []
     if name == "norm":
         return [torch.randn(length, HIDDEN).to(dtype)], [torch.randn(HIDDEN).to(dtype), EPSILON]
     return [torch.randn(length, 2 * FFN).to(dtype)], []

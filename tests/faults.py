@@ -66,21 +66,22 @@ def planted(fault: str | None) -> Iterator[None]:
 
 
 def _patch(fault: str) -> Any:
-    from roll_sft.engine import build, engine, loss
+    from roll_sft.engine import build, loss, micro_batch
 
     build_model, load_weights, build_batch = (
         build.build_model,
         build.load_weights,
-        engine.build_batch,
+        micro_batch.build_batch,
     )
     if fault == "another RoPE base":
+        rotary_frequencies = build.rotary_frequencies
 
-        def slower(shape: Any, *args: Any, **options: Any) -> Any:
+        def slower(shape: Any) -> torch.Tensor:
             size = len(shape.rotary_inv_freq)
             frequencies = tuple(10_000.0 ** (-index / size) for index in range(size))
-            return build_model(replace(shape, rotary_inv_freq=frequencies), *args, **options)
+            return rotary_frequencies(replace(shape, rotary_inv_freq=frequencies))
 
-        return patch.object(build, "build_model", slower)
+        return patch.object(build, "rotary_frequencies", slower)
     if fault == "no norm of queries and keys":
 
         def without(shape: Any, *args: Any, **options: Any) -> Any:
@@ -99,7 +100,7 @@ def _patch(fault: str) -> Any:
             batch = build_batch(*args, **options)
             return replace(batch, row_labels=batch.tokens_T[0][batch.rows])
 
-        return patch.object(engine, "build_batch", unshifted)
+        return patch.object(micro_batch, "build_batch", unshifted)
     if fault == "padded vocabulary in the softmax":
         return patch.object(loss, "cross_entropy_of_rows", partial(_unmasked, _cross_entropy()))
     assert fault == "hidden gradient not reduced over the tensor group", fault
@@ -107,7 +108,7 @@ def _patch(fault: str) -> Any:
 
 
 def _cross_entropy() -> Any:
-    from roll_sft.engine.head import cross_entropy_of_rows
+    from roll_sft.engine.loss import cross_entropy_of_rows
 
     return cross_entropy_of_rows
 

@@ -26,7 +26,7 @@ CALLS |= {"__bool__", "__float__", "__int__", "__index__"}
 OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 OPERATIONS |= {"_unique2", "unique_dim", "unique_consecutive"}
 # A step ends by reading its loss and its norm.
-END_OF_STEP = {("roll_sft/engine/engine.py", "read"), ("roll_sft/engine/engine.py", "train_step")}
+END_OF_STEP = {("engine/engine.py", "read"), ("engine/optimizer.py", "gradient_norm")}
 PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "roll_sft/engine/cpu_backend.py")
 STANDARD_LIBRARY = str(Path(contextlib.__file__).parent) + "/"
 

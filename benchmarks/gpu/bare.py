@@ -17,8 +17,8 @@ from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.data.steps.batch import build_batch
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.engine.attention import Segments, segments_of
 from roll_sft.engine.attention_kernels import Heads, choose_kernel
+from roll_sft.engine.micro_batch import Segments, segments_of
 
 NO_LABEL = -100
 _segments: list[Segments] = []  # of the pack that runs

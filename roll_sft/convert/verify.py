@@ -107,8 +107,9 @@ def _logits_of_megatron(
     import torch.distributed as dist
 
     from roll_sft.engine import build
-    from roll_sft.engine.attention import describe_pack, segments_of
+    from roll_sft.engine.attention import describe_pack
     from roll_sft.engine.attention_kernels import sdpa
+    from roll_sft.engine.micro_batch import segments_of
     from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     layout = ParallelLayout(1)
@@ -134,7 +135,7 @@ def _logits_of_megatron(
             packed_seq_params=describe_pack(
                 segments_of(bounds, context_size=1, context_rank=0),
                 positions,
-                max_seqlen=int(lengths.max()),
+                frequencies=build.rotary_frequencies(shape),
             ),
         )
     return logits[0]

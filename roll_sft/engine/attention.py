@@ -1,99 +1,58 @@
-"""Packed (THD) core attention with context parallelism, on a choice of kernels.
+"""Packed (THD) attention: rotation by position and context parallelism around a kernel.
 
-Legend: T tokens of this context rank, P tokens of the whole pack, K keys that the segments list, N
-segments, H query heads and G key/value groups of this tensor rank, E head dimension.
+Legend: T tokens of this context rank, K keys that the segments list (`micro_batch.Segments`),
+H query heads and G key/value groups of this tensor rank, E head dimension.
 
 Megatron's local core attention takes neither packed sequences nor context parallelism; this one
-takes both. A *segment* is a run of queries with the keys before and among them: a sample without
-context parallelism, and each of a rank's two zig-zag chunks of a sample with it. The last query of
-a segment sees all its keys (a causal triangle aligned to the bottom right), so every kernel for
-packed sequences computes segments, and which one does is the only difference between backends.
+takes both. Every kernel for packed sequences computes segments, and the kernel is the only
+difference between backends. Under context parallelism keys and values are gathered (their gradient
+is reduce-scattered) and queries stay; rank r holds chunks r and 2 x CP - 1 - r of each sample, the
+same share of its triangle on every rank.
 
-Under context parallelism keys and values are gathered (their gradient is reduce-scattered) and
-queries stay where they are; rank r holds chunks r and 2 x CP - 1 - r of each sample, the same share
-of its triangle on every rank.
+Queries and keys are rotated here, not in Megatron's attention, which cuts the pack at its bounds:
+they lie on the device, and reading them waits for all queued work, twice a layer. Positions need no
+reading, and the cosines and sines of a pack are computed once for all layers.
 """
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 
-from roll_sft.data.steps.batch import zigzag_inverse
 from roll_sft.engine.attention_kernels import Kernel
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """The segments of one pack on one context rank; made on the host, once for all layers."""
-
-    query_lengths: tuple[int, ...]  # N
-    key_lengths: tuple[int, ...]  # N
-    query_bounds: torch.Tensor  # int32 [N + 1]
-    key_bounds: torch.Tensor  # int32 [N + 1]
-    key_index: torch.Tensor | None  # int64 [K] into the gathered keys; None: keys as they lie
-
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Segments":
-        """The same with tensors where `move` brings them."""
-        return replace(
-            self,
-            query_bounds=move(self.query_bounds),
-            key_bounds=move(self.key_bounds),
-            key_index=None if self.key_index is None else move(self.key_index),
-        )
+from roll_sft.engine.fused import run_compiled
+from roll_sft.engine.layers import LayerConfig
+from roll_sft.engine.micro_batch import Segments
 
 
 @dataclass
-class PackedSegments(PackedSeqParams):
-    """Megatron's description of a pack, with its segments."""
+class PackDescription(PackedSeqParams):
+    """Megatron's description of a pack, with the fields of ours that our core attention reads."""
 
     segments: Segments | None = None
+    angles: torch.Tensor | None = None  # float32 [T, 1, E]: cosines, then sines
 
 
 def describe_pack(
-    segments: Segments, positions_T: torch.Tensor, *, max_seqlen: int
-) -> PackedSegments:
-    """What the model's forward takes of a pack, as `packed_seq_params`; its longest sample has
-    `max_seqlen` tokens. `positions_T` is int64 [1, T], for `rotary`.
+    segments: Segments, positions_T: torch.Tensor, *, frequencies: torch.Tensor
+) -> PackDescription:
+    """The `packed_seq_params` of the model's forward.
+
+    `positions_T` int64 [1, T], of each token in its sample; `frequencies` float32 [E / 2], radians
+    a position. All tensors on one device.
     """
-    return PackedSegments(
+    return PackDescription(
         qkv_format="thd",
+        cu_seqlens_q=segments.query_bounds,
+        cu_seqlens_kv=segments.key_bounds,
+        max_seqlen_q=max(segments.query_lengths),
+        max_seqlen_kv=max(segments.key_lengths),
         segments=segments,
-        cu_seqlens_q=positions_T[0],
-        cu_seqlens_kv=positions_T[0],
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )
-
-
-def segments_of(cu_seqlens: torch.Tensor, *, context_size: int, context_rank: int) -> Segments:
-    """`cu_seqlens` int32 [S + 1] of the whole pack -> this rank's segments; all on the CPU.
-
-    The index of keys undoes the zig-zag order of the gather and lists every segment's keys.
-    """
-    bounds = cu_seqlens.tolist()
-    queries, keys, starts = [], [], []
-    for start, end in itertools.pairwise(bounds):
-        for first, last in _chunks(end - start, context_size, context_rank):
-            queries.append(last - first)
-            keys.append(last)
-            starts.append(start)
-    index = None
-    if context_size > 1:
-        places = [torch.arange(s, s + n) for s, n in zip(starts, keys, strict=True)]
-        index = zigzag_inverse(cu_seqlens, context_size=context_size)[torch.cat(places)]
-    return Segments(
-        query_lengths=tuple(queries),
-        key_lengths=tuple(keys),
-        query_bounds=_bounds(queries),
-        key_bounds=_bounds(keys),
-        key_index=index,
+        angles=rotary_angles(positions_T[0], frequencies),
     )
 
 
@@ -103,7 +62,7 @@ def packed_attention(kernel: Kernel) -> type[MegatronModule]:
     class PackedAttention(MegatronModule):
         """Causal attention inside each sample of a pack."""
 
-        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        def __init__(self, config: LayerConfig, **_: Any) -> None:
             super().__init__(config=config)
             self.context_group = parallel_state.get_context_parallel_group()
 
@@ -114,12 +73,17 @@ def packed_attention(kernel: Kernel) -> type[MegatronModule]:
             value: torch.Tensor,
             attention_mask: torch.Tensor | None = None,
             *,
-            packed_seq_params: PackedSegments,
+            packed_seq_params: PackDescription,
             **_: Any,
         ) -> torch.Tensor:
             """`query` [T, H, E], `key` and `value` [T, G, E] -> [T, H * E], same dtype, device."""
-            segments = packed_seq_params.segments
-            assert segments is not None, "the engine describes every pack by its segments"
+            segments, angles = packed_seq_params.segments, packed_seq_params.angles
+            assert segments is not None, "describe_pack gives the segments"
+            assert angles is not None, "describe_pack gives the angles"
+            query, key = (
+                rotate(states, angles, is_compiled=self.config.is_compiled)
+                for states in (query, key)
+            )
             if segments.key_index is not None:
                 key, value = (
                     gather_from_sequence_parallel_region(
@@ -132,13 +96,32 @@ def packed_attention(kernel: Kernel) -> type[MegatronModule]:
     return PackedAttention
 
 
-def _chunks(length: int, size: int, rank: int) -> list[tuple[int, int]]:
-    """[first, last) of the query chunks that context `rank` holds of a sample of `length`."""
-    if size == 1:
-        return [(0, length)]
-    chunk = length // (2 * size)
-    return [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
+def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines of `positions` int64 [T] x `frequencies` float32 [E / 2], [T, 1, E]."""
+    angles = torch.outer(positions.float(), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]
 
 
-def _bounds(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+def rotate(states: torch.Tensor, angles: torch.Tensor, *, is_compiled: bool) -> torch.Tensor:
+    """`states` [T, H, E] by `angles` float32 [T, 1, E]; same dtype."""
+    if is_compiled:
+        rotated: torch.Tensor = run_compiled(rotated_in_fp32, [states, angles])
+        return rotated
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat(_rotated(first, second, angles.to(states.dtype)), dim=-1)
+
+
+def rotated_in_fp32(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """`rotate` as one function, computed in fp32."""
+    # The halves are converted, not the whole: a tensor cut or joined in fp32 would be written.
+    first, second = states.chunk(2, dim=-1)
+    halves = _rotated(first.float(), second.float(), angles)
+    return torch.cat([half.to(states.dtype) for half in halves], dim=-1)
+
+
+def _rotated(
+    first: torch.Tensor, second: torch.Tensor, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The halves [T, H, E / 2] by the cosines and sines of their tokens, [T, 1, E]."""
+    cos, sin = angles.chunk(2, dim=-1)
+    return first * cos - second * sin, second * cos + first * sin

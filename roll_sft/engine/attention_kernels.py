@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from roll_sft.base.errors import ConfigError, first_line
+from roll_sft.engine.micro_batch import Segments
 
 LOG = logging.getLogger(__name__)
 INSTALL = {
@@ -40,24 +41,11 @@ NOT_FIT = (
 TRIAL_TOLERANCE = 0.05  # of the largest value; bf16 keeps 8 bits
 
 
-class Packing(Protocol):
-    """What a kernel needs to know of the segments; see `attention.Segments`."""
-
-    @property
-    def query_lengths(self) -> tuple[int, ...]: ...
-    @property
-    def key_lengths(self) -> tuple[int, ...]: ...
-    @property
-    def query_bounds(self) -> torch.Tensor: ...
-    @property
-    def key_bounds(self) -> torch.Tensor: ...
-
-
 class Kernel(Protocol):
     """Attention over segments."""
 
     def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Packing, /
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, /
     ) -> torch.Tensor: ...
 
 
@@ -111,38 +99,30 @@ def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Hea
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _TrialPack:
-    """A whole sample, and the second part of a longer one, as context parallelism makes them."""
-
-    query_bounds: torch.Tensor
-    key_bounds: torch.Tensor
-    query_lengths: tuple[int, ...] = (24, 40)
-    key_lengths: tuple[int, ...] = (24, 104)
-
-
 def _trial(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads
 ) -> list[torch.Tensor]:
     """Output [64, H, E] and the gradients of query, key and value, all fp32."""
+    # A whole sample, and the second chunk of a longer one, as context parallelism makes them.
     query_bounds, key_bounds = (
         torch.tensor(bounds, dtype=torch.int32, device=device)
         for bounds in ([0, 24, 64], [0, 24, 128])
     )
+    segments = Segments((24, 40), (24, 104), query_bounds, key_bounds)
     generator = torch.Generator().manual_seed(0)
     shapes = (64, heads.num_heads), (128, heads.num_groups), (128, heads.num_groups)
     query, key, value = (
         torch.randn(*shape, heads.head_dim, generator=generator).to(device, dtype).requires_grad_()
         for shape in shapes
     )
-    output = kernel(query, key, value, _TrialPack(query_bounds, key_bounds))
+    output = kernel(query, key, value, segments)
     output.float().square().sum().backward()
     results = (output.detach(), query.grad, key.grad, value.grad)
     return [tensor.float() for tensor in results if tensor is not None]
 
 
 def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Packing
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """torch's scaled dot product, one segment at a time."""
     lengths = list(segments.query_lengths), list(segments.key_lengths)
@@ -153,7 +133,7 @@ def sdpa(
 
 
 def varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Packing
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """`torch.nn.attention.varlen`; its arguments changed between torch 2.10 and 2.12."""
     from torch.nn.attention.varlen import varlen_attn
@@ -167,22 +147,13 @@ def varlen(
     else:
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        segments.query_bounds,
-        segments.key_bounds,
-        max(segments.query_lengths),
-        max(segments.key_lengths),
-        **options,
-    )
+    output = varlen_attn(query, key, value, *_bounds(segments), **options)
     assert isinstance(output, torch.Tensor), "no auxiliary output was asked for"
     return output
 
 
 def flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Packing
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """flash-attn; from 2.1 on its causal triangle is aligned to the bottom right."""
     from flash_attn import flash_attn_varlen_func
@@ -191,10 +162,7 @@ def flash(
         query,
         key,
         value,
-        cu_seqlens_q=segments.query_bounds,
-        cu_seqlens_k=segments.key_bounds,
-        max_seqlen_q=max(segments.query_lengths),
-        max_seqlen_k=max(segments.key_lengths),
+        *_bounds(segments),
         causal=True,
         # Its backward adds in any order otherwise; torch's own switch does not reach it.
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -203,20 +171,24 @@ def flash(
 
 
 def te(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Packing
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """Transformer Engine's dot product attention in its THD format."""
     attention = _te_attention(query.shape[1], key.shape[1], query.shape[2])
-    output: torch.Tensor = attention(
-        query,
-        key,
-        value,
-        cu_seqlens_q=segments.query_bounds,
-        cu_seqlens_kv=segments.key_bounds,
-        max_seqlen_q=max(segments.query_lengths),
-        max_seqlen_kv=max(segments.key_lengths),
-    )
+    names = "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"
+    bounds = dict(zip(names, _bounds(segments), strict=True))
+    output: torch.Tensor = attention(query, key, value, **bounds)
     return output.view_as(query)
+
+
+def _bounds(segments: Segments) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Bounds of queries and keys, int32 [N + 1], and the longest of each, in each API's order."""
+    return (
+        segments.query_bounds,
+        segments.key_bounds,
+        max(segments.query_lengths),
+        max(segments.key_lengths),
+    )
 
 
 @functools.cache

@@ -1,10 +1,9 @@
-"""Shape and configuration -> GPTModel, weights, gradient buffers, optimizer; each built once.
+"""The model of a rank: configuration, modules, weights and gradient buffers, each built once.
 
-Assumes process groups (`engine/process_groups.py`). Weights are loaded before the optimizer is
-built, because the distributed optimizer copies them into its own fp32 shards.
+Assumes process groups (`engine/process_groups.py`). Load weights before building the optimizer: the
+distributed optimizer copies them into its own fp32 shards.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,21 +16,20 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 
+from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.config.schema import RunConfig
-from roll_sft.engine import grad_norm, rotary, swiglu
 from roll_sft.engine.attention import packed_attention
 from roll_sft.engine.attention_kernels import Kernel
+from roll_sft.engine.layers import LayerConfig, RMSNorm, layer_spec
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
-from roll_sft.engine.norms import RMSNorm, layer_spec
 from roll_sft.models.family import Family, ModelShape
 from roll_sft.models.safetensors_in import TensorSource
 
@@ -39,11 +37,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(
-    shape: ModelShape, layout: ParallelLayout, *, config: RunConfig
-) -> TransformerConfig:
-    """Megatron's configuration of `shape` on `layout`; what a flag costs is said beside it."""
+    shape: ModelShape, layout: ParallelLayout, *, config: RunConfig, is_compiled: bool = False
+) -> LayerConfig:
+    """Megatron's configuration of `shape` on `layout`; comments give the cost of a flag."""
     dtype, recompute = DTYPES[config.model.dtype], config.train.recompute
-    return TransformerConfig(
+    return LayerConfig(
+        is_compiled=is_compiled,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -96,7 +95,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         # The fused cross-entropy returns a bf16 gradient (4e-4 on the norm); the others need CUDA,
-        # or Transformer Engine. What is fused without them: `compiling`.
+        # or Transformer Engine. `fused` is our way.
         cross_entropy_loss_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -131,10 +130,8 @@ def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
     return stages
 
 
-def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel) -> list[GPTModel]:
+def build_model(shape: ModelShape, config: LayerConfig, *, kernel: Kernel) -> list[GPTModel]:
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
-    rotary.install()
-    swiglu.install()
     layer = layer_spec(shape, core_attention=packed_attention(kernel))
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual_size is None else range(virtual_size)
@@ -146,7 +143,7 @@ def build_model(shape: ModelShape, config: TransformerConfig, *, kernel: Kernel)
 
 
 def _build_chunk(
-    shape: ModelShape, config: TransformerConfig, layer: ModuleSpec, stage: int | None
+    shape: ModelShape, config: LayerConfig, layer: ModuleSpec, stage: int | None
 ) -> GPTModel:
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=RMSNorm
@@ -165,19 +162,27 @@ def _build_chunk(
         ),
         vp_stage=stage,
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="none",  # our core attention rotates
     )
-    # Megatron derives frequencies from a base and fixes some scalings; take transformers' own.
+    return model.to(torch.cuda.current_device())
+
+
+def rotary_frequencies(shape: ModelShape) -> torch.Tensor:
+    """Radians a position, float32 [head_dim / 2] on the device, as transformers computes them.
+
+    Megatron derives them from a base, and knows some of the families' scalings only.
+    """
     device = torch.cuda.current_device()
-    frequencies = torch.tensor(shape.rotary_inv_freq, dtype=torch.float32, device=device)
-    model.rotary_pos_emb = rotary.RotaryTable(frequencies)
-    return model.to(device)
+    return torch.tensor(shape.rotary_inv_freq, dtype=torch.float32, device=device)
 
 
 def load_weights(
     chunks: list[GPTModel], family: Family, shape: ModelShape, *, source: TensorSource
 ) -> None:
-    """Fill every parameter of this rank from HuggingFace tensors, reading only its slices."""
+    """Fill every parameter of this rank from HuggingFace tensors, reading only its slices.
+
+    Raises `CheckpointError` that names a tensor of `source` which is not finite.
+    """
     words = family.weights(shape)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -190,6 +195,36 @@ def load_weights(
                 f" {tuple(parameter.shape)}"
             )
             parameter.copy_(value)
+    if found := not_finite(list(named_parameters(chunks))):
+        name, problem = found
+        # One parameter may hold several tensors of theirs; name the first that is at fault.
+        theirs = ([(hf_name, source.read(hf_name))] for hf_name in words[name].hf_shapes)
+        name, problem = next(filter(None, map(not_finite, theirs)), found)
+        raise CheckpointError(
+            f"model.path: {source}: {name} {problem}, so no step can be computed; take another copy"
+            " of the model, or an earlier checkpoint of the run that made it"
+        )
+
+
+def not_finite(tensors: list[tuple[str, torch.Tensor]]) -> tuple[str, str] | None:
+    """(name, problem) of the first of the named `tensors` that is not finite; None if all are.
+
+    Tensors of any shape and floating dtype, on one device, which is waited for once. The Euclidean
+    norm of all is finite where every number is finite and below about 1e19; no model of ours
+    computes beyond that. Only where the norm is not finite is each tensor looked at.
+    """
+    with torch.no_grad():
+        total = torch.nn.utils.get_total_norm([tensor for _, tensor in tensors])
+        if total.isfinite():
+            return None
+        for name, tensor in tensors:
+            if count := tensor.numel() - int(tensor.isfinite().sum()):
+                return name, f"holds {count} numbers that are not finite"
+        name, largest = max(
+            ((name, float(tensor.abs().max())) for name, tensor in tensors if tensor.numel()),
+            key=lambda each: each[1],
+        )
+    return name, f"reaches {largest:.3g}, which overflows"
 
 
 def clear_weights(chunks: list[GPTModel]) -> None:
@@ -213,7 +248,7 @@ def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Par
 
 
 def wrap_model(
-    chunks: list[GPTModel], config: TransformerConfig, *, use_distributed_optimizer: bool
+    chunks: list[GPTModel], config: LayerConfig, *, use_distributed_optimizer: bool
 ) -> list[DistributedDataParallel]:
     """The model's chunks with gradient buffers (fp32) and data-parallel reduction."""
     buffers = DistributedDataParallelConfig(
@@ -229,39 +264,3 @@ def wrap_model(
     no_sync = [chunk.no_sync for chunk in wrapped]
     config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
-
-
-def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm."""
-    grad_norm.install()
-    train, device = config.train, torch.device(torch.cuda.current_device())
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=train.learning_rate,
-            weight_decay=train.weight_decay,
-            adam_beta1=train.adam_beta1,
-            adam_beta2=train.adam_beta2,
-            adam_eps=train.adam_eps,
-            bf16=config.model.dtype == "bf16",
-            params_dtype=DTYPES[config.model.dtype],
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            # Megatron computes no norm when clipping is off; an infinite bound never clips.
-            clip_grad=train.max_grad_norm or math.inf,
-        ),
-        wrapped,
-        use_gloo_process_groups=device.type == "cpu",
-    )
-    for group in optimizer.param_groups:
-        group["weight_decay"] = train.weight_decay * group["wd_mult"]
-        # One kernel for the whole update where Megatron took torch's AdamW, whose own choice is
-        # three times the memory traffic and a temporary of every parameter.
-        if device.type == "cuda" and "foreach" in group:
-            group["fused"], group["foreach"] = True, False
-    return optimizer
-
-
-def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Use `learning_rate` for the next step, in every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_mult"]

@@ -1,15 +1,18 @@
-"""Lets Megatron-Core run without CUDA, on gloo; installed only when no GPU is used.
+"""Lets Megatron-Core run without CUDA, on gloo; imported only when no GPU is used.
 
-Megatron-Core asks for CUDA in a handful of places: factory calls with `device="cuda"`, streams, the
-CUDA random state, and a test of parameter types. `install` answers those with their CPU meaning, in
-this process, once. Everything else runs as it is.
+Megatron-Core asks for CUDA in a few places: factory calls with `device="cuda"`, streams, the random
+state, and a test of parameter types; the engine asks for the peak memory. `install` replaces these
+calls by their CPU meaning for the whole process, once. Of Megatron-Core it replaces two functions,
+which read and write the CUDA random state below torch's public ones. All else runs as it is.
 
 Megatron-Core makes some forty groups, and gloo gives each a device, whose thread wakes a hundred
 times a second: a quarter of a core for four ranks that do nothing. Here all groups share one.
 """
 
+import contextlib
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+PROCESS_STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # what to write to CLEAR_REFS so that the peak begins anew; see proc(5)
 
 
 def install() -> None:
@@ -33,6 +39,8 @@ def install() -> None:
     cuda.current_stream = NullStream
     cuda.Stream = cuda.Event = NullStream
     cuda.stream = _same
+    cuda.max_memory_allocated = _peak_resident_bytes
+    cuda.reset_peak_memory_stats = _reset_peak
     torch.Tensor.cuda = _same  # type: ignore[assignment]
     torch.nn.Module.cuda = _same  # type: ignore[assignment,method-assign]
 
@@ -121,6 +129,25 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value
+
+
+def _peak_resident_bytes(*_device: Any) -> int:
+    """The most memory of its own that this process has held since `_reset_peak`.
+
+    Pages of mapped files, such as the token cache, are the system's and go when others need them.
+    The kernel keeps one peak, of all resident pages; those of files change little within a step.
+    """
+    kib = {"VmHWM": 0, "RssFile": 0, "RssShmem": 0}
+    for line in PROCESS_STATUS.read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name in kib:
+            kib[name] = int(value.split()[0])
+    return (kib["VmHWM"] - kib["RssFile"] - kib["RssShmem"]) * 1024
+
+
+def _reset_peak(*_: Any) -> None:
+    with contextlib.suppress(OSError):  # a kernel without the file: the peak is that of the process
+        CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
 
 
 def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """`Engine`: one rank's `train_step`, `evaluate` and `save`; the only caller of mcore's schedules.
 
-Assumes it runs inside `parallel.process_groups`. All ranks make the same calls in the same order;
-each gets the micro-batches of its data rank. Promises: the loss and the gradient are those of the
-global batch, whatever the layout; a call returns metrics on the reporting rank and None elsewhere;
-within a step nothing of ours waits for the device, and its end is the only wait.
+Assumes it runs inside `process_groups`. All ranks make the same calls in the same order; each gets
+the micro-batches of its data rank. Promises: the loss and the gradient are those of the global
+batch, whatever the layout; a call returns metrics on the reporting rank and None elsewhere; within
+a step nothing of ours waits for the device before its end, which reads the norm and the loss.
 """
 
 import time
@@ -22,17 +22,23 @@ from roll_sft.checkpoint.background import Saver
 from roll_sft.checkpoint.manifest import read_manifest
 from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.data.steps.batch import PackedBatch, build_batch, common_tokens
 from roll_sft.data.steps.plan import RankWork
 from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.engine import build, compiling, finite, state
-from roll_sft.engine.attention import describe_pack, segments_of
+from roll_sft.engine import build
+from roll_sft.engine.attention import describe_pack
 from roll_sft.engine.attention_kernels import Heads, choose_kernel
-from roll_sft.engine.loss import SupervisedRows, loss_arguments, supervised_rows
-from roll_sft.engine.microbatch import BuildAhead, Indices, MicroBatch
-from roll_sft.engine.peak_memory import PeakMemory
+from roll_sft.engine.fused import add_in_products, choose_compile
+from roll_sft.engine.loss import loss_arguments
+from roll_sft.engine.micro_batch import BuildAhead, Indices, MicroBatch, build_micro_batches
+from roll_sft.engine.optimizer import (
+    build_optimizer,
+    gradient_norm,
+    make_optimizer_state,
+    optimizer_step,
+    update,
+)
 from roll_sft.engine.process_groups import seed_step
-from roll_sft.engine.weight_gradients import accumulate_in_products
+from roll_sft.engine.state import RankState, check_loaded, check_written, load_state, rank_state
 from roll_sft.job.inputs import ModelSource, TokenData
 
 
@@ -64,18 +70,26 @@ class Engine:
         data: TokenData,
         checkpoint: Path | None = None,
     ) -> None:
-        """Begin with the weights of `source`, or where `checkpoint` stands; collective."""
+        """Begin with the weights of `source`, or with the state in `checkpoint`; collective.
+
+        Raises `ConfigError` for a kernel or a compiler that does not work, `CheckpointError` for
+        weights that cannot be read or are not finite.
+        """
         self._config = config
         self._layout = layout_of(config.parallel)
+        self._rank = self._layout.coordinate(dist.get_rank())
         self._shape = source.shape
         self._data = data
         self._device = torch.device(torch.cuda.current_device())
         torch.use_deterministic_algorithms(config.deterministic)
-        self._transformer = build.transformer_config(source.shape, self._layout, config=config)
-        compiling.turn_on(
-            self._transformer, on=compiling.choose(config.model.compile, device=self._device)
+        self._transformer = build.transformer_config(
+            source.shape,
+            self._layout,
+            config=config,
+            is_compiled=choose_compile(config.model.compile, device=self._device),
         )
-        accumulate_in_products(self._transformer, device=self._device)
+        add_in_products(self._transformer, device=self._device)
+        self._frequencies = build.rotary_frequencies(source.shape)
         kernel = choose_kernel(
             config.model.attention_backend,
             device=self._device,
@@ -89,7 +103,6 @@ class Engine:
         self.chunks = build.build_model(source.shape, self._transformer, kernel=kernel)
         if checkpoint is None:
             build.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
-            finite.check_given(self.chunks, source.family, source.shape, source=source.tensors)
         else:
             build.clear_weights(self.chunks)
         self._wrapped = build.wrap_model(
@@ -97,18 +110,18 @@ class Engine:
             self._transformer,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.optimizer = build.build_optimizer(config, self._wrapped)
+        self.optimizer = build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._saver = Saver()
-        self._peak_memory = PeakMemory(self._device)
+        torch.cuda.reset_peak_memory_stats()
         self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
         if checkpoint is not None:
             self._load(checkpoint)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
-        """One optimizer step over the global batch that `work` is this rank's share of.
+        """One optimizer step; `work` is this rank's share of the global batch.
 
-        On a GPU the update itself is queued when this returns, and runs while the next is launched.
+        On a GPU the update is queued when this returns, and runs while the next step is launched.
         """
         started = time.perf_counter()
         seed_step(self._config.seed, step=work.step)
@@ -118,8 +131,7 @@ class Engine:
         data_wait_s = time.perf_counter() - started
         self.accumulate_gradients(batches)
         report = Readout(self._report())
-        build.set_learning_rate(self.optimizer, work.learning_rate)
-        _updated, grad_norm, _zeros = self.optimizer.step()
+        grad_norm = update(self.optimizer, learning_rate=work.learning_rate)
         loss_sum, supervised = report.read()
         if not self._is_reporter:
             return None
@@ -127,15 +139,17 @@ class Engine:
             f"step {work.step}: {supervised:.0f} tokens carried a label, the plan has"
             f" {work.supervised_tokens}"
         )
+        peak_memory = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         return StepMetrics(
             step=work.step,
             loss_sum=loss_sum,
             supervised_tokens=work.supervised_tokens,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             learning_rate=work.learning_rate,
             step_time_s=time.perf_counter() - started,
             data_wait_s=data_wait_s,
-            peak_memory_gib=self._peak_memory.take_gib(),
+            peak_memory_gib=peak_memory / 2**30,
         )
 
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
@@ -147,14 +161,14 @@ class Engine:
     def begin_save(self, folder: Path) -> None:
         """Write this rank's part into `folder`, which is not yet a checkpoint. Not collective.
 
-        With `async_save` it is being written when this returns; it holds the state as it is now.
-        What is not finite is not written: `DivergedError`, from here or where the save ends.
+        With `checkpoint.async_save` this returns while a copy of the state is being written.
+        A state that is not finite raises `DivergedError`, here or where the save ends.
         """
         state, step = self._state()
         writer = tensors.Writer(dist.get_rank(), dist.get_world_size(), step)
 
         def write(pieces: Sequence[tensors.Piece]) -> None:
-            finite.check_state(pieces)
+            check_written(pieces)
             tensors.write(folder, pieces, objects=state.objects, writer=writer)
 
         if self._config.checkpoint.async_save:
@@ -163,11 +177,11 @@ class Engine:
             write(state.written())
 
     def is_saved(self) -> bool:
-        """Whether all that `begin_save` began is on disk. Raises `CheckpointError`."""
+        """Whether every save that began is on disk. Raises `CheckpointError`."""
         return self._saver.is_done()
 
     def finish_save(self) -> None:
-        """Wait until all that `begin_save` began is on disk. Raises `CheckpointError`."""
+        """Wait until every save that began is on disk. Raises `CheckpointError`."""
         self._saver.finish()
 
     def save(self, folder: Path) -> None:
@@ -176,42 +190,38 @@ class Engine:
         self.finish_save()
 
     def _load(self, folder: Path) -> None:
-        """Take weights, moments, masters and Adam's count from the checkpoint in `folder`.
+        """Load weights, moments, masters and Adam's count from the checkpoint in `folder`.
 
-        Collective. Where the checkpoint has no optimizer, a fresh one begins. Raises
+        Collective. A checkpoint without optimizer state begins a fresh optimizer. Raises
         `CheckpointError`.
         """
         index, step = read_index(folder), read_manifest(folder).state.optimizer_step
-        state.make_optimizer_state(self.optimizer, step=step or 0)
-        optimizer = None if step is None else self.optimizer
-        state.load(index, state.rank_state(self.chunks, optimizer))
-        finite.check_loaded(self.chunks, folder)
-        if optimizer is None:
+        make_optimizer_state(self.optimizer, step=step or 0)
+        has_optimizer = step is not None
+        load_state(index, rank_state(self.chunks, self.optimizer if has_optimizer else None))
+        check_loaded(self.chunks, folder)
+        if not has_optimizer:
             self.optimizer.reload_model_params()
 
-    def _state(self) -> tuple[state.RankState, int | None]:
-        """What there is to save, and Adam's count if the optimizer is part of it."""
+    def _state(self) -> tuple[RankState, int | None]:
+        """The state to save, and Adam's count if the optimizer is part of it."""
         if not self._config.checkpoint.save_optimizer:
-            return state.rank_state(self.chunks, None), None
-        step = state.optimizer_step(self.optimizer)
+            return rank_state(self.chunks, None), None
+        step = optimizer_step(self.optimizer)
         if step == 0:  # there are no moments yet
-            state.make_optimizer_state(self.optimizer, step=0)
-        return state.rank_state(self.chunks, self.optimizer), step
+            make_optimizer_state(self.optimizer, step=0)
+        return rank_state(self.chunks, self.optimizer), step
 
     def build(self, tokens: TokenSet, indices: Indices) -> list[MicroBatch]:
-        """This context rank's slices of the micro-batches `indices` of `tokens`, on the host."""
-        layout, rank = self._layout, parallel_state.get_context_parallel_rank()
-        batches = []
-        samples = [[tokens.sample(index) for index in ids] for ids in indices]
-        num_tokens = common_tokens(samples, layout=layout)
-        for members in samples:
-            pack = build_batch(members, layout=layout, context_rank=rank, num_tokens=num_tokens)
-            segments = segments_of(
-                pack.cu_seqlens, context_size=layout.context_size, context_rank=rank
-            )
-            batch = MicroBatch(pack, segments, self._supervised_rows(pack))
-            batches.append(batch.pinned() if self._device.type == "cuda" else batch)
-        return batches
+        """This rank's micro-batches of the samples `indices` of `tokens`, on the host."""
+        batches = build_micro_batches(
+            tokens,
+            indices,
+            layout=self._layout,
+            rank=self._rank,
+            vocab_size=self._shape.vocab_size,
+        )
+        return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:
         """Forward alone over `batches`, for their losses; changes no state."""
@@ -233,9 +243,8 @@ class Engine:
         return loss_sum, round(supervised)
 
     def gradient_norm(self) -> float:
-        """Norm over all parameters once of what `accumulate_gradients` left, before clipping."""
-        self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        """Norm of the gradients of `accumulate_gradients`, before clipping; collective."""
+        return gradient_norm(self.optimizer)
 
     def _report(self) -> torch.Tensor:
         """`reduce_losses` as float64 [2] on the device, without waiting for it."""
@@ -249,18 +258,6 @@ class Engine:
             report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
         )
         return report
-
-    def _supervised_rows(self, batch: PackedBatch) -> SupervisedRows:
-        """What the head of this rank takes of `batch`, on the host."""
-        shards = self._layout.tensor_size if self._layout.sequence_parallel else 1
-        return supervised_rows(
-            batch.rows,
-            batch.row_labels,
-            num_tokens=batch.tokens_T.shape[1],
-            vocab_size=self._shape.vocab_size,
-            sequence_shards=shards,
-            shard_rank=parallel_state.get_tensor_model_parallel_rank() if shards > 1 else 0,
-        )
 
     def _set_training(self, *, training: bool) -> None:
         for chunk in self._wrapped:
@@ -292,7 +289,7 @@ class Engine:
             pack.positions_T,
             None,
             packed_seq_params=describe_pack(
-                batch.segments, pack.positions_T, max_seqlen=pack.max_seqlen
+                batch.segments, pack.positions_T, frequencies=self._frequencies
             ),
             **loss_arguments(batch.rows),
         )

@@ -1,97 +1,69 @@
-"""Masked cross-entropy over supervised rows only, vocabulary-parallel.
+"""The output layer and its masked cross-entropy, over supervised rows only, vocabulary-parallel.
 
 Legend: T tokens of this context rank (T / TP of them on each rank under sequence parallelism),
-R supervised rows, V padded vocabulary, D hidden size.
+R supervised rows, r rows of a chunk, D hidden size, V padded vocabulary, W = V / TP columns of this
+rank.
 
-The head runs on the rows that carry a label and on no others. Rows are known on the host before the
-forward, so selecting them needs no synchronisation. Two mistakes leave the loss right and only the
-gradient wrong, so tests compare gradients: without sequence parallelism the hidden states must
-enter through `copy_to_tensor_model_parallel_region`, and with it the gather must reduce-scatter its
-gradient.
+The head runs on the rows that carry a label and on no others. The host knows them before the
+forward, so selecting them needs no synchronisation. Under sequence parallelism each shard's rows
+are gathered, not all hidden states. Two mistakes leave the loss right and only the gradient wrong,
+so tests compare gradients: without sequence parallelism the hidden states must enter through
+`copy_to_tensor_model_parallel_region`, and with it the gather must reduce-scatter its gradient.
 
-Under sequence parallelism each shard's rows are gathered, not all hidden states. The gather needs
-equal sizes, so short shards are filled up and the filling is dropped behind it.
+Logits never exist at once: the head takes rows in chunks. A chunk's logits become its probabilities
+and those its gradient, in one buffer, and the gradients of the hidden states and of the weight are
+formed there and then, in the forward. So nothing of size [R, W] outlives a chunk and nothing is
+computed twice. The backward needs one gradient of the size of the rows and one, in fp32, of the
+size of the weight. That requires the loss to be a plain sum of rows: `backward` accepts one factor
+for all of them and no other.
 """
 
+import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 
-from roll_sft.engine import compiling
-from roll_sft.engine.head import cross_entropy_of_rows
+from roll_sft.engine.fused import add_product, chunk_rows, run_compiled
+from roll_sft.engine.micro_batch import SupervisedRows
 
 # GPTModel.forward takes an output processor from megatron-core 0.19 on.
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
 
 
-@dataclass(frozen=True, slots=True)
-class SupervisedRows:
-    """What the head needs of one micro-batch on one rank; tensor ranks agree on all but `index`."""
+def loss_arguments(rows: SupervisedRows) -> dict[str, Any]:
+    """Keyword arguments of the model's forward that make it return `supervised_losses`."""
+    if HAS_OUTPUT_PROCESSOR:
+        return {"output_processor": supervised_losses, "output_processor_context": rows}
+    return {"labels": rows}
 
-    index: torch.Tensor  # int64: positions in this rank's (shard of) hidden states, with filling
-    kept: torch.Tensor | None  # int64 [R]: which of the entered rows are no filling; None = all
-    labels: torch.Tensor  # int64 [R], in the order of the tokens
-    vocab_size: int  # without padding
-    is_sharded: bool  # whether each tensor rank has a part of the sequence
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "SupervisedRows":
-        """The same with tensors where `move` brings them."""
-        return replace(
-            self,
-            index=move(self.index),
-            kept=None if self.kept is None else move(self.kept),
-            labels=move(self.labels),
+class SupervisedGPTModel(GPTModel):
+    """`GPTModel` before 0.19: `labels=SupervisedRows` reaches the head through `_postprocess`."""
+
+    def _postprocess(self, hidden_states: Any, labels: Any = None, **rest: Any) -> Any:
+        if not self.post_process or not isinstance(labels, SupervisedRows):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        tied = self.share_embeddings_and_output_weights
+        return supervised_losses(
+            hidden_states=hidden_states,
+            output_layer=self.output_layer,
+            output_weight=self.shared_embedding_or_output_weight() if tied else None,
+            context=labels,
         )
-
-
-def supervised_rows(
-    rows: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    num_tokens: int,
-    vocab_size: int,
-    sequence_shards: int,
-    shard_rank: int,
-) -> SupervisedRows:
-    """Rows int64 [R] (ascending) and their labels int64 [R] -> what this rank's head takes.
-
-    Without sequence parallelism `sequence_shards` is 1. A shard enters as many rows as the fullest
-    one and at least one, since collectives of nothing are not to be relied on; the filling repeats
-    its row 0.
-    """
-    shard_tokens = num_tokens // sequence_shards
-    bounds = torch.arange(sequence_shards + 1) * shard_tokens
-    ends: list[int] = torch.searchsorted(rows, bounds).tolist()
-    counts = [end - start for start, end in pairwise(ends)]
-    fullest = max(1, *counts)
-    mine = rows[ends[shard_rank] : ends[shard_rank + 1]] - shard_rank * shard_tokens
-    kept = None
-    if fullest * sequence_shards > len(rows):
-        places = [torch.arange(n) + shard * fullest for shard, n in enumerate(counts)]
-        kept = torch.cat(places)
-    return SupervisedRows(
-        index=F.pad(mine, (0, fullest - len(mine))),
-        kept=kept,
-        labels=labels,
-        vocab_size=vocab_size,
-        is_sharded=sequence_shards > 1,
-    )
 
 
 def supervised_losses(
     *,
     hidden_states: torch.Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: torch.Tensor | None,
     context: SupervisedRows,
     **_: Any,
@@ -115,27 +87,189 @@ def supervised_losses(
         weight,
         context.labels,
         vocab_size=context.vocab_size,
-        is_compiled=compiling.is_on(output_layer.config),
+        is_compiled=output_layer.config.is_compiled,
     )
 
 
-class SupervisedGPTModel(GPTModel):
-    """`GPTModel` before 0.19: `labels=SupervisedRows` reaches the head through `_postprocess`."""
+def cross_entropy_of_rows(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int,
+    is_compiled: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy in nats of each row, float32 [R], differentiable in `hidden` and `weight`.
 
-    def _postprocess(self, hidden_states: Any, labels: Any = None, **rest: Any) -> Any:
-        if not self.post_process or not isinstance(labels, SupervisedRows):
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
-        tied = self.share_embeddings_and_output_weights
-        return supervised_losses(
-            hidden_states=hidden_states,
-            output_layer=self.output_layer,
-            output_weight=self.shared_embedding_or_output_weight() if tied else None,
-            context=labels,
+    `hidden` [R, D] is equal on all tensor ranks, and its gradient is this rank's part of a sum over
+    them (enter through Megatron's copy or gather). `weight` [W, D] holds the rank's words, `labels`
+    int64 [R] count over all. Words from `vocab_size` on are padding and take no part: left in, they
+    would shift the loss by 1e-4.
+    """
+    if torch.is_grad_enabled():
+        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, vocab_size, is_compiled)
+        return losses
+    softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
+    return _forward(hidden, weight, labels, softmax=softmax, gradients=None)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        is_compiled: bool,
+    ) -> torch.Tensor:
+        gradients = (
+            torch.empty_like(hidden),
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
         )
+        softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
+        losses = _forward(hidden, weight, labels, softmax=softmax, gradients=gradients)
+        ctx.save_for_backward(*gradients)
+        ctx.weight_dtype = weight.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        (grad_losses,) = grad_outputs
+        assert grad_losses.stride() == (0,) or grad_losses.numel() < 2, (
+            "the loss must be a sum over rows: their gradients are formed with one factor for all"
+        )
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grad_losses[:1].sum()  # 0 where there are no rows
+        # In place: a copy of the weight's gradient may be a gigabyte, and a graph is walked once.
+        grad_hidden.mul_(factor)
+        return grad_hidden, grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
 
 
-def loss_arguments(rows: SupervisedRows) -> dict[str, Any]:
-    """Keyword arguments of the model's forward that make it return `supervised_losses`."""
-    if HAS_OUTPUT_PROCESSOR:
-        return {"output_processor": supervised_losses, "output_processor_context": rows}
-    return {"labels": rows}
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    softmax: Any,
+    gradients: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """The losses; adds the gradients of their sum to `gradients` (of hidden and of weight)."""
+    width = weight.shape[0]
+    first = parallel_state.get_tensor_model_parallel_rank() * width
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    size = chunk_rows(len(hidden), width, on_gpu=hidden.is_cuda)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        local = labels[rows, None] - first
+        is_here = (local >= 0) & (local < width)
+        # Do not bind the logits to a name: the softmax frees them.
+        losses[rows], gradient = softmax(
+            hidden[rows] @ weight.t(),
+            local.clamp(0, width - 1),
+            is_here,
+            needs_gradient=gradients is not None,
+        )
+        if gradients is not None:
+            torch.mm(gradient, weight, out=gradients[0][rows])
+            add_product(gradients[1], gradient.t(), hidden[rows])
+        del gradient  # before the next chunk takes as much
+    return losses
+
+
+def _softmax_of(weight: torch.Tensor, *, vocab_size: int, is_compiled: bool) -> Any:
+    """How this rank takes a chunk's softmax: logits [r, W], local and is_here [r, 1] -> its losses
+    [r] and, where it is needed, their gradient by the logits [r, W] in the dtype of the logits.
+
+    `local` int64 is the label's column where it `is_here`.
+    """
+    width = weight.shape[0]
+    first = parallel_state.get_tensor_model_parallel_rank() * width
+    num_real = max(0, min(width, vocab_size - first))
+    return functools.partial(_compiled_softmax if is_compiled else _softmax, num_real=num_real)
+
+
+def _softmax(
+    logits: torch.Tensor,
+    local: torch.Tensor,
+    is_here: torch.Tensor,
+    *,
+    num_real: int,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Op by op, in one fp32 buffer."""
+    dtype = logits.dtype
+    logits = logits.float()
+    logits[:, num_real:] = torch.finfo(torch.float32).min
+    largest = _over_tensor_ranks(logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
+    logits.sub_(largest)
+    picked = logits.gather(1, local) * is_here
+    sums = torch.cat([logits.exp_().sum(dim=1, keepdim=True), picked], dim=1)
+    sums = _over_tensor_ranks(sums, dist.ReduceOp.SUM)
+    total = sums[:, :1]
+    losses = (total.log() - sums[:, 1:])[:, 0]
+    if not needs_gradient:
+        return losses, None
+    # Of cross-entropy by the logits: the probabilities, less one at the label.
+    logits.div_(total)
+    logits.scatter_add_(1, local, -is_here.float())
+    return losses, logits.to(dtype)
+
+
+def _compiled_softmax(
+    logits: torch.Tensor,
+    local: torch.Tensor,
+    is_here: torch.Tensor,
+    *,
+    num_real: int,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The logits are read once for the sums and once for the gradient, in their own dtype."""
+    of_rank, total = run_compiled(exponential_sums, [logits], num_real)
+    largest = _over_tensor_ranks(of_rank.clone(), dist.ReduceOp.MAX)
+    picked = (logits.gather(1, local).float() - largest) * is_here
+    sums = torch.cat([total * (of_rank - largest).exp(), picked], dim=1)
+    sums = _over_tensor_ranks(sums, dist.ReduceOp.SUM)
+    total = sums[:, :1].contiguous()
+    losses = (total.log() - sums[:, 1:])[:, 0]
+    if not needs_gradient:
+        return losses, None
+    per_row = [largest, total, torch.where(is_here, local, -1)]
+    return losses, run_compiled(logit_gradient, [logits, *per_row], num_real)
+
+
+def exponential_sums(logits: torch.Tensor, num_real: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first `num_real` columns of [r, W]: the largest and the sum of exponentials relative
+    to it, both float32 [r, 1]."""
+    values = logits.float()
+    if num_real < logits.shape[1]:
+        values = values.masked_fill(_columns(logits) >= num_real, torch.finfo(torch.float32).min)
+    largest = values.amax(dim=1, keepdim=True)
+    return largest, (values - largest).exp().sum(dim=1, keepdim=True)
+
+
+def logit_gradient(
+    logits: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    local: torch.Tensor,
+    num_real: int,
+) -> torch.Tensor:
+    """The probabilities [r, W], less one at column `local` int64 [r, 1] (-1: in no column)."""
+    columns = _columns(logits)
+    gradient = (logits.float() - largest).exp() / total - (columns == local).float()
+    if num_real < logits.shape[1]:
+        gradient = gradient.masked_fill(columns >= num_real, 0.0)
+    return gradient.to(logits.dtype)
+
+
+def _columns(logits: torch.Tensor) -> torch.Tensor:
+    return torch.arange(logits.shape[1], device=logits.device)
+
+
+def _over_tensor_ranks(values: torch.Tensor, operation: Any) -> torch.Tensor:
+    """`values` of one or two numbers a row, reduced in place over the tensor ranks."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_reduce(values, op=operation, group=group)
+    return values

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from roll_sft.base.layout import Coordinate, ParallelLayout
-from roll_sft.engine import cpu_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,8 @@ def process_groups(
     `device` is "cpu" (gloo) or "cuda" (NCCL). Rank 0 passes the `store` that it serves.
     """
     if device == "cpu":
+        from roll_sft.engine import cpu_backend  # a run on GPUs needs none of it
+
         cpu_backend.install()
     else:
         torch.cuda.set_device(rendezvous.local_device)

@@ -12,9 +12,8 @@ In fp32 the weights are the optimizer's masters and are stored once.
 import bisect
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +29,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from roll_sft.base.errors import CheckpointError, DivergedError
 from roll_sft.checkpoint.tensors import Index, Piece, rectangles
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from roll_sft.engine.build import named_parameters, not_finite
+from roll_sft.engine.optimizer import MOMENTS, inner_optimizers, main_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> R
     places = _Places(chunks)
     shared = [(place.piece, place.is_copy) for place in places.all]
     own: list[tuple[Piece, bool]] = []
-    for inner in _inner_optimizers(optimizer):
+    for inner in [] if optimizer is None else inner_optimizers(optimizer):
         is_distributed = isinstance(inner, DistributedOptimizer)
-        for parameter, main, start in _main_parameters(inner):
+        for parameter, main, start in main_parameters(inner):
             values = {name: inner.optimizer.state[main][name] for name in MOMENTS}
             if main.data_ptr() != parameter.data_ptr() + start * parameter.element_size():
                 values["param"] = main.detach()
@@ -84,7 +84,7 @@ def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> R
     )
 
 
-def load(index: Index, state: RankState) -> None:
+def load_state(index: Index, state: RankState) -> None:
     """Fill `state` from a checkpoint; collective. Each data rank reads its part for the others.
 
     Raises `CheckpointError` where something is missing, not whole or damaged.
@@ -104,35 +104,19 @@ def load(index: Index, state: RankState) -> None:
                 dist.broadcast(piece.tensor, src=source, group=group)
 
 
-def make_optimizer_state(optimizer: MegatronOptimizer, *, step: int) -> None:
-    """Zero moments and Adam's count of `step` updates, where the optimizer has none yet."""
-    for inner in _inner_optimizers(optimizer):
-        adam = inner.optimizer
-        counts_each = isinstance(adam, torch.optim.Adam)  # fused ones count per group
-        for _parameter, main, _start in _main_parameters(inner):
-            state = adam.state[main]
-            for name in MOMENTS:
-                if name not in state:
-                    state[name] = torch.zeros_like(main, dtype=torch.float32)
-            if counts_each:
-                # One tensor each: a shared one would advance once for every parameter. The fused
-                # kernel reads it on the device, every other on the host.
-                device = main.device if adam.param_groups[0].get("fused") else None
-                state["step"] = torch.tensor(float(step), device=device)
-        if not counts_each:
-            for group in adam.param_groups:
-                group["step"] = step
+def check_loaded(chunks: list[GPTModel], folder: object) -> None:
+    """Raise `CheckpointError` where weights that came from `folder` are not finite."""
+    if found := not_finite(list(named_parameters(chunks))):
+        raise CheckpointError(
+            f"{folder}: {found[0]} {found[1]}: the run had diverged by then; go back to an earlier"
+            " step folder with resume="
+        )
 
 
-def optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """How many updates Adam has made."""
-    for inner in _inner_optimizers(optimizer):
-        adam = inner.optimizer
-        if not isinstance(adam, torch.optim.Adam):
-            return int(adam.param_groups[0].get("step", 0))
-        for _parameter, main, _start in _main_parameters(inner):
-            return int(adam.state[main].get("step", 0))
-    return 0
+def check_written(pieces: Sequence[Piece]) -> None:
+    """Raise `DivergedError` where a rank's part of a checkpoint is not finite."""
+    if found := not_finite([(piece.key, piece.tensor) for piece in pieces]):
+        raise DivergedError(f"{found[0]} {found[1]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,32 +186,6 @@ def _place(sharded: ShardedTensor) -> _Place:
     replica = sharded.replica_id
     assert isinstance(replica, tuple), f"{sharded.key}: replica {replica} names no data rank"
     return _Place(data.data_ptr(), piece, any(replica[:-1]))  # the last is the data rank
-
-
-def _inner_optimizers(optimizer: MegatronOptimizer | None) -> list[Any]:
-    if optimizer is None:
-        return []
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _main_parameters(inner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(parameter, what the optimizer updates for it, the first number of it that this is)."""
-    if isinstance(inner, DistributedOptimizer):
-        for parameter, (group, order) in inner.model_param_group_index_map.items():
-            main = inner.optimizer.param_groups[group]["params"][order]
-            yield parameter, main, inner._get_model_param_range_map(parameter)["param"].start
-        return
-    halves, masters = (
-        getattr(inner, name, []) for name in ("float16_groups", "fp32_from_float16_groups")
-    )
-    master_of = {
-        id(main): parameter
-        for parameters, mains in zip(halves, masters, strict=True)
-        for parameter, main in zip(parameters, mains, strict=True)
-    }
-    for group in inner.optimizer.param_groups:
-        for main in group["params"]:
-            yield master_of.get(id(main), main), main, 0
 
 
 def _owners(sizes: list[int]) -> list[int]:

@@ -6,7 +6,7 @@ token in one layer; all in numbers, which are turned into bytes at the end.
 
 from dataclasses import dataclass
 
-from roll_sft.engine.chunks import chunk_rows
+from roll_sft.engine.fused import chunk_rows
 from roll_sft.job.prepare import Plan
 
 GIB = 2**30

@@ -23,7 +23,7 @@ from roll_sft.config.schema import layout_of
 from roll_sft.data.steps.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import build
 from roll_sft.engine.engine import Engine
-from roll_sft.engine.microbatch import MicroBatch
+from roll_sft.engine.micro_batch import MicroBatch
 from roll_sft.job.inputs import ParityTask
 from roll_sft.models.safetensors_in import Shape, TensorSource
 from roll_sft.models.weight_map import QKV, GatedMLP, Word, hf_names

@@ -8,8 +8,8 @@ import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.data.steps.batch import zigzag_indices
-from roll_sft.engine.attention import Segments, segments_of
 from roll_sft.engine.attention_kernels import Heads, choose_kernel, flash, sdpa, why_not
+from roll_sft.engine.micro_batch import Segments, segments_of
 
 CPU = torch.device("cpu")
 LENGTHS = (16, 8, 24)

@@ -12,8 +12,9 @@ import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.engine import compiling
-from roll_sft.engine.swiglu import swiglu
+from roll_sft.engine import fused
+from roll_sft.engine.fused import choose_compile, run_compiled
+from roll_sft.engine.layers import swiglu
 from tests import parity
 from tests.compiled import BOUNDS, FFN, FUNCTIONS, arguments, distance, outcome
 from tests.pool import RankPool
@@ -43,7 +44,7 @@ def test_a_compiled_function_is_the_plain_one_at_every_length(
     before = graphs()
     for length in LENGTHS:
         rows, rest = arguments(name, length, dtype)
-        found = outcome(lambda rows, *rest: compiling.run(function, rows, *rest), rows, rest)
+        found = outcome(lambda rows, *rest: run_compiled(function, rows, *rest), rows, rest)
         wanted = outcome(lambda rows, *rest: plain(*rows, *rest), rows, rest)
         for ours, theirs, bound in zip(
             found, wanted, (*BOUNDS[dtype], BOUNDS[dtype][1]), strict=False
@@ -65,7 +66,7 @@ def test_nothing_but_activations_is_written() -> None:
 
     rows = [torch.randn(LENGTHS[0], 6 * FFN).bfloat16()]  # a width not compiled before
     with inductor.patch(force_disable_caches=True):
-        _, codes = run_and_get_code(outcome, lambda rows: compiling.run(swiglu, rows), rows, [])
+        _, codes = run_and_get_code(outcome, lambda rows: run_compiled(swiglu, rows), rows, [])
     assert len(codes) == 2, "forward and backward"
     for code in codes:
         assert "BFloat16* out_ptr" in code
@@ -116,20 +117,20 @@ def test_without_a_compiler_it_is_one_line(
 ) -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(compiling, "_sample", lambda numbers: (numbers * 3).tanh())
+    monkeypatch.setattr(fused, "_sample", lambda numbers: (numbers * 3).tanh())
     broken = {"cpp.cxx": ("/nowhere/c++",), "force_disable_caches": True}
     cpu = torch.device("cpu")
     asked = r"torch.compile does not work here \([^(]*C\+\+ compiler.*compile=false"
     with inductor.patch(broken), pytest.raises(ConfigError, match=asked):
-        compiling.choose(True, device=cpu)
+        choose_compile(True, device=cpu)
     with inductor.patch(broken), pytest.raises(ConfigError, match=r"<lambda> of \[2, 4\]"):
-        compiling.run(lambda numbers: numbers.exp().tanh(), [torch.ones(2, 4)])
-    monkeypatch.setattr(compiling, "_why_not", lambda device: "no compiler")
+        run_compiled(lambda numbers: numbers.exp().tanh(), [torch.ones(2, 4)])
+    monkeypatch.setattr(fused, "_why_not", lambda device: "no compiler")
     with caplog.at_level(logging.WARNING):
-        assert not compiling.choose(None, device=torch.device("cuda"))
-    lines = [each.getMessage() for each in caplog.records if each.name == compiling.LOG.name]
+        assert not choose_compile(None, device=torch.device("cuda"))
+    lines = [each.getMessage() for each in caplog.records if each.name == fused.LOG.name]
     assert lines == [
         "model.compile: off, as torch.compile does not work here (no compiler); slower"
     ]
-    assert not compiling.choose(None, device=cpu)
-    assert not compiling.choose(False, device=torch.device("cuda"))
+    assert not choose_compile(None, device=cpu)
+    assert not choose_compile(False, device=torch.device("cuda"))

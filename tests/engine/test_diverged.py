@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.engine.finite import not_finite
+from roll_sft.engine.build import not_finite
 from tests import parity
 from tests.local_run import Fault, main_job
 from tests.pool import RankPool

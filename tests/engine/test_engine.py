@@ -178,7 +178,7 @@ def test_stages_hold_every_layer_once_and_spare_the_ends() -> None:
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_each_row_reaches_the_head_once_with_its_label(shards: int) -> None:
-    from roll_sft.engine.loss import supervised_rows
+    from roll_sft.engine.micro_batch import supervised_rows
 
     rows, labels = torch.tensor([1, 2, 3, 9, 14]), torch.tensor([11, 12, 13, 19, 24])
     parts = [
@@ -187,8 +187,8 @@ def test_each_row_reaches_the_head_once_with_its_label(shards: int) -> None:
             labels,
             num_tokens=16,
             vocab_size=30,
-            sequence_shards=shards,
-            shard_rank=rank,
+            num_shards=shards,
+            shard=rank,
         )
         for rank in range(shards)
     ]
@@ -202,13 +202,11 @@ def test_each_row_reaches_the_head_once_with_its_label(shards: int) -> None:
 
 
 def test_a_micro_batch_without_labels_still_enters_a_row() -> None:
-    from roll_sft.engine.loss import supervised_rows
+    from roll_sft.engine.micro_batch import supervised_rows
 
     none = torch.empty(0, dtype=torch.int64)
     for shards in (1, 2):
-        rows = supervised_rows(
-            none, none, num_tokens=8, vocab_size=30, sequence_shards=shards, shard_rank=0
-        )
+        rows = supervised_rows(none, none, num_tokens=8, vocab_size=30, num_shards=shards, shard=0)
         assert len(rows.index) == 1
         assert rows.kept is not None
         assert len(rows.kept) == len(rows.labels) == 0

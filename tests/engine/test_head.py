@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from roll_sft.config.schema import layout_of
-from roll_sft.engine import head
-from roll_sft.engine.chunks import chunk_rows
+from roll_sft.engine import loss
+from roll_sft.engine.fused import chunk_rows
 from tests import parity
 from tests.pool import RankPool
 
@@ -34,14 +34,14 @@ def chunked(dtype: torch.dtype, chunk: int, is_compiled: bool = False) -> dict[s
     first = parallel_state.get_tensor_model_parallel_rank() * width
     ours = weight[first : first + width].to(dtype).requires_grad_()
     rows = hidden.to(dtype).requires_grad_()
-    small, head.chunk_rows = head.chunk_rows, lambda *_, **__: chunk
+    small, loss.chunk_rows = loss.chunk_rows, lambda *_, **__: chunk
     try:
         entered = copy_to_tensor_model_parallel_region(rows)
-        losses = head.cross_entropy_of_rows(entered, ours, labels, **options)
+        losses = loss.cross_entropy_of_rows(entered, ours, labels, **options)
         with torch.no_grad():
-            again = head.cross_entropy_of_rows(rows, ours, labels, **options)
+            again = loss.cross_entropy_of_rows(rows, ours, labels, **options)
     finally:
-        head.chunk_rows = small
+        loss.chunk_rows = small
     (losses.sum() * FACTOR).backward()
     assert rows.grad is not None
     assert ours.grad is not None
@@ -103,7 +103,7 @@ def close(ours: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
 def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
     weights = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(AssertionError, match="one factor for all"):
-        head._HeadLoss.backward(None, weights)
+        loss._HeadLoss.backward(None, weights)
 
 
 @pytest.mark.parametrize(

@@ -20,22 +20,22 @@ def steps_of(config: RunConfig, in_products: bool) -> tuple[list[tuple[float, fl
     import torch.distributed as dist
     from megatron.core.tensor_parallel import layers
 
-    from roll_sft.engine import engine, weight_gradients
+    from roll_sft.engine import engine, fused
 
     def choose(transformer: Any, *, device: torch.device) -> None:
         if in_products:
-            weight_gradients.turn_on(transformer)
+            fused.use_added_products(transformer)
 
     job, found, added = prepare(config), [], []
-    product = weight_gradients.add_product
+    product = fused.add_product
 
     def counted(*arguments: Any) -> None:
         added.append(arguments[0].dtype)
         product(*arguments)
 
     with (
-        patch.object(engine, "accumulate_in_products", choose),
-        patch.object(weight_gradients, "add_product", counted),
+        patch.object(engine, "add_in_products", choose),
+        patch.object(fused, "add_product", counted),
         patch.object(layers, "_grad_accum_fusion_available", False),
     ):
         ours = engine.Engine(config, source=job.source, data=job.data)

@@ -28,9 +28,9 @@ from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
 from roll_sft.engine import attention_kernels
-from roll_sft.engine.attention import segments_of
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
+from roll_sft.engine.micro_batch import segments_of
 from roll_sft.engine.process_groups import Rendezvous, process_groups
 from roll_sft.job.inputs import ModelSource, TokenData
 from roll_sft.job.prepare import prepare

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from roll_sft.engine import compiling, head
+from roll_sft.engine.fused import run_compiled
+from roll_sft.engine.loss import cross_entropy_of_rows
 from tests import compiled as functions
 from tests import parity
 
@@ -26,7 +27,7 @@ def check_compiled(device: str, folder: Path) -> Iterator[tuple[str, float, floa
             function, plain = functions.FUNCTIONS[name]
             rows, rest = functions.arguments(name, 1_021, dtype)
             found = functions.outcome(
-                lambda rows, *rest, f=function: compiling.run(f, rows, *rest), rows, rest
+                lambda rows, *rest, f=function: run_compiled(f, rows, *rest), rows, rest
             )
             wanted = functions.outcome(lambda rows, *rest, f=plain: f(*rows, *rest), rows, rest)
             for part, ours, theirs, bound in zip(
@@ -61,7 +62,7 @@ def _head(dtype: torch.dtype, *, is_compiled: bool) -> Iterator[tuple[str, float
     hidden = (torch.randn(ROWS, HIDDEN) / 4).to(dtype).requires_grad_()
     weight = (torch.randn(WORDS, HIDDEN) / 4).to(dtype).requires_grad_()
     labels = torch.randint(0, REAL_WORDS, (ROWS,))
-    losses = head.cross_entropy_of_rows(
+    losses = cross_entropy_of_rows(
         hidden, weight, labels, vocab_size=REAL_WORDS, is_compiled=is_compiled
     )
     losses.sum().backward()

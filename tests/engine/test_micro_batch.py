@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from roll_sft.engine.microbatch import BuildAhead
+from roll_sft.engine.micro_batch import BuildAhead
 
 FIRST, SECOND = ((1, 2), (3,)), ((4,),)
 

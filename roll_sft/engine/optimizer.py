@@ -1,0 +1,144 @@
+"""Megatron's AdamW: built, clipped and stepped, and its state for checkpoints.
+
+`update` does what `MegatronOptimizer.step` does, from the same public parts. Without Transformer
+Engine and Apex, Megatron takes the norm of each gradient and reads it on the host, one after
+another: as many waits for the device a step as there are parameters. Here the norm is added up on
+the device and the step waits for one value.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from roll_sft.config.schema import RunConfig
+from roll_sft.engine.build import DTYPES
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm."""
+    train, device = config.train, torch.device(torch.cuda.current_device())
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            bf16=config.model.dtype == "bf16",
+            params_dtype=DTYPES[config.model.dtype],
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            clip_grad=train.max_grad_norm or math.inf,
+        ),
+        wrapped,
+        use_gloo_process_groups=device.type == "cpu",
+    )
+    for group in optimizer.param_groups:
+        group["weight_decay"] = train.weight_decay * group["wd_mult"]
+        # One kernel for the whole update where Megatron took torch's AdamW, whose own choice is
+        # three times the memory traffic and a temporary of every parameter.
+        if device.type == "cuda" and "foreach" in group:
+            group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+def update(optimizer: MegatronOptimizer, *, learning_rate: float) -> float:
+    """Clip the gradients in `main_grad` and take a step; their norm before clipping. Collective.
+
+    On a GPU the update is queued when this returns.
+    """
+    norm = gradient_norm(optimizer)
+    scale = optimizer.config.clip_grad / (norm + 1e-6)  # a NaN leaves the gradients as they are
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_mult"]
+        gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        if scale < 1.0 and gradients:
+            torch._foreach_mul_(gradients, scale)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Euclidean norm of the gradients over all parameters of the model once; collective."""
+    is_overflow = optimizer.prepare_grads()
+    assert not is_overflow, "only a loss scale finds an overflow, and there is none"
+    gradients = [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+        and param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    if gradients:
+        square = torch.nn.utils.get_total_norm(gradients) ** 2.0
+    else:
+        square = torch.zeros((), device=torch.cuda.current_device())
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return float(square.item() ** 0.5)
+
+
+def make_optimizer_state(optimizer: MegatronOptimizer, *, step: int) -> None:
+    """Zero moments and Adam's count of `step` updates, where the optimizer has none yet."""
+    for inner in inner_optimizers(optimizer):
+        adam = inner.optimizer
+        counts_each = isinstance(adam, torch.optim.Adam)  # fused ones count per group
+        for _parameter, main, _start in main_parameters(inner):
+            values = adam.state[main]
+            for name in MOMENTS:
+                if name not in values:
+                    values[name] = torch.zeros_like(main, dtype=torch.float32)
+            if counts_each:
+                # One tensor each: a shared one would advance once for every parameter. The fused
+                # kernel reads it on the device, every other on the host.
+                device = main.device if adam.param_groups[0].get("fused") else None
+                values["step"] = torch.tensor(float(step), device=device)
+        if not counts_each:
+            for group in adam.param_groups:
+                group["step"] = step
+
+
+def optimizer_step(optimizer: MegatronOptimizer) -> int:
+    """How many updates Adam has made."""
+    for inner in inner_optimizers(optimizer):
+        adam = inner.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            return int(adam.param_groups[0].get("step", 0))
+        for _parameter, main, _start in main_parameters(inner):
+            return int(adam.state[main].get("step", 0))
+    return 0
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that Megatron chained; `optimizer` itself if it is none of them."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def main_parameters(inner: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(parameter, tensor that the optimizer updates for it, its first number in the parameter)."""
+    if isinstance(inner, DistributedOptimizer):
+        for parameter, (group, order) in inner.model_param_group_index_map.items():
+            main = inner.optimizer.param_groups[group]["params"][order]
+            yield parameter, main, inner._get_model_param_range_map(parameter)["param"].start
+        return
+    halves, masters = (
+        getattr(inner, name, []) for name in ("float16_groups", "fp32_from_float16_groups")
+    )
+    master_of = {
+        id(main): parameter
+        for parameters, mains in zip(halves, masters, strict=True)
+        for parameter, main in zip(parameters, mains, strict=True)
+    }
+    for group in inner.optimizer.param_groups:
+        for main in group["params"]:
+            yield master_of.get(id(main), main), main, 0
