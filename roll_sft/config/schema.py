@@ -2,12 +2,13 @@
 
 Each key stands here once, with its type, its default, its bounds and one sentence that says what it
 does. YAML overrides a default and code never supplies another. `docs/configuration.md` and `--help`
-are made of these lines. `config_build.py` fills the dataclasses, and `checks.py` says which values
-can run together.
+are made of these lines.
 """
 
+import os
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from roll_sft.base.layout import ParallelLayout
@@ -116,7 +117,11 @@ class DataConfig:
         unit="processes",
         at_least=1,
     )
-    cache_dir: str | None = key(None, "Folder of prepared tokens; null takes ~/.cache/roll_sft.")
+    cache_dir: str | None = key(
+        None,
+        "Folder of tokens that all nodes see; null takes ~/.cache/roll_sft, on a joined cluster"
+        " .token_cache beside output_dir.",
+    )
     on_bad_row: Literal["error", "skip"] = key("error", "What happens at a malformed row.")
     max_bad_fraction: float = key(
         0.01,
@@ -360,6 +365,18 @@ def on_device(config: RunConfig, device: Literal["cpu", "cuda"]) -> RunConfig:
     return replace(config, model=model, parallel=parallel)
 
 
+def cluster_address(config: RunConfig) -> str | None:
+    """Address of the Ray cluster that a run joins; None for one of its own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def token_cache_folder(config: RunConfig) -> Path:
+    """Where prepared tokens are kept: by default where every node of the run sees them."""
+    shared = Path(config.output_dir or f"outputs/{config.run_name}").parent / ".token_cache"
+    default = shared if cluster_address(config) else Path.home() / ".cache" / "roll_sft"
+    return Path(config.data.cache_dir or default)
+
+
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:
     """The rank grid that `parallel` asks for."""
     return ParallelLayout(
@@ -373,10 +390,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
 
 
 def source_name(source: SourceConfig) -> str:
-    """The name of a source in reports and logs: its own, or what its path ends in.
-
-    That is the last part that is no pattern, without the suffixes of a file.
-    """
+    """The name of a source in reports and logs: its own, or the last part of its path."""
     path = redacted(source.path or "")  # a name is written to every file of a run
     if "://" in path:
         path = re.sub(r"^[^:]*://([^/]*@)?|[?#][^/]*$", "", path)

@@ -6,11 +6,17 @@ Floor 1 knows no configuration; this is where its keys are turned into arguments
 import hashlib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.config.schema import DataConfig, RunConfig, SourceConfig, layout_of, source_name
+from roll_sft.config.schema import (
+    DataConfig,
+    RunConfig,
+    SourceConfig,
+    layout_of,
+    source_name,
+    token_cache_folder,
+)
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.steps.epochs import Share
@@ -44,7 +50,7 @@ def tokenise(
     """
     data = config.data
     place = CachePlace(
-        Path(data.cache_dir) if data.cache_dir else Path.home() / ".cache" / "roll_sft",
+        token_cache_folder(config),
         num_proc=data.num_proc,
         spread=spread,
         only_read=config.dry_run,

@@ -29,6 +29,12 @@ class TokenData:
     train: TokenSet
     validation: dict[str, TokenSet]
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all token caches, each once."""
+        sets = [self.train, *self.validation.values()]
+        return list(dict.fromkeys(cache.folder for tokens in sets for cache in tokens.caches))
+
 
 @dataclass(frozen=True, slots=True)
 class ParityTask:

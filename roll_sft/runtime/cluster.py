@@ -22,12 +22,11 @@ import ray
 from ray.exceptions import RayError
 
 from roll_sft.base.errors import ConfigError, ResourceError, first_line
-from roll_sft.config.schema import RunConfig
+from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.runtime import reaper
 
 LOG = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 5.0
-LOCAL = "local"
 MOST_CPUS_PER_CORE = 64  # of workers that share a core; each is a process of 0.5 GiB
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 AUTH_MODE = "RAY_AUTH_MODE"
@@ -45,14 +44,9 @@ def connected(config: RunConfig) -> Iterator[None]:
         return
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = address_of(config)
-    with _local(config) if address == LOCAL else _joined(address):
+    address = cluster_address(config)
+    with _local(config) if address is None else _joined(address):
         yield
-
-
-def address_of(config: RunConfig) -> str:
-    """The cluster that a run joins, or `LOCAL` for one of its own."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
 @contextlib.contextmanager

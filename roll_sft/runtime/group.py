@@ -26,7 +26,6 @@ from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.inputs import ModelSource, ParityTask, TokenData
 from roll_sft.models.hub import HubSource
-from roll_sft.runtime import token_transfer
 from roll_sft.runtime.failures import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
@@ -84,7 +83,7 @@ class WorkerGroup:
             self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
         finally:
             self._nonce.unlink(missing_ok=True)
-        self._supply(source, data)
+        self._fetch_model(source)
         stores = [actor.serve_store.remote() for actor in self._actors]
         store_address = self._collect(Pending("rendezvous", deadline_s, stores))[0]
         inputs = ray.put((source, data))
@@ -184,48 +183,17 @@ class WorkerGroup:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def _supply(self, source: ModelSource, data: TokenData) -> None:
-        """Make every node have the model and the tokens; one rank of a node does it for all."""
-        cluster = self._config.cluster
-        first_of_node: dict[str, int] = {}
-        for address in self.addresses:
-            first_of_node.setdefault(address.node_id, address.rank)
-        chosen = set(first_of_node.values())
-        if isinstance(source.tensors, HubSource):
-            model = source.tensors.model
-            fetched = [
-                actor.fetch_model.remote(model if rank in chosen else None)
-                for rank, actor in enumerate(self._actors)
-            ]
-            self._collect(Pending("model download", cluster.checkpoint_timeout_s, fetched))
-        folders = token_transfer.token_folders(data)
-        # This node's the driver verifies itself.
-        here = ray.get_runtime_context().get_node_id()
-        verifiers = {rank for node, rank in first_of_node.items() if node != here}
-        asked = [
-            actor.missing_tokens.remote(folders, verifies=rank in verifiers)
+    def _fetch_model(self, source: ModelSource) -> None:
+        """Download a model of the hub: the first rank of each node does it for the node."""
+        if not isinstance(source.tensors, HubSource):
+            return
+        first_rank = {address.node_id: address.rank for address in reversed(self.addresses)}
+        fetched = [
+            actor.fetch_model.remote(source.tensors.model if rank in first_rank.values() else None)
             for rank, actor in enumerate(self._actors)
         ]
-        missing = self._collect(Pending("setup", cluster.setup_timeout_s, asked))
-        lacking = {rank: set(missing[rank]) for rank in chosen if missing[rank]}
-        if not lacking:
-            return
-        LOG.info("sending the tokens to %d nodes that do not share data.cache_dir", len(lacking))
-        pending = deque[Pending]()
-        for folder in sorted(set().union(*lacking.values())):
-            for part in token_transfer.parts_of(folder, size=token_transfer.PART_BYTES):
-                content = ray.put(part.read())
-                sent = [
-                    actor.receive_tokens.remote(
-                        part, content if folder in lacking.get(rank, ()) else None
-                    )
-                    for rank, actor in enumerate(self._actors)
-                ]
-                pending.append(Pending("token transfer", cluster.setup_timeout_s, sent))
-                if len(pending) > token_transfer.PARTS_AHEAD:
-                    self._collect(pending.popleft())
-        while pending:
-            self._collect(pending.popleft())
+        deadline_s = self._config.cluster.checkpoint_timeout_s
+        self._collect(Pending("model download", deadline_s, fetched))
 
     def _evaluate_chunk(self, name: str, plan: StepPlan) -> Pending:
         references = [

@@ -22,8 +22,8 @@ from ray.util.placement_group import (
 )
 
 from roll_sft.base.errors import ResourceError
-from roll_sft.config.schema import ParallelConfig, RunConfig, on_device
-from roll_sft.runtime.cluster import LOCAL, address_of, connected
+from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address, on_device
+from roll_sft.runtime.cluster import connected
 
 LOG = logging.getLogger(__name__)
 PATIENCE_S = 3.0  # a wait that lasts longer is announced
@@ -44,7 +44,7 @@ def with_device_of_cluster(config: RunConfig) -> RunConfig:
 
     Raises `ResourceError` where that cluster does not answer.
     """
-    if config.parallel.device != "auto" or address_of(config) == LOCAL:
+    if config.parallel.device != "auto" or cluster_address(config) is None:
         return config
     with connected(config):
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0

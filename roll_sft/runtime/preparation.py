@@ -18,11 +18,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roll_sft.base.errors import ResourceError, RollSftError, first_line
-from roll_sft.config.schema import RunConfig
+from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.tokens.build_shard import Filled, ShardTask, fill
 from roll_sft.data.tokens.workers import Spread, spread_for
-from roll_sft.runtime.cluster import LOCAL, address_of, connected
+from roll_sft.runtime.cluster import connected
 
 LOG = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 30.0  # to start a process on each node and look for a file
@@ -32,7 +32,7 @@ ENVIRONMENT = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
 
 def spread_over_cluster(config: RunConfig) -> Spread | None:
     """Prepares shards on the cluster that `config` joins; None where it joins none."""
-    if address_of(config) == LOCAL:
+    if cluster_address(config) is None:
         return None
 
     def over_cluster(

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,20 +22,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 import ray.util
 
-from roll_sft.base.errors import ConfigError, RollSftError, first_line
+from roll_sft.base.errors import ConfigError, ResourceError, RollSftError, first_line
 from roll_sft.base.files import writing
 from roll_sft.base.gc_pauses import imports_kept, keep_all
 from roll_sft.base.metrics import EvalMetrics, RankParity, StepMetrics
 from roll_sft.base.text import printable
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.data.tokens.integrity import verifying
 from roll_sft.engine.environment import set_variables, silence_warnings
-from roll_sft.runtime import token_transfer
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from roll_sft.data.steps.plan import RankWork
     from roll_sft.job.inputs import ModelSource, ParityTask, TokenData
     from roll_sft.models.hub import HubModel
@@ -113,7 +108,6 @@ class Worker:
         self._resources = contextlib.ExitStack()
         self._fault: RankFault | None = None
         self._store: Any = None
-        self._verified: Callable[[], None] = lambda: None
 
     def start(self) -> WorkerAddress:
         """Open the log and set the environment, before the engine is imported."""
@@ -148,23 +142,6 @@ class Worker:
             if model is not None:
                 model.fetch()
 
-    def missing_tokens(self, folders: list[Path], *, verifies: bool) -> list[Path]:
-        """Which of the run's token caches this node lacks; begins to verify the others if told."""
-        with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
-            lacking = token_transfer.missing(folders)
-            if verifies:
-                there = [folder for folder in folders if folder not in lacking]
-                self._verified = self._resources.enter_context(verifying(there))
-            return lacking
-
-    def receive_tokens(
-        self, part: token_transfer.Part, content: "NDArray[np.uint8] | None"
-    ) -> None:
-        """Keep a part of a token cache on this node; None is for another node."""
-        with self._phase("token transfer", self._spec.config.cluster.setup_timeout_s):
-            if content is not None:
-                token_transfer.receive(part, content)
-
     def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> str | None:
         """Join the process groups and build the engine; returns the GPU's name, if there is one."""
         cluster = self._spec.config.cluster
@@ -174,6 +151,8 @@ class Worker:
             from roll_sft.engine.engine import Engine
             from roll_sft.engine.process_groups import Rendezvous, process_groups
 
+            source, data = inputs
+            check_tokens_visible(data.folders, address=self._address)
             torch.set_num_threads(self._spec.config.parallel.cpus_per_worker)
             rendezvous = Rendezvous(
                 *store,
@@ -187,11 +166,9 @@ class Worker:
             self._resources.enter_context(
                 process_groups(rendezvous, layout, device=self._spec.device, store=self._store)
             )
-            source, data = inputs
             self._engine = Engine(
                 self._spec.config, source=source, data=data, checkpoint=self._spec.checkpoint
             )
-            self._verified()
             keep_all()
             return torch.cuda.get_device_name() if self._spec.device == "cuda" else None
 
@@ -325,6 +302,16 @@ def _check_shared(spec: WorkerSpec, address: WorkerAddress) -> None:
             f"output_dir: {str(spec.logs.parent)!r} on {address.host} is not the driver's folder;"
             " checkpoints need one that all nodes share, so give an output_dir on shared storage"
         )
+
+
+def check_tokens_visible(folders: Iterable[Path], *, address: WorkerAddress) -> None:
+    """Raise `ResourceError` for a token folder that the node at `address` does not see."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ResourceError(
+                f"data.cache_dir: {str(folder)!r} is not visible on {address.host}; set"
+                " data.cache_dir to a folder on storage that all nodes share, as output_dir is"
+            )
 
 
 class _LogFormatter(logging.Formatter):

@@ -33,7 +33,6 @@ from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.placement import Slots, reserved, with_device_of_cluster
 from roll_sft.runtime.preparation import spread_over_cluster
-from roll_sft.runtime.token_transfer import token_folders
 from roll_sft.tracking.mlflow_run import MlflowRun
 from roll_sft.tracking.trackers import tracked
 from roll_sft.train import console, run_folder
@@ -100,7 +99,7 @@ def _train_from(
     config, first_step = job.config, start.step + 1
     if start.checkpoint is not None:
         LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
-    tokens = verifying(token_folders(job.data))
+    tokens = verifying(job.data.folders)
     with tokens as verified, connected(config), reserved(config) as slots:
         clock.passed("Ray and placement")
         for tracker in trackers:

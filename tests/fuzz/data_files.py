@@ -23,7 +23,6 @@ from roll_sft.config.schema import RunConfig
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.integrity import verifying
 from roll_sft.job.prepare import prepare
-from roll_sft.runtime.token_transfer import token_folders
 from tests.fuzz import reader
 from tests.fuzz.case import Case, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value
@@ -237,7 +236,7 @@ def _of_cache(rng: random.Random, home: Path) -> Case:
     def action(config: RunConfig, _text: str) -> None:
         """What a start does before it trains."""
         job = prepare(config)
-        with verifying(token_folders(job.data)) as verified:
+        with verifying(job.data.folders) as verified:
             verified()
 
     def check(outcome: Outcome) -> list[str]:

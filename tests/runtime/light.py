@@ -12,10 +12,9 @@ from typing import Any
 
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.data.steps.plan import RankWork, StepPlan
-from roll_sft.data.tokens.cache import TokenCache
 from roll_sft.job.inputs import ModelSource, TokenData
 from roll_sft.runtime import group
-from roll_sft.runtime.worker import Worker
+from roll_sft.runtime.worker import Worker, check_tokens_visible
 
 # For engines that need neither.
 NO_INPUTS: Any = (ModelSource(None, None, None), TokenData(SimpleNamespace(caches=()), {}))  # type: ignore[arg-type]
@@ -72,16 +71,9 @@ class LightWorker(Worker):
 
     def setup(self, store: tuple[str, int], inputs: Any) -> None:
         with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
+            check_tokens_visible(inputs[1].folders, address=self._address)
             num_ranks = self._spec.config.parallel.num_workers
             self._engine: Any = LightEngine(self._spec.rank, type(self).fault, num_ranks)
-
-    def has(self, folders: list[Path]) -> tuple[str, list[bool]]:
-        """This worker's node, and which folders it sees."""
-        return self._address.node_id, [folder.is_dir() for folder in folders]
-
-    def read(self, cache: TokenCache, index: int) -> list[int]:
-        """The tokens of a sample as this node has it."""
-        return cache.sample(index)[0].tolist()
 
     def seen(self) -> list[Any]:
         """The micro-batches of the steps so far."""

@@ -4,12 +4,14 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import ray
 
 from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.config.build import build_config
+from roll_sft.config.schema import token_cache_folder
 from roll_sft.runtime import cluster, reaper
 from roll_sft.runtime.cluster import connected
 from tests.runtime.ray_cluster import free_port
@@ -44,6 +46,20 @@ def test_workers_that_no_machine_can_hold_are_refused_before_ray_starts():
     with pytest.raises(ResourceError, match="100000 workers want 100000 CPUs"), connected(config):
         pass
     assert not ray.is_initialized()
+
+
+def test_tokens_lie_where_every_node_of_the_run_sees_them(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def folder(**keys):
+        return str(token_cache_folder(build_config({"output_dir": "/shared/runs/a", **keys})))
+
+    own = str(Path.home() / ".cache" / "roll_sft")
+    assert folder() == own
+    assert folder(cluster={"address": "head:6379"}) == "/shared/runs/.token_cache"
+    assert folder(cluster={"address": "head:6379"}, data={"cache_dir": "/c"}) == "/c"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert folder() == "/shared/runs/.token_cache"
 
 
 def refusal(address):

@@ -2,6 +2,7 @@ import contextlib
 import pickle
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -9,6 +10,7 @@ import ray
 
 from roll_sft.base.errors import ConfigError, DataError, ResourceError, WorkerError
 from roll_sft.base.metrics import EvalMetrics
+from roll_sft.job.inputs import TokenData
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved
@@ -283,3 +285,18 @@ def test_a_node_that_does_not_share_the_output_folder_stops_the_run(workers, tmp
         path.unlink()
     with pytest.raises(ConfigError, match=r"is not the driver's folder.*shared storage"):
         group.start(*NO_INPUTS)
+
+
+def test_a_node_that_does_not_see_the_tokens_stops_the_run(workers, cluster):
+    if cluster.apart is None:
+        pytest.skip("this system does not let a process have a mount of its own")
+    folder = cluster.apart / "tokens"
+    folder.mkdir()
+    train = SimpleNamespace(caches=(SimpleNamespace(folder=folder),))
+    group = workers(start=False, parallel={"num_workers": 4})
+    with pytest.raises(ResourceError) as caught:
+        group.start(NO_INPUTS[0], TokenData(train, {}))
+    message = str(caught.value)
+    assert f"data.cache_dir: '{folder}'" in message
+    assert f" on {group.addresses[0].host}" in message
+    assert "\n" not in message
