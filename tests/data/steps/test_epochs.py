@@ -1,7 +1,6 @@
 """Mixtures, and steps of a number of tokens: what an epoch holds and where it is cut."""
 
 import dataclasses
-import time
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
@@ -13,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_sft.base.layout import ParallelLayout
+from roll_sft.data.steps import epochs as epochs_module
 from roll_sft.data.steps.epochs import BatchSize, Epochs, Share
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
+from roll_sft.data.steps.shuffle import Part, Permutation, part_of
 
 FEW = settings(deadline=None, max_examples=40)
 
@@ -135,6 +136,21 @@ def test_samples_are_added_until_the_budget_is_met(
         assert list(map(len, steps)) == naive_cuts([lengths[i] for i in ordered], tokens)
 
 
+def test_a_step_ends_with_the_sample_that_meets_its_budget_exactly() -> None:
+    lengths = [3, 4, 3, 5, 5, 11, 1]
+    every = epochs(lengths, batch=BatchSize(1, 10), shuffle=False)
+    cuts = [[0, 1, 2], [3, 4], [5], [6]]
+    assert samples_of(every, 0) == samples_of(every, 1) == cuts
+    assert [step.tolist() for step in every.stored()] == cuts
+    assert [every.step(step)[:2] for step in range(1, 6)] == [
+        (0, 0),
+        (0, 3),
+        (0, 5),
+        (0, 6),
+        (1, 0),
+    ]
+
+
 @FEW
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=40),
@@ -190,18 +206,22 @@ def test_a_million_samples_cost_few_bytes_each(million: np.ndarray, tokens: int 
     assert peak / million.size <= 28 - 8  # and 4 each for the lengths and the supervised
 
 
-@pytest.mark.parametrize("tokens", [None, 300_000])
-def test_a_jump_costs_no_more_than_the_next_step(million: np.ndarray, tokens: int | None) -> None:
-    planner = Planner(
-        million, million, options=dataclasses.replace(MILLION, global_batch_tokens=tokens)
-    )
+def test_a_jump_makes_only_the_parts_that_hold_its_step(
+    million: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def watched(permutation: Permutation, number: int, *, num_parts: int) -> Part:
+        made.append((permutation.epoch, number, num_parts))
+        return part_of(permutation, number, num_parts=num_parts)
+
+    monkeypatch.setattr(epochs_module, "part_of", watched)
+    planner = Planner(million, million, options=MILLION)
     last = planner.steps_in(1)
-    planner.step(1)  # the order of the epoch
-
-    def cpu_seconds(step: int) -> float:
-        started = time.process_time()
-        for _ in range(5):
-            planner.step(step)
-        return time.process_time() - started
-
-    assert min(cpu_seconds(last - 1) for _ in range(3)) < 3 * min(cpu_seconds(2) for _ in range(3))
+    planner.step(1)
+    assert made == [(0, 0, 8)]
+    planner.step(last)
+    planner.step(last)
+    assert made == [(0, 0, 8), (0, 7, 8)]
+    planner.step(41 * last + 1)
+    assert made[2:] == [(41, 0, 8)]

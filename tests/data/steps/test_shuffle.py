@@ -1,7 +1,6 @@
-"""A permutation in parts: the same as one sort of all keys, made ahead in a thread."""
+"""A permutation in parts is the same as one sort of all keys."""
 
 import hashlib
-import threading
 from typing import Any
 
 import numpy as np
@@ -11,25 +10,25 @@ from hypothesis import strategies as st
 
 from roll_sft.data.steps import epochs as epochs_module
 from roll_sft.data.steps.epochs import BatchSize, Epochs, Share
-from roll_sft.data.steps.shuffle import Draw, Part, part_of, sorted_positions
+from roll_sft.data.steps.shuffle import Part, Permutation, part_of, stable_argsort
 
 FEW = settings(deadline=None, max_examples=60)
 
 
-def whole_sort(draw: Draw) -> np.ndarray:
+def whole_sort(permutation: Permutation) -> np.ndarray:
     """The definition: the numbers in the order of their keys."""
-    key = np.array([draw.seed, draw.epoch], np.uint64)
-    counter = np.array([0, 0, 0, draw.stream], np.uint64)
+    key = np.array([permutation.seed, permutation.epoch], np.uint64)
+    counter = np.array([0, 0, 0, permutation.stream], np.uint64)
     return np.argsort(
-        np.random.Philox(key=key, counter=counter).random_raw(draw.size), kind="stable"
+        np.random.Philox(key=key, counter=counter).random_raw(permutation.size), kind="stable"
     )
 
 
 @FEW
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=60))
-def test_keys_that_are_alike_in_their_first_bits_are_told_apart(pairs: list[Any]) -> None:
+def test_keys_that_agree_in_their_first_bits_are_sorted_by_the_others(pairs: list[Any]) -> None:
     keys = np.array([(high << 61) | low for high, low in pairs], np.uint64)
-    assert sorted_positions(keys).tolist() == np.argsort(keys, kind="stable").tolist()
+    assert stable_argsort(keys).tolist() == np.argsort(keys, kind="stable").tolist()
 
 
 @FEW
@@ -37,15 +36,18 @@ def test_keys_that_are_alike_in_their_first_bits_are_told_apart(pairs: list[Any]
 def test_parts_one_after_the_other_are_one_sort_of_all_keys(
     size: int, seed: int, stream: int, num_parts: int
 ) -> None:
-    draw = Draw(size, seed, epoch=2, stream=stream)
-    parts = [part_of(draw, number, num_parts=num_parts) for number in range(num_parts)]
-    assert np.concatenate([part.numbers for part in parts]).tolist() == whole_sort(draw).tolist()
+    permutation = Permutation(size, seed, epoch=2, stream=stream)
+    parts = [part_of(permutation, number, num_parts=num_parts) for number in range(num_parts)]
+    assert (
+        np.concatenate([part.numbers for part in parts]).tolist()
+        == whole_sort(permutation).tolist()
+    )
     assert [part.first for part in parts[1:]] == [part.stop for part in parts[:-1]]
 
 
 def test_many_blocks_of_keys_are_one_stream() -> None:
-    draw = Draw(150_000, 7, 1, 0)
-    assert (part_of(draw, 0, num_parts=1).numbers == whole_sort(draw)).all()
+    permutation = Permutation(150_000, 7, 1, 0)
+    assert (part_of(permutation, 0, num_parts=1).numbers == whole_sort(permutation)).all()
 
 
 def test_the_order_of_a_large_epoch_is_pinned() -> None:
@@ -70,7 +72,7 @@ def test_the_order_of_a_large_epoch_is_pinned() -> None:
     st.booleans(),
     st.lists(st.integers(1, 80), min_size=1, max_size=12),
 )
-def test_parts_are_not_to_be_seen(
+def test_the_number_of_parts_changes_no_step(
     size: int, draws: int, tokens: int | None, shuffle: bool, steps: list[int]
 ) -> None:
     shares = [Share(0, size // 2, draws), Share(size // 2, size, 30)] if size > 1 else ()
@@ -95,40 +97,22 @@ def test_parts_are_not_to_be_seen(
             assert again[2].tolist() == chosen.tolist()
 
 
-def large(patch: pytest.MonkeyPatch, made: Any) -> Epochs:
-    """9,600 samples in eight parts, which `made` makes; in steps of 400."""
-    patch.setattr(epochs_module, "_PART_SIZE", 1200)
-    patch.setattr(epochs_module, "part_of", made)
-    shares = [Share(0, 9600, 9600)]
-    return Epochs(
-        np.ones(9600, np.int32), shares=shares, batch=BatchSize(400), seed=1, shuffle=True
-    )
-
-
-def test_each_part_is_made_once_and_all_but_the_first_beside_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_part_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def watched(draw: Draw, number: int, *, num_parts: int) -> Part:
-        made.append((draw.epoch, number, threading.current_thread() is threading.main_thread()))
-        return part_of(draw, number, num_parts=num_parts)
+    def watched(permutation: Permutation, number: int, *, num_parts: int) -> Part:
+        made.append((permutation.epoch, number))
+        return part_of(permutation, number, num_parts=num_parts)
 
-    every = large(monkeypatch, watched)
+    monkeypatch.setattr(epochs_module, "_PART_SIZE", 1200)
+    monkeypatch.setattr(epochs_module, "part_of", watched)
+    every = Epochs(
+        np.ones(9600, np.int32),
+        shares=[Share(0, 9600, 9600)],
+        batch=BatchSize(400),
+        seed=1,
+        shuffle=True,
+    )
     for step in range(1, 3 * 24 + 1):
         every.step(step)
-    expected = [(epoch, number) for epoch in range(3) for number in range(8)]
-    assert [each[:2] for each in made[:24]] == expected
-    assert [each[:2] for each in made[24:]] in ([], [(3, 0)])  # begun ahead of what is asked for
-    assert [is_main for *_, is_main in made[:24]] == [True] + 23 * [False]
-
-
-def test_what_fails_beside_the_run_is_raised_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(draw: Draw, number: int, *, num_parts: int) -> Part:
-        if number == 1:
-            raise MemoryError("no room for a part")
-        return part_of(draw, number, num_parts=num_parts)
-
-    every = large(monkeypatch, failing)
-    with pytest.raises(MemoryError, match="no room"):
-        _ = [every.step(step) for step in range(1, 10)]
+    assert made == [(epoch, number) for epoch in range(3) for number in range(8)]
