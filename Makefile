@@ -28,7 +28,7 @@ OLDER := $(VENV)/transformers4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu check fmt parity fuzz bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-gpu check fmt parity fuzz mutate bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ parity: $(TOOLS) ## the loss on every parallel layout against one process
 
 fuzz: $(TOOLS) ## spoilt configurations, data, checkpoints and models; ARGS="--cases 2000"
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+mutate: $(TOOLS) ## small faults in packing, plan, masks, loss and metrics that no test notices; ARGS="packing --seconds 300"
+	$(BIN)/python tools/mutate.py $(ARGS)
 
 test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron-core and transformers
 	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 tests/gpu/check.py $(ARGS)
