@@ -40,6 +40,11 @@ class Share:
         drawn = samples or max(1, math.floor(weight * len(whole) + 0.5))
         return cls(whole.start, whole.stop, drawn)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether an epoch draws each sample once."""
+        return self.per_epoch == self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
