@@ -33,7 +33,6 @@ CHILD = """
 import sys
 import torch
 from roll_sft.convert import command, to_hf, from_hf
-from roll_sft.checkpoint import safe_load
 torch.zeros(8).sum()
 print("ready", flush=True)
 sys.stdin.readline()

@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     values = _values(folder)
     try:
-        schema = _integer(values, "schema", least=1)
+        schema = _integer(values, "schema", least=SCHEMA_VERSION)  # no release wrote an earlier one
     except _BadValueError as problem:
         raise _refusal(folder, problem) from problem
     if schema > SCHEMA_VERSION:
@@ -124,8 +124,9 @@ def _values(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder}: no readable {MANIFEST} ({error}), so this is not a complete checkpoint;"
-            " give a folder such as checkpoints/step_00000010"
+            f"{folder}: no readable {MANIFEST} ({error}), so this is no complete checkpoint of"
+            " roll_sft; give a step folder such as checkpoints/step_00000010, or convert a Hugging"
+            " Face folder into one"
         ) from error
     return values
 
@@ -135,11 +136,6 @@ def _manifest(values: Mapping[str, Any], schema: int) -> Manifest:
     shards = [name for name in files if name.endswith(".distcp")]
     if not shards:
         raise _BadValueError(f"files lists no weights (*.distcp) among its {len(files)}")
-    facts: dict[str, object] = {}
-    optimizer_step: int | None = _integer(values, "step")  # in schema 1 it was always saved
-    if schema > 1:
-        facts = _mapping(values, "facts")
-        optimizer_step = _integer_or_none(values, "optimizer_step")
     if values.get("dtype") not in DTYPES:
         raise _BadValueError(f"dtype {_shown(values.get('dtype'))} is not one of {list(DTYPES)}")
     state = RunState(
@@ -153,8 +149,8 @@ def _manifest(values: Mapping[str, Any], schema: int) -> Manifest:
         sources=_texts(values, "sources"),
         layout=_layout(_mapping(values, "layout")),
         dtype=values["dtype"],
-        facts=facts,
-        optimizer_step=optimizer_step,
+        facts=_mapping(values, "facts"),
+        optimizer_step=_integer_or_none(values, "optimizer_step"),
     )
     return Manifest(schema, state, versions=_texts(values, "versions"), files=files)
 

@@ -8,7 +8,6 @@ a pickle. Imports torch alone; nothing here is collective.
 """
 
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -62,7 +61,7 @@ class Chunk:
     file: str
     start: int
     length: int
-    data_start: int | None  # None where only the record is known
+    data_start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +241,6 @@ class Index:
         """Fill `target` with the rectangle of its shape that starts at `begin` in `chunk`."""
         path, dtype, sizes = self._folder / chunk.file, DTYPES[chunk.dtype], list(target.shape)
         try:
-            if chunk.data_start is None:
-                whole = self._read_record(path, chunk)
-                for dim, (first, size) in enumerate(zip(begin, sizes, strict=True)):
-                    whole = whole.narrow(dim, first, size)
-                target.copy_(whole)
-                return
             is_direct = target.is_contiguous() and target.dtype == dtype and target.is_cpu
             result = target if is_direct else self._room_for(sizes, dtype)
             memory = memoryview(cast(Any, result.view(-1).view(torch.uint8).numpy()))
@@ -269,15 +262,6 @@ class Index:
         if self._room.numel() < num_bytes:
             self._room = torch.empty(num_bytes, dtype=torch.uint8)
         return self._room[:num_bytes].view(dtype).view(sizes)
-
-    def _read_record(self, path: Path, chunk: Chunk) -> torch.Tensor:
-        """A chunk of which only the torch.save record is known."""
-        with path.open("rb") as file:
-            file.seek(chunk.start)
-            record = file.read(chunk.length)
-        self.bytes_read += len(record)
-        tensor: torch.Tensor = torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
-        return tensor.reshape(chunk.sizes)
 
 
 def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[Shape, Shape]]:

@@ -1,8 +1,8 @@
-"""The files by which PyTorch and Megatron-Core read what the ranks wrote, and the index of ours.
+"""The files that describe a checkpoint: for roll_sft, for PyTorch and for Megatron-Core.
 
-`.metadata` is PyTorch's, a pickle; `common.pt` and `metadata.json` are Megatron-Core's, which loads
-the folder as `torch_dist`. The engine itself reads `index.json` and no pickle, and `.metadata` only
-where a checkpoint has no index.
+roll_sft reads `index.json` alone. `.metadata` is a pickle for PyTorch; `common.pt` and
+`metadata.json` are for Megatron-Core, which loads the folder as `torch_dist`. Promise: a pickle of
+a checkpoint is written and never loaded, so a folder from elsewhere cannot run code.
 """
 
 import json
@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from roll_sft.base.errors import CheckpointError
-from roll_sft.checkpoint.safe_load import DAMAGE, METADATA, check_pickles, load_metadata
 from roll_sft.checkpoint.tensors import DTYPES, INDEX, Chunk, Index, Shape, ShardFile
 
+METADATA = ".metadata"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -52,16 +52,15 @@ def write_descriptions(folder: Path, parts: Sequence[ShardFile]) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """Where everything lies in `folder`. Raises `CheckpointError` where that cannot be read."""
+    """Where the tensors of the checkpoint `folder` lie.
+
+    Raises `CheckpointError` where the index is missing or disagrees with the files beside it.
+    """
     path = folder / INDEX
     try:
-        if path.exists():
-            tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-            chunks = list(_chunks(tensors))
-        else:  # written by Megatron-Core, or by an earlier version of ours
-            chunks = _chunks_of_metadata(folder)
+        chunks = list(_chunks(json.loads(path.read_text(encoding="utf-8"))["tensors"]))
         _check_chunks(chunks, folder)
-    except DAMAGE as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: does not describe what lies beside it ({error}); take another checkpoint"
         ) from error
@@ -98,8 +97,8 @@ def _check_chunks(chunks: Sequence[Chunk], folder: Path) -> None:
 
 
 def _check_chunk(chunk: Chunk, *, file_size: int) -> None:
-    first = chunk.start if chunk.data_start is None else chunk.data_start
-    numbers = (*chunk.shape, *chunk.offset, *chunk.sizes, chunk.start, chunk.length, first)
+    places = (chunk.start, chunk.length, chunk.data_start)
+    numbers = (*chunk.shape, *chunk.offset, *chunk.sizes, *places)
     if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"{chunk.key}: a place or size is no whole number from 0")
     if chunk.dtype not in DTYPES:
@@ -108,7 +107,7 @@ def _check_chunk(chunk: Chunk, *, file_size: int) -> None:
     if any(offset + size > limit for offset, size, limit in ends):
         raise ValueError(f"{chunk.key}: a part lies outside of its shape {chunk.shape}")
     num_bytes = math.prod(chunk.sizes) * DTYPES[chunk.dtype].itemsize
-    last = max(first + num_bytes, chunk.start + chunk.length)
+    last = max(chunk.data_start + num_bytes, chunk.start + chunk.length)
     if num_bytes > chunk.length or last > file_size:
         raise ValueError(f"{chunk.key}: a part lies outside of {chunk.file}")
 
@@ -117,32 +116,6 @@ def _file_size(folder: Path, name: object) -> int:
     if not isinstance(name, str) or name != Path(name).name or (folder / name).is_symlink():
         raise ValueError(f"{name!r} lies outside of the folder")
     return (folder / name).stat().st_size
-
-
-def _chunks_of_metadata(folder: Path) -> list[Chunk]:
-    check_pickles(folder)
-    metadata, chunks = load_metadata(folder), []
-    for index, place in metadata.storage_data.items():
-        stored = metadata.state_dict_metadata[index.fqn]
-        if not isinstance(stored, TensorStorageMetadata):
-            continue
-        sizes = next((each.sizes for each in stored.chunks if each.offsets == index.offset), None)
-        if sizes is None:
-            raise ValueError(f"{index.fqn} has no part at {index.offset}")
-        chunks.append(
-            Chunk(
-                key=index.fqn,
-                dtype=str(stored.properties.dtype).removeprefix("torch."),
-                shape=tuple(stored.size),
-                offset=tuple(index.offset),
-                sizes=tuple(sizes),
-                file=place.relative_path,
-                start=place.offset,
-                length=place.length,
-                data_start=None,
-            )
-        )
-    return chunks
 
 
 def _metadata(tensors: dict[str, dict[str, Any]], parts: Sequence[ShardFile]) -> Metadata:

@@ -19,8 +19,6 @@ from roll_sft.checkpoint.hashing import one_thread, verified_beside, verify_hash
 from roll_sft.checkpoint.manifest import ASSETS, Manifest, check_complete
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.checkpoint.resume import step_folders
-from roll_sft.checkpoint.safe_load import check_pickles
-from roll_sft.checkpoint.versions import check_megatron
 from roll_sft.convert.from_hf import DTYPES
 from roll_sft.convert.model_card import write_card
 from roll_sft.models.assets import asset_files, check_assets
@@ -61,8 +59,6 @@ def export(
     described = {name: facts for name, facts in manifest.files.items() if not _is_shard(name)}
     verify_hashes(checkpoint, described)
     check_assets(checkpoint / ASSETS)
-    check_megatron(checkpoint, manifest.versions)
-    check_pickles(checkpoint)
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
     family = family_of(config)
     source = _Source(checkpoint, manifest, family, family.shape(config))

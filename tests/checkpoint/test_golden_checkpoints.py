@@ -22,7 +22,7 @@ from tests.pool import RankPool
 pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SCHEMAS = (1, 2)
+SCHEMAS = (2,)
 STEPS = [(197.5707244873047, 0.9811102299856096), (203.67132568359375, 0.9500517780850055)]
 MODEL_SHA256 = "6c6dd36c3e3951a995c18f193ad143f51bb34d725e4549a9cdb7c893b78eb437"
 

@@ -1,28 +1,27 @@
-"""Checkpoints from strangers: what a pickle in one could run, and that it does not."""
+"""Checkpoints from strangers: no pickle is loaded, and folders of Megatron itself are refused."""
 
+import hashlib
 import io
+import json
 import os
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-)
 
-from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint.reader import Reader
-from roll_sft.checkpoint.safe_load import check_pickles, load_metadata
+from roll_sft.checkpoint.resume import find_checkpoint
+from roll_sft.config.build import build_config
+from roll_sft.convert import command
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_schema_2.tar.gz"
 
 
 class Hostile:
-    """Makes `path` when it is unpickled."""
+    """Makes the folder `path` when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,103 +30,62 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-def saved(value: object, **options: Any) -> bytes:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A whole checkpoint of a small model."""
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    with tarfile.open(GOLDEN) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def plant(checkpoint: Path, name: str, content: bytes) -> None:
+    """Put a file into `checkpoint` and list it in the manifest, as who made the folder would."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"][name] = {"size": len(content), "sha256": digest}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def saved(value: object) -> bytes:
     buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
+    torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def write_checkpoint(
-    folder: Path,
-    *,
-    extra_state: bytes | None = None,
-    file: str = "__0_0.distcp",
-    value: object = None,
-) -> None:
-    """The pickles of a checkpoint folder: `value` in its metadata, an object among its shards."""
-    content = saved([None]) if extra_state is None else extra_state
-    (folder / "__0_0.distcp").write_bytes(b"before" + content)
-    name = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4"
-    metadata = Metadata(
-        state_dict_metadata={name: BytesStorageMetadata()},
-        planner_data=value,
-        storage_data={MetadataIndex(name): _StorageInfo(file, len(b"before"), len(content))},
-    )
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    (folder / "common.pt").write_bytes(saved({"step": 1, "state": torch.ones(2)}))
-
-
-def test_a_folder_of_plain_values_passes(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    check_pickles(tmp_path)
-    assert load_metadata(tmp_path).state_dict_metadata.keys()
-
-
-def test_metadata_that_would_run_a_command_is_refused_by_name(tmp_path: Path) -> None:
+def test_no_pickle_in_a_checkpoint_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    write_checkpoint(tmp_path, value=Hostile(made))
-    for refuses in (check_pickles, load_metadata, Reader):
-        with pytest.raises(CheckpointError, match=r"\.metadata: names posix\.mkdir"):
-            refuses(tmp_path)
-        assert not made.exists()
-    FileSystemReader(tmp_path).read_metadata()  # what torch and Megatron-Core do
-    assert made.exists()
-
-
-@pytest.mark.parametrize("name", ["common.pt", "optimizer/shard_0_1.pt"])
-def test_a_hostile_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    write_checkpoint(tmp_path)
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(saved({"args": Hostile(made)}))
-    with pytest.raises(CheckpointError, match=r"shard_0_1|common.*names posix\.mkdir"):
-        check_pickles(tmp_path)
+    hostile = Hostile(made)
+    assert command.main([str(checkpoint), "--output", str(tmp_path / "before")]) == 0
+    shard = (checkpoint / "__0_0.distcp").read_bytes()  # Megatron-Core's objects lie behind tensors
+    plant(checkpoint, "__0_0.distcp", shard + saved([hostile]))
+    plant(checkpoint, ".metadata", pickle.dumps(hostile))
+    plant(checkpoint, "common.pt", saved(hostile))
+    plant(checkpoint, "extra.pkl", pickle.dumps(hostile))
+    assert find_checkpoint(build_config({}), checkpoint.parent) == checkpoint
+    reader = Reader(checkpoint)
+    assert reader.read("decoder.final_layernorm.weight").isfinite().all()
+    assert command.main([str(checkpoint), "--output", str(tmp_path / "after")]) == 0
     assert not made.exists()
-    torch.load(path, weights_only=False)
-    assert made.exists()
+    before, after = (tmp_path / name / "model.safetensors" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+    assert not list((tmp_path / "after").rglob("*.p[kt]*"))
+    for load in (
+        lambda: pickle.loads((checkpoint / ".metadata").read_bytes()),
+        lambda: torch.load(checkpoint / "common.pt", weights_only=False),
+    ):
+        load()  # as PyTorch and Megatron-Core do
+        made.rmdir()
 
 
-def test_a_hostile_object_among_the_shards_is_refused_by_name(tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    content = saved([Hostile(made)])
-    write_checkpoint(tmp_path, extra_state=content)
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: .*names posix\.mkdir"):
-        check_pickles(tmp_path)
-    assert not made.exists()
-    torch.load(io.BytesIO(content), weights_only=False)  # what torch's default planner does
-    assert made.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (pickle.dumps([None]), "not in the form that torch.save gives"),
-        (saved([os.getcwd], pickle_protocol=4), "names classes in a way that torch.save never"),
-        (saved([io.BytesIO(pickle.dumps(1))]), "is not empty"),
-        (saved(torch.frombuffer(bytearray(pickle.dumps(1)), dtype=torch.uint8)), "is not empty"),
-        (saved([None])[:200], "not in the form|cannot be read"),
-    ],
-    ids=["a bare pickle", "hidden names", "bytes inside", "bytes in a tensor", "cut off"],
-)
-def test_an_object_that_hides_a_pickle_is_refused(
-    content: bytes, reason: str, tmp_path: Path
+def test_a_folder_that_megatron_core_wrote_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_checkpoint(tmp_path, extra_state=content)
-    with pytest.raises(CheckpointError, match=reason):
-        check_pickles(tmp_path)
-
-
-@pytest.mark.parametrize("file", ["../elsewhere.distcp", "/etc/passwd", "..", "sub/__0_0.distcp"])
-def test_a_shard_outside_the_folder_is_refused(file: str, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, file=file)
-    with pytest.raises(CheckpointError, match="outside its folder"):
-        check_pickles(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"a": 1})])
-def test_metadata_that_is_none_gives_one_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"metadata") as caught:
-        check_pickles(tmp_path)
-    assert len(str(caught.value).splitlines()) == 1
+    for name in ("manifest.json", "index.json"):
+        (checkpoint / name).unlink()
+    output = tmp_path / "model"
+    assert command.main(["--checkpoint", str(checkpoint), "--output", str(output)]) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{checkpoint}: no readable manifest.json")
+    assert not output.exists()

@@ -94,18 +94,6 @@ def test_a_tensor_that_nobody_reads_is_named(home: Path, tmp_path: Path) -> None
         reader.check_all_read()
 
 
-def test_a_checkpoint_of_a_newer_megatron_core_is_refused(tmp_path: Path) -> None:
-    from roll_sft.base.errors import CheckpointError
-    from roll_sft.checkpoint.versions import check_megatron
-
-    check_megatron(tmp_path, {"megatron-core": "0.12.0"})
-    check_megatron(tmp_path, {})
-    with pytest.raises(
-        CheckpointError, match=r"written with megatron-core 99\.1\.0, which is newer"
-    ):
-        check_megatron(tmp_path, {"megatron-core": "99.1.0"})
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_starts_from_a_converted_model_as_from_the_model(
     layout: str, home: Path, pool: RankPool
