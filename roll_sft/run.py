@@ -28,9 +28,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from roll_sft.base.errors import FAULT, ConfigError, RollSftError, report
 from roll_sft.base.gc_pauses import imports_kept, leave_quickly
 from roll_sft.base.text import redacted_tree, shown
-from roll_sft.config.as_typed import override_as_typed, yaml_as_typed
-from roll_sft.config.build import build_config, no_such_key, schema
-from roll_sft.config.keys import section_of
+from roll_sft.config.build import build_config, no_such_key
+from roll_sft.config.composed import override_as_typed, resolved, schema, yaml_as_typed
+from roll_sft.config.fields import section_of
 from roll_sft.config.reference import help_text
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
@@ -154,7 +154,7 @@ def _checked(composed: DictConfig) -> RunConfig:
             f"--config-name: the configuration lacks {absent[0]!r}, so it does not build on base;"
             " begin its file with `defaults: [base, _self_]`"
         )
-    config = build_config(composed)
+    config = build_config(resolved(composed))
     check_config(config)
     return config
 

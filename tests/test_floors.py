@@ -35,10 +35,10 @@ FLOORS = (
 STRANGERS = (("roll_sft/data/", "roll_sft/models/"), ("roll_sft/models/", "roll_sft/data/"))
 DOORS = ("roll_sft/run.py", "roll_sft/api.py", "roll_sft/cli.py")
 ONLY_IN = {
-    "hydra": (*DOORS, "roll_sft/config/as_typed.py"),
+    "hydra": (*DOORS, "roll_sft/config/composed.py"),
     "megatron": ("roll_sft/engine/",),
     "mlflow": ("roll_sft/tracking/",),
-    "omegaconf": ("roll_sft/config/build.py", "roll_sft/config/as_typed.py", "roll_sft/run.py"),
+    "omegaconf": ("roll_sft/config/composed.py", "roll_sft/run.py"),
     "ray": ("roll_sft/runtime/", *DOORS),
 }
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")  # split, or this line would be one

@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 import roll_sft.run
 from roll_sft.base import errors
 from roll_sft.config.build import build_config
+from roll_sft.config.composed import resolved
 from roll_sft.config.schema import RunConfig, source_name
 from roll_sft.train import driver
 from tests import doors
@@ -132,7 +134,7 @@ def test_a_number_of_yaml_means_what_it_looks_like(door: Door, tmp_path: Path) -
 def test_what_is_no_text_keeps_its_type(door: Door) -> None:
     outcome = door("run_name=${seed}", "model.path=null", "train.max_steps=1_0", "--cfg", "job")
     assert yaml.safe_load(outcome.stdout)["train"]["max_steps"] == 10
-    config = build_config(yaml.safe_load(outcome.stdout))
+    config = build_config(resolved(OmegaConf.create(outcome.stdout)))
     assert (config.run_name, config.model.path) == ("42", None)
 
 
@@ -233,7 +235,7 @@ def test_a_folder_of_the_users_builds_on_ours(door: Door, tmp_path: Path) -> Non
     )
     outcome = door(*own(tmp_path, text), "--cfg", "job", "train.max_steps=5")
     assert outcome.code == 0
-    config = build_config(yaml.safe_load(outcome.stdout))
+    config = build_config(resolved(OmegaConf.create(outcome.stdout)))
     assert (config.output_dir, config.train.max_steps) == ("/runs/mine", 5)
     assert config.parallel.num_workers == 8
     assert [source.path for source in config.data.train] == ["a.jsonl"]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import Qwen2Config
 
-from roll_sft.config.build import plain_config
+from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.memory import GIB, MemoryEstimate, estimate
 from roll_sft.job.prepare import Plan
@@ -77,7 +77,7 @@ def log_normal(longest: int) -> NDArray[np.int32]:
 
 def run_of(device: str, *, pack_tokens: int) -> RunConfig:
     """A run in bf16 with packs of `pack_tokens`."""
-    return plain_config(
+    return build_config(
         {
             "model": {"dtype": "bf16"},
             "parallel": {"device": device},

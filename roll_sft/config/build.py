@@ -1,26 +1,23 @@
-"""A strict build of `RunConfig` from a composed mapping.
+"""The strict builder of `RunConfig` from plain values.
 
-Promises that every unknown key, at any level, is refused with the nearest real one, and that every
-value has the type of its key; all problems are reported at once. What values may be together is in
-`checks.py`.
+Every unknown key, at any level, is refused with the nearest real one, and every value gets the type
+of its key. All problems are reported at once, in one `ConfigError`. Bounds and combinations of
+values are checked in `validate`.
 """
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
 
-from roll_sft.base.errors import ConfigError, refuse
+from roll_sft.base.errors import refuse
 from roll_sft.base.text import shown
-from roll_sft.config.keys import all_names, choices_of, section_of, without_null
+from roll_sft.config.fields import all_names, choices_of, section_of, without_null
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import value_problems
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-# What people call some keys -> the key; too short for a search by likeness.
+# Usual short names, too short for a search by likeness -> the key.
 ABBREVIATIONS = {
     "lr": "train.learning_rate",
     "gbs": "train.global_batch_size",
@@ -29,7 +26,7 @@ ABBREVIATIONS = {
     "cp": "parallel.context_parallel_size",
     "world_size": "parallel.num_workers",
 }
-# Names that a later version will give a meaning: sections, and keys of sections that exist.
+# Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
     {"lora", "evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
     | {"cluster.grace_s", "parallel.expert_model_parallel_size"}
@@ -37,7 +34,7 @@ RESERVED = frozenset(
     | {"train.freeze", "train.num_layers_unfrozen", "train.neftune_noise_alpha"}
     | {"train.label_smoothing", "train.on_nan", "train.max_duration"}
 )
-# Choices that a later version will have -> what does the job today.
+# Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",
     ("checkpoint.hf_export", "every_save"): "final, and `roll-sft convert` for other checkpoints",
@@ -45,48 +42,37 @@ RESERVED_CHOICES = {
     ("tracking.backends", "wandb"): "mlflow",
 }
 SYNONYMS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True}
+_TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
-def schema() -> "DictConfig":
-    """Every key with its default, for Hydra to compose on.
+def build_config(values: Mapping[str, Any]) -> RunConfig:
+    """The dataclasses with `values` over their defaults; every value is taken as it stands.
 
-    Without types: Hydra would stop at the first wrong one, and forgets where in a list it is.
+    Raises one `ConfigError` with a line for each unknown key and each wrong type, and with what the
+    bounds of the other values refuse.
     """
-    from omegaconf import OmegaConf  # here and below: workers and GPU machines live without it
-
-    node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
-    OmegaConf.set_struct(node.data.template_kwargs, False)  # its keys are the template's
-    return node
-
-
-def build_config(composed: "DictConfig | dict[str, Any]") -> RunConfig:
-    """The dataclasses with the values of `composed`, interpolations resolved.
-
-    Raises one `ConfigError` with a line for each unknown key and each wrong type.
-    """
-    return plain_config(_resolved(composed))
-
-
-def plain_config(values: dict[str, Any]) -> RunConfig:
-    """`build_config` for values without interpolations; needs no OmegaConf."""
     problems: list[str] = []
-    config: RunConfig = _section(RunConfig, values, full="", problems=problems)
-    if problems:  # with all others that a single value can have
+    config: RunConfig = _section(RunConfig, values, name="", problems=problems)
+    if problems:
         refuse([*problems, *value_problems(config)])
     return config
 
 
 def no_such_key(name: str) -> str:
-    """The refusal of the unknown dotted key `name`, with what to write instead."""
+    """The line that refuses the unknown dotted key `name`, with what to write instead."""
     parts = name.split(".")
     if any(".".join(parts[:end]) in RESERVED for end in range(1, len(parts) + 1)):
         return f"{shown_key(name)}: not in this version; leave it out"
-    later = [each for each in sorted(RESERVED) if each.rpartition(".")[2] == parts[-1]]
-    if later:
-        return f"{shown_key(name)}: no such key; `{later[0]}` is not in this version; leave it out"
-    return f"{shown_key(name)}: no such key{_nearest(name)}"
+    reserved = [each for each in sorted(RESERVED) if each.rpartition(".")[2] == parts[-1]]
+    if reserved:
+        hint = f"`{reserved[0]}` is not in this version; leave it out"
+        return f"{shown_key(name)}: no such key; {hint}"
+    nearest = _nearest_key(name) if len(name) <= 200 else None
+    hint = f"did you mean `{nearest}`?" if nearest else "`--help` explains every key"
+    return f"{shown_key(name)}: no such key; {hint}"
 
 
 def shown_key(name: str) -> str:
@@ -94,25 +80,22 @@ def shown_key(name: str) -> str:
     return name if re.fullmatch(r"[\w.\-\[\]/@]{1,200}", name) else shown(name)
 
 
-def _nearest(name: str) -> str:
-    """Which real key the unknown one may mean."""
-    if len(name) > 200:
-        return "; `--help` explains every key"
+def _nearest_key(name: str) -> str | None:
+    """The real key that the unknown `name` is most like, if any."""
     section, _, leaf = name.rpartition(".")
     if leaf in ABBREVIATIONS:
-        return f"; did you mean `{ABBREVIATIONS[leaf]}`?"
-    within = re.sub(r"\[\d+\]", "", section)  # all entries of a list have the same keys
+        return ABBREVIATIONS[leaf]
+    real_section = re.sub(r"\[\d+\]", "", section)  # all entries of a list have the same keys
     known = list(all_names(RunConfig))
-    siblings = [each for each in known if each.rpartition(".")[0] == within]
-    # Where the section is right, a long one must not outweigh the part that is wrong.
+    siblings = [each for each in known if each.rpartition(".")[0] == real_section]
+    # In a known section only the last part is wrong, so only that is compared.
     nearby = (leaf, _by_leaf(siblings)) if siblings else (name, {each: each for each in known})
     for word, candidates in (nearby, (leaf, _by_leaf(known))):
         if matches := difflib.get_close_matches(word, candidates, n=1, cutoff=0.5):
             found = candidates[matches[0]]
-            is_sibling = found.startswith(f"{within}.")
-            real = f"{section}{found.removeprefix(within)}" if is_sibling else found
-            return f"; did you mean `{real}`?"
-    return "; `--help` explains every key"
+            is_sibling = found.startswith(f"{real_section}.")
+            return f"{section}{found.removeprefix(real_section)}" if is_sibling else found
+    return None
 
 
 def _by_leaf(names: list[str]) -> dict[str, str]:
@@ -120,68 +103,53 @@ def _by_leaf(names: list[str]) -> dict[str, str]:
     return {name.rpartition(".")[2]: name for name in reversed(names)}
 
 
-def _resolved(composed: "DictConfig | dict[str, Any]") -> dict[str, Any]:
-    """Plain values with interpolations resolved, over all defaults, which they may refer to."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(composed)
-    given: Any = OmegaConf.to_container(node, resolve=False)
-    try:
-        full = OmegaConf.create(_over(dataclasses.asdict(RunConfig()), given))
-        resolved: Any = OmegaConf.to_container(full, resolve=True)
-    except OmegaConfBaseException as error:
-        name = getattr(error, "full_key", None) or "configuration"
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{name}: {reason}; mend the reference or write the value") from error
-    return dict(resolved)
-
-
-def _over(defaults: Any, values: Any) -> Any:
-    """`values` over `defaults`, section by section; anything that is no section replaces."""
-    if not (isinstance(defaults, dict) and isinstance(values, dict)):
-        return values
-    return {**defaults, **{name: _over(defaults.get(name), values[name]) for name in values}}
-
-
-def _section(cls: Any, values: Any, *, full: str, problems: list[str]) -> Any:
-    """An instance of `cls` with `values` over its defaults; adds what is wrong to `problems`."""
+def _section(cls: Any, values: Any, *, name: str, problems: list[str]) -> Any:
+    """An instance of the section `cls` called `name`; adds what is wrong to `problems`."""
     kinds: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(cls)}
-    if not isinstance(values, dict):
-        problems.append(
-            f"{full}: {shown(values)} is not a mapping; its keys are {', '.join(kinds)}"
-        )
+    if not isinstance(values, Mapping):
+        keys = ", ".join(kinds)
+        problems.append(f"{name}: {shown(values)} is not a mapping; its keys are {keys}")
         return cls()
     built = {}
-    for name, value in values.items():
-        where = f"{full}.{name}" if full else str(name)
-        if name not in kinds:
-            inside = value if where in RESERVED and isinstance(value, dict) else ()
-            problems += map(no_such_key, [f"{where}.{each}" for each in inside] or [where])
-        elif section_of(kinds[name]) is None:
-            try:
-                built[name] = _read(kinds[name], value, where=where)
-            except _UnfitError as error:
-                problems.append(f"{where}: {error}")
-        elif get_origin(kinds[name]) is not list:
-            built[name] = _section(kinds[name], value, full=where, problems=problems)
-        elif isinstance(value, list):
-            inner = section_of(kinds[name])
-            built[name] = [
-                _section(inner, entry, full=f"{where}[{index}]", problems=problems)
-                for index, entry in enumerate(value)
-            ]
+    for leaf, value in values.items():
+        full = f"{name}.{leaf}" if name else str(leaf)
+        if leaf not in kinds:
+            problems += map(no_such_key, _unknown_names(full, value))
+        elif section_of(kinds[leaf]) is not None:
+            built[leaf] = _sections(kinds[leaf], value, name=full, problems=problems)
         else:
-            wanted = "a list such as [{path: my.jsonl}]"
-            problems.append(f"{where}: {shown(value)} is not {wanted}")
+            try:
+                built[leaf] = _value(kinds[leaf], value, name=full)
+            except _UnfitError as error:
+                problems.append(f"{full}: {error}")
     return cls(**built)
+
+
+def _unknown_names(full: str, value: Any) -> list[str]:
+    """The unknown key `full`; of a reserved section, each of its keys."""
+    inside = value if full in RESERVED and isinstance(value, Mapping) else ()
+    return [f"{full}.{each}" for each in inside] or [full]
+
+
+def _sections(kind: Any, value: Any, *, name: str, problems: list[str]) -> Any:
+    """A section, or the list of sections that a key of type `kind` holds."""
+    cls = section_of(kind)
+    if cls is kind:
+        return _section(cls, value, name=name, problems=problems)
+    if not isinstance(value, list):
+        problems.append(f"{name}: {shown(value)} is not a list such as [{{path: my.jsonl}}]")
+        return []
+    entries = enumerate(value)
+    return [
+        _section(cls, entry, name=f"{name}[{index}]", problems=problems) for index, entry in entries
+    ]
 
 
 class _UnfitError(Exception):
     """A value that its key does not take: the value, and what is wanted."""
 
 
-def _read(kind: Any, value: Any, *, where: str) -> Any:
+def _value(kind: Any, value: Any, *, name: str) -> Any:
     """`value` as the type `kind`. Raises `_UnfitError`."""
     inner, is_optional = without_null(kind)
     if value is None and is_optional:
@@ -189,29 +157,36 @@ def _read(kind: Any, value: Any, *, where: str) -> Any:
     if value == "None" and is_optional:
         raise _UnfitError("'None' is a text; write null")
     try:
-        return _reader(inner, where=where)(value)
+        return _converted(inner, value, name=name)
     except (ValueError, TypeError, OverflowError) as error:
         wanted = f"{_in_words(inner)} or null" if is_optional else _in_words(inner)
         raise _UnfitError(f"{shown(value)} is not {wanted}") from error
 
 
-def _reader(kind: Any, *, where: str) -> Callable[[Any], Any]:
-    """What turns a value into `kind`, or raises."""
-    if get_origin(kind) is list:
-        read = _reader(get_args(kind)[0], where=where)
-        return lambda value: [read(each) for each in _as(list, value)]
-    if get_origin(kind) is dict:
-        return lambda value: {_as(str, name): each for name, each in _as(dict, value).items()}
+def _converted(kind: Any, value: Any, *, name: str) -> Any:
+    """`value` as the type `kind`, which is not optional; raises where it is none."""
+    origin = get_origin(kind) or kind
+    if origin in (list, dict) and not isinstance(value, origin):
+        raise TypeError(f"{type(value).__name__} is not {origin.__name__}")
+    if origin is list:
+        return [_converted(get_args(kind)[0], each, name=name) for each in value]
+    if origin is dict:
+        if not all(isinstance(each, str) for each in value):
+            raise TypeError("a name that is not text")
+        return dict(value)
     if choices := choices_of(kind):
-        return lambda value: _choice(choices, _as(str, value), where=where)
-    return {bool: _bool, int: _int, float: _float, str: _text}[kind]
+        return _choice(choices, value, name=name)
+    convert = {bool: _bool, int: _int, float: _float, str: _text}[kind]
+    return convert(value)
 
 
-def _choice(choices: tuple[str, ...], value: str, *, where: str) -> str:
+def _choice(choices: tuple[str, ...], value: Any, *, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
     if value in choices:
         return value
-    if (where, value) in RESERVED_CHOICES:
-        remedy = RESERVED_CHOICES[where, value]
+    if (name, value) in RESERVED_CHOICES:
+        remedy = RESERVED_CHOICES[name, value]
         raise _UnfitError(f"{value!r} is not available in this version; use {remedy}")
     word = SYNONYMS.get(value, value[:200])
     nearest = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
@@ -219,17 +194,11 @@ def _choice(choices: tuple[str, ...], value: str, *, where: str) -> str:
     raise _UnfitError(f"{shown(value)} is not one of {', '.join(choices)}{hint}")
 
 
-def _as(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} is not {kind.__name__}")
-    return value
-
-
 def _bool(value: Any) -> bool:
     word = str(value).lower()
-    if isinstance(value, float) or word not in (*_TRUE, *_FALSE):
+    if isinstance(value, float) or word not in _TRUTH:
         raise ValueError(word)
-    return word in _TRUE
+    return _TRUTH[word]
 
 
 def _int(value: Any) -> int:
@@ -249,18 +218,16 @@ def _float(value: Any) -> float:
 
 
 def _text(value: Any) -> str:
-    """Text; a number is what a reference such as ${seed} leads to."""
+    """Text; a reference such as ${seed} leads to a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "???":
         raise TypeError(value)
     return str(value)
 
 
 def _in_words(kind: Any) -> str:
-    """What `kind` takes, after "is not"."""
+    """What the type `kind` takes, in words that follow "is not"."""
     if get_origin(kind) is list:
-        (inner,) = get_args(kind)
-        return f"a list of {_in_words(inner)}"
+        return f"a list of {_in_words(get_args(kind)[0])}"
     if choices := choices_of(kind):
         return f"one of {', '.join(choices)}"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    return names.get(kind, "a mapping")
+    return _TYPE_NAMES.get(kind, "a mapping")

@@ -1,49 +1,9 @@
-"""What a configuration key is: a dataclass field with one sentence, its unit and its bounds.
+"""How the schema declares a key: a dataclass field with a default, one sentence, a unit, bounds."""
 
-`config.py` declares the keys with `key`. `all_keys` lists them for `--help` and for
-`docs/configuration.md`, so that neither has a table of its own.
-"""
-
-import dataclasses
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from dataclasses import field
+from typing import TypeVar
 
 T = TypeVar("T")
-LARGEST_INTEGER = 2**31 - 1  # of every key without a bound of its own
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One key. `name` is dotted; `data.train.path` is the key of every entry of the list."""
-
-    name: str
-    kind: Any  # the annotation, such as `int | None`
-    default: Any
-    about: Mapping[str, Any]  # see `key`
-
-    @property
-    def sentence(self) -> str:
-        """What the key does."""
-        return str(self.about["sentence"])
-
-    @property
-    def unit(self) -> str:
-        """What a number counts or measures; empty for a bare number or a text."""
-        return str(self.about["unit"])
-
-    @property
-    def is_text(self) -> bool:
-        """Whether the key takes text, or a list of texts."""
-        inner, _ = without_null(self.kind)
-        inner = get_args(inner)[0] if get_origin(inner) is list else inner
-        return inner is str or bool(self.choices)
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The texts that the key takes; empty where any text will do."""
-        return choices_of(self.kind)
 
 
 def key(
@@ -61,46 +21,3 @@ def key(
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=about)  # type: ignore[return-value]
     return field(default=default, metadata=about)
-
-
-def all_keys(cls: Any, prefix: str = "") -> Iterator[Key]:
-    """Every key of the dataclass `cls` and of its sections, in their order."""
-    for item in dataclasses.fields(cls):
-        if not dataclasses.is_dataclass(item.type):
-            default = (
-                item.default
-                if item.default_factory is dataclasses.MISSING
-                else item.default_factory()
-            )
-            yield Key(f"{prefix}{item.name}", item.type, default, item.metadata)
-        if (inner := section_of(item.type)) is not None:
-            yield from all_keys(inner, f"{prefix}{item.name}.")
-
-
-def all_names(cls: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys and sections of `cls`."""
-    for item in dataclasses.fields(cls):
-        yield f"{prefix}{item.name}"
-        if (inner := section_of(item.type)) is not None:
-            yield from all_names(inner, f"{prefix}{item.name}.")
-
-
-def section_of(kind: Any) -> Any:
-    """The dataclass that a field of type `kind` holds, itself or in a list; None for a value."""
-    inner = get_args(kind)[0] if get_origin(kind) is list else kind
-    return inner if dataclasses.is_dataclass(inner) else None
-
-
-def without_null(kind: Any) -> tuple[Any, bool]:
-    """`kind` without `None`, and whether it allows `None`."""
-    if not isinstance(kind, types.UnionType):
-        return kind, False
-    (inner,) = (each for each in get_args(kind) if each is not type(None))
-    return inner, True
-
-
-def choices_of(kind: Any) -> tuple[str, ...]:
-    """The texts of a `Literal`, also of one that is optional or in a list; empty for others."""
-    inner, _ = without_null(kind)
-    inner = get_args(inner)[0] if get_origin(inner) is list else inner
-    return get_args(inner) if get_origin(inner) is Literal else ()

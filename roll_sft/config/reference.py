@@ -1,7 +1,6 @@
-"""The keys of a configuration, explained: `--help`, and docs/configuration.md.
+"""The text of `--help` and of docs/configuration.md: every key of the schema, explained.
 
-`python -m roll_sft.config.reference > docs/configuration.md` writes the page. Both come from the
-dataclasses of `config.py` alone.
+`python -m roll_sft.config.reference > docs/configuration.md` writes the page.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
-from roll_sft.config.keys import Key, all_keys, section_of, without_null
+from roll_sft.config.fields import Key, all_keys, section_of, without_null
 from roll_sft.config.schema import RunConfig, SourceConfig
 
 _INTRODUCTION = """\

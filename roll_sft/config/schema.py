@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, one for each section.
 
 Each key stands here once, with its type, its default, its bounds and one sentence that says what it
-does. YAML overrides a default and code never supplies another. `docs/configuration.md` and `--help`
-are made of these lines.
+does. YAML overrides a default; code never supplies another. `docs/configuration.md` and `--help`
+are generated from these lines.
 """
 
 import os

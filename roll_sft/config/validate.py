@@ -1,7 +1,7 @@
-"""What configuration values may be, alone and together: every check that needs no machine.
+"""Checks of configuration values, alone and together, that need no machine.
 
 All problems are reported at once, one line each: value, rule, remedy. The bounds of a single value
-stand beside its key in `config.py`.
+stand beside its key in `schema`.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from typing import Any
 
 from roll_sft.base.errors import refuse
 from roll_sft.base.text import is_hostile, shown
-from roll_sft.config.keys import LARGEST_INTEGER
 from roll_sft.config.schema import DataConfig, ParallelConfig, RunConfig, SourceConfig, source_name
 
+LARGEST_INTEGER = 2**31 - 1  # of every key without a bound of its own
 LONGEST_NAME = 255  # bytes of one part of a path, on every file system that is in use
 
 
@@ -41,7 +41,7 @@ def value_problems(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _bound(value: float, about: Mapping[str, Any]) -> str | None:
-    """The bound that `value` breaks, if any; see `config_keys.key`."""
+    """The bound that `value` breaks, if any; see `keys.key`."""
     at_most = about["at_most"]
     if about["above"] is not None and not value > about["above"]:
         return f"above {about['above']:g}"

@@ -23,7 +23,7 @@ from roll_sft.base.files import writing
 from roll_sft.checkpoint.manifest import check_complete
 from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.checkpoint.resume import start_from
-from roll_sft.config.build import plain_config
+from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.config.validate import check_config
 from roll_sft.engine.environment import set_variables, silence_warnings
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _config(path: Path) -> RunConfig:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config = plain_config({key: value for key, value in values.items() if key != "hydra"})
+    config = build_config({key: value for key, value in values.items() if key != "hydra"})
     world_size = int(os.environ["WORLD_SIZE"])
     parallel = dataclasses.replace(config.parallel, num_workers=world_size)
     return dataclasses.replace(config, parallel=parallel)

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 import roll_sft.run
 from roll_sft.base.errors import ConfigError
-from roll_sft.config.build import RESERVED, build_config, schema
-from roll_sft.config.keys import all_keys, all_names
+from roll_sft.config.build import RESERVED, build_config
+from roll_sft.config.composed import resolved, schema
+from roll_sft.config.fields import all_keys, all_names
 from roll_sft.config.reference import page
 from roll_sft.config.schema import (
     ParallelConfig,
@@ -71,10 +72,15 @@ def given(overrides: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def built(composed: Any) -> RunConfig:
+    """The configuration of what Hydra composes, or of plain values like it."""
+    return build_config(resolved(OmegaConf.create(composed)))
+
+
 def problems(overrides: dict[str, Any]) -> list[str]:
     """The lines of what is refused."""
     with pytest.raises(ConfigError) as refused:
-        check_config(build_config(given(overrides)))
+        check_config(built(given(overrides)))
     return str(refused.value).splitlines()
 
 
@@ -105,7 +111,7 @@ def test_every_key_has_one_default_and_base_adds_none() -> None:
 
 def test_the_defaults_build_and_cannot_be_changed() -> None:
     config = build_config({})
-    assert config == RunConfig() == build_config(schema())
+    assert config == RunConfig() == built(schema())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.max_steps = 1  # type: ignore[misc]
 
@@ -210,12 +216,12 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_right_one(
 
 
 def test_what_a_command_line_writes_as_text_is_read_as_its_type() -> None:
-    config = build_config(
+    config = built(
         given({"train.max_steps": "7", "train.learning_rate": "1e-3", "data.packing": "no"})
     )
     assert (config.train.max_steps, config.train.learning_rate) == (7, 1e-3)
     assert config.data.packing is False
-    assert build_config(given({"run_name": 7})).run_name == "7"
+    assert built(given({"run_name": 7})).run_name == "7"
 
 
 def test_unknown_keys_and_wrong_types_are_listed_at_once() -> None:
@@ -229,9 +235,9 @@ def test_unknown_keys_and_wrong_types_are_listed_at_once() -> None:
 
 def test_a_value_may_refer_to_another() -> None:
     values = {"output_dir": "/runs/${run_name}", "run_name": "first"}
-    assert build_config(given(values)).output_dir == "/runs/first"
-    assert build_config(given({"output_dir": "/runs/${run_name}"})).output_dir == "/runs/sft"
-    assert build_config(given({"train.warmup_steps": "${seed}"})).train.warmup_steps == 42
+    assert built(given(values)).output_dir == "/runs/first"
+    assert built(given({"output_dir": "/runs/${run_name}"})).output_dir == "/runs/sft"
+    assert built(given({"train.warmup_steps": "${seed}"})).train.warmup_steps == 42
 
 
 @pytest.mark.parametrize(
@@ -255,7 +261,7 @@ def test_the_text_that_is_kept_has_references_and_no_values_of_them(
     assert (config.output_dir, config.tracking.mlflow_uri) == ("/runs/sft", "sqlite:///secret")
     assert "output_dir: /runs/${run_name}" in text
     assert "secret" not in text
-    assert build_config(OmegaConf.create(text)) == config
+    assert built(OmegaConf.create(text)) == config
 
 
 # Values
@@ -381,7 +387,7 @@ def test_every_key_has_a_sentence_and_every_bounded_number_a_default_within() ->
         assert each.sentence[0].isalnum(), each.name
         assert each.sentence.endswith("."), each.name
         assert len(each.sentence) < 130, each.name
-    check_config(build_config(given({})))
+    check_config(built(given({})))
 
 
 @pytest.mark.parametrize(
@@ -398,7 +404,7 @@ def test_every_key_has_a_sentence_and_every_bounded_number_a_default_within() ->
 def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu(
     dtype: str, device: str, machine: Literal["cpu", "cuda"], decided: tuple[str, str]
 ) -> None:
-    config = build_config(given({"model.dtype": dtype, "parallel.device": device}))
+    config = built(given({"model.dtype": dtype, "parallel.device": device}))
     config = on_device(config, machine)
     assert (config.model.dtype, config.parallel.device) == decided
     assert on_device(config, "cpu") == on_device(config, "cuda") == config
@@ -485,7 +491,7 @@ def composition(name: str, overrides: list[str]) -> Any:
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_a_shipped_configuration_runs_once_model_and_data_are_given(name: str) -> None:
     overrides = ["model.path=m", "data.train=[{path: a.jsonl}]"]
-    config = build_config(composition(name, overrides))
+    config = built(composition(name, overrides))
     check_config(config)
     assert list(layout_problems(config.parallel)) == []
     assert (config.model.path, config.data.train[0].path) == ("m", "a.jsonl")
@@ -496,7 +502,7 @@ def test_a_shipped_configuration_runs_once_model_and_data_are_given(name: str) -
 )
 def test_a_shipped_part_changes_its_section_alone(path: Path) -> None:
     section = path.parent.name
-    config = build_config(composition("base", [f"+{section}={path.stem}"]))
+    config = built(composition("base", [f"+{section}={path.stem}"]))
     changed = {name for name in SECTIONS if getattr(config, name) != getattr(RunConfig(), name)}
     assert changed == {section}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from roll_sft.config.keys import all_names
+from roll_sft.config.fields import all_names
 from roll_sft.config.schema import RunConfig
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines

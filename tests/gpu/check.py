@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.metrics import flops_per_step, peak_flops
-from roll_sft.config.build import plain_config
+from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
@@ -267,7 +267,7 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _speed_config(backend: str, device: str) -> RunConfig:
-    return plain_config(
+    return build_config(
         {
             "model": {"dtype": "bf16", "attention_backend": backend},
             "parallel": {"device": device},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config
 
-from roll_sft.config.build import plain_config
+from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.memory import GIB, estimate
 from roll_sft.job.prepare import Plan, prepare
@@ -40,7 +40,7 @@ def plan_of(
     is_compiled: bool | None = None,
     **parallel: Any,
 ) -> Plan:
-    config = plain_config(
+    config = build_config(
         {
             "model": {"dtype": dtype, "compile": is_compiled},
             "parallel": {"num_workers": 1, **parallel},

@@ -1,10 +1,13 @@
-"""Texts as their author typed them, where Hydra and YAML would read a number.
+"""From what Hydra composes, and what a user typed, to plain values.
 
-`run_name=2024_11_25` is the integer 20241125 to Hydra's grammar and to YAML, and `1e3` is 1000.0.
-What a key takes is known here, so a text key keeps its characters. Relies on Hydra's generated
-parser and on the place where OmegaConf makes its YAML loader; both are pinned, and tested.
+The only module that knows OmegaConf: the defaults that Hydra composes on, references resolved, and
+texts as they were typed. To Hydra's grammar and to YAML `run_name=2024_11_25` is the integer
+20241125, and `1e3` is 1000.0; the schema knows which keys take text, so those keep their
+characters. Relies on Hydra's generated parser and on the place where OmegaConf makes its YAML
+loader; both are pinned, and tested.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -16,11 +19,13 @@ import yaml
 from antlr4 import CommonTokenStream, InputStream  # type: ignore[import-untyped]
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
 from roll_sft.config.build import RESERVED
-from roll_sft.config.keys import all_keys, all_names, section_of
+from roll_sft.config.fields import all_keys, all_names, section_of
 from roll_sft.config.schema import RunConfig
 
 _NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
@@ -31,11 +36,37 @@ _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
 
 
-def override_as_typed(argument: str) -> str:
-    """The override `argument` with quotes around what a text key would lose.
+def schema() -> DictConfig:
+    """Every key with its default, for Hydra to compose on.
 
-    An unknown key of a known section is marked as added, so that it is refused with all other
-    problems. Anything that Hydra cannot parse is returned as it is, for Hydra to refuse. Raises
+    Without types: Hydra would stop at the first wrong one, and does not say where in a list it is.
+    """
+    node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
+    OmegaConf.set_struct(node.data.template_kwargs, False)  # its keys are the template's
+    return node
+
+
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    """Plain values of `composed`, references resolved, over all defaults, which they may refer to.
+
+    Raises `ConfigError` for a reference that leads nowhere.
+    """
+    given: Any = OmegaConf.to_container(composed, resolve=False)
+    try:
+        full = OmegaConf.create(_over(dataclasses.asdict(RunConfig()), given))
+        values: Any = OmegaConf.to_container(full, resolve=True)
+    except OmegaConfBaseException as error:
+        name = getattr(error, "full_key", None) or "configuration"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{name}: {reason}; mend the reference or write the value") from error
+    return dict(values)
+
+
+def override_as_typed(argument: str) -> str:
+    """The override `argument`, with quotes around numbers that a text key takes.
+
+    An unknown key of a known section gets Hydra's `++`, so that it is refused together with all
+    other problems. What Hydra cannot parse is returned unchanged, for Hydra to refuse. Raises
     `ConfigError` for a key of the entries of a list, such as `data.train.path`.
     """
     lexer = OverrideLexer(InputStream(argument))
@@ -62,7 +93,7 @@ def override_as_typed(argument: str) -> str:
 
 @contextmanager
 def yaml_as_typed() -> Iterator[None]:
-    """While the block runs, text keys of YAML files that OmegaConf loads keep their characters."""
+    """Within the block, text keys of YAML files that OmegaConf loads keep their characters."""
     original: Any = omegaconf._utils.get_yaml_loader
 
     def loader() -> Any:
@@ -81,8 +112,15 @@ def yaml_as_typed() -> Iterator[None]:
         omegaconf._utils.get_yaml_loader = original
 
 
+def _over(defaults: Any, values: Any) -> Any:
+    """`values` over `defaults`, section by section; anything that is no section replaces."""
+    if not (isinstance(defaults, dict) and isinstance(values, dict)):
+        return values
+    return {**defaults, **{name: _over(defaults.get(name), values[name]) for name in values}}
+
+
 def _to_quote(context: Any, name: str) -> Iterator[tuple[int, int]]:
-    """The places of numbers that are texts, in what `name` is given; in the order of the text."""
+    """Where numbers stand that `name` takes as text: (start, stop), in the order of the text."""
     kind = type(context)
     if kind is OverrideParser.PrimitiveContext:
         tokens = [child.symbol for child in context.getChildren()]
