@@ -1,6 +1,6 @@
 """Faults to plant in an engine, and what parity must say of each: the tensor where it begins.
 
-Planted in a process of the engine's alone; the oracle and the weight words stay right.
+Planted in a process of the engine's alone; the oracle and the weight mappings stay right.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ from roll_sft.models.family import Family, ModelShape
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
 from roll_sft.models.registry import family_of, load_hf_config
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
-from roll_sft.models.weight_map import QKV, Word
+from roll_sft.models.weight_map import QKV, WeightMapping
 
 MAX_FILE_BYTES = 5_000_000_000
 _IN_USE = 6  # tensors that `write` may still be hashing
@@ -56,14 +56,14 @@ def import_model(
     check_assets(model)
     wanted = DTYPES[dtype] if dtype else None
     stored = wanted or source.dtype("model.norm.weight")
-    words, num_layers = family.weights(shape), shape.num_layers
-    dtypes = _dtypes(words, source, wanted)
+    mappings, num_layers = family.weights(shape), shape.num_layers
+    dtypes = _dtypes(mappings, source, wanted)
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
         for name in asset_files(model):
             copy_file(model / name, folder / ASSETS / name)
         groups = list(_groups(family, shape, dtype=stored))
         for rank, names in enumerate(groups):
-            group = {name: words[name] for name in names}
+            group = {name: mappings[name] for name in names}
             try:
                 with one_thread():
                     write(
@@ -91,50 +91,50 @@ def _groups(family: Family, shape: ModelShape, *, dtype: torch.dtype) -> Iterato
     """Megatron parameter names, file by file."""
     names: list[str] = []
     room = MAX_FILE_BYTES
-    for name, word in family.weights(shape).items():
-        num_bytes = sum(map(math.prod, word.hf_shapes.values())) * dtype.itemsize
+    for name, mapping in family.weights(shape).items():
+        num_bytes = sum(map(math.prod, mapping.hf_shapes.values())) * dtype.itemsize
         if num_bytes > room and names:
             yield names
             names, room = [], MAX_FILE_BYTES
-        if word.hf_shapes:  # a tied head owns none: Megatron stores it as the embedding
+        if mapping.hf_shapes:  # a tied head owns none: Megatron stores it as the embedding
             names.append(name)
             room -= num_bytes
     yield names
 
 
 def _dtypes(
-    words: Mapping[str, Word], source: SafetensorsSource, wanted: torch.dtype | None
+    mappings: Mapping[str, WeightMapping], source: SafetensorsSource, wanted: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """The dtype of each stored tensor: `wanted`, or one that holds all that becomes part of it.
 
     Layers lie in one tensor, and a model may keep some of them in fp32.
     """
     dtypes: dict[str, torch.dtype] = {}
-    for name, word in words.items():
+    for name, mapping in mappings.items():
         key, _ = stored_name(name)
-        for part in word.hf_shapes:
+        for part in mapping.hf_shapes:
             own = wanted or source.dtype(part)
             dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
     return dtypes
 
 
 def _pieces(
-    words: Mapping[str, Word],
+    mappings: Mapping[str, WeightMapping],
     num_layers: int,
     *,
     source: TensorSource,
     dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[Piece]:
-    """Every parameter of `words` as rectangles of the tensor that it is stored in."""
+    """Every parameter of `mappings` as rectangles of the tensor that it is stored in."""
     read: deque[torch.Tensor] = deque()
-    for name, word in words.items():
+    for name, mapping in mappings.items():
         key, layer = stored_name(name)
-        num_rows = sum(shape[0] for shape in word.hf_shapes.values())
-        full_shape = (num_rows, *next(iter(word.hf_shapes.values()))[1:])
+        num_rows = sum(shape[0] for shape in mapping.hf_shapes.values())
+        full_shape = (num_rows, *next(iter(mapping.hf_shapes.values()))[1:])
         first = 0
         while len(read) > _IN_USE:
             let_go(read.popleft())
-        for part in _parts(word, source, read):
+        for part in _parts(mapping, source, read):
             dtype = dtypes[key]
             tensor = part if part.dtype == dtype else rounded(name, part, dtype)
             corner = (first, *(0 for _ in full_shape[1:]))
@@ -145,15 +145,17 @@ def _pieces(
                 yield Piece(key, (num_layers, *full_shape), (layer, *corner), tensor[None])
 
 
-def _parts(word: Word, source: TensorSource, read: deque[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _parts(
+    mapping: WeightMapping, source: TensorSource, read: deque[torch.Tensor]
+) -> Iterator[torch.Tensor]:
     """Megatron's tensor of one process, one run of rows after the other; `read` gets the files'."""
-    for name in word.hf_shapes:
+    for name in mapping.hf_shapes:
         read.append(bring_in(source.read(name)))
         check_finite(name, read[-1])
-        if not isinstance(word, QKV):
+        if not isinstance(mapping, QKV):
             yield read[-1]
-    if isinstance(word, QKV):  # its rows alternate between the three tensors
-        yield word.local(source, tensor_rank=0, tensor_size=1)
+    if isinstance(mapping, QKV):  # its rows alternate between the three tensors
+        yield mapping.local(source, tensor_rank=0, tensor_size=1)
 
 
 def _objects(names: Iterable[str], num_layers: int) -> dict[str, bytes]:

@@ -129,9 +129,9 @@ def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None
 
 def _hf_tensors(reader: Reader, source: _Source) -> Iterator[tuple[str, torch.Tensor]]:
     """Every HuggingFace tensor once, in the order of the family's table."""
-    for name, word in source.family.weights(source.shape).items():
-        if word.hf_shapes:  # a tied head owns none: its embedding is exported
-            yield from word.to_hf(reader.read(name)).items()
+    for name, mapping in source.family.weights(source.shape).items():
+        if mapping.hf_shapes:  # a tied head owns none: its embedding is exported
+            yield from mapping.to_hf(reader.read(name)).items()
 
 
 def _not_finite(source: _Source, error: NotFiniteError) -> CheckpointError | DivergedError:

@@ -183,13 +183,13 @@ def load_weights(
 
     Raises `CheckpointError` that names a tensor of `source` which is not finite.
     """
-    words = family.weights(shape)
+    mappings = family.weights(shape)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            word = words[name]
-            value = word.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
+            mapping = mappings[name]
+            value = mapping.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
             assert value.shape == parameter.shape, (
                 f"{name}: HuggingFace gives {tuple(value.shape)}, Megatron has"
                 f" {tuple(parameter.shape)}"
@@ -198,7 +198,7 @@ def load_weights(
     if found := not_finite(list(named_parameters(chunks))):
         name, problem = found
         # One parameter may hold several tensors of theirs; name the first that is at fault.
-        theirs = ([(hf_name, source.read(hf_name))] for hf_name in words[name].hf_shapes)
+        theirs = ([(hf_name, source.read(hf_name))] for hf_name in mappings[name].hf_shapes)
         name, problem = next(filter(None, map(not_finite, theirs)), found)
         raise CheckpointError(
             f"model.path: {source}: {name} {problem}, so no step can be computed; take another copy"

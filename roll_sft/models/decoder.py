@@ -19,8 +19,7 @@ from roll_sft.models.rotary import rotary_inv_freq, rotary_problems
 from roll_sft.models.weight_map import (
     QKV,
     GatedMLP,
-    Replicated,
-    RowSplit,
+    SingleTensor,
     TiedHead,
     VocabSplit,
     WeightTable,
@@ -44,7 +43,7 @@ class LayerPart(Protocol):
     """Some of the parameters of layer `layer`, which counts from 0 over the whole model."""
 
     def __call__(self, shape: ModelShape, *, layer: int) -> WeightTable:
-        """Megatron names, with that index, to words."""
+        """Megatron names, with that index, to weight mappings."""
         ...
 
 
@@ -100,7 +99,9 @@ def decoder_weights(shape: ModelShape, *, layer_parts: Sequence[LayerPart]) -> W
     for layer in range(shape.num_layers):
         for part in layer_parts:
             table |= part(shape, layer=layer)
-    table["decoder.final_layernorm.weight"] = Replicated("model.norm.weight", (shape.hidden_size,))
+    table["decoder.final_layernorm.weight"] = SingleTensor(
+        "model.norm.weight", (shape.hidden_size,)
+    )
     table["output_layer.weight"] = (
         TiedHead("lm_head.weight", embedding)
         if shape.tie_word_embeddings
@@ -119,7 +120,7 @@ def pre_attention_norm(shape: ModelShape, *, layer: int) -> WeightTable:
     """The norm before attention."""
     name = f"model.layers.{layer}.input_layernorm.weight"
     return {
-        f"decoder.layers.{layer}.input_layernorm.weight": Replicated(name, (shape.hidden_size,))
+        f"decoder.layers.{layer}.input_layernorm.weight": SingleTensor(name, (shape.hidden_size,))
     }
 
 
@@ -130,8 +131,8 @@ def attention(shape: ModelShape, *, layer: int) -> WeightTable:
     table: WeightTable = {f"{ours}.linear_qkv.weight": _qkv(shape, hf=hf, kind="weight")}
     if shape.qkv_bias:
         table[f"{ours}.linear_qkv.bias"] = _qkv(shape, hf=hf, kind="bias")
-    table[f"{ours}.linear_proj.weight"] = RowSplit(
-        f"{hf}.o_proj.weight", (shape.hidden_size, width)
+    table[f"{ours}.linear_proj.weight"] = SingleTensor(
+        f"{hf}.o_proj.weight", (shape.hidden_size, width), split_dim=1
     )
     return table
 
@@ -140,7 +141,7 @@ def pre_mlp_norm(shape: ModelShape, *, layer: int) -> WeightTable:
     """The norm before the MLP; Hugging Face names it after the attention that it follows."""
     name = f"model.layers.{layer}.post_attention_layernorm.weight"
     return {
-        f"decoder.layers.{layer}.pre_mlp_layernorm.weight": Replicated(name, (shape.hidden_size,))
+        f"decoder.layers.{layer}.pre_mlp_layernorm.weight": SingleTensor(name, (shape.hidden_size,))
     }
 
 
@@ -154,8 +155,8 @@ def mlp(shape: ModelShape, *, layer: int) -> WeightTable:
             ffn_hidden_size=shape.ffn_hidden_size,
             hidden_size=shape.hidden_size,
         ),
-        f"{ours}.linear_fc2.weight": RowSplit(
-            f"{hf}.down_proj.weight", (shape.hidden_size, shape.ffn_hidden_size)
+        f"{ours}.linear_fc2.weight": SingleTensor(
+            f"{hf}.down_proj.weight", (shape.hidden_size, shape.ffn_hidden_size), split_dim=1
         ),
     }
 

@@ -1,10 +1,9 @@
 """What a model family is: its shape, and the table of its weights.
 
-A family maps a Hugging Face configuration to a `ModelShape` and declares one word of
+A family maps a Hugging Face configuration to a `ModelShape` and declares one mapping of
 `models/weight_map.py` for each parameter of Megatron's `GPTModel` (local spec).
 
-Invariant: the words of one table name every Hugging Face tensor of the family, and each is written
-by exactly one word.
+Invariant: each Hugging Face tensor of the family belongs to exactly one mapping of the table.
 """
 
 import math
@@ -31,7 +30,7 @@ _ROWS_COMPARED_AT_ONCE = 8192
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """All the numbers of a dense decoder that the engine, the planner and the weight words need.
+    """All the numbers of a dense decoder that the engine, the planner and the weight table need.
 
     `rotary_inv_freq` holds K/2 frequencies, exact float32 values of transformers' own function, for
     K = `head_dim`. `qk_norm` is an RMSNorm on queries and keys: over each head alone, or over all
@@ -122,9 +121,9 @@ class Family:
     def hf_shapes(self, shape: ModelShape) -> dict[str, Shape]:
         """Every Hugging Face tensor of the family, in the order an export writes them."""
         shapes: dict[str, Shape] = {}
-        for word in self.weights(shape).values():
-            assert shapes.keys().isdisjoint(word.hf_shapes), f"{word} owns a tensor twice"
-            shapes |= word.hf_shapes
+        for mapping in self.weights(shape).values():
+            assert shapes.keys().isdisjoint(mapping.hf_shapes), f"{mapping} has a tensor of another"
+            shapes |= mapping.hf_shapes
         return shapes
 
     def hf_names(self, shape: ModelShape) -> frozenset[str]:
@@ -139,7 +138,9 @@ class Family:
         than it serves.
         """
         expected = self.hf_shapes(shape)
-        heads = [word for word in self.weights(shape).values() if isinstance(word, TiedHead)]
+        heads = [
+            mapping for mapping in self.weights(shape).values() if isinstance(mapping, TiedHead)
+        ]
         # Old exports store rotary buffers; they are computed, never trained.
         found = {name for name in source.names() if not name.endswith("rotary_emb.inv_freq")}
         missing = [name for name in expected if name not in found]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from roll_sft.models.decoder import attention, decoder_shape, decoder_weights, mlp, own_config
 from roll_sft.models.family import Family, ModelShape
-from roll_sft.models.weight_map import HeadSplit, Replicated, WeightTable
+from roll_sft.models.weight_map import SingleTensor, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -41,15 +41,17 @@ def olmo2_weights(shape: ModelShape) -> WeightTable:
 
 
 def _projection_norms(shape: ModelShape, *, layer: int) -> WeightTable:
-    """The norms over all query heads and over all key heads."""
+    """The norms over all query heads and over all key heads, cut in whole heads."""
     hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
+    sizes = {"q": shape.num_attention_heads, "k": shape.num_key_value_heads}
     return {
-        f"{ours}.q_layernorm.weight": HeadSplit(
-            f"{hf}.q_norm.weight", shape.num_attention_heads, shape.head_dim
-        ),
-        f"{ours}.k_layernorm.weight": HeadSplit(
-            f"{hf}.k_norm.weight", shape.num_key_value_heads, shape.head_dim
-        ),
+        f"{ours}.{letter}_layernorm.weight": SingleTensor(
+            f"{hf}.{letter}_norm.weight",
+            (num_heads * shape.head_dim,),
+            split_dim=0,
+            unit=shape.head_dim,
+        )
+        for letter, num_heads in sizes.items()
     }
 
 
@@ -57,14 +59,14 @@ def _post_attention_norm(shape: ModelShape, *, layer: int) -> WeightTable:
     """The norm after attention, before the residual addition."""
     name = f"model.layers.{layer}.post_attention_layernorm.weight"
     ours = f"decoder.layers.{layer}.self_attention.post_layernorm.weight"
-    return {ours: Replicated(name, (shape.hidden_size,))}
+    return {ours: SingleTensor(name, (shape.hidden_size,))}
 
 
 def _post_mlp_norm(shape: ModelShape, *, layer: int) -> WeightTable:
     """The norm after the MLP, before the residual addition."""
     name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
     ours = f"decoder.layers.{layer}.mlp.post_layernorm.weight"
-    return {ours: Replicated(name, (shape.hidden_size,))}
+    return {ours: SingleTensor(name, (shape.hidden_size,))}
 
 
 OLMO2 = Family(architecture=_ARCHITECTURE, shape=olmo2_shape, weights=olmo2_weights)

@@ -18,7 +18,7 @@ from roll_sft.models.decoder import (
     pre_norm_weights,
 )
 from roll_sft.models.family import Family, ModelShape
-from roll_sft.models.weight_map import Replicated, WeightTable
+from roll_sft.models.weight_map import SingleTensor, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,8 +59,8 @@ def _head_norms(shape: ModelShape, *, layer: int) -> WeightTable:
     """One norm that all query heads share, another for all key heads."""
     hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
     return {
-        f"{ours}.q_layernorm.weight": Replicated(f"{hf}.q_norm.weight", (shape.head_dim,)),
-        f"{ours}.k_layernorm.weight": Replicated(f"{hf}.k_norm.weight", (shape.head_dim,)),
+        f"{ours}.q_layernorm.weight": SingleTensor(f"{hf}.q_norm.weight", (shape.head_dim,)),
+        f"{ours}.k_layernorm.weight": SingleTensor(f"{hf}.k_norm.weight", (shape.head_dim,)),
     }
 
 

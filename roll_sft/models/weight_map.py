@@ -1,9 +1,9 @@
-"""The weight words: how each parameter of Megatron's `GPTModel` reads in Hugging Face's tensors.
+"""Weight mappings: each parameter of Megatron's `GPTModel` and its Hugging Face tensors.
 
-A word is the only place that knows how the two sides differ: it cuts one tensor-parallel rank's
-tensor out of a `TensorSource`, and takes the merged Megatron tensor apart again.
+A mapping is the only place that knows how the two sides differ. It cuts the tensor of one
+tensor-parallel rank out of a `TensorSource`, and takes the merged Megatron tensor apart again.
 
-Invariants: for every word and tensor-parallel size, merging the local tensors of all ranks and
+Invariants: for every mapping and tensor-parallel size, merging the local tensors of all ranks and
 calling `to_hf` gives back the source's tensors to the last bit; the ranks together read every
 number that they do not replicate once.
 
@@ -21,12 +21,12 @@ from roll_sft.base.layout import round_up
 from roll_sft.models.safetensors_in import Shape, TensorSource
 
 
-class Word(Protocol):
-    """How one Megatron parameter reads in Hugging Face's tensors."""
+class WeightMapping(Protocol):
+    """One Megatron parameter and the Hugging Face tensors that it consists of."""
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Name and shape of each Hugging Face tensor this word owns, in the order of `to_hf`."""
+        """Name and shape of each Hugging Face tensor of this mapping, in the order of `to_hf`."""
         ...
 
     def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
@@ -42,16 +42,23 @@ class Word(Protocol):
         ...
 
 
-WeightTable: TypeAlias = dict[str, Word]
-"""Megatron parameter name, with the global layer index, to its word."""
+WeightTable: TypeAlias = dict[str, WeightMapping]
+"""Megatron parameter name, with the global layer index, to its mapping."""
 
 
 @dataclass(frozen=True, slots=True)
-class Replicated:
-    """The whole tensor on every rank: norms over D or over K."""
+class SingleTensor:
+    """One tensor that both sides store alike: whole on every rank, or cut along `split_dim`.
+
+    Norms over D or K are whole. The inputs (dim 1) of attention's output projection and of fc2 are
+    cut. A norm over all heads of a projection is cut along dim 0, and `unit` = K keeps each head
+    whole.
+    """
 
     name: str
     shape: Shape
+    split_dim: int | None = None
+    unit: int = 1
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
@@ -59,8 +66,13 @@ class Replicated:
         return {self.name: self.shape}
 
     def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """The tensor itself."""
-        return source.read(self.name)
+        """The tensor itself, or its `shape[split_dim] / tensor_size` entries of this rank."""
+        if self.split_dim is None:
+            return source.read(self.name)
+        num_units = self.shape[self.split_dim] // self.unit
+        size = _share(num_units, tensor_size, what=f"units of {self.name}") * self.unit
+        start = tensor_rank * size
+        return source.read_slice(self.name, start=start, stop=start + size, dim=self.split_dim)
 
     def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensor itself."""
@@ -109,7 +121,7 @@ class TiedHead:
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Nothing: the embedding's word owns the tensor."""
+        """Nothing: the embedding's mapping has the tensor."""
         return {}
 
     def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
@@ -117,55 +129,8 @@ class TiedHead:
         return self.embedding.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
 
     def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Nothing: the embedding's word writes the tensor."""
+        """Nothing: the embedding's mapping writes the tensor."""
         return {}
-
-
-@dataclass(frozen=True, slots=True)
-class RowSplit:
-    """[D, inputs] cut along the inputs: attention's output projection and fc2."""
-
-    name: str
-    shape: Shape
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """The one tensor."""
-        return {self.name: self.shape}
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """[D, inputs / tensor_size]."""
-        width = _share(self.shape[1], tensor_size, what=self.name)
-        start = tensor_rank * width
-        return source.read_slice(self.name, start=start, stop=start + width, dim=1)
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensor itself."""
-        return {self.name: full}
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSplit:
-    """[heads * K] cut in whole heads: a norm over all heads of the query or key projection."""
-
-    name: str
-    num_heads: int
-    head_dim: int
-
-    @property
-    def hf_shapes(self) -> dict[str, Shape]:
-        """The one tensor."""
-        return {self.name: (self.num_heads * self.head_dim,)}
-
-    def local(self, source: TensorSource, *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """[heads * K / tensor_size]: those of the heads that `QKV` gives this rank."""
-        width = _share(self.num_heads, tensor_size, what=f"heads of {self.name}") * self.head_dim
-        start = tensor_rank * width
-        return source.read_slice(self.name, start=start, stop=start + width, dim=0)
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensor itself."""
-        return {self.name: full}
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +250,9 @@ class GatedMLP:
         }
 
 
-def hf_names(word: Word) -> list[str]:
-    """The Hugging Face tensors that `word` reads, in the order in which its rows begin."""
-    return [word.embedding.name] if isinstance(word, TiedHead) else list(word.hf_shapes)
+def hf_names(mapping: WeightMapping) -> list[str]:
+    """The Hugging Face tensors that `mapping` reads, in the order in which its rows begin."""
+    return [mapping.embedding.name] if isinstance(mapping, TiedHead) else list(mapping.hf_shapes)
 
 
 def _share(whole: int, tensor_size: int, *, what: str) -> int:

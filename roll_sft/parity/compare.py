@@ -1,7 +1,7 @@
 """Parity: what one rank computes of a batch, beside what transformers computes of it alone.
 
 Rank 0 asks the oracle; then every rank compares what is its own: the outputs of its modules, the
-losses of its tokens, the gradients of its shards. The family's weight words cut the reference as
+losses of its tokens, the gradients of its shards. The family's weight mappings cut the reference as
 they cut the weights, so no tensor travels but through the oracle's files.
 
 Assumes an engine without the distributed optimizer, which leaves a rank parts of gradients only.
@@ -26,7 +26,7 @@ from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
 from roll_sft.job.inputs import ParityTask
 from roll_sft.models.safetensors_in import Shape, TensorSource
-from roll_sft.models.weight_map import QKV, GatedMLP, Word, hf_names
+from roll_sft.models.weight_map import QKV, GatedMLP, WeightMapping, hf_names
 from roll_sft.parity.oracle import Reference, probed_columns, read_reference, write_reference
 
 # A smaller loss is compared as one nat: its error is that of the logits, which does not shrink.
@@ -50,7 +50,7 @@ def measure(engine: Engine, task: ParityTask) -> RankParity:
     rank = _Rank(
         task=task,
         reference=read_reference(task.folder),
-        words=task.source.family.weights(task.source.shape),
+        mappings=task.source.family.weights(task.source.shape),
         layout=layout,
         place=layout.coordinate(dist.get_rank()),
     )
@@ -74,7 +74,7 @@ class _Rank:
 
     task: ParityTask
     reference: Reference
-    words: dict[str, Word]
+    mappings: dict[str, WeightMapping]
     layout: ParallelLayout
     place: Coordinate
 
@@ -93,9 +93,9 @@ class _Rank:
         """Whether the losses here are not another tensor rank's as well."""
         return self.is_last_stage and self.place.tensor_rank == 0
 
-    def local(self, word: Word, source: TensorSource) -> torch.Tensor:
-        """What `word` cuts out of `source` for this rank."""
-        return word.local(
+    def local(self, mapping: WeightMapping, source: TensorSource) -> torch.Tensor:
+        """What `mapping` cuts out of `source` for this rank."""
+        return mapping.local(
             source, tensor_rank=self.place.tensor_rank, tensor_size=self.layout.tensor_size
         )
 
@@ -138,11 +138,11 @@ def _gradient_errors(engine: Engine, rank: _Rank) -> Iterator[TensorError]:
     """The error of this rank's shard of each parameter's gradient."""
     largest = rank.reference.facts.largest
     for name, parameter in build.named_parameters(engine.chunks):
-        word = rank.words[name]
+        mapping = rank.mappings[name]
         gradient: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
-        wanted = rank.local(word, rank.reference.gradients).to(gradient.device)
-        error, row = _worst(gradient - wanted, largest=largest, names=hf_names(word))
-        yield TensorError("gradient", name, _owner(word, row, rank=rank), error)
+        wanted = rank.local(mapping, rank.reference.gradients).to(gradient.device)
+        error, row = _worst(gradient - wanted, largest=largest, names=hf_names(mapping))
+        yield TensorError("gradient", name, _owner(mapping, row, rank=rank), error)
 
 
 def _output_errors(
@@ -156,13 +156,13 @@ def _output_errors(
         for batch, ids in zip(batches, rank.micro_batches, strict=True)
     ]
     for name, taken in _module_outputs(engine, batches, columns, rank=rank).items():
-        word = rank.words[name]
+        mapping = rank.mappings[name]
         found, places = (torch.cat(parts, dim=-1) for parts in zip(*taken, strict=True))
-        wanted = _output_of(word, rank, width=len(found), num_columns=num_columns)
+        wanted = _output_of(mapping, rank, width=len(found), num_columns=num_columns)
         if wanted is None or places.numel() == 0:
             continue
-        error, row = _worst(found - wanted[:, places], largest=largest, names=hf_names(word))
-        yield TensorError("output", name, _owner(word, row, rank=rank), error)
+        error, row = _worst(found - wanted[:, places], largest=largest, names=hf_names(mapping))
+        yield TensorError("output", name, _owner(mapping, row, rank=rank), error)
 
 
 def _columns_of(
@@ -212,17 +212,19 @@ def _module_outputs(
     return outputs
 
 
-def _output_of(word: Word, rank: _Rank, *, width: int, num_columns: int) -> torch.Tensor | None:
-    """The reference's [width, columns] of the module whose weight `word` is; None if it has none.
+def _output_of(
+    mapping: WeightMapping, rank: _Rank, *, width: int, num_columns: int
+) -> torch.Tensor | None:
+    """The reference's [width, columns] of the module that has this weight; None if it has none.
 
     Features that a rank holds are cut as the rows of the weight, whose order they follow.
     """
     outputs = rank.reference.outputs
-    if isinstance(word, QKV):
-        return rank.local(replace(word, columns=(num_columns,)), outputs)
-    if isinstance(word, GatedMLP):
-        return rank.local(word, outputs)
-    (name,) = hf_names(word)
+    if isinstance(mapping, QKV):
+        return rank.local(replace(mapping, columns=(num_columns,)), outputs)
+    if isinstance(mapping, GatedMLP):
+        return rank.local(mapping, outputs)
+    (name,) = hf_names(mapping)
     num_features = outputs.shape(name)[0]
     if width == num_features:
         return outputs.read(name)
@@ -242,12 +244,12 @@ def _worst(
     return float(by_row[row]) / scale, row
 
 
-def _owner(word: Word, row: int, *, rank: _Rank) -> str:
+def _owner(mapping: WeightMapping, row: int, *, rank: _Rank) -> str:
     """The Hugging Face tensor that `row` of this rank's tensor comes from."""
-    names = hf_names(word)
+    names = hf_names(mapping)
     if len(names) == 1:
         return names[0]
-    owners = rank.local(word, _Owners(word.hf_shapes))
+    owners = rank.local(mapping, _Owners(mapping.hf_shapes))
     return names[int(owners.flatten(1)[row, 0] if owners.ndim > 1 else owners[row])]
 
 

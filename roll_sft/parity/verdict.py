@@ -119,9 +119,9 @@ def _measured(ranks: Sequence[RankParity], facts: Facts, source: ModelSource) ->
 def _missing(ranks: Sequence[RankParity], source: ModelSource) -> Iterator[TensorError]:
     """Parameters of the family's table that no rank has."""
     present = {tensor.name for rank in ranks for tensor in rank.tensors}
-    for name, word in source.family.weights(source.shape).items():
-        if name not in present and not isinstance(word, TiedHead):
-            yield TensorError("missing", name, hf_names(word)[0], float("inf"))
+    for name, mapping in source.family.weights(source.shape).items():
+        if name not in present and not isinstance(mapping, TiedHead):
+            yield TensorError("missing", name, hf_names(mapping)[0], float("inf"))
 
 
 def _place_in_forward(facts: Facts, source: ModelSource) -> Callable[[TensorError], int]:

@@ -17,7 +17,7 @@ from transformers import (
 from roll_sft.models.family import Family, ModelShape
 from roll_sft.models.registry import FAMILIES, family_of
 from roll_sft.models.safetensors_in import SafetensorsSource
-from roll_sft.models.weight_map import Replicated
+from roll_sft.models.weight_map import SingleTensor
 from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource, tiny_model
 
 ROPE = {"rope_parameters": DEFAULT_ROPE}
@@ -94,12 +94,12 @@ def test_every_weight_survives_the_way_to_megatron_and_back(
     weights = {key: tensor for key, tensor in model.state_dict().items() if key in source.names()}
     for tensor_size in TENSOR_SIZES[name]:
         back: dict[str, torch.Tensor] = {}
-        for key, word in family.weights(shape).items():
+        for key, mapping in family.weights(shape).items():
             parts = [
-                word.local(source, tensor_rank=rank, tensor_size=tensor_size)
+                mapping.local(source, tensor_rank=rank, tensor_size=tensor_size)
                 for rank in range(tensor_size)
             ]
-            tensors = word.to_hf(merge(key, parts, shape))
+            tensors = mapping.to_hf(merge(key, parts, shape))
             assert back.keys().isdisjoint(tensors), key
             back |= tensors
         assert back.keys() == weights.keys() == source.names()
@@ -110,14 +110,18 @@ def test_every_weight_survives_the_way_to_megatron_and_back(
 def test_a_rank_reads_only_its_share(
     name: str, model: PreTrainedModel, shape: ModelShape, family: Family
 ):
-    words = [word for word in family.weights(shape).values() if word.hf_shapes]
-    norms = [word.shape[0] for word in words if isinstance(word, Replicated)]
+    mappings = [mapping for mapping in family.weights(shape).values() if mapping.hf_shapes]
+    norms = [
+        mapping.shape[0]
+        for mapping in mappings
+        if isinstance(mapping, SingleTensor) and mapping.split_dim is None
+    ]
     for tensor_size in TENSOR_SIZES[name]:
         num_bytes = []
         for rank in range(tensor_size):
             source = MemorySource(dict(model.named_parameters()))
-            for word in words:
-                word.local(source, tensor_rank=rank, tensor_size=tensor_size)
+            for mapping in mappings:
+                mapping.local(source, tensor_rank=rank, tensor_size=tensor_size)
             num_bytes.append(source.num_bytes_read)
         assert sum(num_bytes) == 4 * (shape.num_parameters + (tensor_size - 1) * sum(norms))
         rows_apart = tensor_size * (1 if shape.tie_word_embeddings else 2)  # vocabulary 2053

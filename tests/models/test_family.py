@@ -7,7 +7,7 @@ import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.models.family import Family, ModelShape
-from roll_sft.models.weight_map import GatedMLP, TiedHead, VocabSplit, Word
+from roll_sft.models.weight_map import GatedMLP, TiedHead, VocabSplit, WeightMapping
 from tests.models.helpers import MemorySource
 
 QWEN25_7B = ModelShape(
@@ -70,7 +70,7 @@ def test_the_vocabulary_is_padded_to_the_tensor_size_only(tensor_size: int, padd
 
 def small_family(*, tied: bool) -> Family:
     embedding = VocabSplit("embed", 5, 2)
-    head: Word = TiedHead("head", embedding) if tied else VocabSplit("head", 5, 2)
+    head: WeightMapping = TiedHead("head", embedding) if tied else VocabSplit("head", 5, 2)
     table = {"a": embedding, "b": GatedMLP("gate", "up", 4, 2), "c": head}
     return Family("Small", shape=lambda config: QWEN25_7B, weights=lambda shape: dict(table))
 

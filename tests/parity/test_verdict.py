@@ -45,11 +45,11 @@ FACTS = Facts(
 def verdict(*, source: ModelSource = SOURCE, **wrong: Any) -> Verdict:
     """Of two ranks that agree but for `wrong`: fields, or errors by (kind, Megatron's name)."""
     tensors = []
-    for name, word in source.family.weights(source.shape).items():
+    for name, mapping in source.family.weights(source.shape).items():
         for kind in ("output", "gradient"):
             error = wrong.pop(f"{kind} {name}", 0.0)
             if error is not None and (kind == "gradient" or not name.startswith("output")):
-                tensors.append(TensorError(kind, name, hf_names(word)[0], error))
+                tensors.append(TensorError(kind, name, hf_names(mapping)[0], error))
     rank = RankParity(
         loss=None, grad_norm=3.0, num_tokens=0, worst_token=None, tensors=tuple(tensors)
     )
@@ -119,8 +119,8 @@ def test_a_parameter_that_no_rank_has_is_red() -> None:
 def test_a_tied_head_may_be_on_no_rank_and_its_gradient_is_the_first_of_all() -> None:
     shape = QWEN2.shape(model_config("qwen2-tied", num_layers=2))
     source = replace(SOURCE, shape=shape)
-    words = QWEN2.weights(shape)
-    (head,) = [name for name, word in words.items() if isinstance(word, TiedHead)]
+    mappings = QWEN2.weights(shape)
+    (head,) = [name for name, mapping in mappings.items() if isinstance(mapping, TiedHead)]
     absent = {f"output {head}": None, f"gradient {head}": None}
     assert verdict(source=source, **absent).first_difference is None
     wrong = {"gradient embedding.word_embeddings.weight": 1.0, f"gradient {FC2}": 1.0}
