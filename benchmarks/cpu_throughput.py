@@ -26,7 +26,8 @@ import torch.distributed as dist
 from shared import chat_data, measures
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 from roll_sft.run import compose
 
 LENGTH, ROWS, STEPS, WARM_UP = 2048, 600, measures.size(6, quick=2), 2

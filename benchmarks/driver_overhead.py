@@ -26,7 +26,8 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.data.steps.plan import RankWork
 from roll_sft.demo import demo
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.group import WorkerGroup

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from shared import measures
 
 from roll_sft.demo.demo import make_assets
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 from roll_sft.run import compose
 
 PAIRS, STEPS = measures.pairs(7), measures.size(12, quick=4)

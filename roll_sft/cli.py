@@ -79,10 +79,18 @@ def _train(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
+    return _run_with("dry_run=true", "plan", arguments)
+
+
+def _prepare(arguments: list[str]) -> int:
+    return _run_with("prepare_only=true", "prepare", arguments)
+
+
+def _run_with(override: str, name: str, arguments: list[str]) -> int:
     from roll_sft import run
 
-    _, rest = _parser("plan", "").parse_known_args(arguments)
-    return run.main([*rest, "dry_run=true"])
+    _, rest = _parser(name, "").parse_known_args(arguments)
+    return run.main([*rest, override])
 
 
 def _parity(arguments: list[str]) -> int:
@@ -171,6 +179,7 @@ def _parser(name: str, exit_codes: str) -> argparse.ArgumentParser:
 COMMANDS = {
     "train": Command("fine-tune a model", _train),
     "plan": Command("what a run would do, without starting it", _plan),
+    "prepare": Command("the data of a run made ready, as training finds it", _prepare),
     "preview": Command("rows as they are trained on, token by token", _preview),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
     "convert": Command("a checkpoint to a folder that transformers loads, or back", _convert),

@@ -25,6 +25,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from roll_sft.base.console import set_up_logging
 from roll_sft.base.errors import FAULT, ConfigError, RollSftError, report
 from roll_sft.base.gc_pauses import imports_kept, leave_quickly
 from roll_sft.base.text import redacted_tree, shown
@@ -36,7 +37,6 @@ from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
 from roll_sft.demo import demo
 from roll_sft.train.run_folder import output_folder
-from roll_sft.train.terminal import set_up_logging
 
 INTERRUPTED = 130
 
@@ -162,7 +162,7 @@ def _checked(composed: DictConfig) -> RunConfig:
 def _run(config: RunConfig, composed_yaml: str) -> None:
     # Heavy imports after composition, so that a typo is reported in half a second.
     with imports_kept():
-        from roll_sft.train.driver import run
+        from roll_sft.stages import run
 
     run(config, composed_yaml=composed_yaml)
     model = output_folder(config) / "hf"

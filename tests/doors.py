@@ -3,6 +3,7 @@
 A test module takes a fixture over by giving it a name of its own, as in `door = doors.door`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,9 @@ import pytest
 import ray
 
 import roll_sft.run
+from roll_sft import stages
+from roll_sft.config.schema import RunConfig
+from roll_sft.preparing import prepare_into
 from tests.outcome import Outcome
 from tests.parity import write_model
 
@@ -25,6 +29,12 @@ NUM_ROWS = 70
 
 
 Door = Callable[..., Outcome]
+
+
+@contextlib.contextmanager
+def prepares_here(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
+    """`preparing` in this process, which imports what it needs once for many runs."""
+    yield lambda: prepare_into(config, folder)
 
 
 @pytest.fixture
@@ -43,6 +53,7 @@ def door(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ray, "init", no_ray)
+    monkeypatch.setattr(stages, "preparing", prepares_here)
     environment, logger = dict(os.environ), logging.getLogger("roll_sft")
     kept = (signal.getsignal(signal.SIGTERM), logger.handlers[:], logger.level, logger.propagate)
     yield call

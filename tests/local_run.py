@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from roll_sft import run
+from roll_sft import run, stages
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.checkpoint import tensors
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.engine.engine import Engine
-from roll_sft.job.prepare import Job
+from roll_sft.job.job import Job
 from roll_sft.train import driver
+from tests.doors import prepares_here
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def main_job(arguments: Sequence[str], fault: Fault = Fault()) -> tuple[int, str
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for name, stand_in in (("connected", nothing), ("reserved", nothing), ("workers", workers)):
             stack.enter_context(patch.object(driver, name, stand_in))
+        stack.enter_context(patch.object(stages, "preparing", prepares_here))
         stack.enter_context(patch.object(tensors, "write", slowly(tensors.write)))
         code = run.main([*arguments])
     logger.handlers[:] = handlers

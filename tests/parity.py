@@ -23,9 +23,10 @@ from transformers import (
 from roll_sft.base.metrics import RankParity
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
-from roll_sft.job.inputs import ParityTask
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 from roll_sft.parity.oracle import Facts, read_facts, token_losses, write_reference
+from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge
 from tests.faults import planted
 from tests.pool import RankPool
@@ -225,7 +226,9 @@ def export_run(job: Job, staging: Path, output: Path) -> torch.nn.Module:
     from roll_sft.checkpoint.publish import publish_step
     from roll_sft.convert.to_hf import export
 
-    checkpoint = publish_step(job, job.planner.step(job.total_steps), staging=staging)
+    checkpoint = publish_step(
+        job.state, job.planner.step(job.total_steps), staging=staging, save_assets=job.save_assets
+    )
     export(checkpoint, output, dtype=None, replace=False)
     return AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")
 

@@ -51,7 +51,7 @@ def test_help_lists_what_exists_without_the_heavy_libraries(flag: str, tmp_path:
     usage, commands, examples = shown.stdout.split("\n\n")
     assert usage.startswith("usage: roll-sft COMMAND")
     names = [line.split()[0] for line in commands.splitlines()]
-    assert names == ["train", "plan", "preview", "parity", "convert"]
+    assert names == ["train", "plan", "prepare", "preview", "parity", "convert"]
     assert "roll-sft train --config-name demo" in examples
 
 
@@ -103,6 +103,7 @@ def test_a_tree_that_is_not_installed_finds_its_settings(
     ("command", "parts"),
     [
         ("plan", ["usage: roll-sft plan", "--config-name NAME"]),
+        ("prepare", ["usage: roll-sft prepare", "--config-name NAME"]),
         ("preview", ["usage: roll-sft preview", "--index N,...", "--longest N", "--html FILE"]),
         ("parity", ["usage: roll-sft parity", "--samples N", "except 1: what is computed differs"]),
         ("convert", ["usage: roll-sft convert", "--checkpoint", "--output", "--replace"]),
@@ -118,7 +119,7 @@ def test_each_command_says_what_it_takes(script: Door, command: str, parts: list
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ([], ["roll-sft: no command; there are train, plan, preview, parity, convert"]),
+        ([], ["roll-sft: no command; there are train, plan, prepare, preview, parity, convert"]),
         (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are train,"]),
         (["--config-name", "demo"], ["no command '--config-name'; did you mean 'train'?"]),
         (["model.path=m"], ["no command 'model.path=m'; did you mean 'train'?"]),

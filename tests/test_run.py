@@ -20,11 +20,11 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 import roll_sft.run
+from roll_sft import stages
 from roll_sft.base import errors
 from roll_sft.config.build import build_config
 from roll_sft.config.composed import resolved
 from roll_sft.config.schema import RunConfig, source_name
-from roll_sft.train import driver
 from tests import doors
 from tests.doors import NUM_ROWS, Door, alpaca, contents, process, refused, write_rows
 
@@ -330,7 +330,7 @@ def test_prepare_only_fills_the_cache_and_writes_the_report_without_ray(
     assert outcome.code == 0, outcome.stderr
     folder = tmp_path / "outputs" / "sft"
     written = {path.name for path in folder.iterdir()}
-    assert written == {".lock", "config.yaml", "data_report.json"}
+    assert written == {".lock", "config.yaml", "data_report.json", "job"}
     report = json.loads((folder / "data_report.json").read_text())
     (source,) = report["sources"]
     assert (source["name"], source["path"]) == ("few", str(path))
@@ -367,7 +367,7 @@ def test_each_error_has_its_code_and_no_traceback(
     def end(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(driver, "run", end)
+    monkeypatch.setattr(stages, "run", end)
     outcome = door("model.path=m", "data.train=[{path: a}]")
     last = {130: "interrupted", 143: ""}.get(code, "why")
     refused(outcome, code)
@@ -380,7 +380,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_ends_with_its_cause(
     def end(*_: object, **__: object) -> None:
         raise ValueError("ours")
 
-    monkeypatch.setattr(driver, "run", end)
+    monkeypatch.setattr(stages, "run", end)
     outcome = door("model.path=m", "data.train=[{path: a}]")
     assert outcome.code == 1
     assert "Traceback" in outcome.stderr

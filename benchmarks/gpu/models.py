@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from transformers import Qwen2Config
 
 from roll_sft.config.build import build_config
-from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.config.schema import RunConfig
 from roll_sft.job.memory import GIB, MemoryEstimate, estimate
-from roll_sft.job.prepare import Plan
-from roll_sft.models.family import ModelShape
 from roll_sft.models.registry import family_of
+from roll_sft.models.shape import ModelShape
 
 # Hidden, ffn, layers, heads, key-value heads, tied, and the share of the measured peak to reach.
 SHAPES = {
@@ -111,7 +110,4 @@ def config_of(numbers: tuple[Any, ...], run: RunConfig, *, memory_bytes: float) 
 def estimate_of(shape: ModelShape, run: RunConfig, layers: int) -> MemoryEstimate:
     """What a plan says of the memory of one GPU, for `layers` of `shape`."""
     shape = replace(shape, num_layers=layers)
-    layout = layout_of(run.parallel)
-    return estimate(
-        Plan(run, layout, shape, reports={}, steps_per_epoch=1, total_steps=1, shares={})
-    )
+    return estimate(run, shape)

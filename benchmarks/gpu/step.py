@@ -34,13 +34,14 @@ from roll_sft.base.metrics import flops_per_step
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions, StepPlan
+from roll_sft.data.tokens.cache import TokenData
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.process_groups import Rendezvous, process_groups
-from roll_sft.job.inputs import ModelSource, TokenData
 from roll_sft.job.memory import GIB
-from roll_sft.models.family import ModelShape
 from roll_sft.models.registry import family_of
+from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import ModelSource
 
 PACK_TOKENS, PACKS, WARM_UP, STEPS = 8192, 4, 3, 5
 # Seconds that each may take on a GPU, so that none is begun that would be cut off.
@@ -143,7 +144,7 @@ def _measure(bench: Bench, name: str, numbers: tuple[Any, ...]) -> Measured:
     even = Tokens(np.full(64, bench.pack_tokens, np.int32), shape.vocab_size)
     weights: Any = Weights(dict(family.hf_shapes(shape)))
     data: Any = TokenData(packed, {})  # type: ignore[arg-type]
-    engine = Engine(run, source=ModelSource(family, shape, weights), data=data)
+    engine = Engine(run, source=ModelSource(shape, opened=weights), data=data)
     plans = {
         kind: _planner(tokens, shape, run, batch=batch)
         for kind, tokens, batch in (

@@ -8,46 +8,39 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roll_sft.base.files import sync, write_durably
-from roll_sft.checkpoint.fingerprint import facts_of
 from roll_sft.checkpoint.hashing import sha256_of
 from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState
 from roll_sft.checkpoint.tensors import take_parts
 from roll_sft.data.steps.plan import StepPlan
 
-if TYPE_CHECKING:  # as in facts.py
-    from roll_sft.job.prepare import Job
-
 LATEST = "latest"
 PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers", "ray")
 
 
-def publish_step(job: "Job", plan: StepPlan, *, staging: Path) -> Path:
-    """Make what all ranks wrote into `staging` after the step of `plan` a checkpoint."""
+def publish_step(
+    run: RunState, plan: StepPlan, *, staging: Path, save_assets: Callable[[Path], None]
+) -> Path:
+    """Make what all ranks wrote into `staging` after the step of `plan` a checkpoint.
+
+    `run` is the state of the run before its first step. `save_assets` writes into a folder what an
+    export needs beside the weights.
+    """
     parts = take_parts(staging)
-    from roll_sft.checkpoint.torch_dist import (
-        write_descriptions,  # half a second, that only a save pays
-    )
+    from roll_sft.checkpoint.torch_dist import write_descriptions  # torch, that only a save needs
 
     write_descriptions(staging, parts)
-    job.save_assets(staging / ASSETS)
-    state = RunState(
+    save_assets(staging / ASSETS)
+    state = dataclasses.replace(
+        run,
         step=plan.step,
         epoch=plan.epoch,
         samples_seen_in_epoch=plan.samples_seen_in_epoch,
-        seed=job.config.seed,
-        global_batch_size=job.config.train.global_batch_size,
-        global_batch_tokens=job.config.train.global_batch_tokens,
-        sequence_length=job.config.data.sequence_length,
-        sources=job.source_addresses,
-        layout=job.layout,
-        dtype=job.config.model.dtype,
-        facts=facts_of(job),
         optimizer_step=parts[0].optimizer_step,
     )
     hashes = {part.name: part.sha256 for part in parts}

@@ -8,6 +8,7 @@ begins at step 0 only in another folder.
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from roll_sft.checkpoint.manifest import (
 )
 from roll_sft.checkpoint.publish import LATEST
 from roll_sft.config.schema import RunConfig
-from roll_sft.job.prepare import Job
 
 LOG = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"
@@ -88,12 +88,16 @@ def _check_origin(checkpoints: Path, *, chosen: Path) -> None:
         )
 
 
-def start_from(job: Job, checkpoint: Path | None) -> Start:
-    """Where `job` begins. Raises `ConfigError` where it is not the run that wrote `checkpoint`."""
+def start_from(checkpoint: Path | None, run: RunState, *, allowed: Sequence[str]) -> Start:
+    """Where the run begins that goes on from `checkpoint`.
+
+    `run` is its state before its first step. Raises `ConfigError` where another run wrote
+    `checkpoint`, but for the changes `allowed` by name.
+    """
     if checkpoint is None:
         return Start(0, None)
     state = read_manifest(checkpoint).state
-    _check_same_run(job, state, checkpoint=checkpoint)
+    _check_same_run(run, state, checkpoint=checkpoint, allowed=allowed)
     return Start(state.step, checkpoint)
 
 
@@ -173,8 +177,10 @@ def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
     )
 
 
-def _check_same_run(job: Job, state: RunState, *, checkpoint: Path) -> None:
-    found, allowed = changes(job, state), job.config.checkpoint.allow_changes
+def _check_same_run(
+    run: RunState, state: RunState, *, checkpoint: Path, allowed: Sequence[str]
+) -> None:
+    found = changes(run, state)
     if state.step == 0:  # a converted model: weights to start from, and no run behind them
         return
     if state.optimizer_step is None:

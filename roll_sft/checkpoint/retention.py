@@ -10,8 +10,7 @@ from roll_sft.base.errors import CheckpointError, ResourceError
 from roll_sft.checkpoint.manifest import check_complete
 from roll_sft.checkpoint.resume import LEFT_OVER, step_folders, step_of
 from roll_sft.config.schema import CheckpointConfig, RunConfig
-from roll_sft.job.prepare import Plan
-from roll_sft.models.family import ModelShape
+from roll_sft.models.shape import ModelShape
 
 LOG = logging.getLogger(__name__)
 GIB = 2**30
@@ -41,18 +40,20 @@ def retain(checkpoints: Path, config: CheckpointConfig, *, losses: Mapping[int, 
             _delete(folder)
 
 
-def check_room(plan: Plan, checkpoints: Path, *, first_step: int) -> None:
+def check_room(
+    config: RunConfig, shape: ModelShape, checkpoints: Path, *, first_step: int, total_steps: int
+) -> None:
     """Raise `ResourceError` where the checkpoints of the rest of a run would not fit on the disk.
 
     Older ones in `checkpoints` make room when they are deleted, which is after the next one is
     whole. What `train.save_minutes` adds is looked at when it is due.
     """
-    checkpoint, train = plan.config.checkpoint, plan.config.train
+    checkpoint, train = config.checkpoint, config.train
     if not checkpoint.save:
         return
-    every = train.save_steps or plan.total_steps
-    coming = -(-plan.total_steps // every) - first_step // every
-    folder, size = checkpoints.parent, checkpoint_bytes(plan.config, plan.shape)
+    every = train.save_steps or total_steps
+    coming = -(-total_steps // every) - first_step // every
+    folder, size = checkpoints.parent, checkpoint_bytes(config, shape)
     there = [_bytes_in(each) for each in step_folders(checkpoints) if step_of(each) <= first_step]
     left_over = [each for pattern in LEFT_OVER for each in checkpoints.glob(pattern)]
     needed = _most_added(size, coming=coming, there=there, config=checkpoint)

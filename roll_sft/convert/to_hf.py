@@ -22,10 +22,12 @@ from roll_sft.checkpoint.resume import step_folders
 from roll_sft.convert.from_hf import DTYPES
 from roll_sft.convert.model_card import write_card
 from roll_sft.models.assets import asset_files, check_assets
-from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite
-from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.registry import family_of
 from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
+from roll_sft.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -16,8 +16,9 @@ from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.config.schema import RunConfig, on_device
-from roll_sft.models.family import ModelShape
-from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.registry import family_of
+from roll_sft.models.shape import ModelShape
 
 # Of the largest logit, at LAYERS layers; rounding adds up over layers. Seen: 1e-6 at 4 layers.
 TOLERANCE, LAYERS = 1e-5, 4

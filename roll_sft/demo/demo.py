@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError, DataError
 from roll_sft.config.schema import RunConfig
 from roll_sft.demo.corpus import Example, documentation_examples
-from roll_sft.train.terminal import stdout_console
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and each run imports this module
     from transformers import Qwen2Config, Qwen2Tokenizer

@@ -30,8 +30,9 @@ from roll_sft.engine.attention import packed_attention
 from roll_sft.engine.attention_kernels import Kernel
 from roll_sft.engine.layers import LayerConfig, RMSNorm, layer_spec
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
-from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.family import Family
 from roll_sft.models.safetensors_in import TensorSource
+from roll_sft.models.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

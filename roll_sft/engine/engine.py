@@ -23,7 +23,7 @@ from roll_sft.checkpoint.manifest import read_manifest
 from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import RankWork
-from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.cache import TokenData, TokenSet
 from roll_sft.engine import build
 from roll_sft.engine.attention import describe_pack
 from roll_sft.engine.attention_kernels import Heads, choose_kernel
@@ -39,7 +39,7 @@ from roll_sft.engine.optimizer import (
 )
 from roll_sft.engine.process_groups import seed_step
 from roll_sft.engine.state import RankState, check_loaded, check_written, load_state, rank_state
-from roll_sft.job.inputs import ModelSource, TokenData
+from roll_sft.models.source import ModelSource
 
 
 class Readout:

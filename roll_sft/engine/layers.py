@@ -23,7 +23,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from roll_sft.engine.fused import run_compiled
-from roll_sft.models.family import ModelShape
+from roll_sft.models.shape import ModelShape
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a rank needs in memory, from the plan alone; estimates say so.
+"""What a rank needs in memory, from its configuration and shape alone; estimates say so.
 
 Legend: h hidden size, q and k width of the queries and of the keys, f width of the MLP, of one
 token in one layer; all in numbers, which are turned into bytes at the end.
@@ -6,8 +6,11 @@ token in one layer; all in numbers, which are turned into bytes at the end.
 
 from dataclasses import dataclass
 
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.engine.fused import chunk_rows
-from roll_sft.job.prepare import Plan
+from roll_sft.job.plans import micro_batch_tokens
+from roll_sft.models.shape import ModelShape
 
 GIB = 2**30
 # Of a parameter on a CPU: torch's AdamW makes the root of all second moments at once. On a GPU the
@@ -31,56 +34,68 @@ class MemoryEstimate:
         return self.state_gib + max(self.activations_gib + self.head_gib, self.update_gib)
 
 
-def estimate(plan: Plan) -> MemoryEstimate:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What an estimate is made of; a pack holds `pack_tokens` at most."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    shape: ModelShape
+    pack_tokens: int
+
+
+def estimate(config: RunConfig, shape: ModelShape) -> MemoryEstimate:
     """Of the fullest rank: the first stage has the most micro-batches in flight, the last the head.
 
     Assumes packs as long as they may be, with a label at every token, and a kernel for attention
     that keeps no scores.
     """
-    stages = {0, plan.layout.pipeline_size - 1}
-    return max((_of_stage(plan, stage) for stage in stages), key=lambda found: found.total_gib)
+    layout = layout_of(config.parallel)
+    run = _Run(config, layout, shape, micro_batch_tokens(config, layout))
+    stages = {0, run.layout.pipeline_size - 1}
+    return max((_of_stage(run, stage) for stage in stages), key=lambda found: found.total_gib)
 
 
-def _of_stage(plan: Plan, stage: int) -> MemoryEstimate:
-    layout, train = plan.layout, plan.config.train
-    weight_bytes, master_bytes = _weight_bytes(plan)
-    parameters = _parameters(plan, stage)
+def _of_stage(run: _Run, stage: int) -> MemoryEstimate:
+    layout, train = run.layout, run.config.train
+    weight_bytes, master_bytes = _weight_bytes(run)
+    parameters = _parameters(run, stage)
     # The distributed optimizer cuts masters and moments over data x context ranks.
-    is_cut = plan.config.parallel.use_distributed_optimizer
+    is_cut = run.config.parallel.use_distributed_optimizer
     replicas = layout.data_size * layout.context_size if is_cut else 1
     state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
 
-    tokens = plan.pack_tokens // layout.context_size
-    hidden, kept = _kept_per_layer(plan)
-    layers = _layers_in_flight(plan, stage)
+    tokens = run.pack_tokens // layout.context_size
+    hidden, kept = _kept_per_layer(run)
+    layers = _layers_in_flight(run, stage)
     # Full recomputation keeps what enters a layer, and in the backward all of the layer it is in.
     numbers = tokens * (layers * hidden + kept if train.recompute == "full" else layers * kept)
-    numbers += _gradients_of_layer(plan, tokens)
+    numbers += _gradients_of_layer(run, tokens)
     is_last = stage == layout.pipeline_size - 1
-    update_bytes = UPDATE_BYTES if plan.config.parallel.device == "cpu" else 0
+    update_bytes = UPDATE_BYTES if run.config.parallel.device == "cpu" else 0
     return MemoryEstimate(
         state_gib=state / GIB,
         activations_gib=numbers * weight_bytes / GIB,
-        head_gib=_head_bytes(plan, tokens) / GIB if is_last else 0.0,
+        head_gib=_head_bytes(run, tokens) / GIB if is_last else 0.0,
         update_gib=parameters * update_bytes / replicas / GIB,
-        save_host_gib=_save_host_bytes(plan, parameters) / GIB,
+        save_host_gib=_save_host_bytes(run, parameters) / GIB,
     )
 
 
-def _weight_bytes(plan: Plan) -> tuple[int, int]:
+def _weight_bytes(run: _Run) -> tuple[int, int]:
     """Bytes of a weight, or of an activation, and of the master weight beside it."""
-    return (2, 4) if plan.config.model.dtype == "bf16" else (4, 0)
+    return (2, 4) if run.config.model.dtype == "bf16" else (4, 0)
 
 
-def _is_compiled(plan: Plan) -> bool:
+def _is_compiled(run: _Run) -> bool:
     """Whether what is elementwise is one kernel, as it is on a GPU by default."""
-    wanted, device = plan.config.model.compile, plan.config.parallel.device
+    wanted, device = run.config.model.compile, run.config.parallel.device
     return device != "cpu" if wanted is None else wanted
 
 
-def _parameters(plan: Plan, stage: int) -> float:
+def _parameters(run: _Run, stage: int) -> float:
     """Of a rank of `stage`; what tensor ranks hold alike is too little to count."""
-    shape, layout = plan.shape, plan.layout
+    shape, layout = run.shape, run.layout
     tied = shape.tie_word_embeddings
     in_layers = shape.num_parameters - (1 if tied else 2) * shape.vocab_size * shape.hidden_size
     share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
@@ -91,10 +106,10 @@ def _parameters(plan: Plan, stage: int) -> float:
     return (in_layers * share + ends * embedding) / layout.tensor_size
 
 
-def _layers_in_flight(plan: Plan, stage: int) -> int:
+def _layers_in_flight(run: _Run, stage: int) -> int:
     """Layers whose activations a rank of `stage` holds at once, each micro-batch's counted."""
-    layout = plan.layout
-    chunk = -(-plan.shape.num_layers // (layout.pipeline_size * layout.virtual_size))
+    layout = run.layout
+    chunk = -(-run.shape.num_layers // (layout.pipeline_size * layout.virtual_size))
     behind = layout.pipeline_size - 1 - stage
     if layout.virtual_size == 1:
         return (behind + 1) * chunk
@@ -102,54 +117,54 @@ def _layers_in_flight(plan: Plan, stage: int) -> int:
     return (2 * behind + (layout.virtual_size - 1) * layout.pipeline_size + 1) * chunk
 
 
-def _kept_per_layer(plan: Plan) -> tuple[float, float]:
+def _kept_per_layer(run: _Run) -> tuple[float, float]:
     """Numbers that a layer keeps for each token: of what enters it, and in all."""
-    shape, layout = plan.shape, plan.layout
+    shape, layout = run.shape, run.layout
     q, k = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
     hidden = shape.hidden_size / (layout.tensor_size if layout.sequence_parallel else 1)
     # What enters each norm and what leaves it; queries, keys and values as projected, queries and
     # keys normed and rotated, the attention's output; of the MLP what is projected and the product,
     # and op by op also the gates activated and what they gate once more.
     attention = 3 * (q + k) + (0 if shape.qk_norm == "none" else q + k)
-    mlp = (3 if _is_compiled(plan) else 5) * shape.ffn_hidden_size
+    mlp = (3 if _is_compiled(run) else 5) * shape.ffn_hidden_size
     kept = 4 * hidden + (attention + mlp) / layout.tensor_size
     if layout.context_size > 1:  # keys and values of the whole pack
         kept += 2 * k * layout.context_size / layout.tensor_size
     return hidden, kept
 
 
-def _gradients_of_layer(plan: Plan, tokens: int) -> float:
+def _gradients_of_layer(run: _Run, tokens: int) -> float:
     """Numbers of the widest moment of a layer's backward: the MLP's, and of its weight."""
-    shape, tensor_size = plan.shape, plan.layout.tensor_size
+    shape, tensor_size = run.shape, run.layout.tensor_size
     wide = 3 * tokens * shape.ffn_hidden_size + 2 * shape.ffn_hidden_size * shape.hidden_size
     return 2 * tokens * shape.hidden_size + wide / tensor_size
 
 
-def _head_bytes(plan: Plan, tokens: int) -> float:
+def _head_bytes(run: _Run, tokens: int) -> float:
     """A chunk's logits, and what the head keeps: its rows, their gradient, and its weight's, fp32.
 
     Logits exist before the softmax and as gradients; op by op in fp32 between. When they are gone,
     the weight's gradient is there in its own dtype, too.
     """
-    shape, layout = plan.shape, plan.layout
-    width, _ = _weight_bytes(plan)
+    shape, layout = run.shape, run.layout
+    width, _ = _weight_bytes(run)
     words = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
     weight = words * shape.hidden_size
-    logits = 2 * width if _is_compiled(plan) else max(2 * width, width + 4)
-    on_gpu = plan.config.parallel.device != "cpu"
+    logits = 2 * width if _is_compiled(run) else max(2 * width, width + 4)
+    on_gpu = run.config.parallel.device != "cpu"
     chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
     copy = weight * width if width < 4 else 0
     return max(chunk, copy) + 2 * tokens * shape.hidden_size * width + weight * 4
 
 
-def _save_host_bytes(plan: Plan, parameters: float) -> float:
+def _save_host_bytes(run: _Run, parameters: float) -> float:
     """Host memory that a save takes from a rank with `parameters`.
 
     In the background: a copy of what the rank writes, its share of the weights and its own ranges
     of the optimizer. Else the largest tensor, which leaves the device alone.
     """
-    config, shape, layout = plan.config, plan.shape, plan.layout
-    weight, master = _weight_bytes(plan)
+    config, shape, layout = run.config, run.shape, run.layout
+    weight, master = _weight_bytes(run)
     if not config.checkpoint.async_save:
         return weight * shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
     owners = layout.data_size * layout.context_size

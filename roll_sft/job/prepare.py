@@ -4,114 +4,41 @@ Assumes a configuration that passed `config.validate.check_config`. Promises tha
 returns can run, given the resources; nothing here starts Ray or writes into the run's folder.
 """
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError, refuse
-from roll_sft.base.layout import ParallelLayout, round_up
 from roll_sft.config.schema import RunConfig, TrainConfig, layout_of, on_device
 from roll_sft.config.validate import backend_problems, layout_problems
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.templates import chat_template, check_variables
 from roll_sft.data.chat.tokenizer import NoTokenizerError, load_tokenizer
 from roll_sft.data.steps.epochs import Share
-from roll_sft.data.steps.learning_rate import Schedule
-from roll_sft.data.steps.packing import CostModel
-from roll_sft.data.steps.plan import Planner, PlanOptions
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.estimate import TOKEN_BYTES
 from roll_sft.data.tokens.prepare import NotPreparedError
 from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread
-from roll_sft.job import corpus
-from roll_sft.job.inputs import ModelSource, TokenData
+from roll_sft.job import tokenise
+from roll_sft.job.job import Job
+from roll_sft.job.overview import Overview, drawn_tokens
+from roll_sft.job.plans import micro_batch_tokens, shares_of
 from roll_sft.models.assets import TrainedTokenizer, save_assets
-from roll_sft.models.family import Family, ModelShape
-from roll_sft.models.hub import HubModel, HubSource, local_model
-from roll_sft.models.registry import family_of, load_hf_config
-from roll_sft.models.safetensors_in import RandomSource, SafetensorsSource, TensorSource
+from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.hub import HubModel, local_model
+from roll_sft.models.registry import family_of
+from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import ModelSource
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run will do, for people to read."""
-
-    config: RunConfig
-    layout: ParallelLayout
-    shape: ModelShape
-    reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
-    steps_per_epoch: int
-    total_steps: int
-    shares: dict[str, Share]  # train source -> how much of it an epoch draws
-    fill: float | None = None  # of the packs: their tokens over what they could hold
-    is_rough: bool = False  # rows and tokens are guessed from the text, for want of tokens
-
-    @property
-    def pack_tokens(self) -> int:
-        """Padded tokens that a pack holds at most."""
-        return micro_batch_tokens(self.config, self.layout)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A run that can start."""
-
-    config: RunConfig
-    layout: ParallelLayout
-    source: ModelSource
-    data: TokenData
-    reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
-    planner: Planner
-    shares: dict[str, Share]  # train source -> how much of it an epoch draws
-    validation: dict[str, Planner]
-    schedule: Schedule
-    tokenizer: PreTrainedTokenizerBase  # with the chat template that is trained with
-    end_of_turn_id: int  # the token that ends an answer
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.schedule.total_steps
-
-    @property
-    def plan(self) -> Plan:
-        """What there is to show of it."""
-        return Plan(
-            config=self.config,
-            layout=self.layout,
-            shape=self.source.shape,
-            reports=self.reports,
-            steps_per_epoch=self.planner.steps_per_epoch,
-            total_steps=self.total_steps,
-            shares=self.shares,
-            fill=corpus.expected_fill(self.planner),
-        )
-
-    @property
-    def source_addresses(self) -> dict[str, str]:
-        """Train source -> address of what is trained on; see `corpus.addresses_of`."""
-        return corpus.addresses_of(self.data.train, self.shares)
-
-    def save_assets(self, folder: Path) -> None:
-        """Write what an export needs beside the weights into `folder`."""
-        model = self.config.model
-        assert model.path is not None, "check_config refuses a missing model.path"
-        is_given = self.config.data.chat_template is not None
-        trained = TrainedTokenizer(
-            self.tokenizer,
-            folder=Path(model.tokenizer_path or model.path),
-            end_of_turn_id=self.end_of_turn_id,
-            chat_template=str(self.tokenizer.chat_template) if is_given else None,
-        )
-        save_assets(Path(model.path), trained=trained, output=folder)
 
 
 def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
@@ -123,27 +50,38 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
     config, hub = _located(config)
     source = _load_model(config, hub)
     tokenizer = _load_tokenizer(config, source.shape)
-    layout = layout_of(config.parallel)
     chat = _chat_tokenizer(config, tokenizer)
-    data, reports = corpus.tokenise(config, chat, spread=spread)
-    options = _plan_options(config, layout, source.shape)
-    shares = corpus.shares_of(config.data.train, data.train.ranges)
-    planner = corpus.planner_of(data.train, options, shares)
-    corpus.warn_of_poor_fill(config, data.train, planner, pack_tokens=options.micro_batch_tokens)
-    return Job(
-        config=config,
-        layout=layout,
+    data, reports = tokenise.tokenise(config, chat, spread=spread)
+    job = Job.of(
+        config,
         source=source,
         data=data,
         reports=reports,
-        planner=planner,
-        shares=shares,
-        validation={
-            name: corpus.planner_of(tokens, options) for name, tokens in data.validation.items()
+        digests={
+            "tokenizer": _digest(_content_of(tokenizer)),
+            "chat_template": _digest(str(tokenizer.chat_template)),
         },
-        schedule=Schedule.of(config.train, total_steps=_total_steps(config, planner.steps_in)),
-        tokenizer=tokenizer,
-        end_of_turn_id=_end_of_turn_id(chat, data.train),
+        save_assets=partial(
+            _save_assets, config, tokenizer, end_of_turn_id=_end_of_turn_id(chat, data.train)
+        ),
+    )
+    pack_tokens = micro_batch_tokens(config, job.layout)
+    tokenise.warn_of_poor_fill(config, data.train, job.planner, pack_tokens=pack_tokens)
+    return job
+
+
+def overview_of(job: Job) -> Overview:
+    """What `job` will do, for people to read."""
+    return Overview(
+        config=job.config,
+        layout=job.layout,
+        shape=job.source.shape,
+        reports=job.reports,
+        pack_tokens=micro_batch_tokens(job.config, job.layout),
+        steps_per_epoch=job.planner.steps_per_epoch,
+        total_steps=job.total_steps,
+        shares=job.shares,
+        fill=tokenise.expected_fill(job.planner),
     )
 
 
@@ -176,36 +114,63 @@ def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:
     return int(tokens[int(label_mask.nonzero()[0][-1]) + 1])
 
 
-def dry_plan(config: RunConfig) -> Plan:
-    """The plan of a dry run: from the token cache, which is not written, if it has all the data.
+def dry_overview(config: RunConfig) -> Overview:
+    """What `config` would do: from the token cache, which is not written, if it has all the data.
 
-    Else from the text, roughly, as where the model's folder has no tokenizer yet. Raises what
+    Else estimated from the text, as where the model's folder has no tokenizer yet. Raises what
     `prepare` raises.
     """
     try:
-        return prepare(config).plan
+        return overview_of(prepare(config))
     except NoTokenizerError as error:
         _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
     except NotPreparedError as error:
         _log.info("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
     config, hub = _located(config)
     reports = {
-        kind: tuple(corpus.rough(entry, config.data) for entry in entries)
+        kind: tuple(tokenise.rough(entry, config.data) for entry in entries)
         for kind, entries in (("train", config.data.train), ("validation", config.data.validation))
     }
     kept = {report.name: range(report.kept) for report in reports["train"]}
-    shares = corpus.shares_of(config.data.train, kept)
+    shares = shares_of(config.data.train, kept)
     steps_per_epoch = _rough_steps(config.train, reports["train"], shares)
-    return Plan(
+    layout = layout_of(config.parallel)
+    return Overview(
         config=config,
-        layout=layout_of(config.parallel),
+        layout=layout,
         shape=_load_model(config, hub).shape,
         reports=reports,
+        pack_tokens=micro_batch_tokens(config, layout),
         steps_per_epoch=steps_per_epoch,
-        total_steps=_total_steps(config, lambda epochs: epochs * steps_per_epoch),
+        total_steps=config.train.max_steps or config.train.num_train_epochs * steps_per_epoch,
         shares=shares,
-        is_rough=True,
+        is_estimate=True,
     )
+
+
+def _content_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
+    return backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _save_assets(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, *, end_of_turn_id: int
+) -> None:
+    """Write what an export needs beside the weights into `folder`."""
+    model = config.model
+    assert model.path is not None, "check_config refuses a missing model.path"
+    is_given = config.data.chat_template is not None
+    trained = TrainedTokenizer(
+        tokenizer,
+        folder=Path(model.tokenizer_path or model.path),
+        end_of_turn_id=end_of_turn_id,
+        chat_template=str(tokenizer.chat_template) if is_given else None,
+    )
+    save_assets(Path(model.path), trained=trained, output=folder)
 
 
 def _located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
@@ -238,31 +203,12 @@ def _load_model(config: RunConfig, hub: HubModel | None) -> ModelSource:
         refuse([*problems, str(error)])
         raise
     refuse([*problems, *_model_problems(config, shape)])
-    return ModelSource(family, shape, _tensors(config, hub, family=family, shape=shape))
-
-
-def _tensors(
-    config: RunConfig, hub: HubModel | None, *, family: Family, shape: ModelShape
-) -> TensorSource:
-    """The weights: random ones if asked, else the model's own, checked for completeness.
-
-    A dry run says what a job would need, which may be wanted before the weights are there.
-    """
+    # A dry run says what a job would need, which may be wanted before the weights are there.
     if config.model.random_init or config.dry_run:
-        return RandomSource(
-            family.hf_shapes(shape),
-            seed=config.seed,
-            initializer_range=shape.initializer_range,
-        )
-    tensors = HubSource(hub) if hub else SafetensorsSource(config.model.path or "")
-    family.check_source(shape, source=tensors)
-    return tensors
-
-
-def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:
-    """The cap on padded tokens of a pack: as asked, and room for the longest sample."""
-    asked = max(config.train.micro_batch_tokens or 0, config.data.sequence_length)
-    return round_up(asked, layout.pack_alignment)
+        return ModelSource(shape, seed=config.seed)
+    source = ModelSource(shape, hub=hub) if hub else ModelSource(shape, folder=path)
+    family.check_source(shape, source=source.tensors)
+    return source
 
 
 def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizerBase:
@@ -275,27 +221,6 @@ def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizer
     )
 
 
-def _plan_options(config: RunConfig, layout: ParallelLayout, shape: ModelShape) -> PlanOptions:
-    return PlanOptions(
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        global_batch_tokens=config.train.global_batch_tokens,
-        shuffle=config.data.shuffle,
-        packing=config.data.packing,
-        micro_batch_tokens=micro_batch_tokens(config, layout),
-        layout=layout,
-        cost=CostModel.of(
-            shape.num_matmul_parameters,
-            num_layers=shape.num_layers,
-            attention_width=shape.attention_width,
-        ),
-    )
-
-
-def _total_steps(config: RunConfig, steps_in: Callable[[int], int]) -> int:
-    return config.train.max_steps or steps_in(config.train.num_train_epochs)
-
-
 def _rough_steps(
     train: TrainConfig, reports: Sequence[SourceReport], shares: Mapping[str, Share]
 ) -> int:
@@ -305,13 +230,6 @@ def _rough_steps(
         return math.ceil(samples / train.global_batch_size)
     # At least one: a few short words are fewer bytes than a token is taken for.
     return max(1, math.ceil(drawn_tokens(reports, shares) / train.global_batch_tokens))
-
-
-def drawn_tokens(reports: Sequence[SourceReport], shares: Mapping[str, Share]) -> int:
-    """Tokens that an epoch draws, a source that is not drawn whole at its mean length."""
-    return round(
-        sum(report.tokens / report.kept * shares[report.name].per_epoch for report in reports)
-    )
 
 
 def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:

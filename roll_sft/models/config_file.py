@@ -1,4 +1,4 @@
-"""The values of a model's config.json, checked before transformers reads them.
+"""A model's config.json: its values checked, then read by transformers.
 
 transformers takes most values as they are, and computes with them: heads of 0 divide by zero, a
 hidden size of 2**40 allocates memory, a dtype is looked up as an attribute of torch. Every value
@@ -8,9 +8,15 @@ that a family reads has its type and its range here; an absent key is left to tr
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
+from roll_sft.models.safetensors_in import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 DTYPES_IN_WORDS = "float32, bfloat16 or float16"
@@ -54,6 +60,40 @@ def _count(most: int, *, is_optional: bool = False) -> _Number:
 
 def _positive(most: float, *, is_optional: bool = False) -> _Number:
     return _Number(0, most, is_above=True, is_optional=is_optional)
+
+
+def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
+    """Configuration of the model in the local folder `path`; never touches the network.
+
+    Raises `ConfigError` if the folder or its config.json is missing, or if transformers refuses it.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"model.path: '{path}' is neither a folder nor a hub id such as Qwen/Qwen2.5-7B; "
+            "give the local folder of a model, or its name on the hub"
+        )
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: '{path}' has no config.json; give the folder of a Hugging Face model"
+        )
+    if problems := value_problems(read_json(Path(path) / "config.json")):
+        raise ConfigError(
+            f"model.path: '{path}/config.json': {'; '.join(problems)}; correct the file, or"
+            " download it again"
+        )
+    from transformers import AutoConfig  # slow: paid by whoever opens a model, not on import
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    # transformers and what it calls raise many kinds for a file that is not as they expect.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"model.path: transformers cannot read '{path}/config.json': {reason}; correct the file"
+        ) from error
+    return config
 
 
 def value_problems(content: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
-from roll_sft.models.family import ModelShape
 from roll_sft.models.rotary import rotary_inv_freq, rotary_problems
+from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import (
     QKV,
     GatedMLP,

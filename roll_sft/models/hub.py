@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roll_sft.base.errors import ConfigError, ResourceError, first_line
-from roll_sft.models.safetensors_in import SafetensorsSource
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -41,17 +40,6 @@ class HubModel:
     def fetch(self) -> None:
         """Make this node have it."""
         fetch(self.repo_id, revision=self.commit, with_weights=True)
-
-
-class HubSource(SafetensorsSource):
-    """The tensors of a hub model; travels as its name and finds each node's own copy there."""
-
-    def __init__(self, model: HubModel) -> None:
-        super().__init__(model.folder())
-        self.model = model
-
-    def __reduce__(self) -> tuple[type["HubSource"], tuple[HubModel]]:  # type: ignore[override]
-        return HubSource, (self.model,)
 
 
 def local_model(path: str, *, with_weights: bool) -> tuple[str, HubModel | None]:

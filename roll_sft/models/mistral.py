@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from roll_sft.models.decoder import decoder_shape, own_config, pre_norm_weights
-from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.family import Family
+from roll_sft.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from roll_sft.models.decoder import attention, decoder_shape, decoder_weights, mlp, own_config
-from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.family import Family
+from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import SingleTensor, WeightTable
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from roll_sft.models.decoder import (
     pre_mlp_norm,
     pre_norm_weights,
 )
-from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.family import Family
+from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import SingleTensor, WeightTable
 
 if TYPE_CHECKING:

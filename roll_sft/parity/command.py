@@ -14,17 +14,18 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError, RollSftError
+from roll_sft.base.metrics import RankParity
 from roll_sft.config.schema import RunConfig
-from roll_sft.job.inputs import ParityTask
 from roll_sft.job.prepare import prepare
 from roll_sft.parity.oracle import read_facts
+from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge
 from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.placement import reserved, with_device_of_cluster
 from roll_sft.train import run_folder
 from roll_sft.train.driver import workers
-from roll_sft.train.terminal import stdout_console
 
 LOG = logging.getLogger(__name__)
 DEFAULT_SAMPLES = 8
@@ -50,7 +51,14 @@ def run(config: RunConfig, *, samples: int | None) -> None:
             workers(job, folder, slots=slots) as group,
         ):
             task = ParityTask(job.config, job.source, job.data.train, plan, Path(reference))
-            ranks, facts = group.compare(task), read_facts(Path(reference))
+            # A model's gradients pass through files here: as long as a checkpoint may take.
+            ranks: list[RankParity] = group.call(
+                "roll_sft.parity.compare:compare",
+                task,
+                phase="parity",
+                deadline_s=job.config.cluster.checkpoint_timeout_s,
+            )
+            facts = read_facts(Path(reference))
     verdict = judge(ranks, facts, source=job.source, dtype=job.config.model.dtype)
     _show(
         verdict,

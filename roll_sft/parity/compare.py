@@ -24,10 +24,10 @@ from roll_sft.data.steps.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import build
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
-from roll_sft.job.inputs import ParityTask
 from roll_sft.models.safetensors_in import Shape, TensorSource
 from roll_sft.models.weight_map import QKV, GatedMLP, WeightMapping, hf_names
 from roll_sft.parity.oracle import Reference, probed_columns, read_reference, write_reference
+from roll_sft.parity.task import ParityTask
 
 # A smaller loss is compared as one nat: its error is that of the logits, which does not shrink.
 LOSS_FLOOR = 1.0

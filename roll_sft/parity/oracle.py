@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from roll_sft.config.schema import RunConfig
-from roll_sft.job.inputs import ModelSource, ParityTask
-from roll_sft.models.registry import load_hf_config
+from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.source import ModelSource
+from roll_sft.parity.task import ParityTask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tokens of a batch whose module outputs are kept: enough to see which module errs first, and less

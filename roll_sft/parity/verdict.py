@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from roll_sft.base.metrics import RankParity, TensorError, TokenError, badness
-from roll_sft.job.inputs import ModelSource
+from roll_sft.models.source import ModelSource
 from roll_sft.models.weight_map import TiedHead, hf_names
 from roll_sft.parity.oracle import Facts
 

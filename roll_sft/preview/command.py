@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import DataConfig, RunConfig
 from roll_sft.data.chat.pieces import visible
 from roll_sft.data.tokens.build_shard import MALFORMED, OVERLONG
-from roll_sft.job import corpus, prepare
+from roll_sft.job import prepare, tokenise
 from roll_sft.preview.page import page_of
 from roll_sft.preview.rows import Choice, Preview, Reader, Shown, look
-from roll_sft.train.terminal import stdout_console
 
 __all__ = ["Choice", "run"]
 
@@ -43,7 +43,7 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
         raise ConfigError(f"--html: there is no folder {page.absolute().parent}; make it first")
     chat, tokenizer = prepare.chat_of(config)
     assert isinstance(tokenizer, PreTrainedTokenizerFast), "a ChatTokenizer refuses any other"
-    reader = Reader(config, corpus.source_options(config.data), chat, tokenizer)
+    reader = Reader(config, tokenise.source_options(config.data), chat, tokenizer)
     preview = look(reader, choice)
     summary = _summary(preview, choice, config.data)
     if page is None:

@@ -21,11 +21,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_sft.base.files import writing
-from roll_sft.base.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.job.inputs import ModelSource, ParityTask, TokenData
-from roll_sft.models.hub import HubSource
+from roll_sft.data.tokens.cache import TokenData
+from roll_sft.models.source import ModelSource
 from roll_sft.runtime.failures import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
@@ -143,13 +143,14 @@ class WorkerGroup:
         """Wait until every rank has written what it began to."""
         self._collect(self._saving([actor.finish_save.remote() for actor in self._actors]))
 
-    def compare(self, task: ParityTask) -> list[RankParity]:
-        """Every rank's errors over one batch, beside transformers."""
-        shared = ray.put(task)
-        references = [actor.compare.remote(shared) for actor in self._actors]
-        # A model's gradients pass through files here, so it may take what a checkpoint may.
-        deadline_s = self._config.cluster.checkpoint_timeout_s
-        return self._collect(Pending("parity", deadline_s, references))
+    def call(self, function: str, argument: Any, *, phase: str, deadline_s: float) -> list[Any]:
+        """Call `function`, as "module:name", with each rank's engine and `argument`."""
+        shared = ray.put(argument)
+        references = [
+            actor.call.remote(function, shared, phase=phase, deadline_s=deadline_s)
+            for actor in self._actors
+        ]
+        return self._collect(Pending(phase, deadline_s, references))
 
     def _saving(self, references: list[Any]) -> Pending:
         return Pending("checkpoint", self._config.cluster.checkpoint_timeout_s, references)
@@ -185,11 +186,11 @@ class WorkerGroup:
 
     def _fetch_model(self, source: ModelSource) -> None:
         """Download a model of the hub: the first rank of each node does it for the node."""
-        if not isinstance(source.tensors, HubSource):
+        if source.hub is None:
             return
         first_rank = {address.node_id: address.rank for address in reversed(self.addresses)}
         fetched = [
-            actor.fetch_model.remote(source.tensors.model if rank in first_rank.values() else None)
+            actor.fetch_model.remote(source.hub if rank in first_rank.values() else None)
             for rank, actor in enumerate(self._actors)
         ]
         deadline_s = self._config.cluster.checkpoint_timeout_s

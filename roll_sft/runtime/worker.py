@@ -9,6 +9,7 @@ in the wrong collective.
 
 import contextlib
 import faulthandler
+import importlib
 import logging
 import os
 import re
@@ -25,15 +26,16 @@ import ray.util
 from roll_sft.base.errors import ConfigError, ResourceError, RollSftError, first_line
 from roll_sft.base.files import writing
 from roll_sft.base.gc_pauses import imports_kept, keep_all
-from roll_sft.base.metrics import EvalMetrics, RankParity, StepMetrics
+from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.base.text import printable
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.engine.environment import set_variables, silence_warnings
 
 if TYPE_CHECKING:
     from roll_sft.data.steps.plan import RankWork
-    from roll_sft.job.inputs import ModelSource, ParityTask, TokenData
+    from roll_sft.data.tokens.cache import TokenData
     from roll_sft.models.hub import HubModel
+    from roll_sft.models.source import ModelSource
 
 LOG = logging.getLogger(__name__)
 # What gloo says of a peer that left. Other libraries say it with a type, see `_is_collateral`.
@@ -198,12 +200,11 @@ class Worker:
         with self._phase("checkpoint", self._spec.config.cluster.checkpoint_timeout_s):
             self._engine.finish_save()
 
-    def compare(self, task: "ParityTask") -> RankParity:
-        """This rank's errors over one batch, beside transformers; rank 0 runs transformers too."""
-        with self._phase("parity", self._spec.config.cluster.checkpoint_timeout_s):
-            from roll_sft.parity.compare import compare
-
-            return compare(self._engine, task)
+    def call(self, function: str, argument: Any, *, phase: str, deadline_s: float) -> Any:
+        """Call `function`, as "module:name", with this rank's engine and `argument`."""
+        with self._phase(phase, deadline_s):
+            module, _, name = function.partition(":")
+            return getattr(importlib.import_module(module), name)(self._engine, argument)
 
     def close(self) -> None:
         """Leave the process groups."""

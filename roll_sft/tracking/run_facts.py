@@ -19,7 +19,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import redacted
 from roll_sft.config.schema import RunConfig, SourceConfig, source_name
 from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.job.prepare import Job
+from roll_sft.job.job import Job
 
 PACKAGES = ("roll_sft", "torch", "megatron-core", "ray", "transformers")
 # Keys that decide the weights or the speed are in every run, so that runs compare; all others only

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from roll_sft.checkpoint.resume import AUTO, Start
-from roll_sft.job.prepare import Job
+from roll_sft.job.job import Job
 from roll_sft.tracking.journal import Journal
 from roll_sft.tracking.mlflow_run import (
     FAILED,

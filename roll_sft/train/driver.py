@@ -1,4 +1,4 @@
-"""The run: prepare, claim the folder, start the workers, step, evaluate, save, export.
+"""The training loop: start the workers, step, evaluate, save.
 
 The driver owns time (steps, evaluation, checkpoints) and knows nothing of models; workers know
 models and nothing of time. One step is always queued ahead, so the driver is never on the critical
@@ -8,95 +8,55 @@ path.
 import contextlib
 import logging
 import math
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from roll_sft.base.errors import CheckpointError, DivergedError
-from roll_sft.checkpoint.resume import (
-    NONE,
-    Start,
-    find_checkpoint,
-    make_way,
-    start_from,
-    step_folders,
-)
+from roll_sft.base.errors import DivergedError
+from roll_sft.checkpoint.resume import Start, make_way
 from roll_sft.checkpoint.retention import check_room
-from roll_sft.config.schema import RunConfig
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.integrity import verifying
-from roll_sft.job.prepare import Job, dry_plan, prepare
+from roll_sft.job.job import Job
 from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
-from roll_sft.runtime.placement import Slots, reserved, with_device_of_cluster
-from roll_sft.runtime.preparation import spread_over_cluster
-from roll_sft.tracking.mlflow_run import MlflowRun
-from roll_sft.tracking.trackers import tracked
-from roll_sft.train import console, run_folder
-from roll_sft.train.loss_curve import CURVE, draw_losses
+from roll_sft.runtime.placement import Slots, reserved
+from roll_sft.train import run_folder
 from roll_sft.train.records import Records, open_records
 from roll_sft.train.saves import Saves
 from roll_sft.train.start_clock import StartUp
-from roll_sft.train.summary import show_summary
+
+if TYPE_CHECKING:
+    from roll_sft.tracking.mlflow_run import MlflowRun
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
 
 
-def run(config: RunConfig, *, composed_yaml: str) -> None:
-    """Do what `config` says; `composed_yaml` is kept with the results.
-
-    Raises errors of `roll_sft.base.errors`, each with the exit code that the doors end with.
-    """
-    clock = StartUp()
-    clock.passed("imports")
-    folder = run_folder.output_folder(config)
-    if config.dry_run:
-        console.show_plan(dry_plan(config))
-        return
-    with run_folder.claimed(folder, resumes=config.resume != NONE) as folder:
-        config = with_device_of_cluster(config)
-        is_run = not config.prepare_only
-        checkpoint = find_checkpoint(config, folder / run_folder.CHECKPOINTS) if is_run else None
-        job = prepare(config, spread=spread_over_cluster(config))
-        start = start_from(job, checkpoint)
-        console.show_plan(job.plan)
-        if not is_run:
-            run_folder.write_json(folder / "data_report.json", _data_report(job))
-            if not (folder / "steps.jsonl").exists():  # else it is of the run that wrote those
-                run_folder.write_text(folder / "config.yaml", composed_yaml)
-            return
-        with tracked(job, folder, start=start) as trackers:
-            if start.step >= job.total_steps:
-                LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
-            else:
-                check_room(job.plan, folder / run_folder.CHECKPOINTS, first_step=start.step)
-                clock.passed("data and plan")
-                _train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
-            if not config.checkpoint.save and config.checkpoint.hf_export != "none":
-                LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
-            elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
-                own = step_folders(folder / run_folder.CHECKPOINTS)
-                _export(own[-1] if own else start.checkpoint, folder / "hf")
-            if start.step < job.total_steps or not (folder / CURVE).exists():
-                draw_losses(folder)
-        show_summary(config, folder, elapsed_s=clock.elapsed_s())
-
-
-def _train_from(
+def train_from(
     start: Start,
     job: Job,
     folder: Path,
-    trackers: list[MlflowRun],
+    trackers: "Sequence[MlflowRun]",
     *,
     composed_yaml: str,
     clock: StartUp,
 ) -> None:
-    """Train to the end, on workers that begin where `start` says."""
+    """Train `job` to the end in `folder`, on workers that begin where `start` says.
+
+    `composed_yaml` is kept with the results.
+    """
     config, first_step = job.config, start.step + 1
+    checkpoints = folder / run_folder.CHECKPOINTS
+    check_room(
+        config,
+        job.source.shape,
+        checkpoints,
+        first_step=start.step,
+        total_steps=job.total_steps,
+    )
     if start.checkpoint is not None:
         LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
     tokens = verifying(job.data.folders)
@@ -111,11 +71,11 @@ def _train_from(
             verified()
             clock.passed("workers and model")
             # Not before: a start that fails leaves logs and checkpoints as they were.
-            make_way(folder / run_folder.CHECKPOINTS, start)
+            make_way(checkpoints, start)
             origin = start.checkpoint.parents[1] if start.checkpoint else folder
             run_folder.cut_logs(folder, step=start.step, origin=origin)
             run_folder.write_text(folder / "config.yaml", composed_yaml)
-            run_folder.write_json(folder / "data_report.json", _data_report(job))
+            run_folder.write_json(folder / "data_report.json", job.data_report())
             records.begin()
             for tracker in trackers:
                 tracker.begin(device=f"{job.layout.world_size} x {group.device_name or 'CPU'}")
@@ -200,26 +160,6 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> N
         LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
 
 
-def _is_exported(folder: Path, start: Start, job: Job) -> bool:
-    """Whether a run that was finished before has its model already."""
-    return start.step >= job.total_steps and (folder / "hf").exists()
-
-
-def _export(checkpoint: Path | None, output: Path) -> None:
-    """Convert a checkpoint in a process of its own: it needs neither workers nor Ray."""
-    assert checkpoint is not None, "a run that is finished has a checkpoint"
-    LOG.info("exporting %s", checkpoint)
-    command = [sys.executable, "-m", "roll_sft.convert.command"]
-    command += ["--checkpoint", str(checkpoint), "--output", str(output), "--replace"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        kind = DivergedError if result.returncode == DivergedError.exit_code else CheckpointError
-        raise kind(f"the export of {checkpoint} failed: {lines[-1]}")
-    told = "; ".join(result.stdout.strip().splitlines()[:-1])  # the last is the folder
-    LOG.info("HuggingFace model %s (%s)", output, told)
-
-
 @contextlib.contextmanager
 def workers(
     job: Job, folder: Path, *, slots: Slots, checkpoint: Path | None = None
@@ -235,16 +175,6 @@ def workers(
         group.kill()
         raise
     group.close()
-
-
-def _data_report(job: Job) -> dict[str, list[dict[str, object]]]:
-    return {
-        "sources": [
-            {**report.to_dict(), "samples_per_epoch": job.shares[report.name].per_epoch}
-            for report in job.reports["train"]
-        ],
-        "validation": [report.to_dict() for report in job.reports["validation"]],
-    }
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from roll_sft.base import metrics
 from roll_sft.base.metrics import EvalMetrics, EvalRecord, StepMetrics, StepRecord
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.job.prepare import Job
+from roll_sft.job.job import Job
 from roll_sft.train.run_folder import JsonLines
 from roll_sft.train.terminal import StepDisplay, step_display
 

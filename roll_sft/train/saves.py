@@ -19,7 +19,7 @@ from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.checkpoint.resume import newest_until, origin_of, step_folders
 from roll_sft.checkpoint.retention import GIB, checkpoint_bytes, free_bytes, retain
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.job.prepare import Job
+from roll_sft.job.job import Job
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.train import run_folder
 from roll_sft.train.records import Records
@@ -146,7 +146,9 @@ class Saves:
         plan = begun.plan
         with writing(begun.staging, CheckpointError):
             self._records.sync()
-            final = publish_step(self._job, plan, staging=begun.staging)
+            final = publish_step(
+                self._job.state, plan, staging=begun.staging, save_assets=self._job.save_assets
+            )
         seconds = time.perf_counter() - begun.began
         LOG.info("step %d  checkpoint %s in %.1f s", plan.step, final, seconds)
         config = self._job.config.checkpoint

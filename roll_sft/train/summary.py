@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from roll_sft.base.console import format_seconds, stdout_console
 from roll_sft.base.files import json_lines
 from roll_sft.base.text import redacted
 from roll_sft.config.schema import RunConfig
 from roll_sft.tracking.mlflow_run import LOCAL_SERVER, noted_run
 from roll_sft.train import run_folder
-from roll_sft.train.terminal import format_seconds, stdout_console
 
 
 def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:

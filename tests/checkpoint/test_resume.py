@@ -95,7 +95,9 @@ class Runs:
         if staging is None:
             return metrics, None
         job = prepare(config)
-        return metrics, publish_step(job, job.planner.step(last), staging=staging)
+        return metrics, publish_step(
+            job.state, job.planner.step(last), staging=staging, save_assets=job.save_assets
+        )
 
 
 @pytest.fixture

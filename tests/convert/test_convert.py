@@ -103,7 +103,7 @@ def test_a_run_starts_from_a_converted_model_as_from_the_model(
         home, parallel=LAYOUTS[layout], model={"path": str(home / kind / "model")}
     )
     job, folder = prepare(config), home / kind / "megatron"
-    assert start_from(job, folder).step == 0
+    assert start_from(folder, job.state, allowed=()).step == 0
     runs = [
         pool.run(steps_of, layout_of(config.parallel), config, 1, 2, loads, None)
         for loads in (None, folder)

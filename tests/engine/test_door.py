@@ -14,8 +14,8 @@ import pytest
 from roll_sft.base.errors import ConfigError
 from roll_sft.checkpoint import tensors
 from roll_sft.checkpoint.publish import publish_step, staging_folder
-from roll_sft.engine.__main__ import steps_to_make
 from roll_sft.job.prepare import prepare
+from roll_sft.torchrun import steps_to_make
 from tests import parity
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -37,7 +37,7 @@ def test_torchrun_trains_like_transformers_and_saves(tmp_path: Path) -> None:
     config = parity.parity_config(tmp_path, parallel=layout)
     # JSON is YAML; what `--cfg job --resolve` prints is read the same way.
     (tmp_path / "run.yaml").write_text(json.dumps({**dataclasses.asdict(config), "hydra": {}}))
-    door = ["-m", "roll_sft.engine", "--config", str(tmp_path / "run.yaml"), "--steps", "3"]
+    door = ["-m", "roll_sft.torchrun", "--config", str(tmp_path / "run.yaml"), "--steps", "3"]
     result = run([*TORCHRUN, "--nproc-per-node", "2", *door, "--save", str(tmp_path / "out")])
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
@@ -61,7 +61,9 @@ def test_steps_count_from_the_beginning_and_are_never_taken_back(tmp_path: Path)
     job = prepare(config)
     staging = staging_folder(tmp_path / "run", 3)
     tensors.write(staging, [], objects={}, writer=tensors.Writer(0, 1, optimizer_step=3))
-    loads = publish_step(job, job.planner.step(3), staging=staging)
+    loads = publish_step(
+        job.state, job.planner.step(3), staging=staging, save_assets=job.save_assets
+    )
     assert steps_to_make(job, steps=None, loads=None) == (1, job.total_steps)
     assert steps_to_make(job, steps=5, loads=loads) == (4, 5)
     assert steps_to_make(job, steps=3, loads=loads) == (4, 3), "saved anew, on another layout"
@@ -79,7 +81,7 @@ def test_a_bad_value_ends_with_its_code_and_one_line(tmp_path: Path) -> None:
     config = dataclasses.asdict(parity.parity_config(tmp_path))
     config["train"]["learning_rate"] = -1.0
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "roll_sft.engine", "--config", str(tmp_path / "run.yaml")]
+    command = [sys.executable, "-m", "roll_sft.torchrun", "--config", str(tmp_path / "run.yaml")]
     os.environ["WORLD_SIZE"] = "1"
     try:
         result = run(command)
@@ -93,7 +95,7 @@ def test_a_bad_value_ends_with_its_code_and_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_door_imports_no_ray_hydra_or_mlflow() -> None:
     code = (
-        "import sys, roll_sft.engine.__main__\n"
+        "import sys, roll_sft.torchrun\n"
         "print([m for m in ('ray', 'hydra', 'omegaconf', 'mlflow') if m in sys.modules])"
     )
     result = run([sys.executable, "-W", "ignore", "-c", code])

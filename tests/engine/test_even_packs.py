@@ -120,7 +120,12 @@ def test_packs_of_one_length_give_the_same_numbers_without_an_exchange_of_shapes
     if layout not in RESUMED:
         return
     job = prepare(config)
-    rest, _, _ = run(ALWAYS, loads=publish_step(job, job.planner.step(HALF), staging=staging))
+    rest, _, _ = run(
+        ALWAYS,
+        loads=publish_step(
+            job.state, job.planner.step(HALF), staging=staging, save_assets=job.save_assets
+        ),
+    )
     assert rest == found[HALF:]
 
 

@@ -171,7 +171,7 @@ def _composed(values: dict[str, Any]) -> tuple[RunConfig, str]:
 
 def run_config(config: RunConfig, composed_yaml: str) -> None:
     """What the door does, and never more than a plan or a preparation."""
-    from roll_sft.train.driver import run
+    from roll_sft.stages import run
 
     if not config.prepare_only:
         config = dataclasses.replace(config, dry_run=True)

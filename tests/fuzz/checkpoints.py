@@ -23,7 +23,8 @@ from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.convert import command
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 from tests.fuzz.case import Case, Outcome
 from tests.fuzz.mutate import brief, changed, damaged, odd_value
 
@@ -248,7 +249,8 @@ def _resumed(what: str, target: Path, home: Path, is_honest: bool) -> Case:
     def action(config: RunConfig, _text: str) -> None:
         checkpoints = Path("checkpoints").resolve()
         found = find_checkpoint(config, checkpoints)
-        start = start_from(_job(home), found)
+        job = _job(home)
+        start = start_from(found, job.state, allowed=job.config.checkpoint.allow_changes)
         make_way(checkpoints, start)
         if start.checkpoint is not None:
             chosen.append(start.checkpoint)

@@ -27,15 +27,16 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
+from roll_sft.data.tokens.cache import TokenData
 from roll_sft.engine import attention_kernels
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.micro_batch import segments_of
 from roll_sft.engine.process_groups import Rendezvous, process_groups
-from roll_sft.job.inputs import ModelSource, TokenData
 from roll_sft.job.prepare import prepare
 from roll_sft.models.registry import family_of
 from roll_sft.models.safetensors_in import RandomSource
+from roll_sft.models.source import ModelSource
 from tests import parity, waits
 from tests.gpu.compiled_checks import check_compiled
 
@@ -217,7 +218,7 @@ def measure(device: str) -> Iterator[dict[str, Any]]:
         for backend in available(device):
             run = _speed_config(backend, device)
             data: Any = TokenData(tokens, {})  # type: ignore[arg-type]
-            engine = Engine(run, source=ModelSource(family, shape, weights), data=data)
+            engine = Engine(run, source=ModelSource(shape, opened=weights), data=data)
             plans = Planner(
                 tokens.lengths,
                 tokens.supervised,

@@ -24,7 +24,8 @@ from roll_sft.checkpoint.resume import Start, find_checkpoint, make_way, start_f
 from roll_sft.checkpoint.retention import check_room, retain
 from roll_sft.checkpoint.tensors import Piece, Writer
 from roll_sft.config.schema import CheckpointConfig
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 from tests import parity
 
 SHARD = "__0_0.distcp"
@@ -48,7 +49,11 @@ def changed(job: Job, **sections: Any) -> Job:
 
 
 def find_start(job: Job, checkpoints: Path) -> Start:
-    return start_from(job, find_checkpoint(job.config, checkpoints))
+    return start_from(
+        find_checkpoint(job.config, checkpoints),
+        job.state,
+        allowed=job.config.checkpoint.allow_changes,
+    )
 
 
 def write_shard(staging: Path) -> None:
@@ -59,7 +64,9 @@ def write_shard(staging: Path) -> None:
 def save(job: Job, checkpoints: Path, step: int) -> Path:
     staging = staging_folder(checkpoints, step)
     write_shard(staging)
-    return publish_step(job, job.planner.step(step), staging=staging)
+    return publish_step(
+        job.state, job.planner.step(step), staging=staging, save_assets=job.save_assets
+    )
 
 
 # Which one
@@ -431,7 +438,7 @@ def test_a_rank_that_did_not_finish_is_named_and_nothing_is_published(
     staging = staging_folder(tmp_path, 4)
     tensors.write(staging, [], objects={}, writer=Writer(0, 2, optimizer_step=1))
     with pytest.raises(CheckpointError, match="rank 1 did not finish its part"):
-        publish_step(job, job.planner.step(4), staging=staging)
+        publish_step(job.state, job.planner.step(4), staging=staging, save_assets=job.save_assets)
     assert step_folders(tmp_path) == []
 
 
@@ -473,7 +480,13 @@ def has_room(run: Job, checkpoints: Path, *, sizes: float, first_step: int = 0) 
     usage = shutil.disk_usage(checkpoints.parent)._replace(free=int(sizes * size))
     with patch.object(retention.shutil, "disk_usage", return_value=usage):
         try:
-            check_room(run.plan, checkpoints, first_step=first_step)
+            check_room(
+                run.config,
+                run.source.shape,
+                checkpoints,
+                first_step=first_step,
+                total_steps=run.total_steps,
+            )
         except ResourceError:
             return False
     return True
@@ -481,7 +494,7 @@ def has_room(run: Job, checkpoints: Path, *, sizes: float, first_step: int = 0) 
 
 def test_room_for_all_checkpoints_is_asked_for_before_training(job: Job, tmp_path: Path) -> None:
     size = retention.checkpoint_bytes(job.config, job.source.shape)
-    assert size == 12 * job.plan.shape.num_parameters
+    assert size == 12 * job.source.shape.num_parameters
     run = changed(job, train={"max_steps": 10, "save_steps": 2}, checkpoint={"keep_last": 2})
     checkpoints = tmp_path / "checkpoints"
     assert has_room(run, checkpoints, sizes=3)

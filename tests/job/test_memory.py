@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from transformers import Qwen2Config
@@ -10,9 +10,9 @@ from transformers import Qwen2Config
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.memory import GIB, estimate
-from roll_sft.job.prepare import Plan, prepare
-from roll_sft.models.family import ModelShape
+from roll_sft.job.prepare import prepare
 from roll_sft.models.registry import family_of
+from roll_sft.models.shape import ModelShape
 from tests import parity
 from tests.pool import RankPool
 
@@ -34,12 +34,17 @@ KEPT = 4 * 896 + 3 * (896 + 128) + 3 * 4864  # numbers that a layer keeps of a t
 GRADIENTS = TOKENS * (2 * 896 + 3 * 4864) + 2 * 896 * 4864
 
 
+class Run(NamedTuple):
+    config: RunConfig
+    shape: ModelShape
+
+
 def plan_of(
     recompute: str = "none",
     dtype: str = "bf16",
     is_compiled: bool | None = None,
     **parallel: Any,
-) -> Plan:
+) -> Run:
     config = build_config(
         {
             "model": {"dtype": dtype, "compile": is_compiled},
@@ -48,8 +53,7 @@ def plan_of(
         }
     )
     shape = family_of(HALF_B).shape(HALF_B)
-    layout = layout_of(config.parallel)
-    return Plan(config, layout, shape, reports={}, steps_per_epoch=1, total_steps=1, shares={})
+    return Run(config, shape)
 
 
 def kept_of(shape: ModelShape, *, of_mlp: int) -> int:
@@ -61,7 +65,7 @@ def kept_of(shape: ModelShape, *, of_mlp: int) -> int:
 def test_the_memory_of_a_small_model_on_one_gpu_is_the_sum_done_by_hand() -> None:
     plan = plan_of()
     assert kept_of(plan.shape, of_mlp=3) == KEPT
-    found = estimate(plan)
+    found = estimate(*plan)
     assert found.state_gib == pytest.approx(494_032_768 * (2 + 4 + 4 + 8) / GIB, rel=1e-3)
     assert found.activations_gib == pytest.approx((24 * TOKENS * KEPT + GRADIENTS) * 2 / GIB)
     # 2048 rows of logits and their gradient, rows and theirs, the weight's gradient in fp32.
@@ -72,49 +76,52 @@ def test_the_memory_of_a_small_model_on_one_gpu_is_the_sum_done_by_hand() -> Non
 
 
 def test_full_recomputation_keeps_what_enters_a_layer_and_one_layer() -> None:
-    found = estimate(plan_of("full"))
+    found = estimate(*plan_of("full"))
     numbers = TOKENS * (24 * 896 + KEPT) + GRADIENTS
     assert found.activations_gib == pytest.approx(numbers * 2 / GIB)
-    in_fp32 = estimate(plan_of("full", dtype="fp32"))
+    in_fp32 = estimate(*plan_of("full", dtype="fp32"))
     assert in_fp32.activations_gib == pytest.approx(numbers * 4 / GIB)
 
 
 def test_op_by_op_more_is_kept_of_the_mlp_and_of_the_head() -> None:
-    compiled, plain = estimate(plan_of()), estimate(plan_of(is_compiled=False))
+    compiled, plain = estimate(*plan_of()), estimate(*plan_of(is_compiled=False))
     more = 24 * TOKENS * 2 * 4864 * 2 / GIB
     assert plain.activations_gib - compiled.activations_gib == pytest.approx(more)
     assert plain.head_gib - compiled.head_gib == pytest.approx(2048 * WORDS * (6 - 4) / GIB)
-    assert estimate(plan_of(device="cpu")).activations_gib == plain.activations_gib
+    assert estimate(*plan_of(device="cpu")).activations_gib == plain.activations_gib
 
 
 def test_each_axis_cuts_its_part() -> None:
-    one = estimate(plan_of())
-    tensor = estimate(plan_of(**TP2))
+    one = estimate(*plan_of())
+    tensor = estimate(*plan_of(**TP2))
     assert tensor.state_gib == pytest.approx(one.state_gib / 2, rel=1e-3)
     assert one.activations_gib / 2 < tensor.activations_gib < 0.51 * one.activations_gib
-    data = estimate(plan_of(num_workers=4))
+    data = estimate(*plan_of(num_workers=4))
     assert data.state_gib == pytest.approx(one.state_gib * (2 + 4 + 12 / 4) / 18)
     assert data.activations_gib == one.activations_gib
-    whole = estimate(plan_of(num_workers=4, use_distributed_optimizer=False))
+    whole = estimate(*plan_of(num_workers=4, use_distributed_optimizer=False))
     assert whole.state_gib == one.state_gib
-    context = estimate(plan_of(num_workers=2, context_parallel_size=2))
+    context = estimate(*plan_of(num_workers=2, context_parallel_size=2))
     assert one.activations_gib / 2 < context.activations_gib < 0.53 * one.activations_gib
 
 
 def test_the_first_stage_holds_a_micro_batch_for_every_stage_and_the_last_the_head() -> None:
-    one, two = estimate(plan_of()), estimate(plan_of(num_workers=2, pipeline_model_parallel_size=2))
+    one, two = (
+        estimate(*plan_of()),
+        estimate(*plan_of(num_workers=2, pipeline_model_parallel_size=2)),
+    )
     # Half of the layers, twice in flight, and the embedding: the first is the fuller.
     assert two.activations_gib == one.activations_gib
     assert two.head_gib == 0
     interleaved = estimate(
-        plan_of(
+        *plan_of(
             num_workers=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
         )
     )
     chunks = 2 + 2 + 1  # of six layers: on the way to the last stage, one more turn, and its own
     numbers = chunks * 6 * TOKENS * KEPT + GRADIENTS
     assert interleaved.activations_gib == pytest.approx(numbers * 2 / GIB)
-    full = estimate(plan_of("full", num_workers=2, pipeline_model_parallel_size=2))
+    full = estimate(*plan_of("full", num_workers=2, pipeline_model_parallel_size=2))
     assert full.head_gib == one.head_gib  # with little else in flight, the last is the fuller
 
 
@@ -125,7 +132,7 @@ def test_where_packs_are_short_the_update_needs_the_most_on_a_cpu() -> None:
         train=replace(plan.config.train, micro_batch_tokens=64),
         data=replace(plan.config.data, sequence_length=64),
     )
-    found = estimate(replace(plan, config=short))
+    found = estimate(short, plan.shape)
     assert found.update_gib == pytest.approx(494_032_768 * 4 / GIB, rel=1e-3)
     assert found.total_gib == found.state_gib + found.update_gib
 
@@ -199,10 +206,10 @@ def test_an_engine_holds_what_was_estimated(
     config = parity.parity_config(
         folder, model={"dtype": dtype}, parallel={"num_workers": 1, **parallel}
     )
-    plan = prepare(config).plan
+    plan = Run(config, prepare(config).source.shape)
     found = pool.run(bytes_held, layout_of(config.parallel), config)
     fullest = max(state for state, _, _ in found)
-    assert estimate(plan).state_gib * GIB == pytest.approx(fullest, rel=0.01)
+    assert estimate(*plan).state_gib * GIB == pytest.approx(fullest, rel=0.01)
     if dtype == "fp32":
         shape = plan.shape
         # On a CPU a norm is two steps, and attention is joined from its samples'.

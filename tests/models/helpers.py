@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from roll_sft.models.registry import load_hf_config
+from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.safetensors_in import Shape
 
 SIZES: dict[str, Any] = {

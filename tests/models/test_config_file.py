@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.family import ModelShape
-from roll_sft.models.registry import family_of, load_hf_config
+from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.registry import family_of
+from roll_sft.models.shape import ModelShape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

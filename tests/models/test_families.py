@@ -14,9 +14,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from roll_sft.models.family import Family, ModelShape
-from roll_sft.models.registry import FAMILIES, family_of
+from roll_sft.models.family import Family
+from roll_sft.models.registry import ARCHITECTURES, family_named, family_of
 from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import SingleTensor
 from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource, tiny_model
 
@@ -51,7 +52,7 @@ def model(name: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def family(model: PreTrainedModel) -> Family:
-    return next(family for family in FAMILIES if family.architecture == type(model).__name__)
+    return family_named(type(model).__name__)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def merge(name: str, parts: list[torch.Tensor], shape: ModelShape) -> torch.Tens
 
 def test_every_family_is_tested_here():
     tested = {f"{type(config).__name__.removesuffix('Config')}" for config in CONFIGS.values()}
-    assert {f"{name}ForCausalLM" for name in tested} == {f.architecture for f in FAMILIES}
+    assert {f"{name}ForCausalLM" for name in tested} == set(ARCHITECTURES)
 
 
 def test_every_weight_survives_the_way_to_megatron_and_back(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.family import Family, ModelShape
+from roll_sft.models.family import Family
+from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import GatedMLP, TiedHead, VocabSplit, WeightMapping
 from tests.models.helpers import MemorySource
 

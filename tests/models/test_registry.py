@@ -8,8 +8,9 @@ import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from roll_sft.base.errors import ConfigError
+from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
-from roll_sft.models.registry import FAMILIES, family_of, load_hf_config
+from roll_sft.models.registry import ARCHITECTURES, family_named, family_of
 from tests.models.helpers import LLAMA3_ROPE, SIZES
 
 ON_DISK = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES}
@@ -46,17 +47,19 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, text:
 
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], None])
 def test_an_unknown_architecture_is_refused_with_what_is_supported(architectures: Any):
-    supported = ", ".join(family.architecture for family in FAMILIES)
+    supported = ", ".join(ARCHITECTURES)
     with pytest.raises(ConfigError, match=f"supports one of: {supported}; choose"):
         family_of(Qwen2Config(**SIZES, architectures=architectures))
 
 
 def test_each_architecture_has_one_family():
-    for family in FAMILIES:
-        assert family_of(PreTrainedConfig(architectures=[family.architecture])) is family
+    for name in ARCHITECTURES:
+        family = family_of(PreTrainedConfig(architectures=[name]))
+        assert family is family_named(name)
+        assert family.architecture == name
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+@pytest.mark.parametrize("family", map(family_named, ARCHITECTURES), ids=ARCHITECTURES)
 def test_a_configuration_of_another_class_is_refused(family: Family):
     config = Qwen2Config if family.architecture.startswith("Llama") else LlamaConfig
     message = f"{family.architecture} comes with configuration class {config.__name__}; only"

@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 
 from roll_sft.base.metrics import RankParity, TensorError, TokenError
-from roll_sft.job.inputs import ModelSource
 from roll_sft.models.qwen import QWEN2
-from roll_sft.models.safetensors_in import RandomSource
+from roll_sft.models.source import ModelSource
 from roll_sft.models.weight_map import TiedHead, hf_names
 from roll_sft.parity.oracle import Facts
 from roll_sft.parity.verdict import Verdict, judge, tolerances
 from tests.parity import model_config
 
 SHAPE = QWEN2.shape(model_config("qwen2", num_layers=2))
-SOURCE = ModelSource(QWEN2, SHAPE, RandomSource({}, seed=0, initializer_range=1.0))
+SOURCE = ModelSource(SHAPE, seed=0)
 IN_LAYER = (
     "input_layernorm",
     "self_attn.q_proj",

@@ -12,12 +12,13 @@ from typing import Any
 
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.data.steps.plan import RankWork, StepPlan
-from roll_sft.job.inputs import ModelSource, TokenData
+from roll_sft.data.tokens.cache import TokenData
+from roll_sft.models.source import ModelSource
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker, check_tokens_visible
 
 # For engines that need neither.
-NO_INPUTS: Any = (ModelSource(None, None, None), TokenData(SimpleNamespace(caches=()), {}))  # type: ignore[arg-type]
+NO_INPUTS: Any = (ModelSource(None), TokenData(SimpleNamespace(caches=()), {}))  # type: ignore[arg-type]
 Fault = Callable[[int, int], None]  # called with rank and step, within the step
 STEP_S = 0.02
 

@@ -10,7 +10,7 @@ import ray
 
 from roll_sft.base.errors import ConfigError, DataError, ResourceError, WorkerError
 from roll_sft.base.metrics import EvalMetrics
-from roll_sft.job.inputs import TokenData
+from roll_sft.data.tokens.cache import TokenData
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.placement import reserved

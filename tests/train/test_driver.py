@@ -126,6 +126,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(run):
         "data_report.json",
         "eval.jsonl",
         "hf",
+        "job",
         "logs",
         "loss.png",
         "mlflow",

@@ -109,10 +109,13 @@ def test_a_checkpoint_is_published_once_written_and_before_the_next(
     caplog.set_level(logging.INFO)
     events: list[str] = []
     config = build_config({"checkpoint": {"async_save": True, "keep_last": 2}})
-    job, workers = cast(Any, SimpleNamespace(config=config)), Workers(events)
+    job, workers = (
+        cast(Any, SimpleNamespace(config=config, state=None, save_assets=None)),
+        Workers(events),
+    )
     records = cast(Any, SimpleNamespace(sync=lambda: events.append("logs on disk")))
 
-    def publish_step(_job: Any, plan: Any, *, staging: Path) -> Path:
+    def publish_step(_run: Any, plan: Any, *, staging: Path, **_: Any) -> Path:
         events.append(f"publish {plan.step}")
         return staging.rename(staging.with_name(f"step_{plan.step:08d}"))
 

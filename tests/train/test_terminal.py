@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
+from roll_sft.base import console
 from roll_sft.base.metrics import StepRecord
 from roll_sft.train import terminal
 
@@ -46,9 +47,10 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
 
     def show(width: int, **options: object) -> str:
         file = io.StringIO()
-        console = Console(file=file, width=width, force_terminal=True, highlight=False, **options)
-        monkeypatch.setattr(terminal, "CONSOLE", console)
-        terminal.set_up_logging()
+        shown = Console(file=file, width=width, force_terminal=True, highlight=False, **options)
+        monkeypatch.setattr(terminal, "CONSOLE", shown)
+        monkeypatch.setattr(console, "CONSOLE", shown)
+        console.set_up_logging()
         with terminal.step_display(TOTAL, logging_steps=5) as display:
             for step in range(1, 11):
                 display.show(record(step), fill=0.59)
@@ -88,8 +90,8 @@ def test_without_a_terminal_a_line_is_plain_and_has_everything(
     screen: Screen, capsys: pytest.CaptureFixture[str]
 ) -> None:
     screen(80)
-    terminal.CONSOLE = Console(stderr=True)  # put back by the fixture
-    terminal.set_up_logging()
+    terminal.CONSOLE = console.CONSOLE = Console(stderr=True)  # put back by the fixture
+    console.set_up_logging()
     with terminal.step_display(TOTAL, logging_steps=5) as display:
         for step in (449, 450):
             display.show(record(step), fill=0.59)
@@ -106,4 +108,4 @@ def test_without_a_terminal_a_line_is_plain_and_has_everything(
     [(0.4, "0:00:00"), (133, "0:02:13"), (3599.6, "1:00:00"), (97_200, "1 d 03:00:00")],
 )
 def test_seconds_are_written_as_a_clock_does(seconds: float, text: str) -> None:
-    assert terminal.format_seconds(seconds) == text
+    assert console.format_seconds(seconds) == text

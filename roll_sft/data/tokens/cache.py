@@ -242,6 +242,20 @@ class TokenSet:
         return shard, index - self._starts[shard]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenData:
+    """The token caches of a run: one set to train on, validation sets by name."""
+
+    train: TokenSet
+    validation: dict[str, TokenSet]
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all token caches, each once."""
+        sets = [self.train, *self.validation.values()]
+        return list(dict.fromkeys(cache.folder for tokens in sets for cache in tokens.caches))
+
+
 def read_facts(folder: Path) -> CacheFacts:
     """Return report.json if the other files have the sizes it says; raise `DataError` if not."""
     try:

@@ -50,8 +50,11 @@ def test_what_is_trained_on_decides_the_address_and_not_where_a_model_stops(
     jobs = [
         prepare(config(assets, tmp_path, train_on=train_on)) for train_on in ("assistant", "all")
     ]
-    assert len({job.source_addresses["rows"] for job in jobs}) == 2
-    assert [job.end_of_turn_id for job in jobs] == [2, 2]
+    assert len({job.state.sources["rows"] for job in jobs}) == 2
+    for number, job in enumerate(jobs):
+        job.save_assets(tmp_path / str(number))
+        generation = json.loads((tmp_path / str(number) / "generation_config.json").read_text())
+        assert 2 in generation["eos_token_id"]
     answers, everything = (job.data.train.supervised for job in jobs)
     assert len(answers) == len(everything) == NUM_ROWS
     assert (everything == jobs[1].data.train.lengths - 1).all()

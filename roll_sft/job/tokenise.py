@@ -1,14 +1,11 @@
-"""What the `data` section of a configuration becomes: tokens, reports, and what an epoch draws.
+"""The `data` section of a configuration -> token caches and reports.
 
-Floor 1 knows no configuration; this is where its keys are turned into arguments.
+`data/` knows no configuration; this is where its keys become arguments.
 """
 
-import hashlib
 import logging
-from collections.abc import Mapping
 from typing import Literal
 
-from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import (
     DataConfig,
     RunConfig,
@@ -19,23 +16,19 @@ from roll_sft.config.schema import (
 )
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import ColumnKeys
-from roll_sft.data.steps.epochs import Share
 from roll_sft.data.steps.packing import best_fit_decreasing
-from roll_sft.data.steps.plan import Planner, PlanOptions, StepPlan
+from roll_sft.data.steps.plan import Planner, StepPlan
 from roll_sft.data.tokens.build_shard import SourceOptions
-from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.cache import TokenData, TokenSet
 from roll_sft.data.tokens.estimate import rough_report
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
 from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread
-from roll_sft.job.inputs import TokenData
 
 _log = logging.getLogger(__name__)
 
 _STEPS_SAMPLED = 8  # whose packs say how full they will be
 _POOR_FILL = 0.6
-_MOST_REPEATS = 1000  # of one sample in an epoch
-_MOST_SAMPLES = 1 << 30  # of an epoch: they are numbered by 32 bits
 # Of whole packs. A step just above them would need one pack more on each rank, nearly empty.
 _FILL_TO_AIM_AT = 0.9
 
@@ -79,55 +72,6 @@ def rough(entry: SourceConfig, data: DataConfig) -> SourceReport:
         keys=_column_keys(data),
         is_strict=data.on_bad_row == "error",
     )
-
-
-def addresses_of(tokens: TokenSet, shares: Mapping[str, Share]) -> dict[str, str]:
-    """Source -> address of its tokens, which changes with data, tokenizer and options.
-
-    Where an epoch does not draw each sample once, the number that it draws is part of it.
-    """
-    addresses = {}
-    for source in tokens.sources:
-        shards = "\n".join(cache.folder.name for cache in source.caches)
-        share = shares[source.name]
-        drawn = "" if share.is_whole else f"*{share.per_epoch}"
-        addresses[source.name] = hashlib.sha256(shards.encode()).hexdigest() + drawn
-    return addresses
-
-
-def shares_of(entries: list[SourceConfig], samples: Mapping[str, range]) -> dict[str, Share]:
-    """How much of each train source an epoch draws; `samples` are the indices of each.
-
-    Raises `ConfigError` for more than could be shuffled.
-    """
-    shares = {
-        source_name(entry): Share.of(
-            samples[source_name(entry)], weight=entry.weight, samples=entry.samples
-        )
-        for entry in entries
-    }
-    for name, share in shares.items():
-        size = share.stop - share.start
-        if share.per_epoch > _MOST_REPEATS * size:
-            raise ConfigError(
-                f"data.train: an epoch of {share.per_epoch:,} samples of {name} repeats each of its"
-                f" {size:,} more than {_MOST_REPEATS:,} times; lower samples or weight, and raise"
-                " train.num_train_epochs"
-            )
-    if (total := sum(share.per_epoch for share in shares.values())) > _MOST_SAMPLES:
-        raise ConfigError(
-            f"data.train: an epoch of {total:,} samples is more than {_MOST_SAMPLES:,}; lower"
-            " samples or weight, and raise train.num_train_epochs"
-        )
-    return shares
-
-
-def planner_of(
-    tokens: TokenSet, options: PlanOptions, shares: Mapping[str, Share] | None = None
-) -> Planner:
-    """The planner of one set; without `shares` an epoch holds each sample once."""
-    drawn = tuple(shares.values()) if shares else ()
-    return Planner(tokens.lengths, tokens.supervised, options=options, shares=drawn)
 
 
 def expected_fill(planner: Planner) -> float:

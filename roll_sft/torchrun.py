@@ -1,4 +1,4 @@
-"""A door without Ray: `torchrun --nproc-per-node N -m roll_sft.engine --config run.yaml`.
+"""A door without Ray: `torchrun --nproc-per-node N -m roll_sft.torchrun --config run.yaml`.
 
 For debugging one rank at a time and for machines with GPUs and little else: needs torch,
 megatron-core, transformers and safetensors. `run.yaml` is a whole configuration, as
@@ -27,7 +27,8 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.config.validate import check_config
 from roll_sft.engine.environment import set_variables, silence_warnings
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.prepare import prepare
 
 if TYPE_CHECKING:
     from roll_sft.engine.engine import Engine
@@ -75,7 +76,7 @@ def steps_to_make(job: Job, *, steps: int | None, loads: Path | None) -> tuple[i
     if loads is None:
         return 1, last
     check_complete(loads)
-    done = start_from(job, loads).step
+    done = start_from(loads, job.state, allowed=job.config.checkpoint.allow_changes).step
     if last < done:
         raise ConfigError(
             f"--steps: {last} steps are fewer than the {done} of --load {loads}, and a step is not"
@@ -143,7 +144,9 @@ def _save(job: Job, engine: "Engine", *, checkpoints: Path, step: int) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         with writing(checkpoints, CheckpointError):
-            publish_step(job, job.planner.step(step), staging=staging)
+            publish_step(
+                job.state, job.planner.step(step), staging=staging, save_assets=job.save_assets
+            )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import pytest
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, SourceConfig
-from roll_sft.job.corpus import shares_of
-from roll_sft.job.prepare import Job, prepare
+from roll_sft.job.job import Job
+from roll_sft.job.plans import shares_of
+from roll_sft.job.prepare import prepare
+from roll_sft.job.tokenise import expected_fill
 from tests import doors
 from tests.doors import Door, alpaca, cells, write_rows
 
@@ -63,13 +65,13 @@ def test_a_mixture_draws_what_its_entries_ask_for(config: Any) -> None:
 
 
 def test_a_mixture_changes_the_address_that_a_resume_compares(config: Any) -> None:
-    whole = prepare(config({}, {})).source_addresses
-    same = prepare(config({"samples": 40}, {"weight": 1.0})).source_addresses
-    half = prepare(config({"weight": 0.5}, {})).source_addresses
+    whole = prepare(config({}, {})).state.sources
+    same = prepare(config({"samples": 40}, {"weight": 1.0})).state.sources
+    half = prepare(config({"weight": 0.5}, {})).state.sources
     assert whole == same
     assert half["b"] == whole["b"]
     assert half["a"] != whole["a"]
-    assert prepare(config({"samples": 20}, {})).source_addresses == half
+    assert prepare(config({"samples": 20}, {})).state.sources == half
 
 
 def test_a_step_of_tokens_meets_its_budget(config: Any) -> None:
@@ -96,8 +98,7 @@ def test_poor_packs_are_warned_of_with_a_batch_that_fills_them(
     with caplog.at_level(logging.WARNING):
         job = prepare(config({}, {}, train=filled, **many))
     assert not caplog.messages
-    assert poor.plan.fill is not None
-    assert (job.plan.fill or 0) > 3 * poor.plan.fill
+    assert expected_fill(job.planner) > 3 * expected_fill(poor.planner)
 
 
 def test_packs_that_no_batch_can_fill_are_told_apart(

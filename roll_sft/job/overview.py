@@ -1,16 +1,36 @@
-"""What a run will do, as tables: layout, model, data, steps, memory."""
+"""What a run will do, for people: layout, model, data, steps and memory, as tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 
+from roll_sft.base.console import stdout_console
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.config.schema import RunConfig
+from roll_sft.data.steps.epochs import Share
 from roll_sft.data.tokens.report import SourceReport
-from roll_sft.job.memory import MemoryEstimate, estimate
-from roll_sft.job.prepare import Plan, drawn_tokens
-from roll_sft.train.terminal import stdout_console
+from roll_sft.job.memory import estimate
+from roll_sft.models.shape import ModelShape
 
 
-def show_plan(plan: Plan) -> None:
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What a run will do."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    shape: ModelShape
+    reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
+    pack_tokens: int  # padded tokens that a pack holds at most
+    steps_per_epoch: int
+    total_steps: int
+    shares: dict[str, Share]  # train source -> how much of it an epoch draws
+    fill: float | None = None  # of the packs: their tokens over what they could hold
+    is_estimate: bool = False  # rows and tokens are guessed from the text, for want of tokens
+
+
+def show_overview(overview: Overview) -> None:
     """The layout, the model, the data and the memory that a run will have, as tables."""
     console = stdout_console()
     tables = (
@@ -21,9 +41,16 @@ def show_plan(plan: Plan) -> None:
         _dropped_table,
         _steps_table,
     )
-    for table in filter(None, (make(plan) for make in tables)):
+    for table in filter(None, (make(overview) for make in tables)):
         console.print(table)
         console.print()
+
+
+def drawn_tokens(reports: Sequence[SourceReport], shares: Mapping[str, Share]) -> int:
+    """Tokens that an epoch draws, a source that is not drawn whole at its mean length."""
+    return round(
+        sum(report.tokens / report.kept * shares[report.name].per_epoch for report in reports)
+    )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -33,8 +60,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _layout_table(plan: Plan) -> Table:
-    layout = plan.layout
+def _layout_table(overview: Overview) -> Table:
+    layout = overview.layout
     table = _table("Layout", "workers", "TP", "PP", "CP", "DP", "SP", "tokens per pack", "device")
     table.add_row(
         *map(
@@ -46,41 +73,41 @@ def _layout_table(plan: Plan) -> Table:
                 layout.context_size,
                 layout.data_size,
                 "on" if layout.sequence_parallel else "off",
-                plan.pack_tokens,
-                plan.config.parallel.device,
+                overview.pack_tokens,
+                overview.config.parallel.device,
             ),
         )
     )
     return table
 
 
-def _model_table(plan: Plan) -> Table:
-    shape = plan.shape
+def _model_table(overview: Overview) -> Table:
+    shape = overview.shape
     table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
     table.add_row(
         shape.architecture,
         f"{shape.num_parameters:,}",
         str(shape.num_layers),
         str(shape.hidden_size),
-        plan.config.model.dtype,
+        overview.config.model.dtype,
     )
     return table
 
 
-def _data_table(plan: Plan) -> Table:
-    table = _table(f"Data{_guessed(plan)}", "source", "rows", "kept", "dropped", "tokens")
-    for kind, report in _reports(plan):
+def _data_table(overview: Overview) -> Table:
+    table = _table(f"Data{_guessed(overview)}", "source", "rows", "kept", "dropped", "tokens")
+    for kind, report in _reports(overview):
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items()) or "0"
         row = (_label(report, kind, "{} ({})"), f"{report.rows:,}", f"{report.kept:,}", dropped)
         table.add_row(*row, f"{report.tokens:,}")
     return table
 
 
-def _samples_table(plan: Plan) -> Table:
+def _samples_table(overview: Overview) -> Table:
     columns = ["samples of", "samples", "cut", "supervised", "p50 / p90 / p99 / max"]
-    is_mixed = not all(share.is_whole for share in plan.shares.values())
-    table = _table(f"Samples{_guessed(plan)}", *columns, *(["per epoch"] if is_mixed else []))
-    for kind, report in _reports(plan):
+    is_mixed = not all(share.is_whole for share in overview.shares.values())
+    table = _table(f"Samples{_guessed(overview)}", *columns, *(["per epoch"] if is_mixed else []))
+    for kind, report in _reports(overview):
         lengths = [report.length.get(key) for key in ("p50", "p90", "p99", "max")]
         cells = [
             _label(report, kind, "{}, {}"),
@@ -90,15 +117,15 @@ def _samples_table(plan: Plan) -> Table:
             " / ".join("?" if length is None else f"{length:,}" for length in lengths),
         ]
         if is_mixed and kind == "train":
-            cells.append(f"{plan.shares[report.name].per_epoch:,}")
+            cells.append(f"{overview.shares[report.name].per_epoch:,}")
         table.add_row(*cells)
     return table
 
 
-def _dropped_table(plan: Plan) -> Table | None:
+def _dropped_table(overview: Overview) -> Table | None:
     """What was left out and where it is first; None where nothing was."""
     table = _table("Left out", "of", "what", "number", "the first at")
-    for kind, report in _reports(plan):
+    for kind, report in _reports(overview):
         source = _label(report, kind, "{}, {}")
         for reason, number in report.dropped.items():
             places = "\n".join(report.dropped_places.get(reason, ()))
@@ -108,8 +135,8 @@ def _dropped_table(plan: Plan) -> Table | None:
     return table if table.row_count else None
 
 
-def _reports(plan: Plan) -> Iterator[tuple[str, SourceReport]]:
-    for kind, reports in plan.reports.items():
+def _reports(overview: Overview) -> Iterator[tuple[str, SourceReport]]:
+    for kind, reports in overview.reports.items():
         for report in reports:
             yield kind, report
 
@@ -119,8 +146,8 @@ def _label(report: SourceReport, kind: str, form: str) -> str:
     return kind if report.name == kind else form.format(report.name, kind)
 
 
-def _guessed(plan: Plan) -> str:
-    return " (estimate)" if plan.is_rough else ""
+def _guessed(overview: Overview) -> str:
+    return " (estimate)" if overview.is_estimate else ""
 
 
 def _size(gib: float) -> str:
@@ -129,20 +156,20 @@ def _size(gib: float) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
-def _steps_table(plan: Plan) -> Table:
-    train, per_epoch = plan.config.train, plan.steps_per_epoch
-    memory: MemoryEstimate = estimate(plan)
+def _steps_table(overview: Overview) -> Table:
+    train, per_epoch = overview.config.train, overview.steps_per_epoch
+    memory = estimate(overview.config, overview.shape)
     table = _table("Plan", "what", "value")
-    tokens = drawn_tokens(plan.reports["train"], plan.shares)
-    epochs = plan.total_steps / per_epoch
+    tokens = drawn_tokens(overview.reports["train"], overview.shares)
+    epochs = overview.total_steps / per_epoch
     passes = "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
-    steps = f"{plan.total_steps:,} ({per_epoch:,} per epoch, {passes})"
-    guessed = _guessed(plan)
-    device = "worker" if plan.config.parallel.device == "cpu" else "GPU"
+    steps = f"{overview.total_steps:,} ({per_epoch:,} per epoch, {passes})"
+    guessed = _guessed(overview)
+    device = "worker" if overview.config.parallel.device == "cpu" else "GPU"
     batch = {"samples per step": f"{train.global_batch_size:,}"}
     if train.global_batch_tokens is not None:
         batch = {"tokens per step": f"{train.global_batch_tokens:,} and what completes a sample"}
-    filled = {} if plan.fill is None else {"packs": f"{100 * plan.fill:.0f} % full"}
+    filled = {} if overview.fill is None else {"packs": f"{100 * overview.fill:.0f} % full"}
     rows = {
         f"optimizer steps{guessed}": steps,
         **batch,

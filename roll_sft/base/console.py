@@ -1,0 +1,69 @@
+"""The console: log lines on stderr, and a command's answer on stdout.
+
+On a terminal a log line begins with the time of day; elsewhere it is plain, with its date. Nothing
+here is read by programs: they read `steps.jsonl`.
+"""
+
+import logging
+import sys
+import time
+
+from rich.console import Console
+from rich.text import Text
+
+from roll_sft.base.text import printable
+
+CONSOLE = Console(stderr=True, highlight=False)
+FILE_WIDTH = 120  # columns of what goes to a file, where 80, which Rich would take, breaks paths
+CLOCK = "%H:%M:%S "
+STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+
+
+class _TerminalHandler(logging.Handler):
+    """Prints above the live line. The terminal wraps long lines, so that paths copy whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = Text(time.strftime(CLOCK, time.localtime(record.created)), style="dim")
+        line.append(_message(record), style=f"not dim {STYLES.get(record.levelno, '')}")
+        try:
+            CONSOLE.print(line, soft_wrap=True)
+        except OSError:  # a terminal that is gone must not end a run
+            self.handleError(record)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {_message(record)}"
+
+
+def stdout_console() -> Console:
+    """Where a command's answer goes: tables, samples. Names in it are never read as markup."""
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def set_up_logging() -> None:
+    """Send the package's log to stderr."""
+    handler: logging.Handler = _TerminalHandler()
+    if not CONSOLE.is_terminal:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_PlainFormatter())
+    logger = logging.getLogger("roll_sft")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def format_seconds(seconds: float) -> str:
+    """`0:02:13`, from a day on `1 d 03:00:00`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (
+        f"{days} d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+    )
+
+
+def _message(record: logging.LogRecord) -> str:
+    level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+    return printable(f"{level}{record.getMessage()}")

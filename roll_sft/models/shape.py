@@ -1,0 +1,88 @@
+"""`ModelShape`: all the numbers of a dense decoder. Imports no torch, so a driver can hold one."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from roll_sft.base.layout import round_up
+
+QKNorm: TypeAlias = Literal["none", "head", "projection"]
+NormPlacement: TypeAlias = Literal["pre", "post"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """All the numbers of a dense decoder that the engine, the planner and the weight table need.
+
+    `rotary_inv_freq` holds K/2 frequencies, exact float32 values of transformers' own function, for
+    K = `head_dim`. `qk_norm` is an RMSNorm on queries and keys: over each head alone, or over all
+    heads of the projection at once. `norm_placement` says whether a layer's two norms come before
+    attention and MLP, or after them and before the residual addition. `sliding_window` is how many
+    tokens a query sees, itself included; None if never fewer than all.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    rotary_inv_freq: tuple[float, ...]
+    initializer_range: float
+    qk_norm: QKNorm = "none"
+    norm_placement: NormPlacement = "pre"
+    sliding_window: int | None = None
+
+    @property
+    def attention_width(self) -> int:
+        """Columns of all query heads together, which need not be the hidden size."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def num_matmul_parameters(self) -> int:
+        """Weights that multiply activations: all matrices and the LM head, not the embedding."""
+        return self.num_layers * self._num_layer_matmul_parameters + self._num_embedding_parameters
+
+    @property
+    def num_parameters(self) -> int:
+        """Every trained number once: embedding, head (unless tied), matrices, biases and norms."""
+        num_biases = self._qkv_width if self.qkv_bias else 0
+        num_norms = 2 * self.hidden_size + self._num_qk_norm_parameters
+        per_layer = self._num_layer_matmul_parameters + num_biases + num_norms
+        num_vocab_matrices = 1 if self.tie_word_embeddings else 2
+        return (
+            self.num_layers * per_layer
+            + self.hidden_size
+            + num_vocab_matrices * self._num_embedding_parameters
+        )
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Rows of the embedding on Megatron's side: it needs a multiple of `tensor_size` only."""
+        return round_up(self.vocab_size, tensor_size)
+
+    @property
+    def _qkv_width(self) -> int:
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    @property
+    def _num_qk_norm_parameters(self) -> int:
+        num_heads = {
+            "none": 0,
+            "head": 2,  # all query heads share one, all key heads another
+            "projection": self.num_attention_heads + self.num_key_value_heads,
+        }
+        return num_heads[self.qk_norm] * self.head_dim
+
+    @property
+    def _num_layer_matmul_parameters(self) -> int:
+        width = self._qkv_width + self.attention_width + 3 * self.ffn_hidden_size
+        return self.hidden_size * width
+
+    @property
+    def _num_embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size

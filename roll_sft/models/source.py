@@ -1,0 +1,54 @@
+"""`ModelSource`: what is trained, and where its weights come from.
+
+Travels from the driver to the workers; the weights are opened where they are read, so the driver
+needs neither torch nor the files.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from roll_sft.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from roll_sft.models.family import Family
+    from roll_sft.models.hub import HubModel
+    from roll_sft.models.safetensors_in import TensorSource
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model's shape and one of: a local `folder`, a model on the `hub`, random weights by `seed`.
+
+    `opened` are weights that are open already, in place of these.
+    """
+
+    shape: ModelShape
+    folder: str | None = None
+    hub: "HubModel | None" = None
+    seed: int | None = None
+    opened: "TensorSource | None" = None
+
+    @property
+    def family(self) -> "Family":
+        """The family of the model."""
+        from roll_sft.models.registry import family_named
+
+        return family_named(self.shape.architecture)
+
+    @property
+    def tensors(self) -> "TensorSource":
+        """The weights, opened. Raises what `SafetensorsSource` raises."""
+        from roll_sft.models.safetensors_in import RandomSource, SafetensorsSource
+
+        if self.opened is not None:
+            return self.opened
+        if self.seed is not None:
+            return RandomSource(
+                self.family.hf_shapes(self.shape),
+                seed=self.seed,
+                initializer_range=self.shape.initializer_range,
+            )
+        if self.hub is not None:
+            return SafetensorsSource(self.hub.folder())
+        assert self.folder is not None, "a model without weights"
+        return SafetensorsSource(self.folder)

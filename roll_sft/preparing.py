@@ -1,0 +1,109 @@
+"""Preparation in a process of its own, so that the process that trains loads nothing of it.
+
+    python -m roll_sft.preparing FOLDER     (a pickled RunConfig on stdin)
+
+The child writes the job into FOLDER and shows what the run will do. An error of ours crosses to the
+parent, which raises it; a fault keeps its traceback in the child. Promise: the child ends with its
+parent, however that ends.
+"""
+
+import contextlib
+import ctypes
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from roll_sft.base.console import set_up_logging
+from roll_sft.base.errors import FAULT, RollSftError, report
+from roll_sft.config.schema import RunConfig, cluster_address
+from roll_sft.job.job import write_job
+
+_PR_SET_PDEATHSIG = 1  # prctl(2), Linux
+_END_TIMEOUT_S = 10.0
+
+
+@contextlib.contextmanager
+def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
+    """Prepare `config` into `folder` while the block runs.
+
+    The block is given a function that waits for the end, and raises what `prepare` raises. A child
+    that still works when the block ends is ended.
+    """
+    reader, writer = os.pipe()
+    with contextlib.ExitStack() as stack:
+        answer = stack.enter_context(os.fdopen(reader, "rb"))
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "roll_sft.preparing", str(folder), str(writer)],
+                stdin=subprocess.PIPE,
+                pass_fds=[writer],
+            )
+        finally:
+            os.close(writer)
+        stack.callback(_end, child)
+        assert child.stdin is not None, "the child has a pipe for its input"
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(pickle.dumps(config))
+
+        def finish() -> None:
+            pickled = answer.read()
+            code = child.wait()
+            if pickled:
+                raise pickle.loads(pickled)
+            if code:  # the child has said why
+                raise SystemExit(code if code > 0 else FAULT)
+
+        yield finish
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    child.terminate()
+    try:
+        child.wait(_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def prepare_into(config: RunConfig, folder: Path) -> None:
+    """Write the job of `config` into `folder` and show what it will do; in this process."""
+    gc.disable()  # a search through what is being imported finds nothing
+    from roll_sft.job.overview import show_overview
+    from roll_sft.job.prepare import overview_of, prepare
+
+    gc.freeze()
+    gc.enable()
+    spread = None
+    if cluster_address(config) is not None:
+        from roll_sft.runtime.preparation import spread_over_cluster
+
+        spread = spread_over_cluster(config)
+    job = prepare(config, spread=spread)
+    show_overview(overview_of(job))
+    write_job(job, folder)
+
+
+def main(arguments: list[str]) -> int:
+    """The child; returns its exit code."""
+    folder, writer = Path(arguments[0]), int(arguments[1])
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    with os.fdopen(writer, "wb") as answer:
+        try:
+            set_up_logging()
+            prepare_into(pickle.loads(sys.stdin.buffer.read()), folder)
+        except RollSftError as error:
+            pickle.dump(error, answer)
+        except KeyboardInterrupt:
+            return -signal.SIGINT
+        except Exception as error:  # noqa: BLE001 -- a process ends here, with an exit code
+            return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

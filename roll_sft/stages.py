@@ -1,0 +1,124 @@
+"""The three stages of a run, joined by folders on disk: prepare, train, convert.
+
+prepare (files -> token cache and `<output_dir>/job/`) and convert (checkpoint -> `hf/`) are
+processes of their own. A reader of one need not open the others.
+"""
+
+import contextlib
+import logging
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roll_sft.base.errors import CheckpointError, DivergedError
+from roll_sft.checkpoint.resume import NONE, Start, find_checkpoint, start_from, step_folders
+from roll_sft.config.schema import RunConfig, cluster_address
+from roll_sft.job.job import Job, read_job
+from roll_sft.preparing import preparing
+from roll_sft.train import run_folder
+from roll_sft.train.start_clock import StartUp
+
+if TYPE_CHECKING:
+    from roll_sft.tracking.mlflow_run import MlflowRun
+
+LOG = logging.getLogger(__name__)
+JOB = "job"  # the folder of a run that joins the stages
+
+
+def run(config: RunConfig, *, composed_yaml: str) -> None:
+    """Do what `config` says; `composed_yaml` is kept with the results.
+
+    Raises errors of `roll_sft.base.errors`, each with the exit code that the doors end with.
+    """
+    if config.dry_run:
+        from roll_sft.job.overview import show_overview
+        from roll_sft.job.prepare import dry_overview
+
+        show_overview(dry_overview(config))
+        return
+    clock = StartUp()
+    folder = run_folder.output_folder(config)
+    with run_folder.claimed(folder, resumes=config.resume != NONE) as folder:
+        if config.prepare_only:
+            _prepare_only(config, folder, composed_yaml=composed_yaml)
+        else:
+            _run(config, folder, composed_yaml=composed_yaml, clock=clock)
+
+
+def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> None:
+    with preparing(_on_cluster(config), folder / JOB) as prepared:
+        prepared()
+    job = read_job(config, folder / JOB)
+    run_folder.write_json(folder / "data_report.json", job.data_report())
+    if not (folder / "steps.jsonl").exists():  # else it is of the run that wrote those
+        run_folder.write_text(folder / "config.yaml", composed_yaml)
+
+
+def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp) -> None:
+    config = _on_cluster(config)
+    checkpoints = folder / run_folder.CHECKPOINTS
+    checkpoint = find_checkpoint(config, checkpoints)
+    with preparing(config, folder / JOB) as prepared:
+        # Heavy imports meanwhile: Ray among them.
+        from roll_sft.train.driver import train_from
+        from roll_sft.train.loss_curve import CURVE, draw_losses
+        from roll_sft.train.summary import show_summary
+
+        clock.passed("imports")
+        prepared()
+    job = read_job(config, folder / JOB)
+    start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
+    clock.passed("data and plan")
+    with _trackers(job, folder, start=start) as trackers:
+        if start.step >= job.total_steps:
+            LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
+        else:
+            train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
+        if not config.checkpoint.save and config.checkpoint.hf_export != "none":
+            LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
+        elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
+            own = step_folders(checkpoints)
+            _convert(own[-1] if own else start.checkpoint, folder / "hf")
+        if start.step < job.total_steps or not (folder / CURVE).exists():
+            draw_losses(folder)
+    show_summary(config, folder, elapsed_s=clock.elapsed_s())
+
+
+def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManager[list[MlflowRun]]":
+    """The trackers of `job`; each is loaded where a configuration names it."""
+    if "mlflow" not in job.config.tracking.backends:
+        return contextlib.nullcontext([])
+    from roll_sft.tracking.trackers import tracked
+
+    return tracked(job, folder, start=start)
+
+
+def _on_cluster(config: RunConfig) -> RunConfig:
+    """`config` with `auto` decided by the cluster that it joins, if it joins one."""
+    if cluster_address(config) is None:
+        return config
+    from roll_sft.runtime.placement import with_device_of_cluster
+
+    return with_device_of_cluster(config)
+
+
+def _is_exported(folder: Path, start: Start, job: Job) -> bool:
+    """Whether a run that was finished before has its model already."""
+    return start.step >= job.total_steps and (folder / "hf").exists()
+
+
+def _convert(checkpoint: Path | None, output: Path) -> None:
+    """Convert a checkpoint in a process of its own: it needs neither workers nor Ray."""
+    assert checkpoint is not None, "a run that is finished has a checkpoint"
+    LOG.info("exporting %s", checkpoint)
+    command = [sys.executable, "-m", "roll_sft.convert.command"]
+    command += ["--checkpoint", str(checkpoint), "--output", str(output), "--replace"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        kind = DivergedError if result.returncode == DivergedError.exit_code else CheckpointError
+        raise kind(f"the export of {checkpoint} failed: {lines[-1]}")
+    told = "; ".join(result.stdout.strip().splitlines()[:-1])  # the last is the folder
+    LOG.info("HuggingFace model %s (%s)", output, told)

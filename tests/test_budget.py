@@ -1,0 +1,106 @@
+"""What one run makes a reader open: modules and lines of the stages that prepare and that train.
+
+Counted from the entries of a stage over all imports, those in functions included. Left out is what
+a plain run does not load: a full fine-tune of one family on GPUs, of a JSON Lines file of chats,
+without trackers. A real run shows that it loads nothing else.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests import doors
+from tests.test_floors import ROOT, imported_modules, module_path, parsed
+
+assets, arguments = doors.assets, doors.arguments
+
+TRAIN = ("roll_sft/train/driver.py", "roll_sft/engine/engine.py", "roll_sft/models/qwen.py")
+PREPARE = ("roll_sft/preparing.py", "roll_sft/models/qwen.py")
+MOST = {TRAIN: (72, 10_600), PREPARE: (80, 12_500)}  # modules, lines
+
+# Loaded where it is needed, which is not in a plain run.
+BY_NEED = {
+    "roll_sft/data/rows/hub.py": "a data set of the hub",
+    "roll_sft/data/rows/saved_folders.py": "a folder that `datasets` wrote",
+    "roll_sft/data/rows/table_rows.py": "Parquet and Arrow files",
+    "roll_sft/data/rows/tool_calls.py": "tools",
+    "roll_sft/engine/cpu_backend.py": "a run without GPUs",
+    "roll_sft/models/hub.py": "a model of the hub",
+    "roll_sft/runtime/preparation.py": "data prepared by a cluster",
+    "roll_sft/tracking/": "trackers",
+}
+ALLOWED_ON_CPU = ("roll_sft/engine/cpu_backend.py",)
+
+# Notes every module of ours that a process imports, in a file of its own.
+SITE = """
+import os, sys
+from importlib.machinery import PathFinder
+class Noting:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("roll_sft."):
+            spec = PathFinder.find_spec(name, path, target)
+            if spec is not None and spec.origin:
+                with open(os.path.join(os.environ["NOTES"], str(os.getpid())), "a") as notes:
+                    notes.write(spec.origin + "\\n")
+        return None
+sys.meta_path.insert(0, Noting())
+"""
+
+
+def opened(entries: Iterable[str]) -> set[str]:
+    """The modules that a reader of `entries` opens, package docstrings left out."""
+    seen, todo = set[str](), list(entries)
+    while todo:
+        path = todo.pop()
+        if path in seen or path.startswith(tuple(BY_NEED)) or path.endswith("__init__.py"):
+            continue
+        seen.add(path)
+        modules = (module for module, _ in imported_modules(parsed(path), path))
+        todo.extend(filter(None, map(module_path, modules)))
+    return seen
+
+
+@pytest.mark.parametrize("entries", MOST, ids=["train", "prepare"])
+def test_a_stage_can_be_read(entries: tuple[str, ...]) -> None:
+    found = opened(entries)
+    lines = sum(len((ROOT / path).read_text().splitlines()) for path in found)
+    most_modules, most_lines = MOST[entries]
+    listed = "\n".join(sorted(found))
+    assert len(found) <= most_modules, listed
+    assert lines <= most_lines, f"{lines} lines in\n{listed}"
+
+
+def test_what_is_loaded_by_need_is_there() -> None:
+    for path in BY_NEED:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_a_plain_run_opens_nothing_else(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    command = [sys.executable, "-m", "roll_sft.run", *arguments, f"output_dir={tmp_path / 'run'}"]
+    command += ["train.max_steps=2", "checkpoint.hf_export=none"]
+    paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    environment = {"PYTHONPATH": paths, "NOTES": str(tmp_path / "notes"), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = [
+        {str(Path(line).relative_to(ROOT)) for line in notes.read_text().splitlines()}
+        for notes in (tmp_path / "notes").iterdir()
+    ]
+    driver = next(each for each in loaded if "roll_sft/train/driver.py" in each)
+    worker = next(each for each in loaded if "roll_sft/engine/engine.py" in each)
+    prepare = next(each for each in loaded if "roll_sft/job/prepare.py" in each)
+    for path in (driver | worker | prepare) - set(ALLOWED_ON_CPU):
+        assert not path.startswith(tuple(BY_NEED)), f"{path} is loaded by a plain run"
+    assert "transformers" not in driver
+    assert not {path for path in driver if path.startswith("roll_sft/data/rows/")}
+    assert not {path for path in driver | worker if path.startswith("roll_sft/data/chat/")}
