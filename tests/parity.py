@@ -20,11 +20,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from roll_sft.base.metrics import RankParity
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.job import Job
 from roll_sft.job.prepare import prepare
+from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import Facts, read_facts, token_losses, write_reference
 from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge

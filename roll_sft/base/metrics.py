@@ -1,18 +1,14 @@
 """What a step reports, and the arithmetic of tokens and FLOPs, with units in the names.
 
-`StepMetrics` and `EvalMetrics` come up from the reporting rank, `RankParity` from every rank;
-`StepRecord` is one line of `steps.jsonl`, made by the driver from a step's plan and its metrics.
+`StepMetrics` and `EvalMetrics` come from the reporting rank. `StepRecord` is one line of
+`steps.jsonl`, which the driver makes from a step's plan and its metrics.
 """
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
-TensorKind: TypeAlias = Literal["output", "gradient", "missing"]
-
-# Dense bf16 peak in FLOP/s by what a device's name begins with, from the vendors' datasheets (no
-# sparsity). Of two that fit the longer: the variants of one chip differ in clock and power.
+# Start of a device's name -> dense bf16 peak in FLOP/s, from the vendors' datasheets (no sparsity).
+# The longest start that fits counts: variants of one chip differ in clock and power.
 PEAK_FLOPS_BF16 = {
     "NVIDIA B200": 2250e12,
     "NVIDIA GH200": 989e12,
@@ -49,45 +45,6 @@ class EvalMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorError:
-    """How far a parameter's gradient, or its module's output, is from that of transformers.
-
-    `error` is the largest |difference| of a rank / the largest |reference| of the whole tensor.
-    `name` is the parameter's, `hf_name` the one in which the largest difference lies, since one of
-    Megatron's can be several of theirs.
-    """
-
-    kind: TensorKind
-    name: str
-    hf_name: str
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenError:
-    """The token whose loss is farthest from transformers': |difference| / max(reference, 1)."""
-
-    sample: str  # "<name of the source>:<row>"
-    position: int
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class RankParity:
-    """What one rank measured of itself against transformers; only numbers leave a rank.
-
-    `loss` and `worst_token` are None away from the last pipeline stage. `num_tokens` counts each
-    token on one rank alone.
-    """
-
-    loss: float | None
-    grad_norm: float
-    num_tokens: int
-    worst_token: TokenError | None
-    tensors: tuple[TensorError, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One line of `steps.jsonl`; the field names are public."""
 
@@ -119,41 +76,6 @@ class EvalRecord:
     perplexity: float
     supervised_tokens: int
     time_s: float
-
-
-# Field of StepRecord -> its name in a tracker, whose pages group names by their first part.
-STEP_NAMES = {
-    "train_loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-    "epoch": "train/epoch",
-    "per_device_tps": "perf/per_device_tps",
-    "per_device_tps_including_padding": "perf/per_device_tps_including_padding",
-    "mfu": "perf/mfu",
-    "step_time_s": "perf/step_time_s",
-    "data_wait_s": "perf/data_wait_s",
-    "dp_imbalance": "perf/dp_imbalance",
-    "peak_memory_gib": "perf/peak_memory_gib",
-    "supervised_tokens": "data/supervised_tokens",
-    "total_tokens": "data/total_tokens",
-    "total_tokens_including_padding": "data/total_tokens_including_padding",
-}
-# Also recorded under these names of their own: dashboards of other SFT trainers look for them.
-DOCUMENTED_NAMES = (
-    "train_loss",
-    "learning_rate",
-    "total_tokens",
-    "total_tokens_including_padding",
-    "per_device_tps",
-    "per_device_tps_including_padding",
-)
-# Field of EvalRecord -> its name in a tracker, {} standing for the validation set.
-EVAL_NAMES = {"loss": "eval/{}/loss", "perplexity": "eval/{}/perplexity"}
-
-
-def badness(error: float) -> float:
-    """An order of errors in which not-a-number is the worst."""
-    return math.inf if math.isnan(error) else error
 
 
 def flops_per_step(

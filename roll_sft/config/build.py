@@ -38,6 +38,8 @@ RESERVED = frozenset(
 RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",
     ("checkpoint.hf_export", "every_save"): "final, and `roll-sft convert` for other checkpoints",
+    ("checkpoint.hf_export", "adapter"): "final",
+    ("checkpoint.hf_export", "merged"): "final",
     ("tracking.backends", "tensorboard"): "mlflow",
     ("tracking.backends", "wandb"): "mlflow",
 }

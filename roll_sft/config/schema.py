@@ -15,6 +15,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import redacted
 from roll_sft.config.keys import key
 
+ScheduleKind: TypeAlias = Literal["cosine", "linear", "constant", "wsd"]
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 ResumeChange: TypeAlias = Literal[
     "data", "tokenizer", "chat_template", "template_kwargs", "sequence_length",
@@ -203,7 +204,7 @@ class TrainConfig:
     min_learning_rate: float = key(
         0.0, "Learning rate at the end of the decay.", at_least=0, at_most=1e30
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = key(
+    lr_scheduler_type: ScheduleKind = key(
         "cosine", "Schedule after warmup; wsd is constant with a decay at the end."
     )
     warmup_ratio: float = key(

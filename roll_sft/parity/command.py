@@ -16,9 +16,9 @@ from rich.text import Text
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError, RollSftError
-from roll_sft.base.metrics import RankParity
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.prepare import prepare
+from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import read_facts
 from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge

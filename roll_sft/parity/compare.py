@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from roll_sft.base.layout import Coordinate, ParallelLayout
-from roll_sft.base.metrics import RankParity, TensorError, TokenError, badness
 from roll_sft.config.schema import layout_of
 from roll_sft.data.steps.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import build
@@ -26,6 +25,7 @@ from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
 from roll_sft.models.safetensors_in import Shape, TensorSource
 from roll_sft.models.weight_map import QKV, GatedMLP, WeightMapping, hf_names
+from roll_sft.parity.measurement import RankParity, TensorError, TokenError, badness
 from roll_sft.parity.oracle import Reference, probed_columns, read_reference, write_reference
 from roll_sft.parity.task import ParityTask
 

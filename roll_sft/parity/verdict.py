@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from roll_sft.base.metrics import RankParity, TensorError, TokenError, badness
 from roll_sft.models.source import ModelSource
 from roll_sft.models.weight_map import TiedHead, hf_names
+from roll_sft.parity.measurement import RankParity, TensorError, TokenError, badness
 from roll_sft.parity.oracle import Facts
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerances:
-    """The largest error of each measure: relative, or as `metrics.TensorError` and `TokenError`."""
+    """The largest error of each measure: relative, or as `TensorError` and `TokenError` define."""
 
     output: float
     loss: float

@@ -15,11 +15,38 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from roll_sft.base.metrics import DOCUMENTED_NAMES, EVAL_NAMES, STEP_NAMES
-
 LINES_AT_ONCE = 40  # of each file: fewer metrics than MLflow takes in one request
 MAX_NAME_LENGTH = 200  # MLflow's limit is 250 for a whole key, such as eval/<name>/perplexity
 _ACCEPTED = re.compile(r"[\w.\-: ]+(/[\w.\-: ]+)*")
+
+# Field of StepRecord -> its name in a tracker, whose pages group names by their first part.
+STEP_NAMES = {
+    "train_loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "epoch": "train/epoch",
+    "per_device_tps": "perf/per_device_tps",
+    "per_device_tps_including_padding": "perf/per_device_tps_including_padding",
+    "mfu": "perf/mfu",
+    "step_time_s": "perf/step_time_s",
+    "data_wait_s": "perf/data_wait_s",
+    "dp_imbalance": "perf/dp_imbalance",
+    "peak_memory_gib": "perf/peak_memory_gib",
+    "supervised_tokens": "data/supervised_tokens",
+    "total_tokens": "data/total_tokens",
+    "total_tokens_including_padding": "data/total_tokens_including_padding",
+}
+# Also recorded under these names of their own: dashboards of other SFT trainers look for them.
+DOCUMENTED_NAMES = (
+    "train_loss",
+    "learning_rate",
+    "total_tokens",
+    "total_tokens_including_padding",
+    "per_device_tps",
+    "per_device_tps_including_padding",
+)
+# Field of EvalRecord -> its name in a tracker, {} standing for the validation set.
+EVAL_NAMES = {"loss": "eval/{}/loss", "perplexity": "eval/{}/perplexity"}
 
 
 class Point(NamedTuple):

@@ -44,6 +44,13 @@ def test_flops_are_those_that_transformers_computes(kind: str) -> None:
     assert cost(160) / cost(40) == pytest.approx(found[160] / found[40], rel=0.02)
 
 
+def test_flops_count_every_token_in_the_matmuls_and_its_square_in_attention() -> None:
+    found = flops_per_step(
+        num_matmul_parameters=1000, num_layers=3, attention_width=7, lengths=[5, 11]
+    )
+    assert found == 6 * 1000 * 16 + 6 * 3 * 7 * (25 + 121)
+
+
 @pytest.mark.parametrize(
     ("name", "tera"),
     [

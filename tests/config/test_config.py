@@ -348,6 +348,8 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
     [
         ("model.dtype", "fp16"),
         ("checkpoint.hf_export", "every_save"),
+        ("checkpoint.hf_export", "adapter"),
+        ("tracking.backends", ["wandb"]),
         ("tracking.backends", ["tensorboard"]),
     ],
 )
@@ -360,12 +362,27 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
 @pytest.mark.parametrize(
     "key",
     [
-        "parallel.expert_model_parallel_size",
-        "cluster.max_restarts",
-        "lora.rank",
         "lora",
+        "lora.rank",
+        "lora.quantize_base",
+        "moe.aux_loss_coef",
+        "moe.dispatcher",
+        "export.push_to_hub",
         "evaluation.prompts",
+        "evaluation.max_new_tokens",
+        "cluster.max_restarts",
+        "cluster.elastic",
+        "cluster.grace_s",
+        "parallel.expert_model_parallel_size",
+        "parallel.expert_tensor_parallel_size",
+        "train.loss",
+        "train.loss_reduction",
+        "train.freeze",
+        "train.num_layers_unfrozen",
+        "train.neftune_noise_alpha",
         "train.label_smoothing",
+        "train.on_nan",
+        "train.max_duration",
     ],
 )
 def test_a_reserved_key_is_refused_as_one_of_a_later_version(key: str) -> None:

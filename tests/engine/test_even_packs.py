@@ -6,10 +6,10 @@ from unittest.mock import patch
 
 import pytest
 
-from roll_sft.base.metrics import RankParity
 from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.prepare import prepare
+from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import read_facts
 from roll_sft.parity.verdict import judge
 from tests import parity

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from roll_sft.base.metrics import RankParity, TensorError, TokenError
 from roll_sft.models.qwen import QWEN2
 from roll_sft.models.source import ModelSource
 from roll_sft.models.weight_map import TiedHead, hf_names
+from roll_sft.parity.measurement import RankParity, TensorError, TokenError
 from roll_sft.parity.oracle import Facts
 from roll_sft.parity.verdict import Verdict, judge, tolerances
 from tests.parity import model_config

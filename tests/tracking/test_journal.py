@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from roll_sft.base import metrics
-from roll_sft.tracking.journal import LINES_AT_ONCE, Journal, safe_name
+from roll_sft.tracking.journal import (
+    DOCUMENTED_NAMES,
+    EVAL_NAMES,
+    LINES_AT_ONCE,
+    STEP_NAMES,
+    Journal,
+    safe_name,
+)
 from roll_sft.tracking.system_metrics import SystemMetrics
 
 NOT_NUMBERS = {"step", "sample_ids_sha256"}
@@ -26,13 +33,13 @@ def read(journal):
 
 def test_every_number_of_a_step_has_a_name_in_a_group_and_documented_names_stay():
     fields = {field.name for field in dataclasses.fields(metrics.StepRecord)}
-    assert set(metrics.STEP_NAMES) == fields - NOT_NUMBERS
-    assert {name.partition("/")[0] for name in metrics.STEP_NAMES.values()} == {
+    assert set(STEP_NAMES) == fields - NOT_NUMBERS
+    assert {name.partition("/")[0] for name in STEP_NAMES.values()} == {
         "train",
         "perf",
         "data",
     }
-    assert set(metrics.DOCUMENTED_NAMES) <= fields
+    assert set(DOCUMENTED_NAMES) <= fields
 
 
 def test_journal_gives_each_complete_line_once_and_what_comes_later(tmp_path):
@@ -62,7 +69,7 @@ def test_a_torn_line_is_passed_over(tmp_path):
 
 
 def test_a_long_history_comes_in_parts_that_fit_a_request(tmp_path):
-    fields = dict.fromkeys(metrics.STEP_NAMES, 1.0)
+    fields = dict.fromkeys(STEP_NAMES, 1.0)
     write(tmp_path / "steps.jsonl", [{"step": n, **fields} for n in range(1, 301)])
     parts = list(Journal(tmp_path, logging_steps=1, total_steps=300).points())
     assert len(parts) == -(-300 // LINES_AT_ONCE)
@@ -87,7 +94,7 @@ HOSTILE = [
 def test_any_other_name_becomes_one_that_mlflow_takes(name):
     from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 
-    for pattern in metrics.EVAL_NAMES.values():
+    for pattern in EVAL_NAMES.values():
         key = pattern.format(safe_name(name))
         _validate_metric_name(key)
         assert len(key) <= MAX_ENTITY_KEY_LENGTH
@@ -109,8 +116,8 @@ def rows_of(page, heading):
 @pytest.mark.parametrize(
     ("heading", "record", "names"),
     [
-        ("Each optimizer step", metrics.StepRecord, metrics.STEP_NAMES),
-        ("Each evaluation", metrics.EvalRecord, metrics.EVAL_NAMES),
+        ("Each optimizer step", metrics.StepRecord, STEP_NAMES),
+        ("Each evaluation", metrics.EvalRecord, EVAL_NAMES),
     ],
 )
 def test_the_page_of_metrics_explains_every_key_under_its_names(heading, record, names):
@@ -131,7 +138,7 @@ def test_the_page_of_metrics_has_the_names_that_mlflow_gives_to_the_machine():
 
 def test_the_page_of_metrics_names_those_that_are_recorded_twice():
     introduction = PAGE.read_text(encoding="utf-8").partition("\n## ")[0]
-    assert set(metrics.DOCUMENTED_NAMES) <= set(re.findall("`([^`]+)`", introduction))
+    assert set(DOCUMENTED_NAMES) <= set(re.findall("`([^`]+)`", introduction))
 
 
 def test_samples_of_the_machine_count_on_after_those_of_an_earlier_process():

@@ -12,37 +12,9 @@ during the warm-up and never after.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import get_args
 
-KINDS = ("cosine", "linear", "constant", "wsd")
-
-
-class ScheduleOptions(Protocol):
-    """What the `train` section of a configuration says about the learning rate."""
-
-    @property
-    def lr_scheduler_type(self) -> str:
-        """One of KINDS."""
-
-    @property
-    def learning_rate(self) -> float:
-        """The highest rate."""
-
-    @property
-    def min_learning_rate(self) -> float:
-        """The rate that the decay heads for."""
-
-    @property
-    def warmup_steps(self) -> int | None:
-        """Steps of warm-up; if given, it wins over the ratio."""
-
-    @property
-    def warmup_ratio(self) -> float:
-        """Steps of warm-up as a share of all steps, rounded up."""
-
-    @property
-    def wsd_decay_ratio(self) -> float:
-        """Steps of the final decay of `wsd` as a share of all steps, rounded up."""
+from roll_sft.config.schema import ScheduleKind, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +25,7 @@ class Schedule:
     falls linearly; a decay that would reach into the warm-up starts when the warm-up ends.
     """
 
-    kind: str
+    kind: ScheduleKind
     peak: float
     minimum: float
     warmup_steps: int
@@ -61,24 +33,25 @@ class Schedule:
     decay_steps: int = 0
 
     def __post_init__(self) -> None:
-        assert self.kind in KINDS, f"kind {self.kind!r} is not one of {KINDS}"
+        kinds = get_args(ScheduleKind)
+        assert self.kind in kinds, f"kind {self.kind!r} is not one of {kinds}"
         assert 0 <= self.minimum <= self.peak, f"need 0 <= {self.minimum} <= {self.peak}"
         steps = (self.warmup_steps, self.total_steps, self.decay_steps)
         assert min(steps) >= 0, f"steps (warm-up, total, decay) {steps} must not be negative"
 
     @classmethod
-    def of(cls, options: ScheduleOptions, *, total_steps: int) -> "Schedule":
-        """The curve that a configuration asks for."""
-        warmup_steps = options.warmup_steps
+    def of(cls, train: TrainConfig, *, total_steps: int) -> "Schedule":
+        """The curve of a run of `total_steps` steps."""
+        warmup_steps = train.warmup_steps
         if warmup_steps is None:
-            warmup_steps = math.ceil(total_steps * options.warmup_ratio)
+            warmup_steps = math.ceil(total_steps * train.warmup_ratio)
         return cls(
-            kind=options.lr_scheduler_type,
-            peak=options.learning_rate,
-            minimum=options.min_learning_rate,
+            kind=train.lr_scheduler_type,
+            peak=train.learning_rate,
+            minimum=train.min_learning_rate,
             warmup_steps=warmup_steps,
             total_steps=total_steps,
-            decay_steps=math.ceil(total_steps * options.wsd_decay_ratio),
+            decay_steps=math.ceil(total_steps * train.wsd_decay_ratio),
         )
 
     def at(self, step: int) -> float:

@@ -1,9 +1,8 @@
 """The learning rate of every step."""
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,28 +10,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from roll_sft.data.steps.learning_rate import KINDS, Schedule
+from roll_sft.config.schema import ScheduleKind, TrainConfig
+from roll_sft.data.steps.learning_rate import Schedule
 
 PEAK = 3e-4
 
 
-@dataclass(frozen=True, slots=True)
-class TrainSection:
-    """The keys of a configuration's `train` section that the schedule reads."""
-
-    lr_scheduler_type: str = "cosine"
-    learning_rate: float = PEAK
-    min_learning_rate: float = 1e-5
-    warmup_steps: int | None = None
-    warmup_ratio: float = 0.0
-    wsd_decay_ratio: float = 0.1
+def train_section(**keys: Any) -> TrainConfig:
+    return TrainConfig(
+        **{"learning_rate": PEAK, "min_learning_rate": 1e-5, "warmup_ratio": 0.0, **keys}
+    )
 
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     total = draw(st.integers(1, 200))
     return Schedule(
-        kind=draw(st.sampled_from(KINDS)),
+        kind=draw(st.sampled_from(get_args(ScheduleKind))),
         peak=PEAK,
         minimum=draw(st.sampled_from([0.0, 1e-5, PEAK])),
         warmup_steps=draw(st.integers(0, 220)),
@@ -100,7 +94,7 @@ def test_no_step_is_spent_at_the_minimum_and_the_next_would_be(
     assert schedule.at(101) == pytest.approx(1e-5, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_the_rate_has_no_jump(kind: str) -> None:
     rates = curve(Schedule(kind, PEAK, 0.0, 50, total_steps=1000, decay_steps=200))
     assert max(abs(a - b) for a, b in pairwise(rates)) <= PEAK / 50 + 1e-12
@@ -150,14 +144,14 @@ def test_constant_ignores_the_minimum() -> None:
 
 
 def test_of_rounds_ratios_up() -> None:
-    section = TrainSection("wsd", warmup_ratio=0.03, wsd_decay_ratio=0.1)
+    section = train_section(lr_scheduler_type="wsd", warmup_ratio=0.03, wsd_decay_ratio=0.1)
     schedule = Schedule.of(section, total_steps=101)
     assert schedule.warmup_steps == math.ceil(0.03 * 101) == 4
     assert schedule.decay_steps == 11
 
 
 def test_of_lets_warmup_steps_win_over_the_ratio_even_when_zero() -> None:
-    assert Schedule.of(TrainSection(warmup_steps=0, warmup_ratio=0.5), total_steps=9).at(1) == PEAK
+    assert Schedule.of(train_section(warmup_steps=0, warmup_ratio=0.5), total_steps=9).at(1) == PEAK
 
 
 def test_a_warm_up_longer_than_the_run_never_reaches_the_peak() -> None:

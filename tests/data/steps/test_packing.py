@@ -212,6 +212,13 @@ def test_a_pack_may_be_filled_to_its_last_token() -> None:
     ]
 
 
+def test_a_pack_that_was_too_full_for_one_sample_still_takes_a_shorter_one() -> None:
+    # The third pack is the cheapest and has no room for the 2, but for the 1 that follows.
+    lengths, quadratic = [9, 8, 5, 4, 2, 1], CostModel(linear=0.0)
+    bins = pack_evenly(lengths, capacity=10, multiple=1, cost=quadratic)
+    assert bins == [(0,), (1, 4), (2, 3, 5)]
+
+
 def test_samples_that_cannot_be_dealt_are_packed_by_best_fit() -> None:
     lengths = [5, 5, 4, 4, 2]  # longest first would end with 5 + 4 twice and no room for the 2
     bins = pack_evenly(lengths, capacity=10, multiple=1, cost=COST)

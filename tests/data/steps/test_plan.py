@@ -298,6 +298,8 @@ def test_evaluation_passes_once_over_all_samples_in_order() -> None:
     assert [len(chunk.sample_ids) for chunk in chunks] == [16, 16, 5]
     assert [sample for chunk in chunks for sample in chunk.sample_ids] == list(range(37))
     assert [chunk.step for chunk in chunks] == [1, 2, 3]
+    assert [chunk.epoch for chunk in chunks] == [0, 0, 0]
+    assert [chunk.samples_seen_in_epoch for chunk in chunks] == [16, 32, 37]
     assert sum(chunk.supervised_tokens for chunk in chunks) == 2 * 37
 
 
