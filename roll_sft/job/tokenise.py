@@ -20,7 +20,7 @@ from roll_sft.data.steps.packing import best_fit_decreasing
 from roll_sft.data.steps.plan import Planner, StepPlan
 from roll_sft.data.tokens.build_shard import SourceOptions
 from roll_sft.data.tokens.cache import TokenData, TokenSet
-from roll_sft.data.tokens.estimate import rough_report
+from roll_sft.data.tokens.estimate import estimated_report
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
 from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread
@@ -67,7 +67,7 @@ def tokenise(
 
 def rough(entry: SourceConfig, data: DataConfig) -> SourceReport:
     """What a source holds, guessed for want of a tokenizer."""
-    return rough_report(
+    return estimated_report(
         Source(entry.path or "", name=source_name(entry), split=entry.split),
         keys=_column_keys(data),
         is_strict=data.on_bad_row == "error",

@@ -17,7 +17,7 @@ from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.pieces import Piece, pieces_of
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
-from roll_sft.data.rows.sources import read_placed
+from roll_sft.data.rows.sources import read_rows
 from roll_sft.data.tokens.build_shard import EMPTY, MALFORMED, OVERLONG, SourceOptions, fitted
 
 _ROWS_PER_BATCH = 64
@@ -209,7 +209,8 @@ def _looked(
     reader: Reader, entry: SourceConfig, *, rows: frozenset[int] | None = None
 ) -> Iterator[_Looked]:
     """Read the rows of a source in order, or only some of them, and tokenise them."""
-    placed = read_placed(entry.path or "", reader.options.keys, split=entry.split)
+    keys, left_aside = reader.options.keys, set[str]()
+    placed = read_rows(entry.path or "", keys, split=entry.split, left_aside=left_aside)
     if rows is not None:
         placed = (pair for pair in placed if pair[1].row in rows)
     # Samples are shown as soon as they are read, so a few first rows cost no more than a few.

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from roll_sft.base.errors import ResourceError, RollSftError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.tokens.build_shard import Filled, ShardTask, fill
+from roll_sft.data.tokens.build_shard import BuiltShard, ShardTask, build_shard
 from roll_sft.data.tokens.workers import Spread, spread_for
 from roll_sft.runtime.cluster import connected
 
@@ -37,7 +37,7 @@ def spread_over_cluster(config: RunConfig) -> Spread | None:
 
     def over_cluster(
         tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]
-    ) -> Generator[Filled, None, None]:
+    ) -> Generator[BuiltShard, None, None]:
         # One shard is quicker done than sent.
         if len(tasks) > 1:
             with connected(config), _visible(tasks[0].folder.parent) as nonce:
@@ -52,7 +52,7 @@ def spread_over_cluster(config: RunConfig) -> Spread | None:
 
 def _over_nodes(
     tokenizer: ChatTokenizer, tasks: Sequence[ShardTask], *, nonce: Path
-) -> Generator[Filled, None, list[ShardTask]]:
+) -> Generator[BuiltShard, None, list[ShardTask]]:
     """Yield what nodes prepared; return the tasks that met a node which cannot help."""
     nodes = _nodes_that_see(nonce)
     if not nodes:
@@ -117,19 +117,19 @@ def _sees(nonce: Path) -> bool:
     return nonce.exists()
 
 
-def _fill_if_visible(tokenizer: ChatTokenizer, task: ShardTask, nonce: Path) -> Filled | None:
-    """`fill` where this node shares the driver's cache and sees the file; None elsewhere."""
+def _fill_if_visible(tokenizer: ChatTokenizer, task: ShardTask, nonce: Path) -> BuiltShard | None:
+    """`build_shard` where this node shares the driver's cache and sees the file; None elsewhere."""
     if not nonce.exists():
         return None
     is_local = "://" not in task.shard.file
     if is_local and not Path(task.shard.file).exists():
         return None
-    return fill(tokenizer, task)
+    return build_shard(tokenizer, task)
 
 
-def _result(reference: Any, task: ShardTask) -> Filled | None:
+def _result(reference: Any, task: ShardTask) -> BuiltShard | None:
     try:
-        filled: Filled | None = ray.get(reference)
+        filled: BuiltShard | None = ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, RollSftError):
             raise error.cause from None

@@ -1,19 +1,21 @@
-"""What a column of a row is for, by its name and the shape of the row.
+"""The use of a column, by its name and the format of the row.
 
-A column is read, refused, or left aside. It is refused where leaving it out would change what is
-trained and there is no clear meaning to read; any other column describes the row, and its name is
-reported once for each source.
+A column is read, refused, or left aside. It is refused if training without it would mean something
+else than the row says. Any other column describes the row; its name is reported once a source.
 """
 
 import functools
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.data.rows.values import BadRowError, is_empty
+from roll_sft.data.rows.checks import BadRowError, is_empty, listed
 
-Shape = Literal["alpaca", "pairs", "messages", "sharegpt", "text"]
+_log = logging.getLogger(__name__)
+
+RowFormat = Literal["alpaca", "pairs", "messages", "sharegpt", "text"]
 
 # What a column is for -> the names it is detected by.
 KNOWN_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +33,7 @@ TEMPLATE_KWARGS = "chat_template_kwargs"
 ENABLE_THINKING = "enable_thinking"
 
 _BASE = ("system", "tools")
-_USES: Mapping[Shape, tuple[str, ...]] = {
+_USES: Mapping[RowFormat, tuple[str, ...]] = {
     "alpaca": ("prompt", "query", "response", *_BASE),
     "pairs": ("prompt", "query", "response", *_BASE),
     "messages": ("messages", *_BASE),
@@ -47,7 +49,7 @@ _MEDIA = (
 _CONTEXT = ("context", "contexts", "passage", "document")
 _ANSWERS = ("chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output")
 _VERDICTS = ("label", "kto_tag", "desirable")
-# How much of a row is learnt: 1 or true is what happens anyway.
+# Weights of a row; 1 and true change nothing.
 _WEIGHTS = (
     *("train", "training", "weight", "sample_weight", "loss_weight", "loss_scale", "loss"),
     *("loss_mask", "mask", "masked"),
@@ -60,7 +62,7 @@ _ONE_ANSWER = (
     "one answer is trained on: name it, such as data.response_key=chosen or "
     "data.messages_key=chosen, or remove the others"
 )
-_NO_EXAMPLE = "false says that the answer is no example to learn from: remove the row"
+_NO_EXAMPLE = "false marks an answer that is not to be trained on: remove the row"
 _WHOLE = (
     "a row is trained on with weight 1: write train, true or false, beside the role of a message, "
     "or give the source a weight"
@@ -69,9 +71,9 @@ _WHOLE = (
 
 @dataclass(frozen=True, slots=True)
 class ColumnKeys:
-    """Columns the user named; None leaves that column to detection.
+    """The names that the user gave columns; None: the column is detected.
 
-    Raises `ConfigError` if they contradict each other.
+    Raises `ConfigError` for names that belong to two row formats.
     """
 
     prompt: str | None = None
@@ -89,8 +91,7 @@ class ColumnKeys:
             if what in given and not allowed.issuperset(given):
                 names = ", ".join(f"data.{name}_key" for name in given)
                 raise ConfigError(
-                    f"{names} name two shapes for one file; set either data.{what}_key or the "
-                    f"others"
+                    f"{names} belong to two row formats; set either data.{what}_key or the others"
                 )
 
     def all_named(self) -> frozenset[str]:
@@ -98,7 +99,7 @@ class ColumnKeys:
         return frozenset(filter(None, (getattr(self, field.name) for field in fields(self))))
 
     def optional(self) -> frozenset[str]:
-        """The named columns that a row may lack; a source without any is worth a word."""
+        """The named columns that a row may lack; it is a warning if all rows of a source do."""
         return frozenset(filter(None, (self.query, self.system, self.tools)))
 
 
@@ -122,10 +123,10 @@ def column_names(keys: ColumnKeys) -> ColumnNames:
 
 @dataclass(frozen=True, slots=True)
 class ColumnPlan:
-    """What rows of one shape are made of: the `names` of each use, and of the `reasoning`.
+    """The columns of rows of one format.
 
-    `refused` are the columns that would change what is trained, each with the remedy. `known` are
-    all of these: any other column is left aside.
+    `names`: use -> names of the column. `reasoning`: names of the reasoning beside an answer.
+    `refused`: name -> remedy. `known`: all of these; any other column is left aside.
     """
 
     names: ColumnNames
@@ -135,13 +136,13 @@ class ColumnPlan:
 
 
 @functools.cache
-def column_plan(shape: Shape, keys: ColumnKeys) -> ColumnPlan:
-    """The plan for rows of `shape` under `keys`."""
-    names, refused = column_names(keys), _refused(shape, keys)
-    used = {name for what in _USES[shape] for name in names[what]}
-    reasoning = tuple(name for name in REASONING if name not in used and shape == "alpaca")
-    own = {HISTORY} if shape == "alpaca" else set()
-    template = frozenset() if shape == "text" else _OF_TEMPLATE
+def column_plan(row_format: RowFormat, keys: ColumnKeys) -> ColumnPlan:
+    """The columns of rows of `row_format` under `keys`."""
+    names, refused = column_names(keys), _refused(row_format, keys)
+    used = {name for what in _USES[row_format] for name in names[what]}
+    reasoning = tuple(name for name in REASONING if name not in used and row_format == "alpaca")
+    own = {HISTORY} if row_format == "alpaca" else set()
+    template = frozenset() if row_format == "text" else _OF_TEMPLATE
     return ColumnPlan(
         names, reasoning, refused, template.union(used, own, reasoning, refused.keys())
     )
@@ -149,15 +150,15 @@ def column_plan(shape: Shape, keys: ColumnKeys) -> ColumnPlan:
 
 @functools.cache
 def wanted_columns(keys: ColumnKeys) -> frozenset[str]:
-    """Every column whose values some shape reads or judges; a table's others are not read."""
-    plans = [column_plan(shape, keys) for shape in _USES]
+    """Every column that rows of some format need; of a table, no other is read."""
+    plans = [column_plan(row_format, keys) for row_format in _USES]
     return frozenset(keys.all_named()).union(*(plan.known for plan in plans))
 
 
-def _refused(shape: Shape, keys: ColumnKeys) -> Mapping[str, str]:
-    """Columns that would change what is trained, each with the remedy, without those named."""
+def _refused(row_format: RowFormat, keys: ColumnKeys) -> Mapping[str, str]:
+    """Columns to refuse, each with the remedy; one that the user named is not refused."""
     refused: dict[str, str] = dict.fromkeys(_MEDIA, _NO_TEXT)
-    if shape == "text":
+    if row_format == "text":
         if keys.text is None:
             no_template = (*KNOWN_COLUMNS["system"], *KNOWN_COLUMNS["tools"], *_OF_TEMPLATE)
             refused |= dict.fromkeys((HISTORY, *no_template), _WRITE_IT)
@@ -168,30 +169,44 @@ def _refused(shape: Shape, keys: ColumnKeys) -> Mapping[str, str]:
         if not keys.all_named().intersection(_ANSWERS):
             refused |= dict.fromkeys(_ANSWERS, _ONE_ANSWER)
         refused |= dict.fromkeys(_VERDICTS, _NO_EXAMPLE)
-    if shape in ("messages", "sharegpt", "pairs"):
+    if row_format in ("messages", "sharegpt", "pairs"):
         refused[HISTORY] = _WRITE_IT
-    if shape in ("alpaca", "pairs") and keys.query is None:
+    if row_format in ("alpaca", "pairs") and keys.query is None:
         refused |= {name: _QUERY.format(name=name) for name in _CONTEXT}
     return {name: remedy for name, remedy in refused.items() if name not in keys.all_named()}
 
 
-def check_columns(columns: Mapping[str, object], *, plan: ColumnPlan, shape: Shape) -> None:
-    """Raise `BadRowError` for a column that would change what is trained if it were left out."""
+def check_columns(
+    columns: Mapping[str, object], *, plan: ColumnPlan, row_format: RowFormat
+) -> None:
+    """Raise `BadRowError` for a column that is refused, unless its value changes nothing."""
     if plan.refused.keys().isdisjoint(columns):
         return
     for name, remedy in plan.refused.items():
         value = columns.get(name)
         if not is_empty(value) and not _is_neutral(name, value):
             raise BadRowError(
-                f"column '{name}' has no place beside the {shape} columns, and leaving it out "
-                f"would change what is trained; {remedy}"
+                f"column '{name}' is not used by the {row_format} format, and leaving it out would "
+                f"change what is trained; {remedy}"
             )
 
 
 def _is_neutral(name: str, value: object) -> bool:
-    """Whether a column that could change what is trained does not."""
+    """Whether this value of a refused column changes nothing."""
     if name in _VERDICTS:
         return value is not False
     if name == "masked":
         return value is False
     return name in _WEIGHTS and isinstance(value, int | float) and value == 1
+
+
+def warn_of_unused(keys: ColumnKeys, used: Iterable[str], *, path: str) -> None:
+    """Warn of optional columns that the user named and no row of `path` has."""
+    for column in sorted(keys.optional().difference(used)):
+        _log.warning("%s: no row uses the configured column '%s'", path, column)
+
+
+def log_left_aside(columns: set[str], *, source: str) -> None:
+    """Log the columns of a source, and keys of its messages, that samples are not made of."""
+    if columns:
+        _log.info("%s: columns left aside: %s", source, listed(columns))

@@ -1,18 +1,17 @@
-"""The content of a message as a list of parts -> its text, its reasoning and its calls.
+"""The content of a message as a list of parts -> its text, its reasoning and its tool calls.
 
-Three vocabularies are read, which do not contradict each other: {type: text, text} of OpenAI and
-transformers, {type: thinking, thinking} and {type: tool_use, name, input} of Anthropic, and
-{type: text | reasoning | tool_call, value} of LLaMA-Factory.
+Three formats are read: {type: text, text} of OpenAI and transformers, {type: thinking, thinking}
+and {type: tool_use, name, input} of Anthropic, {type: text | reasoning | tool_call, value} of
+LLaMA-Factory. No two of them give one type another meaning.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from roll_sft.data.rows.checks import BadRowError, is_empty, kind_of, shown, text_of
 from roll_sft.data.rows.conversation import ToolCall
 from roll_sft.data.rows.tool_calls import calls_in_text, read_call
-from roll_sft.data.rows.values import BadRowError, is_empty, kind_of, shown, text_of
 
-# Type of a part -> what it is of a message, and the keys that can hold it.
+# Type of a part -> field of the message, and the keys that can hold its value.
 _TEXT = ("text", "value")
 _THOUGHT = ("thinking", "reasoning", "value", "text")
 _TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -24,29 +23,20 @@ _TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tool_call": ("tool calls", ("value", "tool_call", "function")),
     "tool_use": ("tool calls", ("name",)),
 }
-# The order in which a message holds what its parts say.
+# The order of the fields in a message.
 _ORDER = ("reasoning", "content", "tool calls")
 _WEIGHTS = ("train", "training", "loss", "weight", "loss_weight", "loss_scale", "loss_mask", "mask")
 _CALL_KEYS = frozenset({"id", "name", "input", "arguments", "function"})
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What the content of a message says."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: tuple[ToolCall, ...] = ()
-
-
-def read_content(value: object, *, where: str, left_aside: set[str]) -> Content:
-    """Return the text, or what a list of parts says, joined without anything between them."""
-    if not isinstance(value, list):
-        return Content(text_of(value, where=where))
+def read_parts(
+    parts: list[object], *, where: str, left_aside: set[str]
+) -> tuple[str, str, tuple[ToolCall, ...]]:
+    """Return the text, the reasoning and the tool calls of `parts`; texts are joined."""
     texts: dict[str, list[str]] = {what: [] for what in _ORDER}
     calls: list[ToolCall] = []
     last = _ORDER[0]
-    for index, part in enumerate(value):
+    for index, part in enumerate(parts):
         at = f"{where}[{index}]"
         what, fields, keys = _judged(part, where=at, left_aside=left_aside)
         if what == "tool calls":
@@ -59,13 +49,13 @@ def read_content(value: object, *, where: str, left_aside: set[str]) -> Content:
         if _ORDER.index(what) < _ORDER.index(last):
             raise BadRowError(f"{at} is {what} after {last}; write {', then '.join(_ORDER)}")
         last = what
-    return Content("".join(texts["content"]), "".join(texts["reasoning"]), tuple(calls))
+    return "".join(texts["content"]), "".join(texts["reasoning"]), tuple(calls)
 
 
 def _judged(
     part: object, *, where: str, left_aside: set[str]
 ) -> tuple[str, Mapping[str, object], Sequence[str]]:
-    """What a part is of the message, its fields that are not null, and which may hold it."""
+    """The field of the message that a part is, its keys that are not null, and its value's keys."""
     if not isinstance(part, dict):
         raise BadRowError(f"{where} is {kind_of(part)}; a part must be {{type: text, text}}")
     fields = {name: each for name, each in part.items() if each is not None}

@@ -1,7 +1,7 @@
-"""What a row of any shape becomes: a conversation, a document, or a row that cannot be used.
+"""A row that was read: a conversation, a document, or a row that cannot be used.
 
-The one vocabulary between those who read rows and those who tokenise them. Text is as it stands in
-the file, to the character; nothing here knows a template, a tokenizer or a file format.
+Readers of files make these, and the tokenizer takes them. Text is as it stands in the file, to the
+character.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is one of `ROLES`, `content` the text as it stands in the file.
+    """One turn: `role` is one of `ROLES`, `content` the text.
 
-    `reasoning` is what a model thought before its answer, where the row keeps it apart from
-    `content`. `name` and `tool_call_id` say which tool, and which call, a tool message answers.
-    `train` is False where the row asks not to learn this turn; only assistant turns are learnt.
+    `reasoning`: the thought before the answer, if the row keeps it apart from `content`.
+    `name`, `tool_call_id`: the tool, and the call, that a tool message answers.
+    `train`: False if the row excludes this turn from training; only assistant turns are trained on.
     """
 
     role: str
@@ -40,11 +40,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The messages of one row, and the tools it offers (JSON schemas, as given).
+    """The messages of one row, and its `tools` (JSON schemas, as given).
 
-    `template_kwargs` are the variables that this row gives the chat template, by name.
-    `row` counts from 0 over all rows of what is read (a file, or a shard of one), `line` from 1
-    over the lines of the file.
+    `template_kwargs`: name -> value of the variables that the row sets in the chat template.
+    `row` counts from 0 over the rows that are read (of a file, or a shard), `line` from 1 over the
+    lines of the file.
     """
 
     messages: tuple[Message, ...]
@@ -56,7 +56,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A row of plain text, trained on as a whole and without a template. Numbered likewise."""
+    """A row of plain text, trained on as a whole and without a template."""
 
     text: str
     row: int
@@ -65,10 +65,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used, and why. Numbered likewise.
+    """A row that cannot be used, and the reason.
 
-    `is_empty`: the row is well formed and has no answer to learn, so it is dropped and counted
-    where a malformed one is an error.
+    `is_empty`: the row is well formed and has no answer to train on. It is dropped and counted; a
+    malformed row is an error.
     """
 
     row: int

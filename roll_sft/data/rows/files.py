@@ -1,11 +1,10 @@
-"""A path as a user writes it -> the files it names, in a fixed order, and their bytes.
+"""A path of a source -> the files it names, in a fixed order, and their bytes.
 
 A path is a file, a folder (all files in it, at any depth), a pattern with `*`, a URL that fsspec
-opens (`s3://...`, `memory://...`) of any of these, or org/name of a dataset of the hub, where no
-file has that name. Of a folder, hidden files and folders (a dot or an underscore first, as data
-writers mark theirs) and notes beside the data are left out, and what a saved data set does not
-list (`saved_folders`); any other file that is no data is refused. What a file holds follows from
-its suffix.
+opens (`s3://...`, `memory://...`) of any of these, or org/name of a dataset of the hub if no file
+has that name. Of a folder, hidden files and folders (first character a dot or an underscore), notes
+beside the data, and tables that a saved data set does not list (`saved_folders`) are left out; any
+other file that is no data is refused. The suffix of a file says what it holds.
 """
 
 import glob
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 from roll_sft.base.errors import DataError, first_line
-from roll_sft.data.rows.values import shown
+from roll_sft.data.rows.checks import shown
 
 FileKind = Literal["json", "parquet", "arrow"]
 _Form = Literal["file", "folder", "pattern"]
@@ -28,7 +27,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLES: dict[str, FileKind] = {".parquet": "parquet", ".arrow": "arrow"}
 ACCEPTED = ".json or .jsonl (also with .gz or .zst after it), .parquet or .arrow"
 
-# What lies beside data and is none: in folders that `datasets` writes, and notes for people.
+# Files beside data that are none: of folders that `datasets` writes, and notes for people.
 _NO_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state)\.json|.*\.(md|rst|txt|py|ya?ml)|(LICENSE|NOTICE)(\..*)?"
 )
@@ -96,7 +95,7 @@ def compression_of(name: str) -> str | None:
 
 @contextmanager
 def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that `find_files` named, and turn what fails inside into `DataError`."""
+    """Open a file that `find_files` named; an `OSError` in the block becomes a `DataError`."""
     try:
         with _open(name) as file:
             codec = compression_of(name) if decompress else None
@@ -106,7 +105,7 @@ def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
     except OSError as error:  # pyarrow's too
         reason = error.strerror or first_line(error)
         raise DataError(
-            f"{name}: cannot be read ({reason}); mend the file or its rights"
+            f"{name}: cannot be read ({reason}); correct the file or its permissions"
         ) from error
 
 

@@ -1,17 +1,14 @@
-"""Lists of messages, as data sets spell them -> `Message`.
+"""A list of messages in a row -> `Message`.
 
-Two spellings are read, told from each entry: {role, content} of OpenAI's and transformers' chats,
-and {from, value} of ShareGPT's. Text is passed on as it stands. What an entry holds that would
-change what is trained, and that a `Message` cannot say, is refused by name; what only describes
-the entry (an id, a time) is left aside, and its name is noted.
+Two formats of an entry are read: {role, content} of OpenAI and transformers, and {from, value} of
+ShareGPT. Text is passed on as it stands. A key that changes what is trained, and that `Message` has
+no field for, is refused by name. A key that only describes the entry (an id, a time) is left aside,
+and its name is noted.
 """
 
 from collections.abc import Mapping, Sequence
 
-from roll_sft.data.rows.content_parts import Content, read_content
-from roll_sft.data.rows.conversation import ROLES, Message
-from roll_sft.data.rows.tool_calls import calls_in_text, read_calls
-from roll_sft.data.rows.values import (
+from roll_sft.data.rows.checks import (
     BadRowError,
     NoAnswerError,
     is_empty,
@@ -20,8 +17,9 @@ from roll_sft.data.rows.values import (
     shown,
     text_of,
 )
+from roll_sft.data.rows.conversation import ROLES, Message, ToolCall
 
-# What a speaker is called -> role. `function_call` is an assistant whose text is calls as JSON.
+# Name of a speaker -> role. `function_call` is an assistant whose text is calls as JSON.
 _ROLES_OF_ROLE: Mapping[str, str] = {**{role: role for role in ROLES}, "function": "tool"}
 _ROLES_OF_FROM: Mapping[str, str] = {
     "human": "user",
@@ -36,7 +34,7 @@ _ROLES_OF_FROM: Mapping[str, str] = {
     "function_response": "tool",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-# Each says whether a message is trained on, in some data format; `masked` says the opposite.
+# Whether a message is trained on, in various data formats; `masked` is the opposite.
 _BOOLEANS = ("train", "training", "loss", "masked")
 _NUMBERS = ("weight", "loss_weight", "loss_scale", "loss_mask")
 _MEDIA = "only text can be trained on"
@@ -45,7 +43,7 @@ _CALLS = "write calls as tool_calls, and each answer as a message of role tool"
 _TOOLS = "write the tools as a column of the row"
 _HARMONY = "write thoughts as reasoning_content, and calls as tool_calls"
 _ONE_ANSWER = "one answer is trained on: write it as content"
-# Would change what is trained -> what to write instead.
+# Key that changes what is trained -> what to write instead.
 _REFUSED = {
     "mask": "data formats read it in opposite ways: write train, true or false",
     "train_detail": "write whole messages, with train true or false",
@@ -59,7 +57,7 @@ _REFUSED = {
     **dict.fromkeys(("channel", "recipient"), _HARMONY),
     **dict.fromkeys(("chosen", "rejected", "rejected_response"), _ONE_ANSWER),
 }
-# By the key that holds what is said.
+# By the key that holds the text.
 _SPELLINGS = {"content": {"role", "content"}, "value": {"from", "value"}}
 _READ = frozenset(
     {"name", "tool_call_id", "tool_calls", "function_call", *_REASONING, *_BOOLEANS, *_NUMBERS}
@@ -97,7 +95,7 @@ def check_answer(messages: Sequence[Message], *, where: str) -> None:
 
 
 def with_system(messages: tuple[Message, ...], system: str, *, where: str) -> tuple[Message, ...]:
-    """Put the text of a column before `messages`, unless they begin with the same."""
+    """Put a system message before `messages`, unless they have one with the same text."""
     if not system:
         return messages
     first = next((message for message in messages if message.role == "system"), None)
@@ -114,33 +112,23 @@ def _message(entry: object, *, where: str, left_aside: set[str]) -> Message:
     if not isinstance(entry, dict):
         raise BadRowError(f"{where} is {kind_of(entry)}; it must be an object {{role, content}}")
     fields = {name: value for name, value in entry.items() if value is not None}
-    said, role, text_field = _speaker(fields, where=where)
-    if len(fields) == 2 and said != "function_call" and isinstance(fields.get(text_field), str):
+    speaker, role, text_field = _speaker(fields, where=where)
+    if len(fields) == 2 and speaker != "function_call" and isinstance(fields.get(text_field), str):
         return Message(role, text_of(fields[text_field], where=f"{where}.{text_field}"))
     others = fields.keys() - _READ - _SPELLINGS[text_field]
     if others:
         left_aside |= _describing(others, fields, where=where)
-    calls = read_calls(fields, where=where, left_aside=left_aside)
-    content = Content()
-    if said == "function_call":
-        at = f"{where}.{text_field}"
-        calls += calls_in_text(fields.get(text_field), where=at, left_aside=left_aside)
-    elif text_field in fields:
-        at = f"{where}.{text_field}"
-        content = read_content(fields[text_field], where=at, left_aside=left_aside)
-    elif not calls:
+    text, thought, calls = _content(fields, text_field, speaker, where=where, left_aside=left_aside)
+    if text_field not in fields and not calls:
         given = f"null {text_field}" if text_field in entry else f"no {text_field}"
         raise BadRowError(f"{where} has {given} (fields found: {listed(entry)})")
-    if calls and content.calls:
-        raise BadRowError(f"{where} has calls among its parts and beside them; keep one of them")
-    calls += content.calls
-    reasoning = _reasoning(fields, content.reasoning, where=where)
+    reasoning = _reasoning(fields, thought, where=where)
     if role != "assistant" and (calls or reasoning):
         what = "calls tools" if calls else "has reasoning"
         raise BadRowError(f"{where} ({role}) {what}; only an assistant message can; correct it")
     return Message(
         role,
-        content.text,
+        text,
         reasoning=reasoning,
         tool_calls=calls,
         name=_optional_text(fields, "name", where=where),
@@ -149,8 +137,42 @@ def _message(entry: object, *, where: str, left_aside: set[str]) -> Message:
     )
 
 
+def _content(
+    fields: Mapping[str, object],
+    text_field: str,
+    speaker: str,
+    *,
+    where: str,
+    left_aside: set[str],
+) -> tuple[str, str, tuple[ToolCall, ...]]:
+    """The text, the reasoning among its parts, and the tool calls of a message."""
+    value, at = fields.get(text_field), f"{where}.{text_field}"
+    text = thought = ""
+    calls: tuple[ToolCall, ...] = ()
+    if fields.get("tool_calls") or fields.get("function_call"):
+        from roll_sft.data.rows.tool_calls import read_calls
+
+        calls = read_calls(fields, where=where, left_aside=left_aside)
+    if speaker == "function_call":
+        from roll_sft.data.rows.tool_calls import calls_in_text
+
+        calls += calls_in_text(value, where=at, left_aside=left_aside)
+    elif isinstance(value, list):
+        from roll_sft.data.rows.content_parts import read_parts
+
+        text, thought, calls_of_parts = read_parts(value, where=at, left_aside=left_aside)
+        if calls and calls_of_parts:
+            raise BadRowError(
+                f"{where} has calls among its parts and beside them; keep one of them"
+            )
+        calls += calls_of_parts
+    elif value is not None:
+        text = text_of(value, where=at)
+    return text, thought, calls
+
+
 def _speaker(fields: Mapping[str, object], *, where: str) -> tuple[str, str, str]:
-    """What the speaker is called, the role that it is, and the key that holds what is said."""
+    """The name of the speaker, its role, and the key that holds the text."""
     speaker, text_field, roles = "role", "content", _ROLES_OF_ROLE
     if "from" in fields and "role" not in fields:
         speaker, text_field, roles = "from", "value", _ROLES_OF_FROM

@@ -1,38 +1,22 @@
-"""Columns of a row -> a conversation or a document, by the shape of the row.
+"""The columns of a row -> a conversation or a document.
 
-The shapes, told from the columns that a row has:
+The format of a row follows from its columns:
 - alpaca: `instruction` or `prompt`; optionally `input` or `query`; `output`, `response` or
-  `completion`; optionally `system`, `tools`, `history`, a list of earlier [question, answer], and
-  `reasoning_content`, the thought before the answer;
-- pairs: a prompt and a response that are lists of messages; only those of the response train;
+  `completion`; optionally `system`, `tools`, `history` (a list of [question, answer] that come
+  before) and `reasoning_content` (the thought before the answer);
+- pairs: a prompt and a response that are lists of messages; only those of the response are trained
+  on;
 - messages: a column `messages`, a list of {role, content};
 - sharegpt: a column `conversations` or `messages`, a list of {from, value};
 - text: a column `text` and none of the above, trained on as a whole.
-A column named in `ColumnKeys` is used instead of what would be detected. Null counts as absent.
-Columns that have no part in a shape are refused or left aside, see `columns`.
+A column named in `ColumnKeys` is used in place of detection. Null counts as absent.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from roll_sft.data.rows.columns import (
-    ENABLE_THINKING,
-    HISTORY,
-    KNOWN_COLUMNS,
-    TEMPLATE_KWARGS,
-    ColumnKeys,
-    ColumnNames,
-    ColumnPlan,
-    Shape,
-    check_columns,
-    column_names,
-    column_plan,
-)
-from roll_sft.data.rows.conversation import Conversation, Document, Message
-from roll_sft.data.rows.messages import check_answer, read_messages, with_system
-from roll_sft.data.rows.tool_calls import read_tools
-from roll_sft.data.rows.values import (
+from roll_sft.data.rows.checks import (
     BadRowError,
     NoAnswerError,
     check_json,
@@ -42,16 +26,28 @@ from roll_sft.data.rows.values import (
     parsed_json,
     text_of,
 )
+from roll_sft.data.rows.columns import (
+    ENABLE_THINKING,
+    HISTORY,
+    KNOWN_COLUMNS,
+    TEMPLATE_KWARGS,
+    ColumnKeys,
+    ColumnNames,
+    ColumnPlan,
+    RowFormat,
+    check_columns,
+    column_names,
+    column_plan,
+)
+from roll_sft.data.rows.conversation import Conversation, Document, Message
+from roll_sft.data.rows.messages import check_answer, read_messages, with_system
 
-# Names that a rendering gives itself, or that have a column of their own.
+# Set by the rendering itself, or by a column of their own.
 _NO_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 def columns_of(value: object, keys: ColumnKeys) -> Mapping[str, object]:
-    """Return the row without its null columns, which count as absent.
-
-    Messages that are given as JSON text are parsed.
-    """
+    """Return the row without its null columns; messages given as JSON text are parsed."""
     if not isinstance(value, dict):
         raise BadRowError(
             f"the row is {kind_of(value)}; each row must be a JSON object with named columns"
@@ -64,10 +60,10 @@ def columns_of(value: object, keys: ColumnKeys) -> Mapping[str, object]:
     return columns
 
 
-def shape_of(columns: Mapping[str, object], keys: ColumnKeys) -> Shape | None:
-    """Return the shape of a row, or None: a list of messages that is empty fits both spellings.
+def format_of(columns: Mapping[str, object], keys: ColumnKeys) -> RowFormat | None:
+    """Return the format of a row; None for an empty list of messages, which two formats have.
 
-    Raises `BadRowError` if it fits none, and if two columns that differ could be meant.
+    Raises `BadRowError` if the columns fit no format, or if two that differ have one use.
     """
     names = column_names(keys)
     if keys.text is not None:
@@ -85,7 +81,7 @@ def shape_of(columns: Mapping[str, object], keys: ColumnKeys) -> Shape | None:
     if _has(columns, "text", names):
         return "text"
     raise BadRowError(
-        f"the columns fit no accepted shape (columns found: {listed(columns)}); a row needs "
+        f"the columns fit no accepted format (columns found: {listed(columns)}); a row needs "
         f"{' or '.join(KNOWN_COLUMNS['prompt'])} with {' or '.join(KNOWN_COLUMNS['response'])}, or "
         f"{' or '.join(KNOWN_COLUMNS['messages'])}, or text; name other columns with "
         f"data.prompt_key and data.response_key, data.messages_key, or data.text_key"
@@ -95,36 +91,39 @@ def shape_of(columns: Mapping[str, object], keys: ColumnKeys) -> Shape | None:
 def sample_of(
     columns: Mapping[str, object],
     *,
-    shape: Shape,
+    row_format: RowFormat,
     keys: ColumnKeys,
     place: tuple[int, int],
     left_aside: set[str],
 ) -> Conversation | Document:
-    """Return what the row at `place`, a row and a line, says under `shape`.
+    """Return the row at `place` (row, line) as a conversation or a document.
 
-    Raises `BadRowError` if it cannot be used. The names of columns and keys that have no part in
-    the sample go into `left_aside`.
+    Raises `BadRowError` if it cannot be used. The names of columns and keys that are left aside go
+    into `left_aside`.
     """
-    plan = column_plan(shape, keys)
+    plan = column_plan(row_format, keys)
     names = plan.names
-    check_columns(columns, plan=plan, shape=shape)
+    check_columns(columns, plan=plan, row_format=row_format)
     left_aside |= columns.keys() - plan.known
     row, line = place
-    if shape == "text":
+    if row_format == "text":
         return Document(_document(columns, names), row=row, line=line)
-    if shape == "alpaca":
+    if row_format == "alpaca":
         messages = _alpaca(columns, plan)
     else:
-        reader = _pair if shape == "pairs" else _listed
+        reader = _pair if row_format == "pairs" else _listed
         messages = reader(columns, names, left_aside)
-    tools_name = _find(columns, "tools", names)
-    tools = () if tools_name is None else read_tools(columns[tools_name], where=_at(tools_name))
+    tools: tuple[Mapping[str, Any], ...] = ()
+    if (tools_name := _find(columns, "tools", names)) is not None:
+        from roll_sft.data.rows.tool_calls import read_tools
+
+        tools = read_tools(columns[tools_name], where=_at(tools_name))
     variables = _template_kwargs(columns)
     return Conversation(messages, row=row, line=line, tools=tools, template_kwargs=variables)
 
 
 def _template_kwargs(columns: Mapping[str, object]) -> Mapping[str, Any]:
-    """The variables that the row gives the chat template."""
+    """The variables for the chat template that the row sets."""
     if TEMPLATE_KWARGS not in columns and ENABLE_THINKING not in columns:
         return {}
     given = columns.get(TEMPLATE_KWARGS)
@@ -149,7 +148,7 @@ def _template_kwargs(columns: Mapping[str, object]) -> Mapping[str, Any]:
     return {**given, ENABLE_THINKING: thinks}
 
 
-def _spelling(columns: Mapping[str, object], names: ColumnNames) -> Shape | None:
+def _spelling(columns: Mapping[str, object], names: ColumnNames) -> RowFormat | None:
     name = _find(columns, "messages", names)
     entries = None if name is None else columns[name]
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):

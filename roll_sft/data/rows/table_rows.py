@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from roll_sft.base.errors import DataError, first_line
 from roll_sft.data.rows.arrow_stream import stream_batches, stream_messages
+from roll_sft.data.rows.checks import BadRowError, NoJson
 from roll_sft.data.rows.conversation import BadRow
 from roll_sft.data.rows.json_rows import RawRow
 from roll_sft.data.rows.table_values import values_of
-from roll_sft.data.rows.values import BadRowError, NoJson
 
 _ROWS_PER_BATCH = 256
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -28,9 +28,9 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 
 @dataclass(frozen=True, slots=True)
 class TablePart:
-    """What can be read alone: a row group of Parquet, a record batch of Arrow.
+    """Row groups of Parquet, or record batches of Arrow, that follow each other.
 
-    It is `start:stop` of the file, which counts row groups, batches, or the bytes of a stream.
+    They are `start:stop` of the file, in row groups, batches, or the bytes of a stream.
     """
 
     start: int
@@ -39,23 +39,44 @@ class TablePart:
     num_bytes: int
 
 
-def table_parts(file: BinaryIO, *, kind: str, name: str) -> Iterator[TablePart]:
-    """Yield the parts of a table, in order."""
+def table_parts(file: BinaryIO, *, kind: str, name: str, part_bytes: int) -> list[TablePart]:
+    """Cut a table into parts of at most `part_bytes`, or of one group or batch that is larger.
+
+    Raises `DataError` for a table that cannot be read, or has no rows.
+    """
+    parts: list[TablePart] = []
     with _readable(name):
-        if kind == "parquet":
-            facts = pq.ParquetFile(file).metadata
-            for index in range(facts.num_row_groups):
-                group = facts.row_group(index)
-                yield TablePart(index, index + 1, group.num_rows, group.total_byte_size)
-        elif _is_arrow_file(file):
-            reader = pa.ipc.open_file(file)
-            for index in range(reader.num_record_batches):
-                batch = reader.get_batch(index)
-                yield TablePart(index, index + 1, batch.num_rows, batch.nbytes)
-        else:
-            for each in stream_messages(file):
-                if each.num_rows is not None:
-                    yield TablePart(each.start, each.stop, each.num_rows, each.stop - each.start)
+        for each in _smallest_parts(file, kind=kind):
+            if parts and parts[-1].num_bytes + each.num_bytes <= part_bytes:
+                last = parts.pop()
+                each = TablePart(
+                    last.start,
+                    each.stop,
+                    last.num_rows + each.num_rows,
+                    last.num_bytes + each.num_bytes,
+                )
+            parts.append(each)
+    if not any(part.num_rows for part in parts):
+        raise DataError(f"{name}: the table is empty; it must hold at least one row")
+    return parts
+
+
+def _smallest_parts(file: BinaryIO, *, kind: str) -> Iterator[TablePart]:
+    if kind == "parquet":
+        facts = pq.ParquetFile(file).metadata
+        for index in range(facts.num_row_groups):
+            group = facts.row_group(index)
+            yield TablePart(index, index + 1, group.num_rows, group.total_byte_size)
+    elif _is_arrow_file(file):
+        reader = pa.ipc.open_file(file)
+        for index in range(reader.num_record_batches):
+            batch = reader.get_batch(index)
+            yield TablePart(index, index + 1, batch.num_rows, batch.nbytes)
+    else:
+        for message in stream_messages(file):
+            if message.num_rows is not None:
+                num_bytes = message.stop - message.start
+                yield TablePart(message.start, message.stop, message.num_rows, num_bytes)
 
 
 def table_rows(

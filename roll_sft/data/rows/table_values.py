@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roll_sft.data.rows.values import NoJson, check_unique, parsed_json
+from roll_sft.data.rows.checks import NoJson, check_unique, parsed_json
 
 _LISTS = (
     pa.types.is_list,

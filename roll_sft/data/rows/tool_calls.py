@@ -1,14 +1,13 @@
-"""Tool calls and tools, as data sets spell them -> `ToolCall`, and JSON schemas as given.
+"""Tool calls of a message -> `ToolCall`; tools of a row -> JSON schemas, as given.
 
-A call that holds more than its name and its arguments could lose them in silence, so its keys are
-judged like those of a message.
+The other keys of a call are judged like those of a message: refused if the call would lose a value
+that matters, else left aside.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from roll_sft.data.rows.conversation import ToolCall
-from roll_sft.data.rows.values import (
+from roll_sft.data.rows.checks import (
     BadRowError,
     check_json,
     is_empty,
@@ -17,6 +16,7 @@ from roll_sft.data.rows.values import (
     parsed_json,
     text_of,
 )
+from roll_sft.data.rows.conversation import ToolCall
 
 _CALL_KEYS = frozenset({"id", "type", "function", "index", "name", "arguments"})
 # What a call was answered with is a message of its own.

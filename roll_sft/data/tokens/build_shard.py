@@ -1,9 +1,9 @@
 """One shard of a source -> its folder in the token cache.
 
-What is promised:
+Promises:
 - a folder that carries its final name is complete: it is written beside and renamed;
-- runs that need the same folder prepare it once, and others go on with other shards meanwhile; a
-  damaged one is prepared again;
+- runs that need the same folder prepare it once, and go on with other shards meanwhile; a damaged
+  folder is prepared again;
 - every row that is read is kept, or counted under one reason; every sample is whole, or counted;
 - memory holds one batch of rows, not the shard.
 """
@@ -28,17 +28,17 @@ from numpy.typing import NDArray
 from roll_sft.base.errors import DataError, ResourceError
 from roll_sft.base.files import sync
 from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.rows.columns import ColumnKeys, Shape
+from roll_sft.data.rows.columns import ColumnKeys, RowFormat
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
-from roll_sft.data.rows.shards import Shard, read_shard
+from roll_sft.data.rows.shards import Shard, ShardRows
 from roll_sft.data.tokens.cache import (
     ARRAYS,
     FORMAT,
     PER_SAMPLE,
     REPORT_FILE,
-    CacheFacts,
+    ShardReport,
     check_arrays,
-    read_facts,
+    read_report,
 )
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 _ROWS_PER_BATCH = 1024
 _LOCK_NOTICE_S = 30.0
 
+# Why a row is dropped.
 MALFORMED = "malformed"
 OVERLONG = "overlong"
 UNSUPERVISED = "no_supervised_tokens"
@@ -56,9 +57,9 @@ EMPTY = "empty_response"
 class SourceOptions:
     """How the rows of a source become samples.
 
-    `sequence_length`: what becomes of samples of more tokens, unpadded, is said by `overlong`.
-    `on_bad_row`: "error" ends the run at the first malformed row, "skip" counts them and ends it if
-    they are more than `max_bad_fraction` of the rows.
+    `sequence_length`: tokens, unpadded; `overlong` is what happens to samples that have more.
+    `on_bad_row`: "error" ends the run at the first malformed row; "skip" counts them, and ends it
+    if they are more than `max_bad_fraction` of the rows.
     """
 
     keys: ColumnKeys
@@ -72,12 +73,12 @@ class SourceOptions:
 class ShardTask:
     """One shard to prepare into `folder`.
 
-    `stamp` is what the file looked like (size and time of its last change) before its bytes were
-    hashed, None where that cannot be told. `wait` for another run that has the shard in hand.
+    `stamp` is what `stamp_of` returned before the file was hashed. `wait`: if another run has the
+    folder in hand, wait for it.
     """
 
     shard: Shard
-    shape: Shape | None
+    row_format: RowFormat | None
     stamp: tuple[int, int] | None
     options: SourceOptions
     folder: Path
@@ -91,35 +92,35 @@ class ShardTask:
         return self.stamp[0] if self.stamp else 0
 
     def place_of(self, at: Sequence[int]) -> str:
-        """Where in the file a row lies of which `CacheFacts` know the line and the row."""
+        """The place in the file of a row `at` [line, row] of a `ShardReport`."""
         line, row = at
         return self.shard.place_of(self.shard.first_line + line, row)
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
-    """A task that was tried: `facts` are None where another run has the shard in hand.
+class BuiltShard:
+    """A task that was tried. `report` is None if another run has the folder in hand.
 
-    `is_new`: it was this try that made the folder.
+    `is_new`: this try made the folder.
     """
 
     task: ShardTask
-    facts: CacheFacts | None
+    report: ShardReport | None
     is_new: bool
 
 
 def address(
-    shard: Shard, shape: Shape | None, *, tokenizer: ChatTokenizer, options: SourceOptions
+    shard: Shard, row_format: RowFormat | None, *, tokenizer: ChatTokenizer, options: SourceOptions
 ) -> str:
     """The name of a shard's folder: hexadecimal SHA-256 of all that decides its samples.
 
-    What only decides whether a run goes on (`on_bad_row`, `overlong` being an error) is checked
-    each time and left out.
+    Options that decide only whether a run goes on (`on_bad_row`, `overlong` as an error) are
+    checked each time and left out.
     """
     parts = (
         FORMAT,
         shard.content_hash,
-        shape,
+        row_format,
         tokenizer.fingerprint,
         asdict(options.keys),
         options.sequence_length,
@@ -131,39 +132,39 @@ def address(
 def stamp_of(file: str) -> tuple[int, int] | None:
     """Size in bytes and time of the last change in nanoseconds; None if it is no local file."""
     try:
-        facts = Path(file).stat()
+        status = Path(file).stat()
     except OSError:
         return None
-    return facts.st_size, facts.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def ready(folder: Path, *, warn: bool = False) -> CacheFacts | None:
-    """Return the facts of a complete folder; `warn` about one that is there and is not complete."""
+def ready(folder: Path, *, warn: bool = False) -> ShardReport | None:
+    """Return the report of a complete folder, else None; `warn` about a damaged one."""
     try:
-        facts = read_facts(folder)
-        check_arrays(folder, facts, PER_SAMPLE)
-        return facts
+        report = read_report(folder)
+        check_arrays(folder, report, PER_SAMPLE)
+        return report
     except DataError as damage:
         if warn and folder.exists():
             _log.warning("%s; preparing it again", damage)
         return None
 
 
-def fill(tokenizer: ChatTokenizer, task: ShardTask) -> Filled:
-    """Make the folder of `task` unless it is there, or in another run's hands.
+def build_shard(tokenizer: ChatTokenizer, task: ShardTask) -> BuiltShard:
+    """Make the folder of `task` unless it is there, or another run has it in hand.
 
-    Raises `DataError` for what makes the source unusable, and `ResourceError` if the folder cannot
-    be written.
+    Raises `DataError` for a source that cannot be used, and `ResourceError` if the folder cannot be
+    written.
     """
     folder = task.folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, wait=task.wait) as is_ours:
             if not is_ours:
-                return Filled(task, None, is_new=False)
-            if found := ready(folder, warn=True):  # another run had it ready meanwhile
-                return Filled(task, found, is_new=False)
-            return Filled(task, _published(tokenizer, task), is_new=True)
+                return BuiltShard(task, None, is_new=False)
+            if report := ready(folder, warn=True):  # another run has made it meanwhile
+                return BuiltShard(task, report, is_new=False)
+            return BuiltShard(task, _publish(tokenizer, task), is_new=True)
     except OSError as error:
         raise ResourceError(
             f"{folder.parent}: cannot hold the tokens of {task.shard.file} ({error}); make room "
@@ -171,12 +172,13 @@ def fill(tokenizer: ChatTokenizer, task: ShardTask) -> Filled:
         ) from error
 
 
-def check_row_errors(facts: CacheFacts, task: ShardTask) -> None:
-    """Raise `DataError` for a row that the options make an error, with its place."""
-    if task.options.on_bad_row == "error" and MALFORMED in facts.dropped:
-        raise DataError(f"{task.place_of(facts.dropped_at[MALFORMED][0])}: {facts.first_malformed}")
-    if task.options.overlong == "error" and facts.first_overlong:
-        *at, length = facts.first_overlong
+def check_row_errors(report: ShardReport, task: ShardTask) -> None:
+    """Raise `DataError`, with the place, for a row that the options make an error."""
+    if task.options.on_bad_row == "error" and MALFORMED in report.dropped:
+        place = task.place_of(report.dropped_at[MALFORMED][0])
+        raise DataError(f"{place}: {report.first_malformed}")
+    if task.options.overlong == "error" and report.first_overlong:
+        *at, length = report.first_overlong
         raise DataError(
             f"{task.place_of(at)}: the sample has {length} tokens, more than"
             f" data.sequence_length={task.options.sequence_length}; raise it, or set"
@@ -186,9 +188,9 @@ def check_row_errors(facts: CacheFacts, task: ShardTask) -> None:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock of `folder` and say so, or say that it is held and `wait` is not asked for.
+    """Hold the lock of `folder` and give True; give False if it is held and `wait` is not set.
 
-    The system frees it when its holder dies, so waiting ends.
+    The system frees the lock of a process that dies, so waiting ends.
     """
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     while True:
@@ -206,63 +208,62 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         lock.release()
 
 
-def _published(tokenizer: ChatTokenizer, task: ShardTask) -> CacheFacts:
+def _publish(tokenizer: ChatTokenizer, task: ShardTask) -> ShardReport:
     """Under the lock: make the folder of `task`, in place of a damaged one."""
     folder = task.folder
-    # Whoever wrote these held the lock, so they died.
-    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
+    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):  # whose writer has died
         shutil.rmtree(abandoned)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     unfinished.mkdir()
     try:
-        facts = _build(unfinished, tokenizer, task)
+        report = _build(unfinished, tokenizer, task)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return facts
+    return report
 
 
-def _build(folder: Path, tokenizer: ChatTokenizer, task: ShardTask) -> CacheFacts:
-    facts, file_read = CacheFacts(), task.shard.file
-    rows = read_shard(task.shard, task.options.keys, shape=task.shape)
+def _build(folder: Path, tokenizer: ChatTokenizer, task: ShardTask) -> ShardReport:
+    report, source_file = ShardReport(), task.shard.file
+    rows = ShardRows(task.shard, task.options.keys, row_format=task.row_format)
     with ExitStack() as stack:
         files = {
             array: stack.enter_context((folder / f"{array}.bin").open("wb")) for array in ARRAYS
         }
 
         def append(array: str, values: NDArray[Any]) -> None:
-            facts.crc32[array] = zlib.crc32(values.data, facts.crc32.get(array, 0))
+            report.crc32[array] = zlib.crc32(values.data, report.crc32.get(array, 0))
             values.tofile(files[array])
 
         for array, dtype in ARRAYS.items():
             append(array, np.zeros(1 if array == "offsets" else 0, dtype))
         while batch := list(islice(rows, _ROWS_PER_BATCH)):
-            columns = _Columns(end=facts.tokens)
-            _take_batch(batch, tokenizer, task, facts=facts, columns=columns)
-            check_row_errors(facts, task)
+            columns = _Columns(end=report.tokens)
+            _add_rows(batch, tokenizer, task, report=report, columns=columns)
+            check_row_errors(report, task)
             for array, values in columns.arrays().items():
                 append(array, values)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    if task.stamp is not None and stamp_of(file_read) != task.stamp:
-        raise DataError(f"{file_read}: changed while it was read; run again once it is written")
-    facts.columns_used = sorted(rows.used)
-    facts.columns_left_aside = sorted(rows.left_aside)
-    with (folder / REPORT_FILE).open("w", encoding="utf-8") as report:
-        json.dump(asdict(facts), report, indent=1)
-        report.flush()
-        os.fsync(report.fileno())
+    if task.stamp is not None and stamp_of(source_file) != task.stamp:
+        raise DataError(f"{source_file}: changed while it was read; run again once it is written")
+    report.columns_used = sorted(rows.used)
+    report.columns_left_aside = sorted(rows.left_aside)
+    with (folder / REPORT_FILE).open("w", encoding="utf-8") as report_file:
+        json.dump(asdict(report), report_file, indent=1)
+        report_file.flush()
+        os.fsync(report_file.fileno())
     sync(folder)
-    return facts
+    return report
 
 
 @dataclass(slots=True)
 class _Columns:
-    """The arrays of one batch. `end` is where its last sample ends among all tokens."""
+    """The arrays of one batch of rows, as lists. `end`: tokens of the shard up to here."""
 
     end: int
     tokens: list[NDArray[np.int32]] = field(default_factory=list)
@@ -271,13 +272,13 @@ class _Columns:
     rows: list[int] = field(default_factory=list)
     supervised: list[int] = field(default_factory=list)
 
-    def add(self, sample: TokenizedSample, *, row: int, supervised: int) -> None:
+    def add(self, sample: TokenizedSample, *, row: int, num_supervised: int) -> None:
         self.end += sample.token_ids.size
         self.tokens.append(sample.token_ids)
         self.label_mask.append(sample.label_mask)
         self.offsets.append(self.end)
         self.rows.append(row)
-        self.supervised.append(supervised)
+        self.supervised.append(num_supervised)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         values: dict[str, Any] = {
@@ -290,71 +291,71 @@ class _Columns:
         return {array: np.asarray(values[array], dtype) for array, dtype in ARRAYS.items()}
 
 
-def _take_batch(
-    batch: Sequence[Conversation | Document | BadRow],
+def _add_rows(
+    rows: Sequence[Conversation | Document | BadRow],
     tokenizer: ChatTokenizer,
     task: ShardTask,
     *,
-    facts: CacheFacts,
+    report: ShardReport,
     columns: _Columns,
 ) -> None:
-    """Put the samples of each row into `columns`, or count why it has none."""
-    readable = [row for row in batch if not isinstance(row, BadRow)]
-    results = iter(tokenizer.tokenize_many(readable))
-    for row in batch:
-        facts.rows += 1
+    """Add the samples of each row to `columns`, or count why it has none."""
+    results = iter(tokenizer.tokenize_many([row for row in rows if not isinstance(row, BadRow)]))
+    for row in rows:
+        report.rows += 1
         at = [row.line - task.shard.first_line, row.row]
-        if isinstance(row, BadRow) and row.is_empty:
-            facts.drop(EMPTY, at=at)
-            continue
         result = row if isinstance(row, BadRow) else next(results)
-        if isinstance(result, BadRow | UnusableRow):
-            if not facts.first_malformed:  # the reason tries templates, which takes its time
-                facts.first_malformed = result.reason if isinstance(result, BadRow) else str(result)
-            facts.drop(MALFORMED, at=at)
-            continue
-        reasons: list[str] = []
-        num_before = facts.samples
-        for sample in result:
-            length = sample.token_ids.size
-            if length > task.options.sequence_length:
-                facts.first_overlong = facts.first_overlong or [*at, length]
-                facts.shortest_overlong = min(facts.shortest_overlong or length, length)
-                facts.longest_overlong = max(facts.longest_overlong, length)
-            if why := _take(sample, row.row, task.options, facts=facts, columns=columns):
-                reasons.append(why)
-        if facts.samples == num_before:
-            facts.drop(reasons[0] if reasons else UNSUPERVISED, at=at)
-            continue
-        facts.kept += 1
-        for reason in reasons:
-            facts.dropped_samples[reason] = facts.dropped_samples.get(reason, 0) + 1
+        if isinstance(result, BadRow) and result.is_empty:
+            report.drop(EMPTY, at=at)
+        elif isinstance(result, BadRow | UnusableRow):
+            if not report.first_malformed:  # finding the reason tries templates, which takes time
+                report.first_malformed = _reason(result)
+            report.drop(MALFORMED, at=at)
+        else:
+            _add_samples(result, at, task.options, report=report, columns=columns)
 
 
-def _take(
-    sample: TokenizedSample,
-    row: int,
+def _reason(row: BadRow | UnusableRow) -> str:
+    return row.reason if isinstance(row, BadRow) else str(row)
+
+
+def _add_samples(
+    samples: Sequence[TokenizedSample],
+    at: list[int],
     options: SourceOptions,
     *,
-    facts: CacheFacts,
+    report: ShardReport,
     columns: _Columns,
-) -> str | None:
-    """Put one sample into `columns`, cut if need be, or return why it is dropped."""
-    result = fitted(sample, options)
-    if isinstance(result, str):
-        return result
-    kept, is_cut = result
-    supervised = int(np.count_nonzero(kept.label_mask))
-    facts.samples += 1
-    facts.truncated += is_cut
-    facts.tokens += kept.token_ids.size
-    facts.supervised_tokens += supervised
-    columns.add(kept, row=row, supervised=supervised)
-    return None
+) -> None:
+    """Add the samples of the row `at` [line, row], cut if need be; count those that are dropped."""
+    reasons: list[str] = []
+    for sample in samples:
+        length = sample.token_ids.size
+        if length > options.sequence_length:
+            report.first_overlong = report.first_overlong or [*at, length]
+            report.shortest_overlong = min(report.shortest_overlong or length, length)
+            report.longest_overlong = max(report.longest_overlong, length)
+        result = fitted(sample, options)
+        if isinstance(result, str):
+            reasons.append(result)
+            continue
+        kept, is_cut = result
+        num_supervised = int(np.count_nonzero(kept.label_mask))
+        report.samples += 1
+        report.truncated += is_cut
+        report.tokens += kept.token_ids.size
+        report.supervised_tokens += num_supervised
+        columns.add(kept, row=at[1], num_supervised=num_supervised)
+    if len(reasons) == len(samples):
+        report.drop(reasons[0] if reasons else UNSUPERVISED, at=at)
+        return
+    report.kept += 1
+    for reason in reasons:
+        report.dropped_samples[reason] = report.dropped_samples.get(reason, 0) + 1
 
 
 def fitted(sample: TokenizedSample, options: SourceOptions) -> tuple[TokenizedSample, bool] | str:
-    """Return the sample as it is kept, and whether it was cut; or why it is dropped."""
+    """Return the sample to keep and whether it was cut, or the reason why it is dropped."""
     limit = options.sequence_length
     if sample.token_ids.size > limit and options.overlong != "truncate":
         return OVERLONG
@@ -367,14 +368,14 @@ def fitted(sample: TokenizedSample, options: SourceOptions) -> tuple[TokenizedSa
 
 
 def _cut(sample: TokenizedSample, limit: int) -> TokenizedSample:
-    """The beginning of `sample`, at most `limit` tokens and up to a span that may not be cut.
+    """At most the first `limit` tokens of `sample`, up to a span that may not be cut.
 
-    Nothing is put in place of what is lost, least of all an end of turn.
+    No token is put in place of those that are lost, least of all an end of turn.
     """
     stop = limit
     for start, end in sorted(sample.atomic, reverse=True):  # a span may lie in another
         if start < stop < end:
             stop = start
     label_mask = sample.label_mask[:stop].copy()
-    label_mask[-1:] = 0  # what this token predicts is gone
+    label_mask[-1:] = 0  # the token that it predicts is gone
     return TokenizedSample(sample.token_ids[:stop], label_mask)

@@ -44,7 +44,7 @@ PLACES_SHOWN = 3
 
 
 @dataclass(slots=True)
-class CacheFacts:
+class ShardReport:
     """The content of report.json: all but the name and place of the source, which may change.
 
     `rows` are `kept`, if they gave a sample, or `dropped` under one reason; `dropped_at` has the
@@ -104,12 +104,12 @@ class TokenCache:
         return TokenCache, (self.folder,)
 
     def __len__(self) -> int:
-        return self.facts.samples
+        return self.report.samples
 
     @functools.cached_property
-    def facts(self) -> CacheFacts:
+    def report(self) -> ShardReport:
         """What became of the rows, once the files are seen to be whole."""
-        return read_facts(self.folder)
+        return read_report(self.folder)
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return token ids int32 [length] and label mask uint8 [length]: read-only views."""
@@ -144,7 +144,7 @@ class TokenCache:
 
     @functools.cached_property
     def _offsets(self) -> NDArray[np.int64]:
-        offsets, tokens = self._map("offsets"), self.facts.tokens
+        offsets, tokens = self._map("offsets"), self.report.tokens
         if offsets[0] != 0 or offsets[-1] != tokens:
             raise DataError(
                 f"{self.folder}/offsets.bin: runs from {offsets[0]} to {offsets[-1]} and should"
@@ -154,7 +154,7 @@ class TokenCache:
 
     def _map(self, array: str) -> NDArray[Any]:
         dtype, path = ARRAYS[array], self.folder / f"{array}.bin"
-        if _items(self.facts)[array] == 0:  # which the system does not map
+        if _items(self.report)[array] == 0:  # which the system does not map
             return np.empty(0, dtype)
         # As a plain array: a slice of np.memmap costs ten times that of an array.
         return np.asarray(np.memmap(path, dtype, mode="r"))
@@ -230,7 +230,7 @@ class TokenSet:
             for source in self.sources
             for first_row in [
                 0,
-                *accumulate(cache.facts.rows for cache in source.caches[:-1]),
+                *accumulate(cache.report.rows for cache in source.caches[:-1]),
             ][: len(source.caches)]
         ]
 
@@ -256,7 +256,7 @@ class TokenData:
         return list(dict.fromkeys(cache.folder for tokens in sets for cache in tokens.caches))
 
 
-def read_facts(folder: Path) -> CacheFacts:
+def read_report(folder: Path) -> ShardReport:
     """Return report.json if the other files have the sizes it says; raise `DataError` if not."""
     try:
         found = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
@@ -265,11 +265,11 @@ def read_facts(folder: Path) -> CacheFacts:
             raise DataError(
                 f"{folder}: has format {found['format']}, this version reads {FORMAT}; remove it"
             )
-        facts = CacheFacts(**found)
+        report = ShardReport(**found)
         sizes = {array: (folder / f"{array}.bin").stat().st_size for array in ARRAYS}
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder}: is no complete token cache ({error})") from error
-    items = _items(facts)
+    items = _items(report)
     for array, dtype in ARRAYS.items():
         expected = items[array] * np.dtype(dtype).itemsize
         if sizes[array] != expected:
@@ -277,10 +277,10 @@ def read_facts(folder: Path) -> CacheFacts:
                 f"{folder / array}.bin: has {sizes[array]} bytes and should have {expected}; the "
                 f"token cache is damaged"
             )
-    return facts
+    return report
 
 
-def check_arrays(folder: Path, facts: CacheFacts, arrays: Sequence[str]) -> None:
+def check_arrays(folder: Path, report: ShardReport, arrays: Sequence[str]) -> None:
     """Raise `DataError` where the bytes of `arrays` are not those that were written."""
     for array in arrays:
         path, found = folder / f"{array}.bin", 0
@@ -290,18 +290,18 @@ def check_arrays(folder: Path, facts: CacheFacts, arrays: Sequence[str]) -> None
                     found = zlib.crc32(chunk, found)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        if facts.crc32.get(array) != found:
+        if report.crc32.get(array) != found:
             raise DataError(
                 f"{path}: its bytes are not those that were written (CRC-32 {found:08x}); the"
                 " token cache is damaged"
             )
 
 
-def _items(facts: CacheFacts) -> Mapping[str, int]:
+def _items(report: ShardReport) -> Mapping[str, int]:
     return {
-        "tokens": facts.tokens,
-        "label_mask": facts.tokens,
-        "offsets": facts.samples + 1,
-        "rows": facts.samples,
-        "supervised": facts.samples,
+        "tokens": report.tokens,
+        "label_mask": report.tokens,
+        "offsets": report.samples + 1,
+        "rows": report.samples,
+        "supervised": report.samples,
     }

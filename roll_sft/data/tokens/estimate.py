@@ -1,16 +1,16 @@
-"""What a source holds, guessed without a tokenizer: the rows counted, the tokens from the bytes.
+"""The report of a source without a tokenizer: rows are counted, tokens estimated from bytes.
 
-For a dry run before the model is on the machine. Nothing is dropped for its length, since that is
-not known; what a template adds is left out.
+For a dry run before the model is on the machine. No row is dropped for its length, which is not
+known; the tokens that a template adds are left out.
 """
 
 import json
 from collections import Counter
 
 from roll_sft.base.errors import DataError
-from roll_sft.data.rows.columns import ColumnKeys
+from roll_sft.data.rows.columns import ColumnKeys, log_left_aside
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
-from roll_sft.data.rows.sources import read_placed, tell_left_aside
+from roll_sft.data.rows.sources import read_rows
 from roll_sft.data.tokens.build_shard import EMPTY, MALFORMED
 from roll_sft.data.tokens.prepare import Source
 from roll_sft.data.tokens.report import SourceReport
@@ -18,12 +18,12 @@ from roll_sft.data.tokens.report import SourceReport
 TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
 
 
-def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> SourceReport:
-    """The report of `source`; `is_strict`: a malformed row is a `DataError`, as it will be."""
+def estimated_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> SourceReport:
+    """The report of `source`. `is_strict`: raise `DataError` for a malformed row."""
     path, dropped = source.path, Counter[str]()
     kept = num_bytes = num_answer_bytes = 0
     aside: set[str] = set()
-    for place, row in read_placed(path, keys, split=source.split, left_aside=aside):
+    for place, row in read_rows(path, keys, split=source.split, left_aside=aside):
         if isinstance(row, BadRow):
             if is_strict and not row.is_empty:
                 raise DataError(f"{place}: {row.reason}")
@@ -34,8 +34,10 @@ def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> Source
         num_bytes += size
         num_answer_bytes += answer_size
     if kept == 0:
-        raise DataError(f"{path}: none of its rows can be trained on ({dict(dropped)}); mend them")
-    tell_left_aside(aside, source=source.name)
+        raise DataError(
+            f"{path}: none of its rows can be trained on ({dict(dropped)}); correct them"
+        )
+    log_left_aside(aside, source=source.name)
     return SourceReport(
         name=source.name,
         path=path,
@@ -56,7 +58,7 @@ def rough_report(source: Source, *, keys: ColumnKeys, is_strict: bool) -> Source
 
 
 def _sizes(row: Conversation | Document) -> tuple[int, int]:
-    """UTF-8 bytes of all that is said in `row`, and of what is trained on."""
+    """UTF-8 bytes of the text of `row`, and of the part that is trained on."""
     if isinstance(row, Document):
         return (size := len(row.text.encode())), size
     size = len(json.dumps(row.tools).encode()) if row.tools else 0

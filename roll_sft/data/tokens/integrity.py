@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from roll_sft.base.errors import DataError
-from roll_sft.data.tokens.cache import PER_TOKEN, REPORT_FILE, check_arrays, read_facts
+from roll_sft.data.tokens.cache import PER_TOKEN, REPORT_FILE, check_arrays, read_report
 
 NUM_THREADS = 4  # the checksum leaves the interpreter's lock alone; more would only wait for a disk
 
@@ -38,9 +38,9 @@ def verifying(folders: Iterable[Path]) -> Iterator[Callable[[], None]]:
 
 
 def _check(folder: Path) -> None:
-    facts = read_facts(folder)
+    report = read_report(folder)
     try:
-        check_arrays(folder, facts, PER_TOKEN)
+        check_arrays(folder, report, PER_TOKEN)
     except DataError as damage:
         with contextlib.suppress(OSError):  # a cache that may only be read: whoever may must do it
             (folder / REPORT_FILE).unlink()

@@ -23,14 +23,14 @@ from pathlib import Path
 
 from roll_sft.base.errors import ResourceError
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.tokens.build_shard import Filled, ShardTask, fill
+from roll_sft.data.tokens.build_shard import BuiltShard, ShardTask, build_shard
 
 # Below this much text, starting processes takes longer than they save: the tokenizer's own threads
 # do most of the work there is.
 _SMALL_BYTES = 64 << 20
 
-Spread = Callable[[ChatTokenizer, Sequence[ShardTask]], Generator[Filled, None, None]]
-"""Runs `fill` on each task, somewhere."""
+Spread = Callable[[ChatTokenizer, Sequence[ShardTask]], Generator[BuiltShard, None, None]]
+"""Runs `build_shard` on each task, somewhere."""
 
 
 def spread_for(tasks: Sequence[ShardTask], *, num_proc: int | None) -> Spread:
@@ -43,15 +43,15 @@ def spread_for(tasks: Sequence[ShardTask], *, num_proc: int | None) -> Spread:
     return functools.partial(over_processes, num_processes=num_processes)
 
 
-def here(tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]) -> Generator[Filled, None, None]:
+def here(tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]) -> Generator[BuiltShard, None, None]:
     """One after the other in this process, where the tokenizer uses all cores."""
     for task in tasks:
-        yield fill(tokenizer, task)
+        yield build_shard(tokenizer, task)
 
 
 def over_processes(
     tokenizer: ChatTokenizer, tasks: Sequence[ShardTask], *, num_processes: int
-) -> Generator[Filled, None, None]:
+) -> Generator[BuiltShard, None, None]:
     """In `num_processes` processes of their own. Raises `ResourceError` if one of them dies."""
     spawn = multiprocessing.get_context("spawn")
     theirs, ours = spawn.Pipe(duplex=False)
@@ -63,7 +63,7 @@ def over_processes(
             pickle.dump(tokenizer, file)
             file.flush()
             with _without_interrupts():
-                futures = [pool.submit(_fill, Path(file.name), task) for task in tasks]
+                futures = [pool.submit(_build, Path(file.name), task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
     except BrokenProcessPool as error:
@@ -99,8 +99,8 @@ def _end_with(lifeline: Connection) -> None:
     os._exit(1)
 
 
-def _fill(tokenizer: Path, task: ShardTask) -> Filled:
-    return fill(_loaded(tokenizer), task)
+def _build(tokenizer: Path, task: ShardTask) -> BuiltShard:
+    return build_shard(_loaded(tokenizer), task)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Columns beside those of a shape: read, refused, or left aside and named; none is lost unsaid."""
+"""Columns beside those of a row format: read, refused by name, or left aside and named."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
-from roll_sft.data.rows.shards import find_shards, read_shard
+from roll_sft.data.rows.shards import ShardRows
+from tests.data.rows.reading import find_shards
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
 ALPACA = {"instruction": "p", "output": "r"}
@@ -21,7 +22,7 @@ def read_one(
 ) -> tuple[Conversation | Document | BadRow, set[str]]:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row))
-    rows = read_shard(find_shards(str(path))[0], ColumnKeys(**named))
+    rows = ShardRows(find_shards(str(path))[0], ColumnKeys(**named))
     (found,) = rows
     return found, rows.left_aside
 
@@ -38,21 +39,25 @@ def reason(folder: Path, row: dict[str, Any], **named: str) -> str:
         ({**ALPACA, "context": "a passage"}, {"query": "context"}, "data.query_key=context to put"),
         ({**PAIR, "context": "a passage"}, {}, "name it with data.query_key=context"),
         ({**ALPACA, "chosen": "a", "rejected": "b"}, {"response": "chosen"}, "response_key=chosen"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"response": "chosen"}, "one answer is"),
-        ({**MESSAGES, "rejected_response": "b"}, {}, "one answer is trained on"),
-        ({**PAIR, "label": False}, {}, "no example to learn from: remove the row"),
-        ({**MESSAGES, "kto_tag": False}, {}, "no example to learn from"),
-        ({**MESSAGES, "loss_mask": [0, 1]}, {}, "a row is trained on with weight 1"),
-        ({**MESSAGES, "weight": 0.5}, {}, "a row is trained on with weight 1"),
-        ({**ALPACA, "loss_weight": 0}, {}, "a row is trained on with weight 1"),
-        ({**ALPACA, "train": False}, {}, "a row is trained on with weight 1"),
-        ({**MESSAGES, "mask": "User"}, {}, "a row is trained on with weight 1"),
-        ({**MESSAGES, "masked": True}, {}, "a row is trained on with weight 1"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+            {"response": "chosen"},
+            "response_key=chosen",
+        ),
+        ({**MESSAGES, "rejected_response": "b"}, {}, "column 'rejected_response'"),
+        ({**PAIR, "label": False}, {}, "column 'label'"),
+        ({**MESSAGES, "kto_tag": False}, {}, "column 'kto_tag'"),
+        ({**MESSAGES, "loss_mask": [0, 1]}, {}, "column 'loss_mask'"),
+        ({**MESSAGES, "weight": 0.5}, {}, "column 'weight'"),
+        ({**ALPACA, "loss_weight": 0}, {}, "column 'loss_weight'"),
+        ({**ALPACA, "train": False}, {}, "column 'train'"),
+        ({**MESSAGES, "mask": "User"}, {}, "column 'mask'"),
+        ({**MESSAGES, "masked": True}, {}, "column 'masked'"),
         ({**MESSAGES, "chat_template": "{{ messages }}"}, {}, "set data.chat_template"),
-        ({**MESSAGES, "documents": [{"text": "d"}]}, {}, "write it into the text"),
-        ({**TEXT, "system_prompt": "s"}, {"text": "text"}, "column 'system_prompt' has no place"),
-        ({**TEXT, "enable_thinking": True}, {}, "column 'enable_thinking' has no place beside the"),
-        ({**ALPACA, "image_path": "a.png"}, {}, "only text can be trained on"),
+        ({**MESSAGES, "documents": [{"text": "d"}]}, {}, "column 'documents'"),
+        ({**TEXT, "system_prompt": "s"}, {"text": "text"}, "column 'system_prompt'"),
+        ({**TEXT, "enable_thinking": True}, {}, "column 'enable_thinking'"),
+        ({**ALPACA, "image_path": "a.png"}, {}, "column 'image_path'"),
     ],
 )
 def test_a_column_that_would_change_training_is_refused_with_a_remedy_that_works(
@@ -142,7 +147,7 @@ def test_names_of_a_hostile_file_are_cut_short_and_few(tmp_path: Path) -> None:
     rows = [{**TEXT, f"{number}\x1b[2J{'n' * 1000}": 1} for number in range(300)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    found = read_shard(find_shards(str(path))[0], ColumnKeys())
+    found = ShardRows(find_shards(str(path))[0], ColumnKeys())
     assert all(isinstance(row, Document) for row in found)
     assert len(found.left_aside) == 100
     assert all(len(name) < 70 and name.isprintable() for name in found.left_aside)

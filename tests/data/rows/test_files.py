@@ -16,8 +16,7 @@ from roll_sft.data.rows import json_array, json_rows
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Document
 from roll_sft.data.rows.files import find_files
-from roll_sft.data.rows.shards import find_shards
-from roll_sft.data.rows.sources import read_conversations
+from tests.data.rows.reading import find_shards, read_conversations
 
 AUTO = ColumnKeys()
 GOOD = b'{"text": "good"}'
@@ -184,14 +183,14 @@ def test_a_name_that_no_file_can_have_is_a_data_error(path: str) -> None:
         ("empty", "empty: no file here"),
     ],
 )
-def test_paths_that_name_nothing_are_refused_at_once(
+def test_paths_that_name_nothing_are_refused(
     tmp_path: Path, path: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tree(tmp_path, "rows.csv", "rows.csv.gz", "rows.gz", "rows")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=expected):
-        read_conversations(path, AUTO)
+        find_files(path)
 
 
 # Object stores
@@ -243,7 +242,7 @@ BIG = json.dumps({"text": "x" * 10_000_000}).encode()
         (b'{"text": "\\ud83d"}', ":2: column 'text' holds the lone surrogate \\ud83d at"),
         (b'["a list"]', ":2: the row is a list; each row must be a JSON object"),
         (b'"text"', ":2: the row is a string; each row must be a JSON object"),
-        (b'{"txt": "a"}', ":2: the columns fit no accepted shape (columns found: txt)"),
+        (b'{"txt": "a"}', ":2: the columns fit no accepted format (columns found: txt)"),
         (BIG[:-2], ":2: broken JSON at column 10: Unterminated string"),
     ],
     ids=lambda value: value[:30] if isinstance(value, bytes) else "",

@@ -25,8 +25,8 @@ FILES = {
 READ = """
 import json, sys
 from roll_sft.data.rows.columns import ColumnKeys
-from roll_sft.data.rows.sources import read_conversations
 from roll_sft.base.errors import DataError
+from tests.data.rows.reading import read_conversations
 for split in (None, "train", "test", "dev", "train[:1]"):
     try:
         rows = read_conversations("org/name", ColumnKeys(), split=split)
@@ -34,7 +34,7 @@ for split in (None, "train", "test", "dev", "train[:1]"):
     except DataError as error:
         print(json.dumps(str(error)))
 try:
-    read_conversations("org/none", ColumnKeys())
+    list(read_conversations("org/none", ColumnKeys()))
 except DataError as error:
     print(json.dumps(str(error)))
 """

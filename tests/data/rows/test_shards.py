@@ -1,4 +1,4 @@
-"""Shards: every row is in one, cuts stay where they are, and a file has one shape over all."""
+"""Shards: every row is in one, cuts stay where they are, and a file has one row format over all."""
 
 import gzip
 import json
@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from roll_sft.base.errors import DataError
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
-from roll_sft.data.rows.shards import Shard, file_shapes, find_shards, read_shard
-from roll_sft.data.rows.sources import read_conversations
+from roll_sft.data.rows.shards import Shard, ShardRows, file_format
+from tests.data.rows.reading import find_shards, read_conversations
 
 AUTO = ColumnKeys()
 
 
 def texts_of(shard: Shard) -> list[tuple[int, int, str]]:
-    rows = list(read_shard(shard, AUTO))
+    rows = list(ShardRows(shard, AUTO))
     return [(row.row, row.line, row.text) for row in rows if isinstance(row, Document)]
 
 
@@ -54,7 +54,7 @@ def test_shards_of_lines_cover_the_file_and_end_at_lines(
         last_line = max(0, part.rstrip(b"\n").rfind(b"\n") + 1) if part != b"\n" else 0
         assert (shard.start + last_line) // shard_bytes == shard.start // shard_bytes
     whole = list(read_conversations(str(path), AUTO))
-    parts = [row for shard in shards for row in read_shard(shard, AUTO)]
+    parts = [row for shard in shards for row in ShardRows(shard, AUTO)]
     assert [row.line for row in parts] == [row.line for row in whole]
     assert [replace(row, row=0) for row in parts] == [replace(row, row=0) for row in whole]
 
@@ -142,22 +142,22 @@ def test_what_cannot_be_cut_is_one_shard(tmp_path: Path) -> None:
         assert [text for _, _, text in texts_of(shard)] == [row["text"] for row in rows]
 
 
-def test_a_shard_is_held_to_the_shape_of_its_file(tmp_path: Path) -> None:
+def test_a_shard_is_held_to_the_format_of_its_file(tmp_path: Path) -> None:
     texts = [json.dumps(row) for row in rows_of_text(20)]
     pairs = [json.dumps({"prompt": "p", "response": "r"})] * 20
     (tmp_path / "mixed.jsonl").write_text("\n".join(["broken", *texts, *pairs]))
     (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
     (tmp_path / "none.jsonl").write_text("5\n{}")
-    shards = find_shards(str(tmp_path), shard_bytes=100)
-    shapes = file_shapes(shards, AUTO)
-    assert {Path(file).name: shape for file, shape in shapes.items()} == {
-        "mixed.jsonl": "text",
-        "pairs.jsonl": "alpaca",
+    shards = {
+        name: find_shards(str(tmp_path / f"{name}.jsonl"), shard_bytes=100)
+        for name in ("mixed", "pairs", "none")
     }
-    *_, last = [shard for shard in shards if shard.file.endswith("mixed.jsonl")]
-    assert all(isinstance(row, Conversation) for row in read_shard(last, AUTO))
-    with pytest.raises(DataError, match=r"mixed.jsonl:\d\d: the row has the alpaca shape and the"):
-        list(read_shard(last, AUTO, shape="text"))
+    formats = {name: file_format(found, AUTO) for name, found in shards.items()}
+    assert formats == {"mixed": "text", "pairs": "alpaca", "none": None}
+    last = shards["mixed"][-1]
+    assert all(isinstance(row, Conversation) for row in ShardRows(last, AUTO))
+    with pytest.raises(DataError, match=r"mixed.jsonl:\d\d: .* alpaca .* text .*found: prompt"):
+        list(ShardRows(last, AUTO, row_format="text"))
 
 
 def test_columns_that_rows_used_are_gathered(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_columns_that_rows_used_are_gathered(tmp_path: Path) -> None:
     keys = ColumnKeys(system="rules", tools="api")
     used = []
     for shard in find_shards(str(path), shard_bytes=80):
-        reading = read_shard(shard, keys)
+        reading = ShardRows(shard, keys)
         assert not any(isinstance(row, BadRow) for row in reading)
         used.append(reading.used)
     assert sorted(map(len, used)) == [0] * (len(used) - 1) + [1]

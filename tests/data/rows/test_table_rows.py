@@ -12,9 +12,9 @@ import pytest
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows.files import opened
-from roll_sft.data.rows.shards import find_shards, read_shard
-from roll_sft.data.rows.sources import read_conversations
+from roll_sft.data.rows.shards import ShardRows
 from roll_sft.data.rows.table_rows import table_parts, table_rows
+from tests.data.rows.reading import find_shards, read_conversations
 
 AUTO = ColumnKeys()
 ANSWER = {"role": "assistant", "content": "yo"}
@@ -120,7 +120,7 @@ def test_text_of_each_type_is_text(tmp_path: Path, texts: pa.Array, kind: str) -
         table = pa.table({"text": column, "far": FAR, "none": pa.nulls(4)})
         path = written(tmp_path, table, kind)
         shard = find_shards(str(path))[0]
-        rows = read_shard(shard, AUTO)
+        rows = ShardRows(shard, AUTO)
         found = [row.text if isinstance(row, Document) else None for row in rows]
         assert found == TEXTS
         assert rows.left_aside == {"far"}
@@ -205,7 +205,7 @@ def test_a_number_or_a_date_is_no_text(tmp_path: Path) -> None:
         assert found[0].reason == f"column 'text' is {kind}; it must be a string"
 
 
-def test_columns_that_no_shape_uses_are_named_and_not_read(tmp_path: Path) -> None:
+def test_columns_that_no_format_uses_are_named_and_not_read(tmp_path: Path) -> None:
     texts = pa.array(["x"] * 1000)
     huge = pa.array([b"y" * 10_000] * 1000)
     table = pa.table({"text": texts, "picture": huge, "text.more": texts})
@@ -224,7 +224,7 @@ def test_columns_that_no_shape_uses_are_named_and_not_read(tmp_path: Path) -> No
         )
     assert len(rows) == 1000
     assert counted.num_bytes < 1_000_000 < path.stat().st_size
-    rows_read = read_shard(find_shards(str(path))[0], AUTO)
+    rows_read = ShardRows(find_shards(str(path))[0], AUTO)
     assert sum(isinstance(row, Document) for row in rows_read) == 1000
     assert rows_read.left_aside == {"picture", "text.more"}
 
@@ -283,6 +283,6 @@ def test_the_parts_of_a_stream_are_found_in_its_heads(tmp_path: Path) -> None:
     path = written(tmp_path, table, ".stream.arrow", max_chunksize=10)
     with opened(str(path)) as file:
         counted = Counting(file)
-        parts = list(table_parts(counted, kind="arrow", name="x"))  # type: ignore[arg-type]
+        parts = table_parts(counted, kind="arrow", name="x", part_bytes=1)  # type: ignore[arg-type]
     assert [part.num_rows for part in parts] == [10] * 10
     assert counted.num_bytes < 10_000

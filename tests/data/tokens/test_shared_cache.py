@@ -18,9 +18,9 @@ import pytest
 from roll_sft.base.errors import DataError, ResourceError
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import ColumnKeys
-from roll_sft.data.tokens import build_shard as fill_module
+from roll_sft.data.tokens import build_shard as build_module
 from roll_sft.data.tokens import file_index
-from roll_sft.data.tokens.build_shard import Filled, ShardTask, SourceOptions
+from roll_sft.data.tokens.build_shard import BuiltShard, ShardTask, SourceOptions
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
 from roll_sft.data.tokens.report import SourceReport
@@ -55,10 +55,10 @@ class Counting:
     def __init__(self) -> None:
         self.files: list[str] = []
 
-    def __call__(self, tokenizer: ChatTokenizer, tasks: Any) -> Iterator[Filled]:
+    def __call__(self, tokenizer: ChatTokenizer, tasks: Any) -> Iterator[BuiltShard]:
         for task in tasks:
             self.files.append(Path(task.shard.file).name)
-            yield fill_module.fill(tokenizer, task)
+            yield build_module.build_shard(tokenizer, task)
 
 
 def test_one_more_file_costs_one_more_file(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_two_runs_share_the_shards_between_them(
     folder = tmp_path / "rows"
     for number in range(4):
         write(folder, number)
-    original, seen = fill_module._build, []
+    original, seen = build_module._build, []
     both = threading.Barrier(2)
 
     def build(place: Path, tokenizer: ChatTokenizer, task: ShardTask) -> Any:
@@ -262,7 +262,7 @@ def test_two_runs_share_the_shards_between_them(
             seen.append(task.shard.file)
         return original(place, tokenizer, task)
 
-    monkeypatch.setattr(fill_module, "_build", build)
+    monkeypatch.setattr(build_module, "_build", build)
     results: list[tuple[TokenSet, SourceReport]] = []
     runs = [threading.Thread(target=lambda: results.append(run(folder))) for _ in range(2)]
     for each in runs:

@@ -1,6 +1,6 @@
-"""Judging the values of a row: what they are called, and whether they are text.
+"""Checks of single values of a row, and their names in messages.
 
-Raises the three ways in which a row can be refused; they never leave `roll_sft.data`.
+`BadRowError` and `NoAnswerError` refuse a row; they never leave `roll_sft.data`.
 """
 
 import json
@@ -18,15 +18,11 @@ _MAX_DEPTH = 100
 
 
 class BadRowError(Exception):
-    """Carries the reason from where a row is judged to where it is numbered."""
+    """The row cannot be used: the reason, to which the reader of the file adds the place."""
 
 
 class NoAnswerError(BadRowError):
-    """The row is well formed and holds nothing to learn."""
-
-
-class UnusableFileError(Exception):
-    """Carries what is wrong with the whole file from the row that shows it."""
+    """The row is well formed and has no answer to train on."""
 
 
 @dataclass(frozen=True, slots=True)
