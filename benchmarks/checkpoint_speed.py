@@ -21,7 +21,7 @@ import torch
 from shared import measures
 
 from roll_sft.checkpoint import tensors
-from roll_sft.checkpoint.background import Saver
+from roll_sft.checkpoint.background import BackgroundWriter
 from roll_sft.checkpoint.hashing import sha256_of, verify_hashes
 from roll_sft.checkpoint.manifest import StoredFile
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
@@ -36,13 +36,13 @@ def main() -> None:
     """Measures and prints one JSON line for each."""
     pieces = _pieces()
     with tempfile.TemporaryDirectory() as name:
-        folder, saver = Path(name), Saver()
-        _stall(saver, folder, pieces)  # takes the memory of the copies
+        folder, writer = Path(name), BackgroundWriter()
+        _stall(writer, folder, pieces)  # takes the memory of the copies
         speeds, stalls = [], []
         for _ in range(PAIRS):
             plain_s, saved_s = _plain(folder, pieces), _saved(folder, pieces)
             speeds.append(plain_s / saved_s)
-            stalls.append(_stall(saver, folder, pieces) / saved_s)
+            stalls.append(_stall(writer, folder, pieces) / saved_s)
         _report("checkpoint_save", speeds, goal=">= 0.8", denominator="write + fsync, same bytes")
         _report("checkpoint_stall", stalls, goal="<= 0.1", denominator="a blocking save")
         _report_reads(folder, pieces)
@@ -86,12 +86,12 @@ def _saved(folder: Path, pieces: Sequence[Piece]) -> float:
     return time.perf_counter() - started
 
 
-def _stall(saver: Saver, folder: Path, pieces: Sequence[Piece]) -> float:
+def _stall(writer: BackgroundWriter, folder: Path, pieces: Sequence[Piece]) -> float:
     """Seconds until training may go on where the save is written beside."""
     started = time.perf_counter()
-    saver.begin(pieces, lambda copies: _write(folder, copies))
+    writer.begin(pieces, lambda copies: _write(folder, copies))
     seconds = time.perf_counter() - started
-    saver.finish()
+    writer.finish()
     return seconds
 
 

@@ -1,18 +1,19 @@
-"""Reads single parameters out of a `torch_dist` checkpoint: torch alone, no Megatron, no processes.
+"""Reads single parameters of a checkpoint, without Megatron and process groups.
 
-Parameters of equal layers lie in one stored tensor with the layer as its first dimension; `Reader`
-hides that and reads one layer without the others, so memory follows the parameter, not the model.
-It remembers what it has read, so that nothing in a checkpoint is left out unnoticed.
+The parameters of equal layers lie in one stored tensor with the layer as its first dim. `Reader`
+reads one layer without the others, so memory follows the parameter, not the model. It counts the
+numbers that it has read: `check_all_read` finds a tensor that was left out.
 """
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from roll_sft.base.errors import CheckpointError
-from roll_sft.checkpoint.tensors import Piece
+from roll_sft.checkpoint.tensors import Piece, Shape
 from roll_sft.checkpoint.torch_dist import read_index
 
 _LAYERS = "decoder.layers."
@@ -24,6 +25,17 @@ _STORED_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The stored tensor `key` of a parameter, and `sizes` of the rectangle that it is."""
+
+    key: str
+    layer: int | None
+    dtype: torch.dtype
+    shape: Shape
+    sizes: Shape
 
 
 class Reader:
@@ -38,30 +50,38 @@ class Reader:
         self._index = read_index(folder)
         self._dtype = dtype
         self._num_read: Counter[str] = Counter()
-        self._room = torch.empty(0, dtype=torch.uint8)
 
-    def read(self, name: str) -> torch.Tensor:
+    def num_bytes(self, name: str) -> int:
+        """Bytes of parameter `name`, in the dtype that `read` returns."""
+        stored = self._stored(name)
+        return math.prod(stored.sizes) * stored.dtype.itemsize
+
+    def read(self, name: str, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """Parameter `name` with all tensor shards merged, in the dtype it was saved in, on the CPU.
 
-        In memory that the next call takes again. Raises `CheckpointError` where it is missing, not
-        whole, or its file is damaged.
+        Returns fresh memory, or a view of the beginning of `scratch`: uint8, at least `num_bytes`
+        long, and aligned as torch allocates. Raises `CheckpointError` where the parameter is
+        missing, not whole, or its file is damaged.
         """
+        stored = self._stored(name)
+        if scratch is None:
+            tensor = torch.empty(stored.sizes, dtype=stored.dtype)
+        else:
+            tensor = scratch[: self.num_bytes(name)].view(stored.dtype).view(stored.sizes)
+        self._num_read[stored_name(name)[0]] += tensor.numel()
+        offset = (stored.layer or 0, *(0 for _ in stored.shape[1:]))
+        self._index.fill(Piece(stored.key, stored.shape, offset, tensor))
+        return tensor if stored.layer is None else tensor[0]
+
+    def _stored(self, name: str) -> "_Stored":
         key, layer = stored_name(name)
         dtype, shape = self._index.stored(key)
         if layer is not None and layer >= shape[0]:
             raise CheckpointError(f"{self._folder}: {name} is not in this checkpoint")
-        self._num_read[key] += math.prod(shape if layer is None else shape[1:])
         if dtype != self._dtype and self._dtype is not None and _MASTERS + key in self._index.keys:
             key = _MASTERS + key
             dtype, shape = self._index.stored(key)
-        sizes = shape if layer is None else (1, *shape[1:])
-        num_bytes = math.prod(sizes) * dtype.itemsize
-        if self._room.numel() < num_bytes:  # fresh memory costs more than reading into it
-            self._room = torch.empty(num_bytes, dtype=torch.uint8)
-        tensor = self._room[:num_bytes].view(dtype).view(sizes)
-        first = 0 if layer is None else layer
-        self._index.fill(Piece(key, shape, (first, *(0 for _ in shape[1:])), tensor))
-        return tensor if layer is None else tensor[0]
+        return _Stored(key, layer, dtype, shape, shape if layer is None else (1, *shape[1:]))
 
     def check_all_read(self) -> None:
         """Raise `CheckpointError` for a tensor of the model that was not read, or not all of it."""

@@ -1,16 +1,18 @@
 """Rectangles of tensors in files: written by each rank alone, read back by any layout.
 
-A stored tensor is cut into `Piece`s, each a rectangle of it and contiguous in a rank's memory. A
-rank writes its pieces into one file in torch's `distcp` form (so that `.metadata`, which
-`checkpoint/publish.py` makes, lets PyTorch and Megatron-Core read it) and the plain bytes of every
-piece can be found by offset, so that `fill` reads the numbers that it needs and no others, without
-a pickle. Imports torch alone; nothing here is collective.
+A `Piece` is a rectangle of a stored tensor in a rank's memory; a `Chunk` is where one lies in a
+file. A rank writes its pieces into one `.distcp` file as torch.save records, so that PyTorch and
+Megatron-Core can load it with the files of `checkpoint/torch_dist.py`. `Index.fill` finds the plain
+bytes by their offset and reads only the numbers that it needs, without a pickle. Imports torch
+alone; nothing here is collective.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import shutil
@@ -78,13 +80,13 @@ class ShardFile:
 
 
 def part_name(rank: int) -> str:
-    """The file in which `rank` says what it wrote, until the checkpoint is published."""
+    """The file that lists what `rank` wrote, until the checkpoint is published."""
     return f"__{rank}_0.part.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Which rank writes, of how many, and what it says of itself."""
+    """The rank that writes, the number of ranks, and Adam's count (None without an optimizer)."""
 
     rank: int
     num_ranks: int
@@ -94,17 +96,17 @@ class Writer:
 def write(
     folder: Path, pieces: Iterable[Piece], *, objects: Mapping[str, bytes], writer: Writer
 ) -> None:
-    """Write `pieces` and `objects` into `folder`, on disk when this returns; the part file last.
+    """Write `pieces` and `objects` into `folder`; the shard is on disk when this returns.
 
-    Each byte is hashed as it is written, in a thread beside, so no file is read again for it.
-    Raises `CheckpointError` where it cannot be written (a full disk, say).
+    The part file comes last. A second thread hashes the bytes while they are written, so no file
+    is read again. Raises `CheckpointError` where the disk refuses (it is full, for example).
     """
     try:
         shard = _write_file(folder, pieces, objects=objects, writer=writer)
         text = json.dumps(asdict(shard))
         (folder / part_name(writer.rank)).write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:
-        # Out of a failed write torch.save makes an error of its own, with the cause behind it.
+        # torch.save turns a failed write into a RuntimeError, with the OSError as its context.
         causes = [each for each in (error, error.__context__) if isinstance(each, OSError)]
         if not causes:
             raise
@@ -119,9 +121,7 @@ def _write_file(
     folder: Path, pieces: Iterable[Piece], *, objects: Mapping[str, bytes], writer: Writer
 ) -> ShardFile:
     name, chunks, places = f"__{writer.rank}_0.distcp", [], {}
-    with (folder / name).open("wb", buffering=0) as file, _Tee(file) as tee:
-        # The zip records' own checksums would cost as much as the write; the manifest has SHA-256.
-        torch.serialization.set_crc32_options(False)  # of this process, for good
+    with (folder / name).open("wb", buffering=0) as file, _without_crc32(), _Tee(file) as tee:
         for piece in pieces:
             alone = _alone(piece.tensor)
             start = tee.position
@@ -148,8 +148,22 @@ def _write_file(
     )
 
 
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Let torch.save leave out its checksums, which cost as much as the write.
+
+    The manifest has the SHA-256 of the whole file. torch has one setting for the process.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 def take_parts(folder: Path) -> list[ShardFile]:
-    """What each rank wrote into `folder`, rank by rank; their part files are gone afterwards.
+    """What each rank wrote into `folder`, rank by rank; deletes their part files.
 
     Raises `CheckpointError` where a rank did not finish.
     """
@@ -175,7 +189,7 @@ def _chunk_of(values: dict[str, Any]) -> Chunk:
 
 
 class Index:
-    """Which chunks each stored tensor of a checkpoint has."""
+    """The chunks of each stored tensor of a checkpoint."""
 
     def __init__(self, folder: Path, chunks: Iterable[Chunk]) -> None:
         self._folder = folder
@@ -202,26 +216,21 @@ class Index:
 
         Raises `CheckpointError` where the tensor is missing, has another shape, or is not whole.
         """
-        chunks = self._chunks.get(piece.key)
-        if not chunks:
-            raise CheckpointError(f"{self._folder}: {piece.key} is not in this checkpoint")
-        stored = chunks[0].shape
+        _, stored = self.stored(piece.key)
         if stored != piece.shape and not piece.is_padded:
             raise CheckpointError(
                 f"{self._folder}: {piece.key} has shape {stored}, and this model's is {piece.shape}"
             )
-        found, wanted = 0, 1
-        for offset, size, limit in zip(piece.offset, piece.tensor.shape, stored, strict=True):
-            wanted *= max(0, min(offset + size, limit) - offset)
-        for chunk in chunks:
-            found += self._copy(chunk, piece)
+        sides = zip(piece.offset, piece.tensor.shape, stored, strict=True)
+        wanted = math.prod(max(0, min(size, limit - offset)) for offset, size, limit in sides)
+        found = sum(self._copy(chunk, piece) for chunk in self._chunks[piece.key])
         if found != wanted:
             raise CheckpointError(
                 f"{self._folder}: {piece.key} at {piece.offset} has {found} of its {wanted} numbers"
             )
 
     def _copy(self, chunk: Chunk, piece: Piece) -> int:
-        """Copy what `chunk` and `piece` have in common; returns how many numbers that is."""
+        """Copy the overlap of `chunk` and `piece`; returns how many numbers it has."""
         low = [max(a, b) for a, b in zip(chunk.offset, piece.offset, strict=True)]
         sizes = [
             min(a + n, b + m) - first
@@ -245,7 +254,7 @@ class Index:
             result = target if is_direct else self._room_for(sizes, dtype)
             memory = memoryview(cast(Any, result.view(-1).view(torch.uint8).numpy()))
             with path.open("rb", buffering=0) as file:
-                for start, length in _runs(chunk.sizes, begin, sizes):
+                for start, length in _contiguous_runs(chunk.sizes, begin, sizes):
                     part = memory[: length * dtype.itemsize]
                     _read_exactly(file, part, chunk.data_start + start * dtype.itemsize)
                     self.bytes_read += len(part)
@@ -257,7 +266,7 @@ class Index:
             target.copy_(result)
 
     def _room_for(self, sizes: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory that is used over and over: fresh memory costs more than reading into it."""
+        """Scratch memory, kept between reads: allocating costs more than reading into it."""
         num_bytes = math.prod(sizes) * dtype.itemsize
         if self._room.numel() < num_bytes:
             self._room = torch.empty(num_bytes, dtype=torch.uint8)
@@ -274,33 +283,45 @@ def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[Sh
     if len(shape) <= 1:
         yield (start,), (stop - start,)
         return
-    inner = math.prod(shape[1:])
-    first, last = -(-start // inner), stop // inner  # whole rows
-    if first > last:  # within one row
-        last = first
-    head, tail = min(stop, first * inner), max(start, last * inner)
-    row = start // inner
-    for offset, sizes in rectangles(start - row * inner, head - row * inner, shape[1:]):
+    row_size = math.prod(shape[1:])
+    first_row, start_in_row = divmod(start, row_size)
+    last_row, stop_in_row = divmod(stop, row_size)
+    if first_row == last_row:
+        yield from _in_row(first_row, start_in_row, stop_in_row, shape)
+        return
+    if start_in_row > 0:
+        yield from _in_row(first_row, start_in_row, row_size, shape)
+        first_row += 1
+    if first_row < last_row:
+        yield (first_row, *(0 for _ in shape[1:])), (last_row - first_row, *shape[1:])
+    yield from _in_row(last_row, 0, stop_in_row, shape)
+
+
+def _in_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[Shape, Shape]]:
+    """The rectangles of numbers [start, stop) of one row."""
+    for offset, sizes in rectangles(start, stop, shape[1:]):
         yield (row, *offset), (1, *sizes)
-    if first < last:
-        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
-    if tail >= head:
-        for offset, sizes in rectangles(tail - last * inner, stop - last * inner, shape[1:]):
-            yield (last, *offset), (1, *sizes)
 
 
-def _runs(shape: Sequence[int], begin: list[int], sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, length) of the contiguous runs of a rectangle within a tensor of `shape`, flat."""
+def _contiguous_runs(
+    shape: Sequence[int], offset: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """(start, length), in numbers, of the runs of a rectangle within a flattened tensor.
+
+    A run covers all dims that the rectangle fills, and its part of the dim before these.
+    """
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    dim = len(shape)  # from here on the rectangle spans whole dimensions
-    while dim > 0 and sizes[dim - 1] == shape[dim - 1]:
-        dim -= 1
-    outer = max(0, dim - 1)
-    length = math.prod(sizes[outer:])
-    inner_start = sum(b * s for b, s in zip(begin[outer:], strides[outer:], strict=True))
-    ranges = (range(b, b + n) for b, n in zip(begin[:outer], sizes[:outer], strict=True))
-    for position in itertools.product(*ranges):
-        yield sum(p * s for p, s in zip(position, strides, strict=False)) + inner_start, length
+    run_dim = max((dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0)
+    length = math.prod(sizes[run_dim:])
+    start_in_run = sum(map(operator.mul, offset[run_dim:], strides[run_dim:]))
+    outer_starts = (
+        range(first * stride, (first + size) * stride, stride)
+        for first, size, stride in zip(
+            offset[:run_dim], sizes[:run_dim], strides[:run_dim], strict=True
+        )
+    )
+    for starts in itertools.product(*outer_starts):
+        yield sum(starts) + start_in_run, length
 
 
 def _read_exactly(file: BinaryIO, memory: memoryview, start: int) -> None:
@@ -312,7 +333,7 @@ def _read_exactly(file: BinaryIO, memory: memoryview, start: int) -> None:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the CPU in a storage of its own size, which torch.save writes whole; no copy."""
+    """`tensor` on the CPU in a storage of its size, which torch.save writes whole; no copy."""
     detached = tensor.detach().cpu()
     if detached.untyped_storage().nbytes() == detached.nbytes:
         return detached
@@ -321,11 +342,11 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Tee:
-    """Writes to a file and hashes in a thread beside; notes where the awaited memory was put."""
+    """A file that torch.save writes to: hashes in a second thread, and notes tensors' offsets."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
-        # With each tensor's memory the tensor itself, so that it lives until it is hashed.
+        # (memory, its owner): the owner keeps the memory alive until it is hashed.
         self._waiting: queue.Queue[tuple[memoryview | bytes, object] | None] = queue.Queue(2)
         self._thread = threading.Thread(target=self._work, name="checkpoint-hash", daemon=True)
         self._small = bytearray()
@@ -338,21 +359,21 @@ class _Tee:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hash_later(bytes(self._small), None)
+        self._waiting.put((bytes(self._small), None))
         self._waiting.put(None)
         self._thread.join()
 
     def expect(self, tensor: torch.Tensor) -> None:
-        """Note where the memory of `tensor` goes."""
+        """Set `data_start` when the memory of `tensor` is written."""
         self._awaited, self.data_start = tensor, None
 
     def write(self, data: memoryview) -> int:
-        """What torch.save calls, once with the tensor's own memory and else with a few bytes."""
+        """Called by torch.save: once with the tensor's own memory, else with a few bytes."""
         view = memoryview(data).cast("B")
         if self._awaited is not None and _address(view) == self._awaited.data_ptr():
             self.data_start = self.position
-            self._hash_later(bytes(self._small), None)
-            self._hash_later(view, self._awaited)
+            self._waiting.put((bytes(self._small), None))
+            self._waiting.put((view, self._awaited))
             self._small.clear()
         else:
             self._small += view
@@ -363,14 +384,11 @@ class _Tee:
         return view.nbytes
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Does nothing: writes are not buffered."""
 
     def sha256(self) -> str:
-        """Of all that was written, once the block is left."""
+        """The hash of all written bytes, after the block."""
         return self._hash.hexdigest()
-
-    def _hash_later(self, data: memoryview | bytes, owner: object) -> None:
-        self._waiting.put((data, owner))
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:

@@ -131,9 +131,12 @@ def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None
 
 def _hf_tensors(reader: Reader, source: _Source) -> Iterator[tuple[str, torch.Tensor]]:
     """Every HuggingFace tensor once, in the order of the family's table."""
-    for name, mapping in source.family.weights(source.shape).items():
-        if mapping.hf_shapes:  # a tied head owns none: its embedding is exported
-            yield from mapping.to_hf(reader.read(name)).items()
+    # A tied head has no tensors: its embedding is exported.
+    table = {n: m for n, m in source.family.weights(source.shape).items() if m.hf_shapes}
+    # Each tensor is written before the next is read, so all use the same memory.
+    scratch = torch.empty(max(map(reader.num_bytes, table)), dtype=torch.uint8)
+    for name, mapping in table.items():
+        yield from mapping.to_hf(reader.read(name, scratch=scratch)).items()
 
 
 def _not_finite(source: _Source, error: NotFiniteError) -> CheckpointError | DivergedError:

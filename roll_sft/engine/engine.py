@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.checkpoint import tensors
-from roll_sft.checkpoint.background import Saver
+from roll_sft.checkpoint.background import BackgroundWriter
 from roll_sft.checkpoint.manifest import read_manifest
 from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
@@ -112,7 +112,7 @@ class Engine:
         )
         self.optimizer = build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
-        self._saver = Saver()
+        self._background = BackgroundWriter()
         torch.cuda.reset_peak_memory_stats()
         self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
         if checkpoint is not None:
@@ -172,17 +172,17 @@ class Engine:
             tensors.write(folder, pieces, objects=state.objects, writer=writer)
 
         if self._config.checkpoint.async_save:
-            self._saver.begin(state.written(), write)
+            self._background.begin(state.written(), write)
         else:
             write(state.written())
 
     def is_saved(self) -> bool:
         """Whether every save that began is on disk. Raises `CheckpointError`."""
-        return self._saver.is_done()
+        return self._background.is_done()
 
     def finish_save(self) -> None:
         """Wait until every save that began is on disk. Raises `CheckpointError`."""
-        self._saver.finish()
+        self._background.finish()
 
     def save(self, folder: Path) -> None:
         """`begin_save`, and wait for it."""

@@ -12,6 +12,7 @@ In fp32 the weights are the optimizer's masters and are stored once.
 import bisect
 import io
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -154,22 +155,37 @@ class _Places:
     def cut(
         self, parameter: torch.Tensor, value: torch.Tensor, *, name: str, start: int
     ) -> Iterator[tuple[Piece, bool]]:
-        """Pieces of `value`, which belongs to the numbers of `parameter` from `start` on, flat."""
-        flat, width = value.view(-1), parameter.element_size()
-        address, stop = parameter.data_ptr(), start + flat.numel()
-        taken = 0
-        for place in self.all[bisect.bisect_left(self._addresses, address) :]:
-            if place.address >= address + parameter.nbytes:
-                break
-            part, first = place.piece, (place.address - address) // width
-            begin, end = max(start, first), min(stop, first + place.piece.tensor.numel())
-            for offset, sizes in rectangles(begin - first, end - first, part.tensor.shape):
-                numbers = flat.narrow(0, taken, math.prod(sizes)).view(sizes)
-                taken += math.prod(sizes)
-                key = f"optimizer.state.{name}.{part.key}"
-                corner = tuple(a + b for a, b in zip(part.offset, offset, strict=True))
-                yield replace(part, key=key, offset=corner, tensor=numbers), place.is_copy
-        assert taken == flat.numel(), f"{taken} of {flat.numel()} numbers have a place"
+        """Pieces of `value`, a state of numbers [start, start + len(value)) of flat `parameter`.
+
+        A place holds a run of the parameter's numbers. The part of `value` in that run is cut into
+        rectangles at the same offsets as the place's own piece.
+        """
+        flat = value.view(-1)
+        num_cut = 0
+        for place in self._within(parameter):
+            weight = place.piece
+            first = (place.address - parameter.data_ptr()) // parameter.element_size()
+            begin = max(start - first, 0)
+            end = min(start + flat.numel() - first, weight.tensor.numel())
+            for offset, sizes in rectangles(begin, end, weight.tensor.shape):
+                state = replace(
+                    weight,
+                    key=f"optimizer.state.{name}.{weight.key}",
+                    offset=tuple(map(operator.add, weight.offset, offset)),
+                    tensor=flat.narrow(0, num_cut, math.prod(sizes)).view(sizes),
+                )
+                num_cut += math.prod(sizes)
+                yield state, place.is_copy
+        assert num_cut == flat.numel(), f"{num_cut} of {flat.numel()} numbers have a place"
+
+    def _within(self, parameter: torch.Tensor) -> Iterator[_Place]:
+        """The places in the memory of `parameter`, in order."""
+        start = parameter.data_ptr()
+        first, stop = (
+            bisect.bisect_left(self._addresses, address)
+            for address in (start, start + parameter.nbytes)
+        )
+        yield from self.all[first:stop]
 
 
 def _place(sharded: ShardedTensor) -> _Place:

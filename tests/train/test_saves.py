@@ -12,7 +12,7 @@ import torch
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint import tensors
-from roll_sft.checkpoint.background import Saver
+from roll_sft.checkpoint.background import BackgroundWriter
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
 from roll_sft.checkpoint.torch_dist import read_index, write_descriptions
 from roll_sft.config.build import build_config
@@ -42,14 +42,14 @@ def test_what_is_written_is_the_state_when_the_save_began(tmp_path: Path) -> Non
         assert may_write.wait(10)
         write(tmp_path, copies)
 
-    saver = Saver()
-    saver.begin(saved, late)
+    writer = BackgroundWriter()
+    writer.begin(saved, late)
     for piece in saved:
         piece.tensor.fill_(-1.0)
-    assert not saver.is_done()
+    assert not writer.is_done()
     may_write.set()
-    saver.finish()
-    assert saver.is_done()
+    writer.finish()
+    assert writer.is_done()
     write_descriptions(tmp_path, take_parts(tmp_path))
     index = read_index(tmp_path)
     for wanted in pieces():
@@ -73,12 +73,12 @@ def test_a_save_waits_for_the_one_before_and_an_error_is_raised_once(tmp_path: P
         order.append("first")
         raise CheckpointError("the disk is full")
 
-    saver = Saver()
-    saver.begin(pieces(), failing)
+    writer = BackgroundWriter()
+    writer.begin(pieces(), failing)
     with pytest.raises(CheckpointError, match="the disk is full"):
-        saver.begin(pieces(), lambda _copies: order.append("second"))
-    saver.begin(pieces(), lambda _copies: order.append("third"))
-    saver.finish()
+        writer.begin(pieces(), lambda _copies: order.append("second"))
+    writer.begin(pieces(), lambda _copies: order.append("third"))
+    writer.finish()
     assert order == ["first", "third"]
 
 
