@@ -9,6 +9,7 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,29 @@ def wanted_of(row: Any) -> Wanted:
 
 
 def ids_of(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a row, by transformers alone."""
+    """The tokens of a row, by transformers alone.
+
+    A prompt comes as tokens of its own at inference: a token that holds the end of a prompt and the
+    beginning of the answer that is learnt is two, one on each side.
+    """
     if wanted.text is not None:
         end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         return [*tokenizer(wanted.text, add_special_tokens=False).input_ids, end]
-    made = tokenizer.apply_chat_template(wanted.messages, tokenize=True, return_dict=True)
-    return list(made["input_ids"])
+    messages = wanted.messages
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    prompts = (
+        tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
+        for at, is_learnt in enumerate(wanted.learnt)
+        if is_learnt
+    )
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    cuts = [
+        place
+        for place in map(len, prompts)
+        if any(start < place < end for start, end in whole.offset_mapping)
+    ]
+    parts = (text[start:end] for start, end in pairwise([0, *cuts, len(text)]))
+    return [i for part in parts for i in tokenizer(part, add_special_tokens=False).input_ids]
 
 
 def _document(columns: Mapping[str, Any]) -> Wanted:

@@ -11,7 +11,7 @@ from tests.fuzz import kinds
 CASES = {"configurations": 16, "data": 24, "checkpoints": 40, "models": 24}
 # Each went wrong once: texts that lie outside of an Arrow table, an object among the shards that
 # torch cannot read, pipes in place of a tokenizer's file and among data, a factor of 400
-# digits, a flag with a value.
+# digits, a flag with a value, a wide number in a template, a token across the end of a prompt.
 FOUND = (
     "configurations:100244",
     "data:7126",
@@ -19,6 +19,8 @@ FOUND = (
     "models:7196",
     "data:200096",
     "models:200148",
+    "models:300019",
+    "data:300330",
 )
 PROCESSES = ("configurations:1", "checkpoints:0")
 

@@ -5,12 +5,14 @@ it from files and from Python's insides, but not from loops in loops or from tex
 a rendering has a budget of work: characters that are written or named, and steps of loops. It is a
 count and not a clock, so a row is refused on every machine or on none.
 
-Promised: the text is the one that transformers gives, or `OverBudgetError`. Padding counts by the
-widths that it is asked for. Not counted: what a sum makes of its own arguments.
+Promised: the text is the one that transformers gives, or `OverBudgetError`. What pads, joins or
+replaces counts by the length that it will have, before it is made. Nothing that may be long is
+worked out while a template is compiled, where Jinja would apply filters to constants. Not counted:
+what a sum makes of its own arguments.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -27,10 +29,11 @@ _STEP = 256  # characters that a step of a loop counts for
 _ENTRY = 2048  # and the beginning of a macro, or of a loop within itself
 _ITEM = 8  # bytes, and characters that an entry of a list counts for
 _BLOCKS = 256  # pieces of output that are counted at once
-# What pads a text to a width: methods of a text, and filters.
-_PADDING_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs")
-_FORMAT_METHODS = ("format", "format_map")
-_PADDING_FILTERS = ("center", "indent", "format")
+# Filters whose text is hardly longer than what they are given.
+_SHORT_FILTERS = frozenset(
+    ("trim", "length", "count", "default", "d", "first", "last", "upper", "lower", "capitalize",
+     "title", "string", "int", "list", "selectattr", "rejectattr", "tojson")
+)  # fmt: skip
 # Widths in `'%9d' % x` and in `'{:9}'.format(x)`, and a width that is one of the values.
 _WIDTH = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d*)\.?(\d*)|:[^{}:]*?(\d+)(?:\.(\d+))?[^{}:]*\}")
 _GIVEN_WIDTH = re.compile(r"%[^A-Za-z%]*\*|:[^{}]*\{")
@@ -81,9 +84,9 @@ def compile_bounded(template: str) -> tuple[jinja2.Template, Budget]:
 
     environment.concat = _concat(budget)
     environment.globals.pop("lipsum")  # as much text as it is asked for, and no template asks
-    environment.filters |= _counters(budget)
     _count_products(environment, budget)
-    _count_widths(environment, budget)
+    _count_texts(environment, budget)
+    environment.filters |= _counters(budget)
     return environment.from_string(_Counted().visit(parsed)), budget
 
 
@@ -111,8 +114,8 @@ def _count_products(environment: Any, budget: Budget) -> None:
     environment.binop_table |= {"*": multiply, "**": power}
 
 
-def _count_widths(environment: Any, budget: Budget) -> None:
-    """Texts that are padded, by methods, filters and formats."""
+def _count_texts(environment: Any, budget: Budget) -> None:
+    """Texts that methods, filters and formats make longer."""
 
     def remainder(left: Any, right: Any) -> Any:
         if isinstance(left, str):
@@ -122,28 +125,64 @@ def _count_widths(environment: Any, budget: Budget) -> None:
     call = environment.call
 
     def bounded_call(context: Any, called: Any, *values: Any, **named: Any) -> Any:
+        text = getattr(getattr(called, "__wrapped__", called), "__self__", None)
+        if not isinstance(text, str):
+            return call(context, called, *values, **named)
         name, given = getattr(called, "__name__", ""), (*values, *named.values())
-        if name in _PADDING_METHODS:
-            budget.spend(_numbers(given))
-        elif name in _FORMAT_METHODS:
-            text = getattr(getattr(called, "__wrapped__", called), "__self__", "")
-            budget.spend(_formatted(str(text), given))
-        return call(context, called, *values, **named)
+        # `text.join(parts)` is `parts | join(text)`.
+        budget.spend(_asked(name, given[0], (text,)) if name == "join" and given
+                     else _asked(name, text, given))  # fmt: skip
+        made = call(context, called, *values, **named)
+        budget.spend(_size(made))
+        return made
 
-    def padding(name: str) -> Callable[..., Any]:
-        apply = environment.filters[name]
+    def bounded_filter(name: str, apply: Any) -> Callable[..., Any]:
+        passed = getattr(apply, "jinja_pass_arg", None)
 
-        def bounded(text: Any, *values: Any, **named: Any) -> Any:
-            given = (*values, *named.values())
-            budget.spend(_formatted(str(text), given) if name == "format" else _numbers(given))
-            return apply(text, *values, **named)
+        @jinja2.pass_context  # so that no constant is filtered while the template is compiled
+        def bounded(context: Any, value: Any, *values: Any, **named: Any) -> Any:
+            budget.spend(_asked(name, value, (*values, *named.values())))
+            leading = () if passed is None else (_PASSED[passed.name](context),)
+            made = apply(*leading, value, *values, **named)
+            budget.spend(_size(made))
+            return made
 
         return bounded
 
     environment.call = bounded_call
-    environment.filters |= {name: padding(name) for name in _PADDING_FILTERS}
+    environment.filters = {
+        name: bounded_filter(name, apply) for name, apply in environment.filters.items()
+    }
     environment.intercepted_binops |= {"%"}
     environment.binop_table |= {"%": remainder}
+
+
+# What a filter may ask to be given first.
+_PASSED: Mapping[str, Callable[[Any], Any]] = {
+    "context": lambda context: context,
+    "eval_context": lambda context: context.eval_ctx,
+    "environment": lambda context: context.environment,
+}
+
+
+def _asked(name: str, value: Any, given: tuple[Any, ...]) -> int:
+    """The characters that a filter or a method asks for beyond those of `value`."""
+    match name:
+        case "center" | "ljust" | "rjust" | "zfill":
+            return _numbers(given)
+        case "batch" | "slice":
+            return _ITEM * _numbers(given)
+        case "format" | "format_map":
+            return _formatted(str(value), given)
+        case "indent":
+            return (str(value).count("\n") + 1) * (_numbers(given) + sum(map(_size, given)))
+        case "expandtabs":
+            return str(value).count("\t") * _numbers(given)
+        case "replace" if len(given) >= 2:
+            return str(value).count(str(given[0])) * len(str(given[1]))
+        case "join" if given and hasattr(value, "__len__"):
+            return len(value) * _size(given[0])
+    return 0
 
 
 def _concat(budget: Budget) -> Callable[[Iterable[str]], str]:
@@ -166,22 +205,32 @@ def _concat(budget: Budget) -> Callable[[Iterable[str]], str]:
 def _is_linear(tree: nodes.Template) -> bool:
     """Whether a template walks through what it is given once: it cannot do too much work.
 
-    No loop in a loop, nothing that a loop adds up, no call but of the marks and `raise_exception`.
+    No loop in a loop, nothing that is built upon itself, no call but of the marks and
+    `raise_exception`.
     """
     loops = list(tree.find_all(nodes.For))
     heavy = (nodes.For, nodes.Assign, nodes.AssignBlock)
+    building = (nodes.Add, nodes.Concat, nodes.Filter, nodes.List, nodes.Tuple, nodes.Dict)
     calls = (call.node for call in tree.find_all(nodes.Call))
     return (
-        not any(loop.recursive or any(True for _ in loop.find_all(heavy)) for loop in loops)
-        and not any(True for _ in tree.find_all((nodes.Macro, nodes.Mul, nodes.Pow)))
+        not any(loop.recursive or _has(loop, heavy) for loop in loops)
+        and not _has(tree, (nodes.Macro, nodes.Mul, nodes.Pow, nodes.AssignBlock))
+        and not any(_has(assign, building) for assign in tree.find_all(nodes.Assign))
         and all(_is_of_loop(each.left) for each in tree.find_all(nodes.Mod))
-        and not any(each.name in _PADDING_FILTERS for each in tree.find_all(nodes.Filter))
+        and all(
+            each.name in _SHORT_FILTERS and not _has(each, nodes.Filter)
+            for each in tree.find_all(nodes.Filter)
+        )
         and all(
             isinstance(called, nodes.ExtensionAttribute)
             or (isinstance(called, nodes.Name) and called.name == "raise_exception")
             for called in calls
         )
     )
+
+
+def _has(node: nodes.Node, kinds: type[nodes.Node] | tuple[type[nodes.Node], ...]) -> bool:
+    return any(True for _ in node.find_all(kinds))
 
 
 def _is_of_loop(value: nodes.Node) -> bool:
@@ -192,7 +241,8 @@ def _is_of_loop(value: nodes.Node) -> bool:
 def _counters(budget: Budget) -> dict[str, Any]:
     """The filters that `_Counted` puts into a template."""
 
-    def looped(values: Any) -> Any:
+    @jinja2.pass_context  # each, so that it is done at every rendering and not at compilation
+    def looped(_context: Any, values: Any) -> Any:
         if isinstance(values, Iterator):
             values = list(values)
         try:
@@ -202,11 +252,12 @@ def _counters(budget: Budget) -> dict[str, Any]:
         budget.spend(_STEP * number)
         return values
 
-    def named(value: Any) -> Any:
+    @jinja2.pass_context
+    def named(_context: Any, value: Any) -> Any:
         budget.spend(_size(value))
         return value
 
-    @jinja2.pass_context  # so that it is not done once, at compilation
+    @jinja2.pass_context
     def entered(_context: Any, value: str) -> str:
         budget.spend(_ENTRY)
         return value

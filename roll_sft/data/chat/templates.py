@@ -66,6 +66,8 @@ def chat_template(value: str | None, tokenizer: PreTrainedTokenizerBase) -> str 
 
 def check_variables(variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ConfigError` for `data.template_kwargs` that a chat template does not read."""
+    if not variables:
+        return
     own = tokenizer.chat_template or {}
     templates = list(own.values()) if isinstance(own, dict) else [own]
     for name in sorted(variables):

@@ -7,6 +7,7 @@ from transformers.utils import chat_template_utils
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.chat.chat import ChatTokenizer
+from roll_sft.data.chat.fast.template_order import variables_of
 from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import UnusableRow
 from roll_sft.data.chat.template_limits import compile_bounded
@@ -52,6 +53,21 @@ BOMBS = {
     "a format": "{{ '{:1000000000d}'.format(1) }}",
     "a format with a given width": "{{ '{:{w}}'.format(1, w=10 ** 9) }}",
     "a format by a filter": "{{ '%1000000000s' | format('x') }}",
+    "lines indented": "{{ 'x\n' | indent(1000000000) }}",
+    "entries made up": "{{ [1] | batch(1000000000, 'x') | list }}",
+    "slices": "{{ [1] | slice(1000000000) | list }}",
+    "tabs": "{{ '\t'.expandtabs(10 ** 9) }}",
+    "texts replaced": "{{ 'x'" + " | replace('x', 'xxxxxxxx')" * 99 + " }}",
+    "texts replaced by a method": "{{ 'x'" + ".replace('x', 'xxxxxxxx')" * 99 + " }}",
+    "entries joined": "{{ 'xxx'" + " | list | join('xxxxxxxx')" * 99 + " }}",
+    "entries joined by a method": "{% set x = 'x' * 9999 %}{{ x.join(x) * 9 }}",
+    "JSON of JSON": "{{ '\"'" + " | tojson" * 99 + " }}",
+    "names that double": "{% set x = 'x' %}" + "{% set x = x ~ x %}" * 99 + "{{ x }}",
+    "JSON that is named": "{% set x = '\"' %}" + "{% set x = x | tojson %}" * 99 + "{{ x }}",
+    "blocks that double": "{% set x = 'x' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 99,
+    "loops over constants": (
+        "{% for a in X %}{% for b in X %}{% for c in X %}{% endfor %}{% endfor %}{% endfor %}"
+    ).replace("X", f"'{'x' * 999}'"),
 }
 
 # What Jinja or Python itself refuses.
@@ -69,6 +85,12 @@ def test_a_template_without_an_end_is_refused(name: str) -> None:
         return
     with pytest.raises(DataError, match=r"the chat template does not come to an end: .* steps"):
         chat.tokenize(row)
+
+
+def test_the_variables_of_a_template_without_an_end_are_found() -> None:
+    for bomb in BOMBS.values():
+        template = bomb + "{{ wanted }}"
+        assert "wanted" in variables_of(template)
 
 
 def test_a_template_that_is_nested_too_deep_is_broken() -> None:

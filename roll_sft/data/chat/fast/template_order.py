@@ -11,9 +11,10 @@ Promised: True only where this follows from the syntax. A template may be causal
 to be; it is then proved on each row, which is slower and gives the same samples.
 """
 
-from jinja2 import Environment, meta, nodes
+from jinja2 import Environment, meta, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 _MESSAGES = "messages"
@@ -45,8 +46,15 @@ def has_marks(template: str) -> bool:
 def variables_of(template: str) -> frozenset[str]:
     """The names that a template reads and does not set itself; it must be a valid template."""
     environment = SandboxedEnvironment(extensions=[_Marks, loopcontrols])
-    environment.intercepted_binops = frozenset({"*", "**"})  # or jinja2 works constants out here
+    # The names are found by compiling, where jinja2 would work out what is said of constants.
+    environment.intercepted_binops = frozenset(environment.binop_table)
+    environment.filters = dict.fromkeys(environment.filters, _not_applied)
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
+@pass_context
+def _not_applied(_context: Context) -> None:
+    """Stands for each filter where nothing is rendered."""
 
 
 def is_causal(template: str) -> bool:
