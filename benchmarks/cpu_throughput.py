@@ -26,8 +26,8 @@ import torch.distributed as dist
 from shared import chat_data, measures
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 from roll_sft.run import compose
 
 LENGTH, ROWS, STEPS, WARM_UP = 2048, 600, measures.size(6, quick=2), 2
@@ -188,7 +188,7 @@ def engine_of(folder: Path) -> Iterator[tuple[Any, Job]]:
         ]
     )
     assert composed is not None
-    job = prepare(composed[0])
+    job = prepare_job(composed[0])
     from roll_sft.engine.engine import Engine
     from roll_sft.engine.process_groups import Rendezvous, process_groups
 

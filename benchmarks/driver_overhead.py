@@ -26,8 +26,8 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.data.steps.plan import RankWork
 from roll_sft.demo import demo
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.group import WorkerGroup
@@ -147,7 +147,7 @@ def _workers(
 ) -> Iterator[tuple[Job, WorkerGroup]]:
     config = _config(folder, num_workers=num_workers, batch=batch)
     group_module.Worker = EmptyWorker  # type: ignore[misc]
-    job = prepare(config)
+    job = prepare_job(config)
     with connected(config), reserved(config) as slots:
         group = WorkerGroup(config, slots=slots, logs=folder / "logs")
         group.start(job.source, job.data)

@@ -20,7 +20,7 @@ import torch.multiprocessing as processes
 from shared import chat_data, measures
 from transformers import AutoTokenizer, Qwen2Config
 
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.run import compose
 
 NUM_RANKS = 4
@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_assets(folder)
-        prepare(_config(folder, is_async=False))  # fills the token cache for all
+        prepare_job(_config(folder, is_async=False))  # fills the token cache for all
         context = processes.get_context("spawn")
         results = context.SimpleQueue()
         ranks = [
@@ -59,7 +59,7 @@ def _rank(rank: int, folder: Path, results: Any) -> None:
     torch.set_num_threads(1)
     answer = {}
     for kind in ("blocking", "asynchronous"):
-        job = prepare(_config(folder, is_async=kind == "asynchronous"))
+        job = prepare_job(_config(folder, is_async=kind == "asynchronous"))
         store = dist.FileStore(str(folder / f"store_{kind}"), NUM_RANKS)
         rendezvous = Rendezvous("", 0, rank, NUM_RANKS, 120.0, 120.0)
         with process_groups(rendezvous, job.layout, device="cpu", store=store):

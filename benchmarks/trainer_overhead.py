@@ -21,8 +21,8 @@ import torch.distributed as dist
 from shared import measures
 
 from roll_sft.demo.demo import make_assets
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 from roll_sft.run import compose
 
 PAIRS, STEPS = measures.pairs(7), measures.size(12, quick=4)
@@ -145,7 +145,7 @@ def _engine(folder: Path) -> Iterator[tuple[Any, Job]]:
         ]
     )
     assert composed is not None
-    job = prepare(composed[0])
+    job = prepare_job(composed[0])
     from roll_sft.engine.engine import Engine
     from roll_sft.engine.process_groups import Rendezvous, process_groups
 

@@ -2,7 +2,7 @@
 
     python -m roll_sft.preparing FOLDER     (a pickled RunConfig on stdin)
 
-The child writes the job into FOLDER and shows what the run will do. An error of ours crosses to the
+The child writes what it found into FOLDER. An error of ours crosses to the
 parent, which raises it; a fault keeps its traceback in the child. Promise: the child ends with its
 parent, however that ends.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from roll_sft.base.console import set_up_logging
 from roll_sft.base.errors import FAULT, RollSftError, report
 from roll_sft.config.schema import RunConfig, cluster_address
-from roll_sft.job.job import write_job
+from roll_sft.job.prepared import write_prepared
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), Linux
 _END_TIMEOUT_S = 10.0
@@ -71,10 +71,9 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def prepare_into(config: RunConfig, folder: Path) -> None:
-    """Write the job of `config` into `folder` and show what it will do; in this process."""
+    """Prepare `config` into `folder`, in this process."""
     gc.disable()  # a search through what is being imported finds nothing
-    from roll_sft.job.overview import show_overview
-    from roll_sft.job.prepare import overview_of, prepare
+    from roll_sft.job.prepare import prepare
 
     gc.freeze()
     gc.enable()
@@ -83,9 +82,7 @@ def prepare_into(config: RunConfig, folder: Path) -> None:
         from roll_sft.runtime.preparation import spread_over_cluster
 
         spread = spread_over_cluster(config)
-    job = prepare(config, spread=spread)
-    show_overview(overview_of(job))
-    write_job(job, folder)
+    write_prepared(prepare(config, spread=spread), folder)
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from roll_sft.base.errors import CheckpointError, DivergedError
 from roll_sft.checkpoint.resume import NONE, Start, find_checkpoint, start_from, step_folders
 from roll_sft.config.schema import RunConfig, cluster_address
-from roll_sft.job.job import Job, read_job
+from roll_sft.job.job import Job
+from roll_sft.job.prepared import read_prepared
 from roll_sft.preparing import preparing
 from roll_sft.train import run_folder
 from roll_sft.train.start_clock import StartUp
@@ -33,8 +34,8 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
     Raises errors of `roll_sft.base.errors`, each with the exit code that the doors end with.
     """
     if config.dry_run:
+        from roll_sft.job.dry_run import dry_overview
         from roll_sft.job.overview import show_overview
-        from roll_sft.job.prepare import dry_overview
 
         show_overview(dry_overview(config))
         return
@@ -49,8 +50,11 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
 
 def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> None:
     with preparing(_on_cluster(config), folder / JOB) as prepared:
+        from roll_sft.job.overview import show_job
+
         prepared()
-    job = read_job(config, folder / JOB)
+    job = Job.of(read_prepared(config, folder / JOB))
+    show_job(job)
     run_folder.write_json(folder / "data_report.json", job.data_report())
     if not (folder / "steps.jsonl").exists():  # else it is of the run that wrote those
         run_folder.write_text(folder / "config.yaml", composed_yaml)
@@ -62,14 +66,16 @@ def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp)
     checkpoint = find_checkpoint(config, checkpoints)
     with preparing(config, folder / JOB) as prepared:
         # Heavy imports meanwhile: Ray among them.
+        from roll_sft.job.overview import show_job
         from roll_sft.train.driver import train_from
         from roll_sft.train.loss_curve import CURVE, draw_losses
         from roll_sft.train.summary import show_summary
 
         clock.passed("imports")
         prepared()
-    job = read_job(config, folder / JOB)
+    job = Job.of(read_prepared(config, folder / JOB))
     start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
+    show_job(job)
     clock.passed("data and plan")
     with _trackers(job, folder, start=start) as trackers:
         if start.step >= job.total_steps:

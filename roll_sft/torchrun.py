@@ -27,8 +27,8 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.config.validate import check_config
 from roll_sft.engine.environment import set_variables, silence_warnings
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 
 if TYPE_CHECKING:
     from roll_sft.engine.engine import Engine
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = _config(options.config)
         check_config(config)
         set_variables(deterministic=config.deterministic)
-        job = prepare(config)
+        job = prepare_job(config)
         first, last = steps_to_make(job, steps=options.steps, loads=options.load)
         if options.save is not None:
             _check_free(options.save / f"step_{last:08d}")

@@ -22,8 +22,8 @@ from transformers import (
 
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import Facts, read_facts, token_losses, write_reference
 from roll_sft.parity.task import ParityTask
@@ -203,7 +203,7 @@ def engine_run(config: RunConfig, checkpoint: Path | None) -> list[dict[str, flo
     """All steps of `config` on this rank's engine; metrics on the reporting rank. In a pool."""
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     import torch.distributed as dist
 
     engine = Engine(config, source=job.source, data=job.data)
@@ -252,7 +252,7 @@ def measure(config: RunConfig, reference: Path, fault: str | None = None) -> Ran
     from roll_sft.engine.engine import Engine
     from roll_sft.parity import compare
 
-    job = prepare(config)
+    job = prepare_job(config)
     with planted(fault):
         engine = Engine(config, source=job.source, data=job.data)
         return compare.measure(engine, _task(job, reference))

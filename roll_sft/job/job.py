@@ -1,37 +1,28 @@
-"""`Job`: a run that can start. `prepare` writes it into a folder, and training reads it there.
-
-Of what only preparing needs (tokenizer, chat template, rows) a job holds the results: token caches,
-reports, digests, and the files that belong beside the weights. Promise: a job that is read is the
-job that was written, given the same configuration.
-"""
+"""`Job`: a run that can start: what was prepared, planned."""
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from roll_sft.base.files import write_durably, writing
-from roll_sft.base.layout import ParallelLayout
-from roll_sft.base.text import redacted_tree
+from roll_sft.base.errors import ConfigError
+from roll_sft.base.layout import ParallelLayout, round_up
 from roll_sft.checkpoint.manifest import RunState
-from roll_sft.config.schema import RunConfig
+from roll_sft.config.schema import RunConfig, SourceConfig, layout_of, source_name
 from roll_sft.data.steps.epochs import Share
 from roll_sft.data.steps.learning_rate import Schedule
-from roll_sft.data.steps.plan import Planner
-from roll_sft.data.tokens.cache import SourceTokens, TokenCache, TokenData, TokenSet
+from roll_sft.data.steps.packing import CostModel
+from roll_sft.data.steps.plan import Planner, PlanOptions
+from roll_sft.data.tokens.cache import TokenData, TokenSet
 from roll_sft.data.tokens.report import SourceReport
-from roll_sft.job import plans
+from roll_sft.job.prepared import Prepared
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
 
-JOB_FILE = "job.json"
-DIGESTS = ("tokenizer", "chat_template")
-ASSETS = "hf_assets"
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
+_MOST_REPEATS = 1000  # of one sample in an epoch
+_MOST_SAMPLES = 1 << 30  # of an epoch: they are numbered by 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +42,12 @@ class Job:
     save_assets: Callable[[Path], None]
 
     @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        *,
-        source: ModelSource,
-        data: TokenData,
-        reports: dict[str, tuple[SourceReport, ...]],
-        digests: Mapping[str, str],
-        save_assets: Callable[[Path], None],
-    ) -> "Job":
-        """Plan what was prepared.
-
-        In `config` every `auto` is decided and hub ids are local folders. `digests` are of what was
-        rendered and tokenised with: `DIGESTS`. `save_assets` writes into a folder what an export
-        needs beside the weights. Raises `ConfigError` for an epoch that cannot be shuffled.
-        """
-        shares = plans.shares_of(config.data.train, data.train.ranges)
-        options = plans.options_of(config, source.shape)
-        planner = plans.planner_of(data.train, options, shares)
+    def of(cls, prepared: Prepared) -> "Job":
+        """Plan what was prepared. Raises `ConfigError` for an epoch that cannot be shuffled."""
+        config, source, data = prepared.config, prepared.source, prepared.data
+        shares = shares_of(config.data.train, data.train.ranges)
+        options = options_of(config, source.shape)
+        planner = planner_of(data.train, options, shares)
         total_steps = config.train.max_steps or planner.steps_in(config.train.num_train_epochs)
         schedule = Schedule.of(config.train, total_steps=total_steps)
         return cls(
@@ -77,11 +55,11 @@ class Job:
             layout=options.layout,
             source=source,
             data=data,
-            reports=reports,
+            reports=prepared.reports,
             planner=planner,
             shares=shares,
             validation={
-                name: plans.planner_of(tokens, options) for name, tokens in data.validation.items()
+                name: planner_of(tokens, options) for name, tokens in data.validation.items()
             },
             schedule=schedule,
             state=RunState(
@@ -96,14 +74,14 @@ class Job:
                 layout=options.layout,
                 dtype=config.model.dtype,
                 facts={
-                    **digests,
+                    **prepared.digests,
                     "template_kwargs": config.data.template_kwargs,
                     "schedule": asdict(schedule),
                     "optimizer": {name: getattr(config.train, name) for name in _OPTIMIZER},
                     "shuffle": config.data.shuffle,
                 },
             ),
-            save_assets=save_assets,
+            save_assets=prepared.save_assets,
         )
 
     @property
@@ -122,88 +100,64 @@ class Job:
         }
 
 
-def write_job(job: Job, folder: Path) -> None:
-    """Write `job` into `folder`, in place of an earlier one. The file of the job comes last.
+def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:
+    """The cap on padded tokens of a pack: as asked, and room for the longest sample."""
+    asked = max(config.train.micro_batch_tokens or 0, config.data.sequence_length)
+    return round_up(asked, layout.pack_alignment)
 
-    Raises `ResourceError` where the disk takes no more.
+
+def options_of(config: RunConfig, shape: ModelShape) -> PlanOptions:
+    """How the steps of `config` are planned for a model of `shape`."""
+    layout = layout_of(config.parallel)
+    return PlanOptions(
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        global_batch_tokens=config.train.global_batch_tokens,
+        shuffle=config.data.shuffle,
+        packing=config.data.packing,
+        micro_batch_tokens=micro_batch_tokens(config, layout),
+        layout=layout,
+        cost=CostModel.of(
+            shape.num_matmul_parameters,
+            num_layers=shape.num_layers,
+            attention_width=shape.attention_width,
+        ),
+    )
+
+
+def planner_of(
+    tokens: TokenSet, options: PlanOptions, shares: Mapping[str, Share] | None = None
+) -> Planner:
+    """The planner of one set; without `shares` an epoch holds each sample once."""
+    drawn = tuple(shares.values()) if shares else ()
+    return Planner(tokens.lengths, tokens.supervised, options=options, shares=drawn)
+
+
+def shares_of(entries: Sequence[SourceConfig], samples: Mapping[str, range]) -> dict[str, Share]:
+    """How much of each train source an epoch draws; `samples` are the indices of each.
+
+    Raises `ConfigError` for more than could be shuffled.
     """
-    config, source = job.config, job.source
-    values = {
-        "device": config.parallel.device,
-        "dtype": config.model.dtype,
-        "model": config.model.path,
-        "tokenizer_folder": config.model.tokenizer_path,
-        "shape": asdict(source.shape),
-        "hub": asdict(source.hub) if source.hub else None,
-        "train": _sources(job.data.train),
-        "validation": [_sources(tokens) for tokens in job.data.validation.values()],
-        "reports": {
-            kind: [redacted_tree(report.to_dict()) for report in reports]
-            for kind, reports in job.reports.items()
-        },
-        "digests": {name: job.state.facts[name] for name in DIGESTS},
+    shares = {
+        source_name(entry): Share.of(
+            samples[source_name(entry)], weight=entry.weight, samples=entry.samples
+        )
+        for entry in entries
     }
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        job.save_assets(folder / ASSETS)
-        write_durably(folder / JOB_FILE, json.dumps(values, indent=1) + "\n")
-
-
-def read_job(config: RunConfig, folder: Path) -> Job:
-    """The job of `config` that `write_job` has written into `folder`."""
-    values = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-    shape = values["shape"]
-    shape["rotary_inv_freq"] = tuple(shape["rotary_inv_freq"])
-    config = replace(
-        config,
-        model=replace(
-            config.model,
-            path=values["model"],
-            tokenizer_path=values["tokenizer_folder"],
-            dtype=values["dtype"],
-        ),
-        parallel=replace(config.parallel, device=values["device"]),
-    )
-    validation = [_opened(sources) for sources in values["validation"]]
-    return Job.of(
-        config,
-        source=_source(config, ModelShape(**shape), hub=values["hub"]),
-        data=TokenData(
-            _opened(values["train"]), {tokens.sources[0].name: tokens for tokens in validation}
-        ),
-        reports={
-            kind: tuple(SourceReport(**report) for report in reports)
-            for kind, reports in values["reports"].items()
-        },
-        digests=values["digests"],
-        save_assets=partial(shutil.copytree, folder / ASSETS),
-    )
-
-
-def _source(config: RunConfig, shape: ModelShape, *, hub: dict[str, str] | None) -> ModelSource:
-    if config.model.random_init:
-        return ModelSource(shape, seed=config.seed)
-    if hub is None:
-        return ModelSource(shape, folder=config.model.path)
-    from roll_sft.models.hub import HubModel
-
-    return ModelSource(shape, hub=HubModel(**hub))
-
-
-def _sources(tokens: TokenSet) -> list[dict[str, Any]]:
-    return [
-        {"name": source.name, "folders": [str(cache.folder) for cache in source.caches]}
-        for source in tokens.sources
-    ]
-
-
-def _opened(sources: Sequence[dict[str, Any]]) -> TokenSet:
-    return TokenSet(
-        [
-            SourceTokens(each["name"], tuple(TokenCache(Path(path)) for path in each["folders"]))
-            for each in sources
-        ]
-    )
+    for name, share in shares.items():
+        size = share.stop - share.start
+        if share.per_epoch > _MOST_REPEATS * size:
+            raise ConfigError(
+                f"data.train: an epoch of {share.per_epoch:,} samples of {name} repeats each of its"
+                f" {size:,} more than {_MOST_REPEATS:,} times; lower samples or weight, and raise"
+                " train.num_train_epochs"
+            )
+    if (total := sum(share.per_epoch for share in shares.values())) > _MOST_SAMPLES:
+        raise ConfigError(
+            f"data.train: an epoch of {total:,} samples is more than {_MOST_SAMPLES:,}; lower"
+            " samples or weight, and raise train.num_train_epochs"
+        )
+    return shares
 
 
 def _addresses(tokens: TokenSet, shares: dict[str, Share]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a run will do, for people: layout, model, data, steps and memory, as tables."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,18 @@ from roll_sft.base.console import stdout_console
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.config.schema import RunConfig
 from roll_sft.data.steps.epochs import Share
+from roll_sft.data.steps.packing import best_fit_decreasing
+from roll_sft.data.steps.plan import Planner, StepPlan
 from roll_sft.data.tokens.report import SourceReport
+from roll_sft.job.job import Job, micro_batch_tokens
 from roll_sft.job.memory import estimate
 from roll_sft.models.shape import ModelShape
+
+_log = logging.getLogger(__name__)
+_STEPS_SAMPLED = 8  # whose packs say how full they will be
+_POOR_FILL = 0.6
+# Of whole packs. A step just above them would need one pack more on each rank, nearly empty.
+_FILL_TO_AIM_AT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,27 @@ class Overview:
     shares: dict[str, Share]  # train source -> how much of it an epoch draws
     fill: float | None = None  # of the packs: their tokens over what they could hold
     is_estimate: bool = False  # rows and tokens are guessed from the text, for want of tokens
+
+
+def show_job(job: Job) -> None:
+    """Show what `job` will do, and warn where its packs will be half empty."""
+    warn_of_poor_fill(job)
+    show_overview(overview_of(job))
+
+
+def overview_of(job: Job) -> Overview:
+    """What `job` will do."""
+    return Overview(
+        config=job.config,
+        layout=job.layout,
+        shape=job.source.shape,
+        reports=job.reports,
+        pack_tokens=micro_batch_tokens(job.config, job.layout),
+        steps_per_epoch=job.planner.steps_per_epoch,
+        total_steps=job.total_steps,
+        shares=job.shares,
+        fill=expected_fill(job.planner),
+    )
 
 
 def show_overview(overview: Overview) -> None:
@@ -185,3 +216,44 @@ def _steps_table(overview: Overview) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def expected_fill(planner: Planner) -> float:
+    """Tokens in the packs of the first steps, over what these packs could hold."""
+    plans = _first_steps(planner)
+    return sum(plan.fill for plan in plans) / len(plans)
+
+
+def warn_of_poor_fill(job: Job) -> None:
+    """Say once that packs will be half empty on many ranks, and what would fill them.
+
+    A single rank waits for nobody, and a set that is one step has no larger one to offer.
+    """
+    planner, data_size = job.planner, job.layout.data_size
+    pack_tokens = micro_batch_tokens(job.config, job.layout)
+    fill = expected_fill(planner)
+    is_alone = data_size == 1 or planner.steps_per_epoch == 1
+    if not job.config.data.packing or is_alone or fill >= _POOR_FILL:
+        return
+    plans = _first_steps(planner)
+    lengths = job.data.train.lengths[[index for plan in plans for index in plan.sample_ids]]
+    fewest = len(best_fit_decreasing(lengths.tolist(), capacity=pack_tokens))
+    if lengths.sum() < _POOR_FILL * fewest * pack_tokens:
+        remedy = "samples are long beside a pack, so raise train.micro_batch_tokens to join them"
+    else:
+        packs = -(-plans[0].total_tokens // (data_size * pack_tokens))
+        wanted = int(_FILL_TO_AIM_AT * packs * data_size * pack_tokens)
+        remedy = f"set train.global_batch_tokens={wanted}, or raise train.global_batch_size"
+    _log.warning(
+        "packs of %d tokens on %d data-parallel ranks will be %.0f %% full at %d tokens a step; %s",
+        pack_tokens,
+        data_size,
+        100 * fill,
+        plans[0].total_tokens,
+        remedy,
+    )
+
+
+def _first_steps(planner: Planner) -> list[StepPlan]:
+    num_steps = min(_STEPS_SAMPLED, planner.steps_per_epoch)
+    return [planner.step(step) for step in range(1, num_steps + 1)]

@@ -6,8 +6,7 @@ returns can run, given the resources; nothing here starts Ray or writes into the
 
 import hashlib
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +15,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError, refuse
-from roll_sft.config.schema import RunConfig, TrainConfig, layout_of, on_device
+from roll_sft.config.schema import RunConfig, on_device
 from roll_sft.config.validate import backend_problems, layout_problems
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.templates import chat_template, check_variables
-from roll_sft.data.chat.tokenizer import NoTokenizerError, load_tokenizer
-from roll_sft.data.steps.epochs import Share
+from roll_sft.data.chat.tokenizer import load_tokenizer
 from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.data.tokens.estimate import TOKEN_BYTES
-from roll_sft.data.tokens.prepare import NotPreparedError
-from roll_sft.data.tokens.report import SourceReport
 from roll_sft.data.tokens.workers import Spread
 from roll_sft.job import tokenise
-from roll_sft.job.job import Job
-from roll_sft.job.overview import Overview, drawn_tokens
-from roll_sft.job.plans import micro_batch_tokens, shares_of
+from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.hub import HubModel, local_model
@@ -41,22 +34,22 @@ from roll_sft.models.source import ModelSource
 _log = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
-    """Check the layout against the model, tokenise (or find the cache), plan.
+def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
+    """Check the layout against the model, tokenise (or find the cache).
 
     `spread` prepares what the cache lacks, in place of processes of this machine.
     Raises `ConfigError` (all layout problems at once) and `DataError`.
     """
-    config, hub = _located(config)
-    source = _load_model(config, hub)
+    config, hub = located(config)
+    source = load_model(config, hub)
     tokenizer = _load_tokenizer(config, source.shape)
     chat = _chat_tokenizer(config, tokenizer)
     data, reports = tokenise.tokenise(config, chat, spread=spread)
-    job = Job.of(
+    return Prepared(
         config,
-        source=source,
-        data=data,
-        reports=reports,
+        source,
+        data,
+        reports,
         digests={
             "tokenizer": _digest(_content_of(tokenizer)),
             "chat_template": _digest(str(tokenizer.chat_template)),
@@ -65,24 +58,6 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Job:
             _save_assets, config, tokenizer, end_of_turn_id=_end_of_turn_id(chat, data.train)
         ),
     )
-    pack_tokens = micro_batch_tokens(config, job.layout)
-    tokenise.warn_of_poor_fill(config, data.train, job.planner, pack_tokens=pack_tokens)
-    return job
-
-
-def overview_of(job: Job) -> Overview:
-    """What `job` will do, for people to read."""
-    return Overview(
-        config=job.config,
-        layout=job.layout,
-        shape=job.source.shape,
-        reports=job.reports,
-        pack_tokens=micro_batch_tokens(job.config, job.layout),
-        steps_per_epoch=job.planner.steps_per_epoch,
-        total_steps=job.total_steps,
-        shares=job.shares,
-        fill=tokenise.expected_fill(job.planner),
-    )
 
 
 def chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
@@ -90,8 +65,8 @@ def chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
 
     Raises `ConfigError` as `prepare` does, and `DataError` for a tokenizer that data cannot use.
     """
-    config, hub = _located(replace(config, dry_run=True))
-    shape = _load_model(config, hub).shape
+    config, hub = located(replace(config, dry_run=True))
+    shape = load_model(config, hub).shape
     tokenizer = _load_tokenizer(config, shape)
     return _chat_tokenizer(config, tokenizer), tokenizer
 
@@ -112,40 +87,6 @@ def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:
         return chat.end_of_turn_id
     tokens, label_mask = train.sample(0)
     return int(tokens[int(label_mask.nonzero()[0][-1]) + 1])
-
-
-def dry_overview(config: RunConfig) -> Overview:
-    """What `config` would do: from the token cache, which is not written, if it has all the data.
-
-    Else estimated from the text, as where the model's folder has no tokenizer yet. Raises what
-    `prepare` raises.
-    """
-    try:
-        return overview_of(prepare(config))
-    except NoTokenizerError as error:
-        _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
-    except NotPreparedError as error:
-        _log.info("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
-    config, hub = _located(config)
-    reports = {
-        kind: tuple(tokenise.rough(entry, config.data) for entry in entries)
-        for kind, entries in (("train", config.data.train), ("validation", config.data.validation))
-    }
-    kept = {report.name: range(report.kept) for report in reports["train"]}
-    shares = shares_of(config.data.train, kept)
-    steps_per_epoch = _rough_steps(config.train, reports["train"], shares)
-    layout = layout_of(config.parallel)
-    return Overview(
-        config=config,
-        layout=layout,
-        shape=_load_model(config, hub).shape,
-        reports=reports,
-        pack_tokens=micro_batch_tokens(config, layout),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=config.train.max_steps or config.train.num_train_epochs * steps_per_epoch,
-        shares=shares,
-        is_estimate=True,
-    )
 
 
 def _content_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -173,7 +114,7 @@ def _save_assets(
     save_assets(Path(model.path), trained=trained, output=folder)
 
 
-def _located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
+def located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
     """`config` with every `auto` decided and hub ids made local folders; the model on the hub.
 
     A device that nobody has decided by now is this machine's.
@@ -190,7 +131,7 @@ def _located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
     return located, hub
 
 
-def _load_model(config: RunConfig, hub: HubModel | None) -> ModelSource:
+def load_model(config: RunConfig, hub: HubModel | None) -> ModelSource:
     """The model's family, shape and tensors, checked against the layout."""
     path = config.model.path
     assert path is not None, "check_config refuses a missing model.path"
@@ -219,17 +160,6 @@ def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizer
         trust_remote_code=config.model.trust_remote_code,
         embedding_size=shape.vocab_size,
     )
-
-
-def _rough_steps(
-    train: TrainConfig, reports: Sequence[SourceReport], shares: Mapping[str, Share]
-) -> int:
-    """Steps of an epoch, where samples are only counted and tokens guessed."""
-    if train.global_batch_tokens is None:
-        samples = sum(share.per_epoch for share in shares.values())
-        return math.ceil(samples / train.global_batch_size)
-    # At least one: a few short words are fewer bytes than a token is taken for.
-    return max(1, math.ceil(drawn_tokens(reports, shares) / train.global_batch_tokens))
 
 
 def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError, RollSftError
 from roll_sft.config.schema import RunConfig
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import read_facts
 from roll_sft.parity.task import ParityTask
@@ -41,7 +41,7 @@ def run(config: RunConfig, *, samples: int | None) -> None:
     """Compare the first `samples` of the first batch of `config`; `ParityError` if it is red."""
     config = _bounded(config, samples=samples)
     with run_folder.claimed(run_folder.output_folder(config) / "parity") as folder:
-        job = prepare(with_device_of_cluster(config))
+        job = prepare_job(with_device_of_cluster(config))
         plan = job.planner.step(1)
         with (
             # It grows as large as the model in fp32, so it does not outlive the comparison.

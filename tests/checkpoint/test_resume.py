@@ -12,7 +12,7 @@ from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.checkpoint.tensors import Piece
 from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.pool import RankPool
 
@@ -41,7 +41,7 @@ def steps_of(
 
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
     for group in engine.optimizer.param_groups if fused else ():
         group["fused"], group["foreach"] = True, False  # as on a GPU
@@ -94,7 +94,7 @@ class Runs:
         (metrics,) = [rank for rank in ranks if rank]
         if staging is None:
             return metrics, None
-        job = prepare(config)
+        job = prepare_job(config)
         return metrics, publish_step(
             job.state, job.planner.step(last), staging=staging, save_assets=job.save_assets
         )
@@ -175,7 +175,7 @@ def megatron_loads(config: RunConfig, folder: Path) -> list[tuple[str, bool]]:
 
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data, checkpoint=folder)
     found = []
     for chunk in engine.chunks:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from roll_sft.checkpoint.resume import start_from
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.convert import command
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.checkpoint.test_resume import steps_of
 from tests.convert.test_roundtrip import KINDS, LAYOUTS
@@ -45,7 +45,7 @@ def load_with_megatron(config: RunConfig, home: Path) -> dict[str, str]:
     different = {}
     for kind in KINDS:
         model = dataclasses.replace(config.model, path=str(home / kind / "model"))
-        job = prepare(dataclasses.replace(config, model=model))
+        job = prepare_job(dataclasses.replace(config, model=model))
         engine = Engine(job.config, source=job.source, data=job.data)
         expected = {n: p.detach().clone() for n, p in build.named_parameters(engine.chunks)}
         for parameter in (p for chunk in engine.chunks for p in chunk.parameters()):
@@ -102,7 +102,7 @@ def test_a_run_starts_from_a_converted_model_as_from_the_model(
     config = parity.parity_config(
         home, parallel=LAYOUTS[layout], model={"path": str(home / kind / "model")}
     )
-    job, folder = prepare(config), home / kind / "megatron"
+    job, folder = prepare_job(config), home / kind / "megatron"
     assert start_from(folder, job.state, allowed=()).step == 0
     runs = [
         pool.run(steps_of, layout_of(config.parallel), config, 1, 2, loads, None)

@@ -15,7 +15,7 @@ from roll_sft.checkpoint.publish import publish, staging_folder
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.config.schema import layout_of
 from roll_sft.convert import command
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.pool import RankPool
 
@@ -68,7 +68,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Path
     config = parity.parity_config(root, parallel=layout, train={"max_steps": 1})
     staging = staging_folder(root / "checkpoints", 1)
     pool.run(parity.engine_run, layout_of(config.parallel), config, staging)
-    parity.export_run(prepare(config), staging, root / "hf")
+    parity.export_run(prepare_job(config), staging, root / "hf")
     return root / "checkpoints" / "step_00000001"
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.convert.verify import verify
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.pool import RankPool
 
@@ -44,7 +44,7 @@ def save_untrained(config: RunConfig, folders: dict[str, Path]) -> None:
     for kind, staging in folders.items():
         home = staging.parents[2] / kind
         model = dataclasses.replace(config.model, path=str(home / "model"))
-        job = prepare(dataclasses.replace(config, model=model))
+        job = prepare_job(dataclasses.replace(config, model=model))
         Engine(job.config, source=job.source, data=job.data).save(staging)
 
 
@@ -65,7 +65,7 @@ def test_every_tensor_comes_back_as_it_was(layout: str, pool: RankPool, tmp_path
     pool.run(save_untrained, layout_of(config.parallel), config, folders)
     for kind, staging in folders.items():
         own = parity.parity_config(tmp_path, model={"path": str(tmp_path / kind / "model")})
-        parity.export_run(prepare(own), staging, tmp_path / "out" / kind / "hf")
+        parity.export_run(prepare_job(own), staging, tmp_path / "out" / kind / "hf")
         source = load_file(tmp_path / kind / "model" / "model.safetensors")
         exported = load_file(tmp_path / "out" / kind / "hf" / "model.safetensors")
         assert exported.keys() == source.keys(), kind

@@ -14,7 +14,7 @@ import pytest
 from roll_sft.base.errors import ConfigError
 from roll_sft.checkpoint import tensors
 from roll_sft.checkpoint.publish import publish_step, staging_folder
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.torchrun import steps_to_make
 from tests import parity
 
@@ -42,7 +42,7 @@ def test_torchrun_trains_like_transformers_and_saves(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     losses = [float(loss) for loss in re.findall(r"step \d/3  loss (\S+)", result.stdout)]
-    wanted, _ = parity.reference_run(prepare(config))
+    wanted, _ = parity.reference_run(prepare_job(config))
     assert losses == pytest.approx([step["loss"] for step in wanted[:3]], rel=1e-6)
     assert (tmp_path / "out" / "latest").read_text().strip() == "step_00000003"
     door[-1] = "5"
@@ -58,7 +58,7 @@ def test_steps_count_from_the_beginning_and_are_never_taken_back(tmp_path: Path)
     parity.write_model(tmp_path / "model", kind="qwen2-tied", num_layers=1)
     parity.write_rows(tmp_path / "rows.jsonl")
     config = parity.parity_config(tmp_path)
-    job = prepare(config)
+    job = prepare_job(config)
     staging = staging_folder(tmp_path / "run", 3)
     tensors.write(staging, [], objects={}, writer=tensors.Writer(0, 1, optimizer_step=3))
     loads = publish_step(
@@ -72,7 +72,7 @@ def test_steps_count_from_the_beginning_and_are_never_taken_back(tmp_path: Path)
             steps_to_make(job, steps=steps, loads=loads)
     other = replace(config, seed=config.seed + 1)
     with pytest.raises(ConfigError, match="differs in seed"):
-        steps_to_make(prepare(other), steps=5, loads=loads)
+        steps_to_make(prepare_job(other), steps=5, loads=loads)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.demo.demo import make_assets
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.run import compose
 from tests import parity
 from tests.pool import RankPool
@@ -49,7 +49,7 @@ def test_gradients_equal_transformers_where_the_work_is_uneven(
         train={"global_batch_size": global_batch_size, "micro_batch_tokens": 200},
         data={"packing": False},
     )
-    job = prepare(config)
+    job = prepare_job(config)
     parity.write_reference_of(job, tmp_path / "reference")
     assert parity.compared(job, pool, tmp_path / "reference").first_difference is None
 
@@ -60,7 +60,7 @@ def evaluation_between_steps(config: RunConfig) -> tuple[Any, list[Any]]:
 
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     results, evaluation = [], None
     for evaluates in (False, True):
@@ -91,7 +91,7 @@ def test_an_evaluation_is_weighted_by_tokens_and_changes_nothing(
     ranks = pool.run(evaluation_between_steps, layout_of(config.parallel), config)
     ((evaluation, (without, with_evaluation)),) = [rank for rank in ranks if rank[0] is not None]
     assert with_evaluation == without
-    job = prepare(config)
+    job = prepare_job(config)
     assert evaluation.supervised_tokens == int(job.data.train.supervised.sum())
     # Step 1's samples are all rows here, so its loss is that of the untrained model on them; the
     # evaluation comes one step later and must lie below it.

@@ -8,7 +8,7 @@ import pytest
 
 from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import read_facts
 from roll_sft.parity.verdict import judge
@@ -41,7 +41,7 @@ def steps_of(
     from roll_sft.data.steps import packing
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     exchange, num_exchanges = P2PCommunicator._communicate_shapes, 0
 
@@ -119,7 +119,7 @@ def test_packs_of_one_length_give_the_same_numbers_without_an_exchange_of_shapes
         assert tokens == wanted_tokens
     if layout not in RESUMED:
         return
-    job = prepare(config)
+    job = prepare_job(config)
     rest, _, _ = run(
         ALWAYS,
         loads=publish_step(
@@ -133,7 +133,7 @@ def test_outputs_losses_and_gradients_of_filled_packs_equal_those_of_transformer
     folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     options = {**LAYOUTS["CP2xPP2"], "use_distributed_optimizer": False}
-    job = prepare(parity.parity_config(folder, parallel=options, data={"packing": False}))
+    job = prepare_job(parity.parity_config(folder, parallel=options, data={"packing": False}))
     parity.write_reference_of(job, tmp_path / "reference")
     ranks = pool.run(measured, job.layout, job.config, tmp_path / "reference")
     verdict = judge(

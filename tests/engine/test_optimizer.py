@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.pool import RankPool
 
@@ -42,7 +42,7 @@ def ours_and_megatrons(config: RunConfig) -> list[tuple[list[float], list[torch.
         _, norm, _ = chained.step()
         return float(norm)
 
-    gradient_norm, job, found = optimizer.gradient_norm, prepare(config), []
+    gradient_norm, job, found = optimizer.gradient_norm, prepare_job(config), []
     for update in (optimizer.update, megatron_update):
         # Megatron's norm in both: a last bit of it would be one of every clipped gradient.
         with (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from roll_sft.config.schema import layout_of
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.parity.verdict import Verdict
 from tests import parity
 from tests.faults import FAULTS
@@ -124,13 +124,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def reference(folder: Path) -> tuple[list[dict[str, float]], torch.Tensor]:
-    return parity.reference_run(prepare(parity.parity_config(folder)))
+    return parity.reference_run(prepare_job(parity.parity_config(folder)))
 
 
 @cache
 def first_step(folder: Path) -> Path:
     """A folder with what the oracle makes of step 1."""
-    parity.write_reference_of(prepare(parity.parity_config(folder)), folder / "reference")
+    parity.write_reference_of(prepare_job(parity.parity_config(folder)), folder / "reference")
     return folder / "reference"
 
 
@@ -150,7 +150,7 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     staging.mkdir(parents=True)
     ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, staging)
     (steps,) = [rank for rank in ranks if rank is not None]
-    model = parity.export_run(prepare(config), staging, tmp_path / "hf")
+    model = parity.export_run(prepare_job(config), staging, tmp_path / "hf")
     errors = {
         "loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(steps, wanted, strict=True)),
         "grad_norm": max(
@@ -194,5 +194,5 @@ def compared(home: Path, pool: RankPool, layout: str, fault: str | None = None) 
     """Step 1 on all ranks of `layout`, beside the oracle."""
     # Without the distributed optimizer every rank holds whole gradients to compare.
     options = {**LAYOUTS[layout], "use_distributed_optimizer": False}
-    job = prepare(parity.parity_config(home, parallel=options))
+    job = prepare_job(parity.parity_config(home, parallel=options))
     return parity.compared(job, pool, first_step(home), fault)

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity, waits
 from tests.pool import RankPool
 
@@ -29,7 +29,7 @@ def waits_of_step_2(config: RunConfig, is_curious: bool) -> list[waits.Wait]:
     from roll_sft.engine import loss
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     first, second = (

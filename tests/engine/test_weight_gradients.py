@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.pool import RankPool
 
@@ -26,7 +26,7 @@ def steps_of(config: RunConfig, in_products: bool) -> tuple[list[tuple[float, fl
         if in_products:
             fused.use_added_products(transformer)
 
-    job, found, added = prepare(config), [], []
+    job, found, added = prepare_job(config), [], []
     product = fused.add_product
 
     def counted(*arguments: Any) -> None:

@@ -23,8 +23,8 @@ from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.convert import command
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 from tests.fuzz.case import Case, Outcome
 from tests.fuzz.mutate import brief, changed, damaged, odd_value
 
@@ -350,4 +350,4 @@ def _values(home: Path) -> dict[str, Any]:
 
 @functools.cache
 def _job(home: Path) -> Job:
-    return prepare(build_config(_values(home)))
+    return prepare_job(build_config(_values(home)))

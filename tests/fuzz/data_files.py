@@ -22,7 +22,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.integrity import verifying
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests.fuzz import reader
 from tests.fuzz.case import Case, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value
@@ -223,7 +223,7 @@ def _of_cache(rng: random.Random, home: Path) -> Case:
     """A token cache that is damaged after it was made, and used again."""
     path = write(list(rows_in(rng, "alpaca", odd=False)), ".jsonl")
     values = _values(rng, home, path)
-    before = _samples(prepare(build_config(values)).data.train)
+    before = _samples(prepare_job(build_config(values)).data.train)
     files = sorted(p for p in Path("cache").rglob("*") if p.is_file() and p.stat().st_size)
     file = rng.choice(files)
     how = "gone"
@@ -235,13 +235,13 @@ def _of_cache(rng: random.Random, home: Path) -> Case:
 
     def action(config: RunConfig, _text: str) -> None:
         """What a start does before it trains."""
-        job = prepare(config)
+        job = prepare_job(config)
         with verifying(job.data.folders) as verified:
             verified()
 
     def check(outcome: Outcome) -> list[str]:
         # A start that found damage has left it for the next, which this one is then.
-        if _samples(prepare(build_config(values)).data.train) != before:
+        if _samples(prepare_job(build_config(values)).data.train) != before:
             return [f"after exit {outcome.code} other tokens are trained on"]
         return []
 
@@ -276,7 +276,7 @@ def _prepared(rng: random.Random, home: Path, path: Path, *, what: str) -> Case:
     def check(outcome: Outcome) -> list[str]:
         if outcome.code != 0:
             return []
-        tokens = prepare(build_config(values)).data.train
+        tokens = prepare_job(build_config(values)).data.train
         found = _differences(tokens, path, home, is_strict=is_strict)
         return found
 

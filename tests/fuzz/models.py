@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from roll_sft.config.build import build_config
 from roll_sft.convert import command
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests.doors import alpaca
 from tests.doors import write_rows as write_lines
 from tests.fuzz import model_damage
@@ -90,7 +90,7 @@ def _run_of(what: str, home: Path, **more: Any) -> Case:
             return found
         found += _shape_problems(outcome)
         if "prepare_only" in more:
-            tokens = prepare(build_config(values)).data.train
+            tokens = prepare_job(build_config(values)).data.train
             largest = max(int(tokens.sample(index)[0].max()) for index in range(len(tokens)))
             if largest >= (rows := _embedding_rows()):
                 found.append(f"kept token {largest} of an embedding of {rows} rows")

@@ -33,7 +33,7 @@ from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.micro_batch import segments_of
 from roll_sft.engine.process_groups import Rendezvous, process_groups
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from roll_sft.models.registry import family_of
 from roll_sft.models.safetensors_in import RandomSource
 from roll_sft.models.source import ModelSource
@@ -154,7 +154,7 @@ def check_engine(device: str, folder: Path) -> Iterator[tuple[str, float, float]
     parity.write_model(folder / "model")
     parity.write_rows(folder / "rows.jsonl")
     config = parity.parity_config(folder, parallel={"device": device})
-    job = prepare(config)
+    job = prepare_job(config)
     wanted, logits = parity.reference_run(job)
     staging = folder / "checkpoints" / ".staging_00000008"
     staging.mkdir(parents=True)
@@ -179,7 +179,7 @@ def check_waits(device: str, folder: Path) -> Iterator[tuple[str, float, float]]
     `folder` is that of `check_engine`.
     """
     config = parity.parity_config(folder, model={"dtype": "bf16"}, parallel={"device": device})
-    job = prepare(config)
+    job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data)
     work = [job.planner.step(step).work_for(0, learning_rate=1e-5) for step in (1, 2, 3)]
     for first in work[:2]:  # kernels are compiled, and states made

@@ -24,8 +24,8 @@ from roll_sft.checkpoint.resume import Start, find_checkpoint, make_way, start_f
 from roll_sft.checkpoint.retention import check_room, retain
 from roll_sft.checkpoint.tensors import Piece, Writer
 from roll_sft.config.schema import CheckpointConfig
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.job.prepare import prepare
 from tests import parity
 
 SHARD = "__0_0.distcp"
@@ -36,7 +36,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     root = tmp_path_factory.mktemp("choice")
     parity.write_model(root / "model", kind="qwen2-tied", num_layers=1)
     parity.write_rows(root / "rows.jsonl")
-    return prepare(parity.parity_config(root))
+    return prepare_job(parity.parity_config(root))
 
 
 def changed(job: Job, **sections: Any) -> Job:
@@ -45,7 +45,7 @@ def changed(job: Job, **sections: Any) -> Job:
     for name, values in sections.items():
         value = replace(getattr(config, name), **values) if isinstance(values, dict) else values
         config = replace(config, **{name: value})
-    return prepare(config)
+    return prepare_job(config)
 
 
 def find_start(job: Job, checkpoints: Path) -> Start:
@@ -295,14 +295,14 @@ def test_changed_rows_tokenizer_and_template_are_told_apart(job: Job, tmp_path: 
     rows = moved / "rows.jsonl"
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     with pytest.raises(ConfigError, match=r"differs in data \("):
-        find_start(prepare(same.config), tmp_path / "run")
+        find_start(prepare_job(same.config), tmp_path / "run")
     shutil.copy(root / "rows.jsonl", rows)
     template = moved / "model" / "chat_template.jinja"
     template.write_text(template.read_text().replace("You are a", "You are no"))
     with pytest.raises(ConfigError, match=r"differs in chat_template \("):
-        find_start(prepare(same.config), tmp_path / "run")
+        find_start(prepare_job(same.config), tmp_path / "run")
     template.write_text(template.read_text() + "{%- if enable_thinking %}{%- endif %}")
-    save(prepare(same.config), tmp_path / "variable", 2)
+    save(prepare_job(same.config), tmp_path / "variable", 2)
     other = changed(same, data={"template_kwargs": {"enable_thinking": False}})
     expected = r"differs in template_kwargs \(enable_thinking None is now False\)"
     with pytest.raises(ConfigError, match=expected):
@@ -313,7 +313,7 @@ def test_changed_rows_tokenizer_and_template_are_told_apart(job: Job, tmp_path: 
     content["model"]["merges"].pop()
     tokenizer.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"differs in tokenizer \(.*allow_changes=\[tokenizer\]"):
-        find_start(prepare(same.config), tmp_path / "run")
+        find_start(prepare_job(same.config), tmp_path / "run")
 
 
 def test_layout_packing_and_micro_batches_are_no_change(job: Job, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.convert.from_hf import import_model
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests.parity import parity_config, write_model, write_rows
 
 
@@ -23,7 +23,7 @@ def home(tmp_path: Path) -> Path:
 def refused(home: Path, *parts: str) -> None:
     """`prepare` raises, in one line, with all `parts`."""
     with pytest.raises(ConfigError) as found:
-        prepare(parity_config(home, model={"path": str(home / "model"), "random_init": True}))
+        prepare_job(parity_config(home, model={"path": str(home / "model"), "random_init": True}))
     assert "\n" not in str(found.value)
     for part in parts:
         assert part in str(found.value)

@@ -9,8 +9,8 @@ from transformers import Qwen2Config
 
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.job.in_process import prepare_job
 from roll_sft.job.memory import GIB, estimate
-from roll_sft.job.prepare import prepare
 from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
 from tests import parity
@@ -151,7 +151,7 @@ def bytes_held(config: RunConfig) -> tuple[int, int, int]:
 
     from roll_sft.engine.engine import Engine
 
-    job = prepare(config)
+    job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     work = job.planner.step(1).work_for(data_rank, learning_rate=1e-4)
@@ -206,7 +206,7 @@ def test_an_engine_holds_what_was_estimated(
     config = parity.parity_config(
         folder, model={"dtype": dtype}, parallel={"num_workers": 1, **parallel}
     )
-    plan = Run(config, prepare(config).source.shape)
+    plan = Run(config, prepare_job(config).source.shape)
     found = pool.run(bytes_held, layout_of(config.parallel), config)
     fullest = max(state for state, _, _ in found)
     assert estimate(*plan).state_gib * GIB == pytest.approx(fullest, rel=0.01)

@@ -10,10 +10,9 @@ import pytest
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, SourceConfig
-from roll_sft.job.job import Job
-from roll_sft.job.plans import shares_of
-from roll_sft.job.prepare import prepare
-from roll_sft.job.tokenise import expected_fill
+from roll_sft.job.in_process import prepare_job
+from roll_sft.job.job import Job, shares_of
+from roll_sft.job.overview import expected_fill, warn_of_poor_fill
 from tests import doors
 from tests.doors import Door, alpaca, cells, write_rows
 
@@ -53,7 +52,7 @@ def drawn(job: Job, epoch: int) -> list[str]:
 
 
 def test_a_mixture_draws_what_its_entries_ask_for(config: Any) -> None:
-    job = prepare(config({"weight": 0.5}, {"samples": 30}))
+    job = prepare_job(config({"weight": 0.5}, {"samples": 30}))
     for epoch in (0, 1):
         names = drawn(job, epoch)
         of_a = [name for name in names if name.startswith("a:")]
@@ -65,17 +64,17 @@ def test_a_mixture_draws_what_its_entries_ask_for(config: Any) -> None:
 
 
 def test_a_mixture_changes_the_address_that_a_resume_compares(config: Any) -> None:
-    whole = prepare(config({}, {})).state.sources
-    same = prepare(config({"samples": 40}, {"weight": 1.0})).state.sources
-    half = prepare(config({"weight": 0.5}, {})).state.sources
+    whole = prepare_job(config({}, {})).state.sources
+    same = prepare_job(config({"samples": 40}, {"weight": 1.0})).state.sources
+    half = prepare_job(config({"weight": 0.5}, {})).state.sources
     assert whole == same
     assert half["b"] == whole["b"]
     assert half["a"] != whole["a"]
-    assert prepare(config({"samples": 20}, {})).state.sources == half
+    assert prepare_job(config({"samples": 20}, {})).state.sources == half
 
 
 def test_a_step_of_tokens_meets_its_budget(config: Any) -> None:
-    job = prepare(config({}, {}, train={"global_batch_tokens": 300, "num_train_epochs": 3}))
+    job = prepare_job(config({}, {}, train={"global_batch_tokens": 300, "num_train_epochs": 3}))
     lengths = job.data.train.lengths
     assert job.total_steps == job.planner.steps_in(3)
     for step in range(1, job.planner.steps_per_epoch):
@@ -89,14 +88,18 @@ def test_poor_packs_are_warned_of_with_a_batch_that_fills_them(
 ) -> None:
     many = {"parallel": {"num_workers": 4}}
     with caplog.at_level(logging.WARNING):
-        poor = prepare(config({}, {}, train=BATCH_OF_FOUR | {"micro_batch_tokens": 300}, **many))
+        poor = prepare_job(
+            config({}, {}, train=BATCH_OF_FOUR | {"micro_batch_tokens": 300}, **many)
+        )
+        warn_of_poor_fill(poor)
     (message,) = caplog.messages
     assert message.startswith("packs of 300 tokens on 4 data-parallel ranks will be 18 % full")
     assert message.endswith("train.global_batch_tokens=1080, or raise train.global_batch_size")
     caplog.clear()
     filled = {"global_batch_tokens": 1080, "micro_batch_tokens": 300}
     with caplog.at_level(logging.WARNING):
-        job = prepare(config({}, {}, train=filled, **many))
+        job = prepare_job(config({}, {}, train=filled, **many))
+        warn_of_poor_fill(job)
     assert not caplog.messages
     assert expected_fill(job.planner) > 3 * expected_fill(poor.planner)
 
@@ -105,7 +108,9 @@ def test_packs_that_no_batch_can_fill_are_told_apart(
     config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        prepare(config({}, {}, train=BATCH_OF_FOUR, parallel={"num_workers": 4}))
+        warn_of_poor_fill(
+            prepare_job(config({}, {}, train=BATCH_OF_FOUR, parallel={"num_workers": 4}))
+        )
     assert caplog.messages[0].endswith("so raise train.micro_batch_tokens to join them")
 
 

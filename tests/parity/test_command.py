@@ -9,7 +9,7 @@ import pytest
 
 from roll_sft import run
 from roll_sft.demo import demo
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import faulty_worker, parity
 from tests.doors import cells
 from tests.outcome import Outcome
@@ -89,7 +89,7 @@ def test_the_main_configuration_is_green(
         ]
     )
     assert composed is not None
-    job = prepare(composed[0])
+    job = prepare_job(composed[0])
     parity.write_reference_of(job, tmp_path / "reference")
     verdict = parity.compared(job, pool, tmp_path / "reference")
     print({check.what: f"{check.measured:.1e}" for check in verdict.checks})

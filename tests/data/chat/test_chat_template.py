@@ -11,7 +11,7 @@ from roll_sft.base.errors import ConfigError
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.data.chat.templates import chat_template
-from roll_sft.job.prepare import prepare
+from roll_sft.job.in_process import prepare_job
 from tests import doors
 from tests.doors import NUM_ROWS
 from tests.tiny import tiny_tokenizer
@@ -34,7 +34,7 @@ def config(assets: Path, folder: Path, **data: Any) -> RunConfig:
 
 
 def test_an_export_carries_the_template_that_was_trained_with(assets: Path, tmp_path: Path) -> None:
-    job = prepare(config(assets, tmp_path, chat_template="alpaca"))
+    job = prepare_job(config(assets, tmp_path, chat_template="alpaca"))
     tokens, _ = job.data.train.sample(0)
     assert "\n\n### Response:\nIt is 0. It is 0." in tiny_tokenizer().decode(tokens)
     job.save_assets(tmp_path / "hf")
@@ -48,7 +48,8 @@ def test_what_is_trained_on_decides_the_address_and_not_where_a_model_stops(
     assets: Path, tmp_path: Path
 ) -> None:
     jobs = [
-        prepare(config(assets, tmp_path, train_on=train_on)) for train_on in ("assistant", "all")
+        prepare_job(config(assets, tmp_path, train_on=train_on))
+        for train_on in ("assistant", "all")
     ]
     assert len({job.state.sources["rows"] for job in jobs}) == 2
     for number, job in enumerate(jobs):
@@ -63,4 +64,4 @@ def test_what_is_trained_on_decides_the_address_and_not_where_a_model_stops(
 
 def test_an_unknown_template_is_refused(assets: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.chat_template: 'chatlm' is no file"):
-        prepare(config(assets, tmp_path, chat_template="chatlm"))
+        prepare_job(config(assets, tmp_path, chat_template="chatlm"))
