@@ -41,6 +41,10 @@ TARGETS = {
     "roll_sft/data/steps/learning_rate.py": ["tests/data/steps/test_learning_rate.py"],
     "roll_sft/data/chat/mask.py": ["tests/data/chat/test_chat.py"],
     "roll_sft/engine/loss.py": ["tests/engine/test_head.py"],
+    "roll_sft/engine/micro_batch.py": [
+        "tests/engine/test_micro_batch.py",
+        "tests/engine/test_attention.py",
+    ],
     "roll_sft/base/metrics.py": ["tests/base/test_metrics.py"],
 }
 COPIED = ("roll_sft", "tests", "conf", "pyproject.toml")

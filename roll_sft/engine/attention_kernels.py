@@ -1,12 +1,12 @@
-"""The kernels that compute segments of packed attention, and which one a run takes.
+"""The kernels of packed attention, and the choice between them.
 
 Legend as in `engine/attention.py`. Each kernel takes query [T, H, E], key and value [K, G, E] and
 the segments, and returns [T, H, E] in the query's dtype. They are interchangeable: causal with the
 triangle at the bottom right, grouped heads, no dropout, scale 1 / sqrt(E).
 
-`sdpa` runs everywhere and is what the others are tested against where they can run: they need CUDA
-and half precision, and are written against the documentation of flash-attn 2.7, Transformer Engine
-2.4 and torch 2.10 to 2.13.
+`sdpa` runs everywhere and is the reference of the others. They need CUDA and half precision, and
+are written against the documentation of flash-attn 2.7, Transformer Engine 2.4 and torch 2.10 to
+2.13.
 """
 
 import functools
@@ -27,8 +27,8 @@ INSTALL = {
     "flash": "flash-attn; install roll_sft[cuda]",
     "varlen": "torch 2.10 or newer",
 }
-# What a package that does not fit the machine raises: at import (another CUDA, another torch, a
-# folder of a namesake), or at the first call (an old card, a head it has no kernel for).
+# Raised by a package that does not fit the machine: at import (another CUDA, another torch, a
+# folder of the same name), or at the first call (an old card, a head size without a kernel).
 NOT_FIT = (
     ImportError,
     OSError,
@@ -61,11 +61,11 @@ class Heads:
 def choose_kernel(
     backend: str, *, device: torch.device, dtype: torch.dtype, heads: Heads
 ) -> Kernel:
-    """The kernel of `model.attention_backend`; `auto` takes the best that works.
+    """The kernel of `model.attention_backend`; `auto` takes the fastest that works.
 
-    Each candidate computes a small pack with `heads` first, forward and backward, and is compared
-    with `sdpa`: an import that fails or a card that is too old shows here, not in the first step.
-    Raises `ConfigError` for one that is asked for by name and does not work.
+    Each candidate computes a small pack with `heads`, forward and backward, and is compared with
+    `sdpa`: a failing import or an old card shows here, not in the first step. Raises `ConfigError`
+    for a backend that was asked for by name and does not work.
     """
     kernels: dict[str, Kernel] = {"te": te, "flash": flash, "varlen": varlen, "sdpa": sdpa}
     if backend == "sdpa" or (

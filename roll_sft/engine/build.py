@@ -189,8 +189,7 @@ def load_weights(
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            mapping = mappings[name]
-            value = mapping.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
+            value = mappings[name].local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
             assert value.shape == parameter.shape, (
                 f"{name}: HuggingFace gives {tuple(value.shape)}, Megatron has"
                 f" {tuple(parameter.shape)}"

@@ -5,8 +5,8 @@ state, and a test of parameter types; the engine asks for the peak memory. `inst
 calls by their CPU meaning for the whole process, once. Of Megatron-Core it replaces two functions,
 which read and write the CUDA random state below torch's public ones. All else runs as it is.
 
-Megatron-Core makes some forty groups, and gloo gives each a device, whose thread wakes a hundred
-times a second: a quarter of a core for four ranks that do nothing. Here all groups share one.
+Megatron-Core makes some forty groups. gloo gives each a device whose thread wakes a hundred times a
+second: a quarter of a core for four idle ranks. Here all groups share one device.
 """
 
 import contextlib

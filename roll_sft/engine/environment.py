@@ -1,7 +1,7 @@
-"""What the libraries of a rank read from the environment at their start, and what they may warn of.
+"""The environment variables and the warning filters that a rank needs before it imports torch.
 
-Set by both doors, a Ray worker and torchrun, before the first CUDA call, so that one configuration
-runs alike behind them. A value that the user set stays.
+Both doors, a Ray worker and torchrun, call these before the first CUDA call, so that a
+configuration runs alike behind them. A variable that the user has set stays.
 """
 
 import os
@@ -12,7 +12,7 @@ from packaging.version import Version
 
 OLD_ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # before torch 2.9, which warns of it
 
-# Warnings that no user of ours can act on: (beginning of the message, module that warns).
+# Warnings that a user cannot act on: (beginning of the message, module that warns).
 WARNINGS = (
     # Both are optional; the log names the kernels that are used.
     ("Transformer Engine and Apex are not installed", r"megatron\."),
@@ -32,13 +32,13 @@ WARNINGS = (
 
 
 def silence_warnings() -> None:
-    """Leave `WARNINGS` out; to be called before the first import of Megatron-Core."""
+    """Ignore `WARNINGS`; call this before the first import of Megatron-Core."""
     for message, module in WARNINGS:
         warnings.filterwarnings("ignore", message, module=module)
 
 
 def set_variables(*, deterministic: bool) -> None:
-    """Set what this process's rank needs, where it is not set."""
+    """Set the variables that this process's rank needs, where they are not set."""
     # Megatron's tensor parallelism relies on one hardware queue to order its kernels.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -41,8 +41,8 @@ class LayerConfig(TransformerConfig):
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight is marked as replicated over sequence-parallel shards.
 
-    On CUDA from torch 2.9 on it is one kernel forward and, with the sum for the weight, two
-    backward; elsewhere it is seven and more, and `run_compiled` makes one of them.
+    On CUDA torch 2.9 and newer run one kernel forward and two backward. Elsewhere there are seven
+    and more, of which `run_compiled` makes one.
     """
 
     def __init__(self, config: LayerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -194,7 +194,7 @@ def normed_rows(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 
 @functools.cache
 def _has_cuda_kernel() -> bool:
-    # With this operator came the kernels of both ways; see aten's layer_norm_kernel.cu.
+    # torch got both kernels together with this operator; see aten's layer_norm_kernel.cu.
     return hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 

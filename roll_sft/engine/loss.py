@@ -102,9 +102,9 @@ def cross_entropy_of_rows(
     """Cross-entropy in nats of each row, float32 [R], differentiable in `hidden` and `weight`.
 
     `hidden` [R, D] is equal on all tensor ranks, and its gradient is this rank's part of a sum over
-    them (enter through Megatron's copy or gather). `weight` [W, D] holds the rank's words, `labels`
-    int64 [R] count over all. Words from `vocab_size` on are padding and take no part: left in, they
-    would shift the loss by 1e-4.
+    them (enter through Megatron's copy or gather). `weight` [W, D] holds the rank's columns of the
+    vocabulary, `labels` int64 [R] are ids of the whole. Ids from `vocab_size` on are padding and
+    take no part: left in, they would shift the loss by 1e-4.
     """
     if torch.is_grad_enabled():
         losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, vocab_size, is_compiled)
@@ -141,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
         )
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grad_losses[:1].sum()  # 0 where there are no rows
-        # In place: a copy of the weight's gradient may be a gigabyte, and a graph is walked once.
+        # In place: a copy of the weight's gradient may be a gigabyte, and a graph runs once.
         grad_hidden.mul_(factor)
         return grad_hidden, grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
 
@@ -178,10 +178,10 @@ def _forward(
 
 
 def _softmax_of(weight: torch.Tensor, *, vocab_size: int, is_compiled: bool) -> Any:
-    """How this rank takes a chunk's softmax: logits [r, W], local and is_here [r, 1] -> its losses
-    [r] and, where it is needed, their gradient by the logits [r, W] in the dtype of the logits.
+    """The softmax of a chunk: logits [r, W], `local` int64 and `is_here` [r, 1] -> losses [r].
 
-    `local` int64 is the label's column where it `is_here`.
+    With `needs_gradient` also the losses' gradient by the logits, [r, W] in their dtype. `local` is
+    the column of the label if it is one of this rank's (`is_here`).
     """
     width = weight.shape[0]
     first = parallel_state.get_tensor_model_parallel_rank() * width
@@ -197,7 +197,7 @@ def _softmax(
     num_real: int,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Op by op, in one fp32 buffer."""
+    """The softmax op by op, in one fp32 buffer."""
     dtype = logits.dtype
     logits = logits.float()
     logits[:, num_real:] = torch.finfo(torch.float32).min
@@ -210,7 +210,7 @@ def _softmax(
     losses = (total.log() - sums[:, 1:])[:, 0]
     if not needs_gradient:
         return losses, None
-    # Of cross-entropy by the logits: the probabilities, less one at the label.
+    # The gradient of cross-entropy by the logits: the probabilities, less one at the label.
     logits.div_(total)
     logits.scatter_add_(1, local, -is_here.float())
     return losses, logits.to(dtype)
@@ -224,7 +224,7 @@ def _compiled_softmax(
     num_real: int,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The logits are read once for the sums and once for the gradient, in their own dtype."""
+    """The softmax that reads the logits once for the sums and once for the gradient."""
     of_rank, total = run_compiled(exponential_sums, [logits], num_real)
     largest = _over_tensor_ranks(of_rank.clone(), dist.ReduceOp.MAX)
     picked = (logits.gather(1, local).float() - largest) * is_here
@@ -239,8 +239,10 @@ def _compiled_softmax(
 
 
 def exponential_sums(logits: torch.Tensor, num_real: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the first `num_real` columns of [r, W]: the largest and the sum of exponentials relative
-    to it, both float32 [r, 1]."""
+    """(largest, sum of exponentials relative to it) of the first `num_real` columns of [r, W].
+
+    Both float32 [r, 1].
+    """
     values = logits.float()
     if num_real < logits.shape[1]:
         values = values.masked_fill(_columns(logits) >= num_real, torch.finfo(torch.float32).min)
@@ -268,7 +270,7 @@ def _columns(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _over_tensor_ranks(values: torch.Tensor, operation: Any) -> torch.Tensor:
-    """`values` of one or two numbers a row, reduced in place over the tensor ranks."""
+    """`values` [r, 1 or 2], reduced in place over the tensor ranks."""
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         group = parallel_state.get_tensor_model_parallel_group()
         dist.all_reduce(values, op=operation, group=group)

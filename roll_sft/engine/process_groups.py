@@ -1,7 +1,7 @@
 """Process groups of one rank: rendezvous, Megatron's groups, teardown.
 
-Assumes one process per rank and no groups yet; promises that Megatron's idea of every rank equals
-`ParallelLayout`'s, since the driver routes data by the latter.
+Assumes one process per rank and no groups yet. Promises that Megatron places every rank where
+`ParallelLayout` does, by which the driver routes data.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from roll_sft.base.layout import Coordinate, ParallelLayout
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """How a rank finds the others. `port` is that of the store which rank 0 already serves."""
+    """How a rank finds the others. Rank 0 serves the store at `host` and `port` already."""
 
     host: str
     port: int
@@ -26,13 +26,13 @@ class Rendezvous:
     world_size: int
     setup_timeout_s: float
     collective_timeout_s: float
-    local_device: int = 0  # of the GPUs this process sees; the runtime shows each worker its own
+    local_device: int = 0  # among the GPUs that this process sees; a Ray worker sees its own
 
 
 def serve_store(host: str, *, world_size: int, timeout_s: float) -> dist.TCPStore:
     """The rendezvous store, served by this process on a free port that the kernel picks.
 
-    Binding before the port is told to anyone leaves no gap in which another program can take it.
+    The port is bound before anybody learns it, so no other program can take it.
     """
     return dist.TCPStore(
         host,
@@ -95,10 +95,9 @@ def process_groups(
 
 
 def seed_step(seed: int, *, step: int) -> None:
-    """Begin `step` with random states that follow from `seed` and `step` alone, on every rank.
+    """Seed the random states of this rank for `step`, from `seed` and `step` alone.
 
-    So a checkpoint holds none, and a run that goes on draws what it would have drawn, on as many
-    ranks as it likes.
+    So a checkpoint holds no random state, and a resumed run draws the same numbers on any layout.
     """
     tensor_parallel.model_parallel_cuda_manual_seed((seed * 1_000_003 + step) % 2**31)
 

@@ -2,11 +2,11 @@
 
 Megatron-Core says where each parameter lies in the whole model; the distributed optimizer says
 which range of each flattened parameter a data rank owns. Together they place every number of the
-state in a tensor that no layout has a part in: `decoder.layers...` [layer, ...] and
-`optimizer.state.exp_avg.decoder.layers...`. Each data rank writes and reads its own ranges, and a
-share of what all of them hold; nothing is gathered, and writing is not collective.
+state in a tensor that is the same on every layout: `decoder.layers...` [layer, ...] and
+`optimizer.state.exp_avg.decoder.layers...`. Each data rank writes and reads its own ranges and a
+share of the pieces that all of them hold. Nothing is gathered, and writing is not collective.
 
-In fp32 the weights are the optimizer's masters and are stored once.
+In fp32 the weights are the optimizer's master weights and are stored once.
 """
 
 import bisect
@@ -37,27 +37,26 @@ from roll_sft.engine.optimizer import MOMENTS, inner_optimizers, main_parameters
 
 
 @dataclass(frozen=True, slots=True)
+class HeldPiece:
+    """A piece of the state that shares this rank's memory."""
+
+    piece: Piece
+    owner: int  # the data rank that writes and reads it; this one if no other holds it
+    is_shared: bool  # whether every data rank holds it
+    is_copy: bool  # whether another model-parallel rank writes it
+
+
+@dataclass(frozen=True, slots=True)
 class RankState:
-    """The state of a rank as pieces that share its memory.
+    """The state of a rank. Data ranks hold as many shared pieces, in the same order."""
 
-    `own` no other data rank holds. `shared` all of them hold: as many pieces, in the same order, of
-    which the data rank of the same place in `owners` writes and reads each for the others.
-    `is_copy` marks those that another model-parallel rank writes.
-    """
-
-    own: list[Piece]
-    own_is_copy: list[bool]
-    shared: list[Piece]
-    shared_is_copy: list[bool]
-    owners: list[int]
-    objects: dict[str, bytes]  # what Megatron-Core looks for beside the tensors; empty values
+    pieces: list[HeldPiece]
+    objects: dict[str, bytes]  # empty values that Megatron-Core looks for beside the tensors
 
     def written(self) -> list[Piece]:
-        """What this rank writes."""
-        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        own = [piece for piece, copy in zip(self.own, self.own_is_copy, strict=True) if not copy]
-        shared = zip(self.shared, self.shared_is_copy, self.owners, strict=True)
-        return own + [piece for piece, copy, owner in shared if owner == rank and not copy]
+        """The pieces that this rank writes."""
+        rank = _data_rank()
+        return [each.piece for each in self.pieces if each.owner == rank and not each.is_copy]
 
 
 def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> RankState:
@@ -74,35 +73,38 @@ def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> R
             for name, value in values.items():
                 pieces = places.cut(parameter, value, name=name, start=start)
                 (own if is_distributed else shared).extend(pieces)
+    rank = _data_rank()
     owners = _owners([piece.tensor.numel() for piece, _ in shared])
-    return RankState(
-        own=[piece for piece, _ in own],
-        own_is_copy=[copy for _, copy in own],
-        shared=[piece for piece, _ in shared],
-        shared_is_copy=[copy for _, copy in shared],
-        owners=owners,
-        objects=places.objects,
-    )
+    held = [HeldPiece(piece, rank, is_shared=False, is_copy=copy) for piece, copy in own]
+    held += [
+        HeldPiece(piece, owner, is_shared=True, is_copy=copy)
+        for (piece, copy), owner in zip(shared, owners, strict=True)
+    ]
+    return RankState(held, places.objects)
 
 
 def load_state(index: Index, state: RankState) -> None:
-    """Fill `state` from a checkpoint; collective. Each data rank reads its part for the others.
+    """Fill `state` from a checkpoint; collective. An owner reads a shared piece for all.
 
-    Raises `CheckpointError` where something is missing, not whole or damaged.
+    Raises `CheckpointError` for a piece that is missing, not whole or damaged.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    rank = dist.get_rank(group)
+    group, rank = parallel_state.get_data_parallel_group(with_context_parallel=True), _data_rank()
     with torch.no_grad():
         # All reads come first, so that a rank that fails does so outside of any collective.
-        for piece, owner in zip(state.shared, state.owners, strict=True):
-            if owner == rank:
-                index.fill(piece)
-        for piece in state.own:
-            index.fill(piece)
+        for each in state.pieces:
+            if each.owner == rank:
+                index.fill(each.piece)
         if dist.get_world_size(group) > 1:
-            for piece, owner in zip(state.shared, state.owners, strict=True):
-                source = dist.get_global_rank(group, owner)
-                dist.broadcast(piece.tensor, src=source, group=group)
+            for each in state.pieces:
+                if each.is_shared:
+                    source = dist.get_global_rank(group, each.owner)
+                    dist.broadcast(each.piece.tensor, src=source, group=group)
+
+
+def _data_rank() -> int:
+    """This rank among those that hold the same weights."""
+    rank: int = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return rank
 
 
 def check_loaded(chunks: list[GPTModel], folder: object) -> None:
@@ -122,7 +124,7 @@ def check_written(pieces: Sequence[Piece]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a part of a parameter lies in the whole model; `first` counts from the parameter's."""
+    """Where a part of a parameter lies: in this rank's memory and in the whole model."""
 
     address: int
     piece: Piece
@@ -130,10 +132,10 @@ class _Place:
 
 
 class _Places:
-    """The parts of this rank's parameters, found by their memory.
+    """The parts of this rank's parameters, found by their address.
 
-    A parameter may be several: Megatron stores gate and up projection, fused in memory, as two
-    halves of one tensor, so that tensor shards of each lie together.
+    A parameter may have several: gate and up projection are one parameter, and Megatron stores them
+    as two halves of one tensor, so that the tensor shards of each lie together.
     """
 
     def __init__(self, chunks: list[GPTModel]) -> None:
@@ -205,7 +207,7 @@ def _place(sharded: ShardedTensor) -> _Place:
 
 
 def _owners(sizes: list[int]) -> list[int]:
-    """The data rank that writes and reads each shared piece: even shares, the same on all ranks."""
+    """The owner of each shared piece: even shares of numbers, the same answer on all ranks."""
     loads = [0] * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):

@@ -1,6 +1,7 @@
 """Compiled functions are the plain ones: values, gradients, whole runs; one compilation for all
 lengths, and one line where there is no compiler."""
 
+import importlib.util
 import logging
 import shutil
 from collections.abc import Iterator
@@ -117,20 +118,19 @@ def test_without_a_compiler_it_is_one_line(
 ) -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(fused, "_sample", lambda numbers: (numbers * 3).tanh())
+    torch._dynamo.reset()  # what was compiled in this process before
     broken = {"cpp.cxx": ("/nowhere/c++",), "force_disable_caches": True}
     cpu = torch.device("cpu")
-    asked = r"torch.compile does not work here \([^(]*C\+\+ compiler.*compile=false"
+    asked = r"model\.compile: true\b.*C\+\+ compiler.*model\.compile=false"
     with inductor.patch(broken), pytest.raises(ConfigError, match=asked):
         choose_compile(True, device=cpu)
     with inductor.patch(broken), pytest.raises(ConfigError, match=r"<lambda> of \[2, 4\]"):
         run_compiled(lambda numbers: numbers.exp().tanh(), [torch.ones(2, 4)])
-    monkeypatch.setattr(fused, "_why_not", lambda device: "no compiler")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
         assert not choose_compile(None, device=torch.device("cuda"))
-    lines = [each.getMessage() for each in caplog.records if each.name == fused.LOG.name]
-    assert lines == [
-        "model.compile: off, as torch.compile does not work here (no compiler); slower"
-    ]
+    (line,) = [each.getMessage() for each in caplog.records if each.name == fused.LOG.name]
+    assert line.startswith("model.compile: off")
+    assert "triton is not installed" in line
     assert not choose_compile(None, device=cpu)
     assert not choose_compile(False, device=torch.device("cuda"))

@@ -1,11 +1,10 @@
-"""What the parity runs do not reach: uneven stages, idle ranks, evaluation, bf16, the rows."""
+"""What the parity runs do not reach: uneven stages, idle ranks, evaluation, bf16."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.demo.demo import make_assets
@@ -174,39 +173,3 @@ def test_stages_hold_every_layer_once_and_spare_the_ends() -> None:
         assert counts[-1] == min(counts)  # the head is the heaviest end
         assert stages[0][0] == "embedding"
         assert stages[-1][-1] == "loss"
-
-
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_each_row_reaches_the_head_once_with_its_label(shards: int) -> None:
-    from roll_sft.engine.micro_batch import supervised_rows
-
-    rows, labels = torch.tensor([1, 2, 3, 9, 14]), torch.tensor([11, 12, 13, 19, 24])
-    parts = [
-        supervised_rows(
-            rows,
-            labels,
-            num_tokens=16,
-            vocab_size=30,
-            num_shards=shards,
-            shard=rank,
-        )
-        for rank in range(shards)
-    ]
-    # The gather puts the shards' rows in order of the tensor rank.
-    width = 16 // shards
-    gathered = torch.cat([part.index + rank * width for rank, part in enumerate(parts)])
-    kept = parts[0].kept
-    assert (gathered if kept is None else gathered[kept]).tolist() == rows.tolist()
-    assert all(torch.equal(part.labels, labels) for part in parts)
-    assert len({len(part.index) for part in parts}) == 1
-
-
-def test_a_micro_batch_without_labels_still_enters_a_row() -> None:
-    from roll_sft.engine.micro_batch import supervised_rows
-
-    none = torch.empty(0, dtype=torch.int64)
-    for shards in (1, 2):
-        rows = supervised_rows(none, none, num_tokens=8, vocab_size=30, num_shards=shards, shard=0)
-        assert len(rows.index) == 1
-        assert rows.kept is not None
-        assert len(rows.kept) == len(rows.labels) == 0

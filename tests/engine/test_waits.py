@@ -32,11 +32,9 @@ def waits_of_step_2(config: RunConfig, is_curious: bool) -> list[waits.Wait]:
     job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
-    first, second = (
-        job.planner.step(step).work_for(data_rank, learning_rate=1e-4) for step in (1, 2)
-    )
-    engine.train_step(first)
-    engine._ahead.begin(second.micro_batches)
+    plan, following = job.planner.step(1), job.planner.step(2)
+    engine.train_step(plan.work_for(data_rank, learning_rate=1e-4, following=following))
+    second = following.work_for(data_rank, learning_rate=1e-4)
     head = _curious(loss.cross_entropy_of_rows) if is_curious else loss.cross_entropy_of_rows
     with patch.object(loss, "cross_entropy_of_rows", head), waits.recorded("cpu") as found:
         engine.train_step(second)
