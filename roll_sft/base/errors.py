@@ -14,7 +14,7 @@ FAULT = 1
 
 
 class RollSftError(Exception):
-    """Base of the errors a user can cause or must act on."""
+    """Base of the errors that a user can cause or must act on."""
 
     exit_code: ClassVar[int] = FAULT
 
@@ -63,7 +63,7 @@ class WorkerError(RollSftError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line; its kind where it says nothing."""
+    """The first line of a library's error, or its type's name where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -74,9 +74,9 @@ def refuse(problems: list[str]) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Say on stderr what a door ends with, and return its exit code.
+    """Print the line that a command ends with on stderr, and return its exit code.
 
-    A fault of ours shows its traceback first.
+    An error that is not a `RollSftError` is a fault of ours: its traceback comes first.
     """
     sys.stdout.flush()
     text, code = str(error), FAULT

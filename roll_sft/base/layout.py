@@ -1,8 +1,7 @@
-"""How ranks are arranged: `ParallelLayout` maps degrees to a rank grid, in pure Python.
+"""The grid of ranks: `ParallelLayout` maps parallel degrees to ranks, in pure Python.
 
-The driver routes data with it and every worker checks Megatron's groups against it, so both ends
-hold the same object. Rank order is Megatron-Core's default, `tp-cp-dp-pp`: the tensor rank varies
-fastest.
+The driver routes data with it, and every worker checks Megatron's groups against it. Rank order is
+Megatron-Core's default, `tp-cp-dp-pp`: the tensor rank varies fastest.
 
 Invariants: `coordinate` and `rank_of` are inverse bijections; ranks of one tensor-parallel group
 are consecutive, and so are those of one (tensor x context) group.
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Coordinate:
-    """Where one rank sits on each axis, each from 0."""
+    """The position of one rank on each axis, from 0."""
 
     tensor_rank: int
     context_rank: int
@@ -58,7 +57,7 @@ class ParallelLayout:
 
     @property
     def micro_batch_multiple(self) -> int:
-        """A rank's micro-batches come in multiples of this: interleaved stages take turns."""
+        """A rank runs a multiple of this many micro-batches: interleaved stages take turns."""
         return self.pipeline_size if self.virtual_size > 1 else 1
 
     def coordinate(self, rank: int) -> Coordinate:
@@ -78,7 +77,7 @@ class ParallelLayout:
 
     @property
     def reporting_rank(self) -> int:
-        """The one rank whose metrics the driver reads: first of the last pipeline stage."""
+        """The rank whose metrics the driver reads: the first of the last pipeline stage."""
         return self.rank_of(Coordinate(0, 0, 0, self.pipeline_size - 1))
 
 

@@ -1,7 +1,7 @@
-"""Text that may leave the process: no credentials, no control characters, no endless values.
+"""Text for files, consoles and trackers: without credentials, control characters or long values.
 
-Files that a run writes, the console, the logs and the trackers all pass their text through
-`redacted`. Promises: the user and password of a URL, its query and a hub token never survive it.
+Everything that a run writes passes through `redacted`. Promise: it masks the user and password of a
+URL, its query, and tokens of the hub.
 """
 
 import re
@@ -82,7 +82,7 @@ def _escaped(line: str) -> str:
 
 
 def is_hostile(letter: str) -> bool:
-    """Whether a terminal would obey `letter`, or could not be given it."""
+    """Whether a terminal interprets `letter`, or cannot encode it."""
     is_control = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") and letter != "\t"
     return is_control or letter in _BIDIRECTIONAL
 

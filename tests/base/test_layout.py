@@ -87,13 +87,13 @@ def test_alignment_of_known_layouts(
 
 
 def test_degrees_that_do_not_divide_the_world_are_refused() -> None:
-    with pytest.raises(AssertionError, match="6 does not divide 8"):
+    with pytest.raises(AssertionError, match=r"\b6\b.*\b8\b"):
         ParallelLayout(8, tensor_size=3, pipeline_size=2)
 
 
 @pytest.mark.parametrize("rank", [-1, 4])
 def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
-    with pytest.raises(AssertionError, match=r"not in \[0, 4\)"):
+    with pytest.raises(AssertionError, match=rf"rank {rank}\b.*\b4\b"):
         ParallelLayout(4).coordinate(rank)
 
 

@@ -1,11 +1,11 @@
-"""One micro-batch as tensors: samples padded and packed, then cut to one context-parallel rank.
+"""One micro-batch as tensors: samples padded, packed, and split over context-parallel ranks.
 
 Shapes: T packed tokens of this rank, S sequences in the pack, R supervised rows of this rank.
 
-Alignment lives here and nowhere before: each sample is padded at its tail so that the zig-zag
-split cuts it evenly, then the last one so that the pack divides by the pack alignment. Padding
-sits behind the real tokens of its sample, where causal attention hides it, and carries no loss.
-Where the packs of a step are of one length, a short one ends in a sequence of padding alone.
+Padding is added here and nowhere before. Each sample is padded at its end until the zig-zag split
+cuts it evenly, then the last one until the pack divides by the pack alignment. Padding follows the
+real tokens of its sample, where causal attention hides it, and has no loss. Where all packs of a
+step get one length, a short pack ends in a sequence of padding alone.
 
 Invariants: labels are made before the split, inside each sample, so no token predicts the first
 token of the next sample; no sequence is empty; all ranks of one context group together hold the
@@ -35,8 +35,8 @@ class PackedBatch:
     supervised_T: bool [T], where labels_T counts in the loss.
     cu_seqlens: int32 [S + 1], bounds of the padded sequences of the whole pack, before the split:
     Megatron divides by the context size itself. max_seqlen: the longest of those sequences.
-    A sequence behind those of the samples is padding.
-    rows: int64 [R], the places in T that are supervised, ascending; row_labels: int64 [R].
+    A sequence after those of the samples is padding.
+    rows: int64 [R], the supervised positions in T, ascending; row_labels: int64 [R], their labels.
     """
 
     tokens_T: torch.Tensor
@@ -58,10 +58,10 @@ def build_batch(
     pad_token_id: int = 0,
     num_tokens: int | None = None,
 ) -> PackedBatch:
-    """Packs `samples`, filled up to `num_tokens`, and takes `context_rank`'s slice, on the CPU.
+    """Pack `samples`, pad the pack to `num_tokens`, and take `context_rank`'s slice, on the CPU.
 
-    No samples make a pack of one sequence of padding without supervised rows: a rank that has
-    nothing to do must still run forward and backward, or the others wait for it.
+    Without samples the pack is one sequence of padding without supervised rows: an idle rank must
+    run forward and backward too, or the others wait for it.
     """
     lengths = _sequence_lengths(samples, layout)
     if num_tokens is not None and num_tokens != sum(lengths):
@@ -74,9 +74,9 @@ def build_batch(
     labels = np.zeros(bounds[-1], dtype=np.int64)
     supervised = np.zeros(bounds[-1], dtype=np.bool_)
     for start, (tokens, label_mask) in zip(bounds.tolist(), samples, strict=False):
-        assert tokens.shape == label_mask.shape, f"{tokens.shape} tokens, {label_mask.shape} mask"
-        assert not label_mask[-1], "the last token of a sample has nothing to predict"
         end = start + tokens.size
+        assert tokens.shape == label_mask.shape, f"{tokens.shape} tokens, {label_mask.shape} mask"
+        assert not label_mask[-1], f"mask[{end - start - 1}] is set, and no token follows"
         packed_tokens[start:end] = tokens
         labels[start : end - 1] = tokens[1:]
         supervised[start:end] = label_mask

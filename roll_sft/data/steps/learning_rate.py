@@ -1,10 +1,9 @@
 """The learning rate of every optimizer step, as a pure function of the step.
 
-The rate of step k (from 1) is `peak * min(1, k / warmup_steps)`, then what the kind says. The
-first step after the warm-up still has the full rate, and so the last step is not spent at the
-minimum: the rate would only reach it at the step after the last. This is the curve of Hugging
-Face's schedulers, which count completed steps, except that their warm-up starts with one step at
-rate 0 and this one does not.
+The rate of step k (from 1) is `peak * min(1, k / warmup_steps)`, then the decay of its kind. The
+first step after the warm-up has the full rate, and the minimum would be reached one step after the
+last. This is the curve of Hugging Face's schedulers, except that their warm-up begins with one step
+at rate 0.
 
 Invariants: within `total_steps` the rate is positive if `peak` is, and never above it; it rises
 during the warm-up and never after.

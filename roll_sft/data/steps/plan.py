@@ -1,17 +1,16 @@
-"""Which samples make up optimizer step k, and which rank runs which of them in which micro-batch.
+"""The plan of optimizer step k: its samples, and the rank and micro-batch that run each of them.
 
-The samples of step k are chosen first (`data.epochs`), from the seed, the mixture, the batch and k
-alone; only then are they dealt to data-parallel ranks and packed. So a layout, packing or a token
-cap changes where a sample runs, never which step it is in, and to resume is to ask for the next
-step: there is no iterator to restore.
+The samples of step k are chosen first (`epochs`), from the seed, the mixture, the batch size and k
+alone. Then they are dealt to data-parallel ranks and packed (`packing`). So the layout, packing and
+the token cap change where a sample runs, never its step. To resume is to ask for the next step:
+there is no iterator to restore.
 
-Invariants: every draw of an epoch is in exactly one of its steps; a batch never crosses epochs and
-the last, short one is kept; every rank has at least one micro-batch, and a multiple of the layout's
-`micro_batch_multiple`, empty ones filling up; no micro-batch exceeds the cap;
-asking for a step twice gives equal plans, whatever was asked in between.
+Invariants: every draw of an epoch is in exactly one of its steps. A batch never crosses epochs; the
+last one of an epoch may be short. Every rank has at least one micro-batch, and a multiple of the
+layout's `micro_batch_multiple`; empty ones make up the number. No micro-batch exceeds the cap.
+Asking for a step twice gives equal plans, whatever was asked in between.
 
-Assumes the set is not empty, `supervised` counts the labels each sample contributes, and no
-sample is longer than the cap (the configuration guarantees it; it is asserted here).
+Assumes a set that is not empty, and no sample longer than the cap (both are asserted).
 """
 
 from collections.abc import Sequence
@@ -28,11 +27,11 @@ from roll_sft.data.steps.packing import Bin, CostModel
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a plan depends on besides the samples.
+    """The inputs of a plan besides the samples.
 
     `micro_batch_tokens` caps the padded tokens of one micro-batch before the context-parallel
-    split. `global_batch_tokens` wins over `global_batch_size`; of these options only they, `seed`
-    and `shuffle` decide which samples a step holds.
+    split. `global_batch_tokens` wins over `global_batch_size`. Only these two, `seed` and `shuffle`
+    decide which samples a step holds.
     """
 
     seed: int
@@ -47,11 +46,11 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class RankWork:
-    """What one worker needs to run one step: a few KB of indices, never tokens.
+    """One worker's part of one step: a few KB of sample ids, never tokens.
 
     All ranks of one model replica get equal work. `supervised_tokens` counts the whole global
-    batch: it is the denominator of the loss. An empty micro-batch stands for a pack of weight 0.
-    `next_micro_batches` may be built while this step runs.
+    batch: it is the denominator of the loss. An empty micro-batch runs as padding without loss.
+    `next_micro_batches` are those of the next step, to be built while this one runs.
     """
 
     step: int
@@ -65,12 +64,12 @@ class RankWork:
 class StepPlan:
     """One optimizer step, or one chunk of a validation pass.
 
-    `ranks[data_rank][micro_batch]` are sample ids; `sample_ids` are the same ids in the order of
-    the shuffle. Token counts are of the whole global batch, each token once: `total_tokens`
-    without padding, `total_tokens_including_padding` with that of every pack, the packs of ranks
-    without samples included. `fill` is `total_tokens` over what all packs could hold.
-    `dp_imbalance` is max over mean of the data ranks' modelled cost. `epoch` counts from 0 and
-    `samples_seen_in_epoch` is as of the end of this step.
+    `ranks[data_rank][micro_batch]` are sample ids; `sample_ids` are the same ids in shuffled
+    order. Token counts are of the whole global batch, each token once: `total_tokens` without
+    padding, `total_tokens_including_padding` with the padding of every pack, also of ranks without
+    samples. `fill` is `total_tokens` over the capacity of all packs. `dp_imbalance` is max over
+    mean of the data ranks' modelled cost. `epoch` counts from 0; `samples_seen_in_epoch` includes
+    this step.
     """
 
     step: int
@@ -87,7 +86,7 @@ class StepPlan:
     def work_for(
         self, data_rank: int, *, learning_rate: float, following: "StepPlan | None" = None
     ) -> RankWork:
-        """The share of one data-parallel rank, and its share of the step that comes after."""
+        """The work of one data-parallel rank, with its micro-batches of the `following` step."""
         return RankWork(
             self.step,
             self.ranks[data_rank],
@@ -101,8 +100,8 @@ class Planner:
     """Plans any step of training over one set of samples.
 
     `lengths` and `supervised` are integer arrays [n]: tokens of each sample and how many of them
-    are supervised. They are kept, not copied. `shares` say how many samples of which part an epoch
-    draws, by default each once.
+    are supervised. Neither is copied. `shares` say how many samples of which part an epoch draws,
+    by default each sample once.
     """
 
     def __init__(
@@ -114,9 +113,9 @@ class Planner:
         shares: Sequence[Share] = (),
     ) -> None:
         assert lengths.shape == supervised.shape == (lengths.size,), (
-            f"shapes {lengths.shape} and {supervised.shape} must be one and the same [n]"
+            f"shapes {lengths.shape} and {supervised.shape} must be equal, and [n]"
         )
-        assert lengths.size > 0, "a plan needs at least one sample"
+        assert lengths.size > 0, "lengths [0]: a plan needs at least one sample"
         # Rounded down, so that a pack still fits the cap after it is padded to the pack alignment.
         layout, alignment = options.layout, options.layout.pack_alignment
         self._capacity = options.micro_batch_tokens // alignment * alignment
@@ -165,24 +164,22 @@ class Planner:
         return tuple(plans)
 
     def _plan(self, step: int, chosen: NDArray[np.int32], *, epoch: int, first: int) -> StepPlan:
-        # In order of id, so that ties below fall the same way whatever the shuffle was.
+        # In order of id, so that ties in packing do not depend on the shuffle.
         by_id = np.sort(chosen)
         lengths = self._lengths[by_id].astype(np.int64)
         layout, ids = self._options.layout, by_id.tolist()
         alignment = layout.sample_alignment
         aligned = (-(-lengths // alignment) * alignment).tolist()
-        shares, imbalance = self._deal(aligned)
-        packs = [[sum(aligned[i] for i in members) for members in share] for share in shares]
-        padded = sum(_tokens_as_run(rank, layout) for rank in packs)
-        num_packs, total = sum(map(len, packs)), int(lengths.sum())
+        ranks, imbalance = self._deal(aligned)
+        pack_tokens = [[sum(aligned[i] for i in pack) for pack in rank] for rank in ranks]
+        padded = sum(_padded_tokens(packs, layout) for packs in pack_tokens)
+        num_packs, total = sum(map(len, ranks)), int(lengths.sum())
         return StepPlan(
             step=step,
             epoch=epoch,
             samples_seen_in_epoch=first + chosen.size,
             sample_ids=tuple(chosen.tolist()),
-            ranks=tuple(
-                tuple(tuple(ids[i] for i in members) for members in share) for share in shares
-            ),
+            ranks=tuple(tuple(tuple(ids[i] for i in pack) for pack in rank) for rank in ranks),
             supervised_tokens=int(self._supervised[by_id].sum(dtype=np.int64)),
             total_tokens=total,
             total_tokens_including_padding=padded,
@@ -218,17 +215,16 @@ class Planner:
     def _token_ceiling(self, tokens: int) -> int:
         """Tokens a rank may hold: the fewest micro-batches that can run `tokens`, and one more.
 
-        Balance in cost comes first, and ranks of many short samples then hold more tokens than
-        others. Without the spare micro-batch a step that fills its micro-batches would have to be
-        dealt by tokens; without any ceiling those ranks would run many more micro-batches than
-        the rest.
+        Ranks of equal cost hold unequal tokens: many short samples cost less than few long ones.
+        Without the spare micro-batch, a step that fills its micro-batches would be dealt by tokens.
+        Without a ceiling, ranks of short samples would run many more micro-batches than the rest.
         """
         tokens_per_round = self._options.layout.data_size * self._capacity
         return round_up(tokens, tokens_per_round) // self._options.layout.data_size + self._capacity
 
 
-def _tokens_as_run(packs: Sequence[int], layout: ParallelLayout) -> int:
-    """Tokens of a rank's `packs`, aligned samples summed, with all padding that they run with."""
+def _padded_tokens(packs: Sequence[int], layout: ParallelLayout) -> int:
+    """Tokens of a rank's packs with all their padding; `packs` are sums of aligned samples."""
     lengths = [round_up(tokens or 2, layout.pack_alignment) for tokens in packs]
     length = packing.common_length(lengths, layout=layout)
     return sum(lengths) if length is None else length * len(lengths)

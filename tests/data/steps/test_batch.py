@@ -175,10 +175,10 @@ def test_a_pack_that_is_filled_up_is_the_pack_and_a_sequence_of_padding(
 
 def test_a_pack_is_not_filled_up_to_less_than_it_holds_nor_to_what_cannot_be_cut() -> None:
     sample = (np.arange(8, dtype=np.int32), np.zeros(8, np.uint8))
-    with pytest.raises(AssertionError, match="8 tokens does not fit 6"):
+    with pytest.raises(AssertionError, match=r"\b8 tokens.*\b6\b"):
         build_batch([sample], layout=ParallelLayout(1), context_rank=0, num_tokens=6)
     layout = ParallelLayout(2, context_size=2)
-    with pytest.raises(AssertionError, match="10 tokens cannot be cut evenly"):
+    with pytest.raises(AssertionError, match=r"\b10 tokens\b"):
         build_batch([sample], layout=layout, context_rank=0, num_tokens=10)
 
 
@@ -205,16 +205,16 @@ def test_zigzag_gives_every_rank_the_same_causal_work() -> None:
 
 def test_zigzag_refuses_a_length_that_does_not_divide() -> None:
     cu_seqlens = torch.tensor([0, 8, 14], dtype=torch.int32)
-    with pytest.raises(AssertionError, match=r"\[8, 6\] must divide by 4"):
+    with pytest.raises(AssertionError, match=r"\[8, 6\].*\b4\b"):
         zigzag_indices(cu_seqlens, context_size=2, context_rank=0)
 
 
 def test_zigzag_refuses_a_rank_outside_its_group() -> None:
-    with pytest.raises(AssertionError, match="rank 2 of 2"):
+    with pytest.raises(AssertionError, match=r"rank 2\b.*\b2\b"):
         zigzag_indices(torch.tensor([0, 8]), context_size=2, context_rank=2)
 
 
 def test_a_mask_on_the_last_token_is_refused() -> None:
     sample = (np.array([1, 2], np.int32), np.array([0, 1], np.uint8))
-    with pytest.raises(AssertionError, match="nothing to predict"):
+    with pytest.raises(AssertionError, match=r"mask\[1\]"):
         build_batch([sample], layout=ParallelLayout(1), context_rank=0)

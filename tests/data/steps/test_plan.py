@@ -332,15 +332,15 @@ def test_ranks_of_log_normal_samples_differ_by_less_than_one_percent(cap: int) -
 
 
 def test_a_sample_above_the_cap_is_refused() -> None:
-    with pytest.raises(AssertionError, match="129 tokens does not fit micro_batch_tokens 128"):
+    with pytest.raises(AssertionError, match=r"\b129 tokens.*micro_batch_tokens 128\b"):
         planner([5, 129])
     # 97 tokens align to 100, and a cap of 107 holds 96 at a pack alignment of 12.
-    with pytest.raises(AssertionError, match="107, 96 when aligned"):
+    with pytest.raises(AssertionError, match=r"micro_batch_tokens 107\b.*\b96\b"):
         planner([97], layout=LAYOUTS[4], micro_batch_tokens=107)
 
 
 def test_an_empty_set_and_step_zero_are_refused() -> None:
-    with pytest.raises(AssertionError, match="at least one sample"):
+    with pytest.raises(AssertionError, match=r"lengths \[0\]"):
         planner([])
     with pytest.raises(AssertionError, match="step 0"):
         planner([5]).step(0)
