@@ -1,5 +1,6 @@
 """What pyproject.toml and constraints/ say, against what is in the tree."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -60,3 +61,12 @@ def test_wheel_holds_every_module_and_every_configuration_file(tmp_path):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "roll_sft").rglob("*.py")}
     settings = {f"roll_sft/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert modules | settings <= packed
+
+
+def test_every_name_of_the_architecture_is_in_the_file_beside_it():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([\w/]+\.py)`:\s+`(\w+)`", page)
+    assert len(names) > 25
+    for path, name in names:
+        source = (ROOT / "roll_sft" / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), f"{path} has no {name}"
