@@ -25,10 +25,17 @@ MOST = {TRAIN: (62, 9_600), PREPARE: (54, 8_500)}  # modules, lines
 # Loaded where it is needed, which is not in a plain run.
 BY_NEED = {
     "roll_sft/data/chat/fast/": "what only makes rendering quicker",
+    "roll_sft/data/rows/content_parts.py": "messages made of parts",
     "roll_sft/data/rows/hub.py": "a data set of the hub",
+    "roll_sft/data/rows/json_array.py": "a file that is one JSON array",
+    "roll_sft/data/rows/message_fields.py": "messages with more than a role and a text",
+    "roll_sft/data/rows/remote_files.py": "object stores",
     "roll_sft/data/rows/saved_folders.py": "a folder that `datasets` wrote",
     "roll_sft/data/rows/table_rows.py": "Parquet and Arrow files",
+    "roll_sft/data/rows/template_kwargs.py": "rows that set variables of the template",
     "roll_sft/data/rows/tool_calls.py": "tools",
+    "roll_sft/data/tokens/dropped_rows.py": "rows that are dropped",
+    "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
     "roll_sft/models/hub.py": "a model of the hub",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",

@@ -21,7 +21,7 @@ from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.templates import chat_template, check_variables
 from roll_sft.data.chat.tokenizer import load_tokenizer
 from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.data.tokens.workers import Spread
+from roll_sft.data.tokens.prepare import Spread
 from roll_sft.job import tokenise
 from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets

@@ -15,9 +15,8 @@ from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.tokens.build_shard import SourceOptions
 from roll_sft.data.tokens.cache import TokenData, TokenSet
-from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
+from roll_sft.data.tokens.prepare import CachePlace, Source, Spread, prepare_sources
 from roll_sft.data.tokens.report import SourceReport
-from roll_sft.data.tokens.workers import Spread
 
 
 def tokenise(

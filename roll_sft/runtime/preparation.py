@@ -21,7 +21,7 @@ from roll_sft.base.errors import ResourceError, RollSftError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.tokens.build_shard import BuiltShard, ShardTask, build_shard
-from roll_sft.data.tokens.workers import Spread, spread_for
+from roll_sft.data.tokens.prepare import Spread, spread_for
 from roll_sft.runtime.cluster import connected
 
 LOG = logging.getLogger(__name__)

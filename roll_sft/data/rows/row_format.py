@@ -19,7 +19,6 @@ from typing import Any
 from roll_sft.data.rows.checks import (
     BadRowError,
     NoAnswerError,
-    check_json,
     is_empty,
     kind_of,
     listed,
@@ -41,9 +40,6 @@ from roll_sft.data.rows.columns import (
 )
 from roll_sft.data.rows.conversation import Conversation, Document, Message
 from roll_sft.data.rows.messages import check_answer, read_messages, with_system
-
-# Set by the rendering itself, or by a column of their own.
-_NO_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 def columns_of(value: object, keys: ColumnKeys) -> Mapping[str, object]:
@@ -118,34 +114,12 @@ def sample_of(
         from roll_sft.data.rows.tool_calls import read_tools
 
         tools = read_tools(columns[tools_name], where=_at(tools_name))
-    variables = _template_kwargs(columns)
+    variables: Mapping[str, Any] = {}
+    if TEMPLATE_KWARGS in columns or ENABLE_THINKING in columns:
+        from roll_sft.data.rows.template_kwargs import read_template_kwargs
+
+        variables = read_template_kwargs(columns)
     return Conversation(messages, row=row, line=line, tools=tools, template_kwargs=variables)
-
-
-def _template_kwargs(columns: Mapping[str, object]) -> Mapping[str, Any]:
-    """The variables for the chat template that the row sets."""
-    if TEMPLATE_KWARGS not in columns and ENABLE_THINKING not in columns:
-        return {}
-    given = columns.get(TEMPLATE_KWARGS)
-    where = _at(TEMPLATE_KWARGS)
-    if isinstance(given, str):
-        given = parsed_json(given, where=where) if given.strip() else None
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
-        raise BadRowError(f"{where} is {kind_of(given)}; it must be an object of variables")
-    for name in _NO_VARIABLES:
-        if name in given:
-            raise BadRowError(f"{where} sets '{name}', which is no variable of a row; remove it")
-    check_json(given, where=where)
-    thinks = columns.get(ENABLE_THINKING)
-    if thinks is None:
-        return given
-    if not isinstance(thinks, bool):
-        raise BadRowError(f"{_at(ENABLE_THINKING)} is {kind_of(thinks)}; it must be true or false")
-    if given.get(ENABLE_THINKING, thinks) is not thinks:
-        raise BadRowError(f"{where} and {_at(ENABLE_THINKING)} differ; keep one of them")
-    return {**given, ENABLE_THINKING: thinks}
 
 
 def _spelling(columns: Mapping[str, object], names: ColumnNames) -> RowFormat | None:

@@ -5,11 +5,13 @@ The missing shards of all sources are prepared together: in this process, by sev
 them ready reports what the first one did.
 """
 
+import functools
 import logging
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,25 +25,28 @@ from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import log_left_aside, warn_of_unused
 from roll_sft.data.rows.shards import MAX_NAMES
 from roll_sft.data.tokens.build_shard import (
-    MALFORMED,
-    OVERLONG,
     BuiltShard,
     ShardTask,
     SourceOptions,
     address,
+    build_shard,
     check_row_errors,
     ready,
 )
 from roll_sft.data.tokens.cache import PLACES_SHOWN, ShardReport, SourceTokens, TokenCache
 from roll_sft.data.tokens.file_index import indexed_files
 from roll_sft.data.tokens.report import SourceReport
-from roll_sft.data.tokens.workers import Spread, spread_for
 
 _log = logging.getLogger(__name__)
 
 _NOTICE_S = 10.0
 _GIB = 1 << 30
-_DROPPED_SHARE = 0.05  # of the rows of a source, above which they are worth a warning
+# Below this much text, starting processes takes longer than they save: the tokenizer's own threads
+# do most of the work there is.
+_SMALL_BYTES = 64 << 20
+
+Spread = Callable[[ChatTokenizer, Sequence[ShardTask]], Generator[BuiltShard, None, None]]
+"""Runs `build_shard` on each task, somewhere; yields the results as they are ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,26 @@ def _build_all(
     return done
 
 
+def spread_for(tasks: Sequence[ShardTask], *, num_proc: int | None) -> Spread:
+    """In this process, or in `num_proc` of them; None: by the cores and the size of the data."""
+    num_processes = min(len(tasks), num_proc or len(os.sched_getaffinity(0)))
+    if num_proc is None and sum(task.num_bytes for task in tasks) < _SMALL_BYTES:
+        num_processes = 1
+    if num_processes <= 1:
+        return _in_this_process
+    from roll_sft.data.tokens.workers import over_processes
+
+    return functools.partial(over_processes, num_processes=num_processes)
+
+
+def _in_this_process(
+    tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]
+) -> Generator[BuiltShard, None, None]:
+    """One task after the other; the tokenizer uses all cores."""
+    for task in tasks:
+        yield build_shard(tokenizer, task)
+
+
 class _Progress:
     """Log lines during a long preparation."""
 
@@ -194,10 +219,13 @@ def _joined(
     source: Source, tasks: Sequence[ShardTask], shards: Sequence[ShardReport], new: set[Path]
 ) -> tuple[SourceTokens, SourceReport]:
     """The tokens and the report of one source, whose `shards` are all ready."""
-    options = tasks[0].options
-    if not any(shard.kept for shard in shards):
-        raise DataError(_nothing_kept(source, shards, options))
-    _check_malformed(source, tasks, shards)
+    options, places = tasks[0].options, _places(tasks, shards)
+    dropped = _summed([shard.dropped for shard in shards])
+    dropped_samples = _summed([shard.dropped_samples for shard in shards])
+    if dropped:
+        from roll_sft.data.tokens.dropped_rows import check_dropped
+
+        check_dropped(source.path, shards, options, dropped=dropped, places=places)
     used = {column for shard in shards for column in shard.columns_used}
     warn_of_unused(options.keys, used, path=source.path)
     aside = {column for shard in shards for column in shard.columns_left_aside}
@@ -210,11 +238,11 @@ def _joined(
         path=source.path,
         rows=sum(shard.rows for shard in shards),
         kept=sum(shard.kept for shard in shards),
-        dropped=_summed([shard.dropped for shard in shards]),
-        dropped_places=_places(tasks, shards),
+        dropped=dropped,
+        dropped_places=places,
         truncated=sum(shard.truncated for shard in shards),
         samples=sum(shard.samples for shard in shards),
-        dropped_samples=_summed([shard.dropped_samples for shard in shards]),
+        dropped_samples=dropped_samples,
         tokens=tokens,
         supervised_tokens=supervised,
         supervised_share=supervised / tokens,
@@ -222,72 +250,11 @@ def _joined(
         columns_left_aside=sorted(aside)[:MAX_NAMES],
         cached=new.isdisjoint(task.folder for task in tasks),
     )
-    _warn_of_dropped(report, longest=max(shard.longest_overlong for shard in shards))
+    if dropped or dropped_samples:
+        from roll_sft.data.tokens.dropped_rows import warn_of_dropped
+
+        warn_of_dropped(report, longest=max(shard.longest_overlong for shard in shards))
     return SourceTokens(source.name, caches), report
-
-
-def _warn_of_dropped(report: SourceReport, *, longest: int) -> None:
-    """Warn where many rows or samples are left out, with what would keep them."""
-    num_samples = sum(report.dropped_samples.values())
-    for what, number, whole, reasons in (
-        ("rows", report.rows - report.kept, report.rows, report.dropped),
-        ("samples", num_samples, report.samples + num_samples, report.dropped_samples),
-    ):
-        if number <= _DROPPED_SHARE * whole:
-            continue
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
-        remedy = "roll-sft preview --dropped shows them"
-        if OVERLONG in reasons:
-            remedy = (
-                f"data.sequence_length={longest} keeps all that are overlong, data.overlong="
-                "truncate their beginnings"
-            )
-        _log.warning(
-            "%s: %.3g %% of its %s are left out (%s of %s: %s); %s",
-            report.name,
-            100 * number / whole,
-            what,
-            f"{number:,}",
-            f"{whole:,}",
-            counts,
-            remedy,
-        )
-
-
-def _check_malformed(
-    source: Source, tasks: Sequence[ShardTask], shards: Sequence[ShardReport]
-) -> None:
-    """Raise if too many rows are malformed; else warn how many were skipped."""
-    malformed = sum(shard.dropped.get(MALFORMED, 0) for shard in shards)
-    if malformed == 0:
-        return
-    rows, limit = sum(shard.rows for shard in shards), tasks[0].options.max_bad_fraction
-    reason = next(shard.first_malformed for shard in shards if shard.first_malformed)
-    first = f"{_places(tasks, shards)[MALFORMED][0]}: {reason}"
-    if malformed > limit * rows:
-        raise DataError(
-            f"{source.path}: {malformed} of {rows} rows are malformed, more than "
-            f"data.max_bad_fraction={limit}; correct them or raise it (the first: {first})"
-        )
-    _log.warning("skipped %d of %d rows as malformed (the first: %s)", malformed, rows, first)
-
-
-def _nothing_kept(source: Source, shards: Sequence[ShardReport], options: SourceOptions) -> str:
-    dropped = _summed([shard.dropped for shard in shards])
-    if overlong := dropped.get(OVERLONG, 0):
-        shortest = min(shard.shortest_overlong for shard in shards if shard.shortest_overlong)
-        return (
-            f"{source.path}: data.sequence_length={options.sequence_length} is shorter than every"
-            f" sample (the shortest of {overlong} has {shortest} tokens); raise"
-            f" data.sequence_length to at least {shortest}"
-        )
-    counts = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
-    malformed = next((shard.first_malformed for shard in shards if shard.first_malformed), "")
-    first = f"; the first malformed one: {malformed}" if malformed else ""
-    return (
-        f"{source.path}: none of its {sum(shard.rows for shard in shards)} rows can be trained on"
-        f" ({counts}); correct the rows or name another source{first}"
-    )
 
 
 def _places(tasks: Sequence[ShardTask], shards: Sequence[ShardReport]) -> dict[str, list[str]]:

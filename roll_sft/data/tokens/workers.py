@@ -1,4 +1,4 @@
-"""Shards prepared in this process, or by several processes of this machine.
+"""Shards prepared by several processes of this machine.
 
 Promises:
 - results come as they are ready, in any order; the first error of a task ends all of them;
@@ -14,7 +14,7 @@ import pickle
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,29 +24,6 @@ from pathlib import Path
 from roll_sft.base.errors import ResourceError
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.tokens.build_shard import BuiltShard, ShardTask, build_shard
-
-# Below this much text, starting processes takes longer than they save: the tokenizer's own threads
-# do most of the work there is.
-_SMALL_BYTES = 64 << 20
-
-Spread = Callable[[ChatTokenizer, Sequence[ShardTask]], Generator[BuiltShard, None, None]]
-"""Runs `build_shard` on each task, somewhere."""
-
-
-def spread_for(tasks: Sequence[ShardTask], *, num_proc: int | None) -> Spread:
-    """Where `tasks` are best run on this machine; None leaves it to its cores and their size."""
-    num_processes = min(len(tasks), num_proc or len(os.sched_getaffinity(0)))
-    if num_proc is None and sum(task.num_bytes for task in tasks) < _SMALL_BYTES:
-        num_processes = 1
-    if num_processes <= 1:
-        return here
-    return functools.partial(over_processes, num_processes=num_processes)
-
-
-def here(tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]) -> Generator[BuiltShard, None, None]:
-    """One after the other in this process, where the tokenizer uses all cores."""
-    for task in tasks:
-        yield build_shard(tokenizer, task)
 
 
 def over_processes(
