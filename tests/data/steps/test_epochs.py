@@ -106,6 +106,11 @@ def test_without_shuffle_a_source_is_repeated_in_stored_order() -> None:
     assert ordered[4:] == sorted(ordered[4:])
 
 
+def test_the_stored_order_is_cut_into_steps_of_samples() -> None:
+    found = epochs([3] * 5, batch=BatchSize(2)).stored()
+    assert [step.tolist() for step in found] == [[0, 1], [2, 3], [4]]
+
+
 # Steps of a number of tokens
 
 
