@@ -22,8 +22,7 @@ from shared import measures
 
 from roll_sft.checkpoint import tensors
 from roll_sft.checkpoint.background import BackgroundWriter
-from roll_sft.checkpoint.hashing import sha256_of, verify_hashes
-from roll_sft.checkpoint.manifest import StoredFile
+from roll_sft.checkpoint.manifest import StoredFile, sha256_of, verify_hashes
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
 from roll_sft.checkpoint.torch_dist import read_index, write_descriptions
 

@@ -38,6 +38,7 @@ BY_NEED = {
     "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
     "roll_sft/models/hub.py": "a model of the hub",
+    "roll_sft/models/random_weights.py": "a model that starts from random weights",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/tracking/": "trackers",
 }

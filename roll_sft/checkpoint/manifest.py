@@ -1,16 +1,19 @@
-"""`manifest.json` of a step folder: what it says, and whether the folder holds that.
+"""`manifest.json` of a step folder: its values, and whether the folder has the files that it lists.
 
-One strict reader serves resume, retention, the engine and the converters. Assumes nothing of the
-folder, which may come from anywhere. Promises: what comes back has the types below; every file it
-lists lies inside the folder, under its own name and not behind a link; anything else is one
-`CheckpointError` that names the folder and the value.
+Resume, retention, the engine and the converters all read it here. The folder may come from
+anywhere. Promises: the values have the types below; every listed file lies inside the folder, under
+its own name and not behind a link; anything else is one `CheckpointError` that names the folder and
+the value.
 """
 
+import hashlib
 import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +28,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 _STEP_NAME = re.compile(r"step_(\d+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_STEP = 10**12
+_NUM_HASHERS = 8
+_BLOCK_BYTES = 1 << 20
 _REMEDY = "the checkpoint is damaged or was changed, take another"
 
 
@@ -60,7 +65,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a manifest says. `files` are names relative to the step folder."""
+    """The values of a manifest. `files` are names relative to the step folder."""
 
     schema: int
     state: RunState
@@ -71,8 +76,8 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the step folder `folder`.
 
-    Raises `NewerCheckpointError` for a later schema and `CheckpointError` for all else that this
-    version does not read, a step that is not that of the folder's name among it.
+    Raises `NewerCheckpointError` for a later schema, and `CheckpointError` for any other value that
+    this version does not read, or a step that differs from the folder's name.
     """
     values = _values(folder)
     try:
@@ -106,8 +111,42 @@ def check_complete(folder: Path) -> Manifest:
     return manifest
 
 
+def sha256_of(path: Path, *, stop: threading.Event | None = None) -> str:
+    """The SHA-256 of a file in hexadecimal digits; meaningless once `stop` is set."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while (count := file.readinto(block)) and not (stop and stop.is_set()):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def verify_hashes(
+    folder: Path, files: Mapping[str, StoredFile], *, stop: threading.Event | None = None
+) -> None:
+    """Raise `CheckpointError` for the first of `files` in `folder` with another SHA-256.
+
+    Hashing releases the interpreter's lock, so threads read several files at once. `stop` ends
+    them early, and then the result means nothing.
+    """
+
+    def verify(name: str) -> None:
+        try:
+            digest = sha256_of(folder / name, stop=stop)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from error
+        if digest != files[name].sha256:
+            raise CheckpointError(
+                f"{folder / name}: its SHA-256 is {digest[:12]}..., and the manifest says"
+                f" {files[name].sha256[:12]}...; the checkpoint is damaged, take another"
+            )
+
+    with ThreadPoolExecutor(_NUM_HASHERS, thread_name_prefix="checkpoint-hash") as pool:
+        for _ in pool.map(verify, files):
+            pass
+
+
 class _BadValueError(ValueError):
-    """What is wrong with a value of the manifest: value and rule."""
+    """A value of the manifest that breaks a rule; the message has both."""
 
 
 def _refusal(folder: Path, problem: _BadValueError) -> CheckpointError:
@@ -174,7 +213,7 @@ def _file(name: str, facts: Any) -> StoredFile:
 
 
 def _size(folder: Path, name: str) -> int | None:
-    """Bytes of a file of `folder`; None where there is none. Raises for what is behind a link."""
+    """Bytes of a file of `folder`; None if there is none. Raises `CheckpointError` for a link."""
     path, status = folder, None
     for part in PurePosixPath(name).parts:
         path = path / part
@@ -236,6 +275,6 @@ def _texts(values: Mapping[str, Any], name: str) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
-    """`value` in an error's line, which a hostile one must not fill."""
+    """`value` for an error message, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

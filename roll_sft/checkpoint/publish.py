@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_sft.base.files import sync, write_durably
-from roll_sft.checkpoint.hashing import sha256_of
-from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState
+from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState, sha256_of
 from roll_sft.checkpoint.tensors import take_parts
 from roll_sft.data.steps.plan import StepPlan
 

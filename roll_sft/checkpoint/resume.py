@@ -15,12 +15,12 @@ from pathlib import Path
 from roll_sft.base.errors import CheckpointError, ConfigError
 from roll_sft.base.files import set_aside, write_durably, writing
 from roll_sft.checkpoint.fingerprint import changes
-from roll_sft.checkpoint.hashing import verify_hashes
 from roll_sft.checkpoint.manifest import (
     NewerCheckpointError,
     RunState,
     check_complete,
     read_manifest,
+    verify_hashes,
 )
 from roll_sft.checkpoint.publish import LATEST
 from roll_sft.config.schema import RunConfig

@@ -108,4 +108,4 @@ def _delete(folder: Path) -> None:
         folder.rename(doomed)
         shutil.rmtree(doomed)
     except OSError as error:
-        LOG.warning("%s cannot be deleted (%s); it is in nobody's way", folder, error)
+        LOG.warning("could not delete old checkpoint %s (%s); continuing", folder, error)

@@ -1,26 +1,28 @@
 """One checkpoint step folder -> a HuggingFace folder, in one process, tensor by tensor.
 
-The checkpoint describes itself (`hf_assets/`, `manifest.json`), so nothing else is asked for.
-Memory holds one tensor. The folder appears under its name when it is complete, when every file of
-the checkpoint had its SHA-256, and when the two were compared, if that was asked for. Every tensor
-of the checkpoint is read, and every one of the HuggingFace model written, or an error names it.
+Needs the step folder alone, which has `hf_assets/` and `manifest.json`. Memory holds one tensor.
+The folder gets its name when it is complete, when every file of the checkpoint has the SHA-256 of
+the manifest, and, if asked for, when the logits of both agree. Every tensor of the checkpoint is
+read and every tensor of the model is written, or an error names it.
 """
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from roll_sft.base.errors import CheckpointError, DivergedError
-from roll_sft.base.new_folder import new_folder
-from roll_sft.checkpoint.hashing import one_thread, verified_beside, verify_hashes
-from roll_sft.checkpoint.manifest import ASSETS, Manifest, check_complete
+from roll_sft.base.errors import CheckpointError, DivergedError, RollSftError
+from roll_sft.checkpoint.manifest import ASSETS, Manifest, StoredFile, check_complete, verify_hashes
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.checkpoint.resume import step_folders
-from roll_sft.convert.from_hf import DTYPES
+from roll_sft.convert.from_hf import DTYPES, one_thread
 from roll_sft.convert.model_card import write_card
+from roll_sft.convert.new_folder import new_folder
 from roll_sft.models.assets import asset_files, check_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
@@ -37,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A checkpoint that was looked at, and the model that it holds."""
+    """A checked checkpoint and its model."""
 
     folder: Path
     manifest: Manifest
@@ -48,7 +50,7 @@ class _Source:
 def export(
     checkpoint: Path, output: Path, *, dtype: str | None, replace: bool, verified: bool = False
 ) -> str:
-    """Write `checkpoint` as a model folder that transformers loads; returns what there is to say.
+    """Write `checkpoint` as a model folder that transformers loads; returns lines for the user.
 
     `dtype` is fp32, bf16 or fp16; None keeps that of the source model. With `verified` the logits
     of both are compared before the folder gets its name. Raises `CheckpointError` for a folder that
@@ -70,13 +72,13 @@ def export(
         write_card(checkpoint, folder, manifest=manifest, dtype=_NAMES[chosen])
         if not verified:
             return f"dtype {reason}"
-        from roll_sft.convert.verify import verify  # slow: paid by whoever asks
+        from roll_sft.convert.verify import verify  # slow to import
 
         return f"dtype {reason}\n{verify(folder, checkpoint, dtype=chosen)}"
 
 
 def _check_assets(checkpoint: Path, manifest: Manifest) -> None:
-    """Refuse files that would go into the export and that the manifest knows nothing of."""
+    """Refuse files that would go into the export but are not in the manifest."""
     assets = checkpoint / ASSETS
     if not assets.is_dir():
         raise CheckpointError(f"{assets}: is missing, and an export begins with it; take another")
@@ -119,7 +121,7 @@ def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None
     plan = plan_shards(source.family.hf_shapes(source.shape), dtype=dtype)
     reader = Reader(source.folder, dtype=dtype)
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
-    with verified_beside(source.folder, shards), one_thread():
+    with _verified_beside(source.folder, shards), one_thread():
         try:
             write_hf_folder(
                 _hf_tensors(reader, source), plan=plan, assets=source.folder / ASSETS, folder=folder
@@ -127,6 +129,26 @@ def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None
         except NotFiniteError as error:
             raise _not_finite(source, error) from error
         reader.check_all_read()
+
+
+@contextlib.contextmanager
+def _verified_beside(folder: Path, files: Mapping[str, StoredFile]) -> Iterator[None]:
+    """Verify `files` in threads while the block reads them: each page comes from the disk once.
+
+    A file that is damaged is the error, also where the block fails on what it read.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_hashes, folder, files, stop=stop)
+        try:
+            yield
+        except RollSftError:
+            verified.result()
+            raise
+        except BaseException:
+            stop.set()
+            raise
+        verified.result()
 
 
 def _hf_tensors(reader: Reader, source: _Source) -> Iterator[tuple[str, torch.Tensor]]:

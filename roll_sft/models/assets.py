@@ -160,7 +160,7 @@ def _set_template(folder: Path, template: str) -> None:
 
 
 def _generation(model: Path, trained: TrainedTokenizer) -> dict[str, Any]:
-    from transformers import GenerationConfig  # slow: paid by whoever exports, not on import
+    from transformers import GenerationConfig  # slow to import
 
     path = model / "generation_config.json"
     if path.is_file():

@@ -81,7 +81,7 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
             f"model.path: '{path}/config.json': {'; '.join(problems)}; correct the file, or"
             " download it again"
         )
-    from transformers import AutoConfig  # slow: paid by whoever opens a model, not on import
+    from transformers import AutoConfig  # slow to import
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(

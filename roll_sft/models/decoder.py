@@ -4,17 +4,19 @@ A family is plain functions over these. Its shape starts from `decoder_shape`, w
 states what differs. Its table is `pre_norm_weights`, or lists other parts of a layer, in the order
 of the forward pass.
 
-Promises that what a configuration asks for and no family builds is refused by name, never ignored:
-other activations, attention dropout, quantized weights, layers that differ from each other, and
-what `models/rotary.py` refuses.
+Promise: a setting that no family builds is refused by name, never ignored: other activations,
+attention dropout, quantized weights, layers that differ from each other, and rotary scalings other
+than Llama 3's. transformers' own functions compute the rotary frequencies: Megatron derives them
+from a base and fixes parts of Llama 3's scaling, its original length among them.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+
+import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
-from roll_sft.models.rotary import rotary_inv_freq, rotary_problems
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import (
     QKV,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     DecoderConfig: TypeAlias = LlamaConfig | MistralConfig | Olmo2Config | Qwen2Config | Qwen3Config
     Config = TypeVar("Config", bound=PreTrainedConfig)
+
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class LayerPart(Protocol):
@@ -68,7 +72,11 @@ def decoder_shape(
     Raises `ConfigError` with the family's own `problems`, each a value and its rule, and all others
     that `config` has.
     """
-    problems = [*problems, *_problems(config), *rotary_problems(dict(config.rope_parameters or {}))]
+    problems = [
+        *problems,
+        *_problems(config),
+        *_rotary_problems(dict(config.rope_parameters or {})),
+    ]
     if problems:
         raise ConfigError(
             f"model.path: config.json of {architecture} asks for what this version does not "
@@ -87,7 +95,7 @@ def decoder_shape(
         rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=False,
-        rotary_inv_freq=rotary_inv_freq(config),
+        rotary_inv_freq=_rotary_inv_freq(config),
         initializer_range=config.initializer_range,
     )
 
@@ -213,3 +221,60 @@ def _problems(config: "DecoderConfig") -> list[str]:
     elif _head_dim(config) % 2:
         problems.append(f"head_dim {_head_dim(config)} (must be even for rotary embeddings)")
     return problems
+
+
+def _rotary_problems(rope: dict[str, Any]) -> list[str]:
+    """What in a configuration's `rope_parameters` cannot be built: value and rule of each.
+
+    transformers 5 moves the `rope_theta` and `rope_scaling` of older files in there at load.
+    """
+    if "rope_type" not in rope:  # or one dictionary for each kind of layer
+        return [f"rope_parameters {rope} (only one flat dictionary with rope_type and rope_theta)"]
+    problems = []
+    if rope["rope_type"] not in ("default", "llama3"):
+        problems.append(f"rope_type {rope['rope_type']} (only default and llama3)")
+    if not _is_positive(rope.get("rope_theta")):
+        problems.append(f"rope_theta {rope.get('rope_theta')} (must be a positive number)")
+    for key in ("partial_rotary_factor", "attention_factor"):
+        if rope.get(key, 1.0) != 1.0:
+            problems.append(f"{key} {rope[key]} (only 1)")
+    if rope["rope_type"] == "llama3":
+        problems += _llama3_problems(rope)
+    return problems
+
+
+def _rotary_inv_freq(config: "PreTrainedConfig") -> tuple[float, ...]:
+    """K/2 inverse frequencies of a `config` without `_rotary_problems`, exact float32 values."""
+    # slow to import
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type == "default":  # in no table, and every family's own copy equals Llama's
+        default = LlamaRotaryEmbedding.compute_default_rope_parameters
+        frequencies, factor = default(cast("LlamaConfig", config))
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    # Megatron has no place for a factor on cos and sin: one other than 1 would be lost in silence.
+    assert factor == 1.0, f"rotary attention factor {factor} of {rope_type} is not 1"
+    assert frequencies.dtype == torch.float32, f"rotary frequencies are {frequencies.dtype}"
+    return tuple(frequencies.tolist())
+
+
+def _llama3_problems(rope: dict[str, Any]) -> list[str]:
+    """Values that transformers only warns of, and then fails on or divides by."""
+    problems = [
+        f"{key} {rope.get(key)} (must be a positive number)"
+        for key in _LLAMA3_KEYS
+        if not _is_positive(rope.get(key))
+    ]
+    if not problems and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        problems.append(
+            f"high_freq_factor {rope['high_freq_factor']} (must exceed low_freq_factor "
+            f"{rope['low_freq_factor']})"
+        )
+    return problems
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < 1e38

@@ -80,7 +80,7 @@ def fetch(repo_id: str, *, revision: str | None, with_weights: bool) -> Path:
 def _snapshot(
     repo_id: str, *, revision: str | None, with_weights: bool = True, only_local: bool = False
 ) -> Path:
-    # Slow: paid by whoever names a hub id, not on import.
+    # slow to import
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -95,7 +95,7 @@ def _snapshot(
         )
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise ConfigError(_refused(repo_id, error)) from error
-    except OSError as error:  # which all that the hub and its client say about themselves is
+    except OSError as error:  # every huggingface_hub error derives from OSError
         raise ResourceError(
             f"model.path: {repo_id!r} is no folder here, and the hub does not give it"
             f" ({first_line(error)}); check the network and HF_ENDPOINT, or give a local folder"

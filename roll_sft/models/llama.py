@@ -18,8 +18,8 @@ _ARCHITECTURE = "LlamaForCausalLM"
 
 
 def llama_shape(config: "PreTrainedConfig") -> ModelShape:
-    """Shape of a Llama model; `ConfigError` lists all that `config` asks for in vain."""
-    from transformers import LlamaConfig  # slow: paid by whoever opens a model, not on import
+    """Shape of a Llama model. Raises `ConfigError` that lists every unsupported setting."""
+    from transformers import LlamaConfig  # slow to import
 
     config = own_config(config, LlamaConfig, architecture=_ARCHITECTURE)
     problems = []

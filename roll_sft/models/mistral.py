@@ -18,8 +18,8 @@ _ARCHITECTURE = "MistralForCausalLM"
 
 
 def mistral_shape(config: "PreTrainedConfig") -> ModelShape:
-    """Shape of a Mistral model; `ConfigError` lists all that `config` asks for in vain."""
-    from transformers import MistralConfig  # slow: paid by whoever opens a model, not on import
+    """Shape of a Mistral model. Raises `ConfigError` that lists every unsupported setting."""
+    from transformers import MistralConfig  # slow to import
 
     config = own_config(config, MistralConfig, architecture=_ARCHITECTURE)
     shape = decoder_shape(config, architecture=_ARCHITECTURE)

@@ -21,8 +21,8 @@ _ARCHITECTURE = "Olmo2ForCausalLM"
 
 
 def olmo2_shape(config: "PreTrainedConfig") -> ModelShape:
-    """Shape of an OLMo 2 model; `ConfigError` lists all that `config` asks for in vain."""
-    from transformers import Olmo2Config  # slow: paid by whoever opens a model, not on import
+    """Shape of an OLMo 2 model. Raises `ConfigError` that lists every unsupported setting."""
+    from transformers import Olmo2Config  # slow to import
 
     config = own_config(config, Olmo2Config, architecture=_ARCHITECTURE)
     problems = []

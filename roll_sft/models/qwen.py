@@ -29,8 +29,8 @@ _QWEN3 = "Qwen3ForCausalLM"
 
 
 def qwen2_shape(config: "PreTrainedConfig") -> ModelShape:
-    """Shape of a Qwen2 model; `ConfigError` lists all that `config` asks for in vain."""
-    from transformers import Qwen2Config  # slow: paid by whoever opens a model, not on import
+    """Shape of a Qwen2 model. Raises `ConfigError` that lists every unsupported setting."""
+    from transformers import Qwen2Config  # slow to import
 
     config = own_config(config, Qwen2Config, architecture=_QWEN2)
     problems = ["use_sliding_window true (only false)"] if config.use_sliding_window else []
@@ -39,8 +39,8 @@ def qwen2_shape(config: "PreTrainedConfig") -> ModelShape:
 
 
 def qwen3_shape(config: "PreTrainedConfig") -> ModelShape:
-    """Shape of a Qwen3 model; `ConfigError` lists all that `config` asks for in vain."""
-    from transformers import Qwen3Config  # slow: paid by whoever opens a model, not on import
+    """Shape of a Qwen3 model. Raises `ConfigError` that lists every unsupported setting."""
+    from transformers import Qwen3Config  # slow to import
 
     config = own_config(config, Qwen3Config, architecture=_QWEN3)
     problems = ["use_sliding_window true (only false)"] if config.use_sliding_window else []

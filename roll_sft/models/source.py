@@ -38,11 +38,13 @@ class ModelSource:
     @property
     def tensors(self) -> "TensorSource":
         """The weights, opened. Raises what `SafetensorsSource` raises."""
-        from roll_sft.models.safetensors_in import RandomSource, SafetensorsSource
+        from roll_sft.models.safetensors_in import SafetensorsSource
 
         if self.opened is not None:
             return self.opened
         if self.seed is not None:
+            from roll_sft.models.random_weights import RandomSource
+
             return RandomSource(
                 self.family.hf_shapes(self.shape),
                 seed=self.seed,

@@ -470,7 +470,7 @@ def test_nothing_is_deleted_before_the_newest_is_whole_or_where_it_cannot_be(
     save(job, tmp_path, 4)
     with patch.object(retention.shutil, "rmtree", side_effect=OSError("busy")):
         retain(tmp_path, CheckpointConfig(keep_last=2), losses={})
-    assert "cannot be deleted (busy)" in caplog.text
+    assert "step_00000001 (busy)" in caplog.text
     assert find_start(job, tmp_path).step == 4
 
 
