@@ -27,8 +27,8 @@ from roll_sft.config.schema import RunConfig
 
 LOG = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"
-ORIGIN = "origin"  # beside the step folders: that of another run which they began from
-LEFT_OVER = (".staging_*", ".deleted_*")  # what a killed run left half written, half deleted
+ORIGIN = "origin"  # a file that names the other run's step folder from which this run began
+LEFT_OVER = (".staging_*", ".deleted_*")  # half written and half deleted folders of a killed run
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -41,10 +41,11 @@ class Start:
 
 
 def find_checkpoint(config: RunConfig, checkpoints: Path) -> Path | None:
-    """The step folder that a run whose own lie in `checkpoints` goes on from; None for a new one.
+    """The step folder from which a run resumes; None for a new run.
 
-    Raises `CheckpointError` where the one named is not whole, or there are some and none is;
-    `ConfigError` where the one named is none, or the run's own do not come from it.
+    `checkpoints` holds the run's own step folders. Raises `CheckpointError` if the folder that
+    `resume` names is damaged, or all of the run's own are; `ConfigError` if that folder is no
+    checkpoint, or the run's own checkpoints did not begin from it.
     """
     resume, verify = config.resume, config.checkpoint.verify
     if resume == NONE:
@@ -56,7 +57,7 @@ def find_checkpoint(config: RunConfig, checkpoints: Path) -> Path | None:
             _check_whole(chosen, verify=verify)
             return chosen
         _check_origin(checkpoints, chosen=chosen)
-        LOG.info("this run has checkpoints of its own by now, and goes on from those")
+        LOG.info("resuming from this run's own checkpoints, which began from %s", chosen)
     return _newest_whole(folders, verify=verify) if folders else None
 
 
@@ -123,20 +124,20 @@ def origin_of(checkpoints: Path) -> Path | None:
 
 
 def newest_until(checkpoints: Path, step: int) -> Path | None:
-    """The newest checkpoint of a run up to `step`; of one that has none, that it began from."""
+    """The newest checkpoint up to `step`; for a run without any, the one that it began from."""
     own, origin = step_folders(checkpoints), origin_of(checkpoints)
     if own or origin is None:
         return next((folder for folder in reversed(own) if step_of(folder) <= step), None)
     try:
         return origin if read_manifest(origin).state.step <= step else None
-    except CheckpointError:  # it is gone by now
+    except CheckpointError:  # it was deleted or damaged since
         return None
 
 
 def make_way(checkpoints: Path, start: Start) -> None:
-    """Clear what a killed run left half-done, and set aside what lies after `start`.
+    """Delete the unfinished folders of a killed run, and set aside step folders after `start`.
 
-    A later folder is damaged, or the run was told to go back behind it.
+    A later folder is damaged, or `resume` names an earlier one.
     """
     for pattern in LEFT_OVER:
         for path in checkpoints.glob(pattern):
@@ -144,7 +145,7 @@ def make_way(checkpoints: Path, start: Start) -> None:
     for path in step_folders(checkpoints):
         if step_of(path) > start.step:
             aside = set_aside(path)
-            LOG.warning("%s is not what this run goes on from; it is now %s", path, aside.name)
+            LOG.warning("%s lies after the checkpoint of this run; renamed to %s", path, aside.name)
     if start.checkpoint is None:
         (checkpoints / ORIGIN).unlink(missing_ok=True)
     elif start.checkpoint.parent == checkpoints:

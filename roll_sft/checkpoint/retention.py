@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and whether there is room for them."""
+"""Deletes old checkpoints, and checks that the disk has room for new ones."""
 
 import logging
 import shutil
@@ -17,10 +17,10 @@ GIB = 2**30
 
 
 def retain(checkpoints: Path, config: CheckpointConfig, *, losses: Mapping[int, float]) -> None:
-    """Delete what `keep_last` and `keep_best` do not keep.
+    """Delete the checkpoints that `keep_last` and `keep_best` do not keep.
 
     `losses` are those of the set that `keep_best` names, by step. Nothing is deleted unless the
-    newest is whole; a folder that cannot be deleted is named and costs nothing but its room.
+    newest is whole; a folder that cannot be deleted is logged and left.
     """
     folders = step_folders(checkpoints)
     if config.keep_last is None or len(folders) <= config.keep_last:
@@ -102,7 +102,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _delete(folder: Path) -> None:
-    # Renamed first, so that what is half deleted never has a step's name.
+    # Renamed first: a half deleted folder must never have the name of a step.
     doomed = folder.with_name(f".deleted_{folder.name}")
     try:
         folder.rename(doomed)

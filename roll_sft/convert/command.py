@@ -1,4 +1,4 @@
-"""The door of the converters: a checkpoint to a HuggingFace folder, or the way back.
+"""The command that converts: a checkpoint to a HuggingFace folder, or the reverse.
 
     python -m roll_sft.convert.command INPUT --output FOLDER [--dtype bf16] [--verify] [--replace]
 
@@ -25,13 +25,15 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     """
     parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION, allow_abbrev=False)
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("input", type=Path, nargs="?", help="either; it tells the direction")
+    given.add_argument("input", type=Path, nargs="?", help="a step folder or a model folder")
     given.add_argument("--checkpoint", type=Path, help="a step folder, to become a model folder")
     given.add_argument("--model", type=Path, help="a model folder, to become a checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the source model's")
-    parser.add_argument("--verify", action="store_true", help="compare the logits of both at last")
-    parser.add_argument("--replace", action="store_true", help="take the place of an earlier one")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the logits of both at the end"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace an earlier output")
     options = parser.parse_args(arguments)
     leave_quickly()
     try:
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
 
 
 def _convert(options: argparse.Namespace) -> str | None:
-    """Convert in the direction that the options ask for; returns what `--verify` found."""
+    """Convert in the direction that the options ask for; returns the report of the conversion."""
     model, checkpoint = options.model, options.checkpoint
     if options.input is not None and (options.input / MANIFEST).is_file():
         checkpoint = options.input

@@ -2,7 +2,7 @@
 
 Writes what a training run writes, for any layout to read: the same names, shapes and files, without
 an optimizer and without Megatron-Core. Memory holds one tensor. The folder appears under its name
-when it is complete, and when it was compared, if that was asked for.
+when it is complete and, if asked for, compared with the source.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def import_model(
     """Write the HuggingFace folder `model` as a checkpoint folder, from which any layout loads.
 
     Tensors keep their dtype, or are rounded to `dtype`. With `verified` the two are compared before
-    the folder gets its name; returns what was found. Raises `ConfigError` for a model that this
+    the folder gets its name; returns the result as text. Raises `ConfigError` for a model that this
     version does not build, `CheckpointError` for files that are damaged or an `output` in the way.
     """
     config = load_hf_config(str(model), trust_remote_code=False)
@@ -192,7 +192,7 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
 
 
 def _objects(names: Iterable[str], num_layers: int) -> dict[str, bytes]:
-    """What Megatron-Core looks for beside the tensors of `names`."""
+    """Empty objects that Megatron-Core requires beside the tensors of `names`."""
     empty = io.BytesIO()
     torch.save([None], empty)
     objects = {}

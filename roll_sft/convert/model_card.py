@@ -85,7 +85,7 @@ First step {{ losses[0] }}, last step {{ losses[-1] }}, in nats per supervised t
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What the files of a run say; empty where they say nothing."""
+    """Values from the files of a run; empty where a file is missing or damaged."""
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def write_card(checkpoint: Path, folder: Path, *, manifest: Manifest, dtype: str
     try:
         text = _render(run, home, folder=folder, manifest=manifest, source=source, dtype=dtype)
     except DAMAGE as error:
-        LOG.warning("the model card tells little: %s: %s", type(error).__name__, error)
+        LOG.warning("the model card has no details of the run: %s: %s", type(error).__name__, error)
         text = _render(
             _Run(home.name), home, folder=folder, manifest=manifest, source={}, dtype=dtype
         )
@@ -115,7 +115,7 @@ def write_card(checkpoint: Path, folder: Path, *, manifest: Manifest, dtype: str
 
 
 def _read_run(home: Path, *, until: int) -> _Run:
-    """What the run in `home` says of itself up to step `until`."""
+    """The files of the run in `home`, up to step `until`."""
     config = _read(home / "config.yaml", yaml.safe_load)
     report = _read(home / "data_report.json", json.loads)
     sources = report.get("sources")
@@ -141,7 +141,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         return _mapping(parse(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except DAMAGE as error:
-        LOG.warning("%s: cannot be read, and the model card does without (%s)", path, error)
+        LOG.warning("%s: cannot be read (%s); the model card leaves it out", path, error)
         return {}
 
 
@@ -227,7 +227,7 @@ def _metadata(run: _Run, home: Path, *, source: Mapping[str, Any], hub_id: str |
 
 
 def _base_model(run: _Run, source: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The hub's id of what was trained, as far as known, and what to call it."""
+    """The hub id of the base model, if known, and its display name."""
     model = _mapping(run.config.get("model"))
     path = _text(model.get("path")) or "a model"
     in_cache = re.search(r"models--([\w.-]+?)--([\w.-]+)", path)
@@ -245,7 +245,7 @@ def _base_model(run: _Run, source: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 def _datasets(config: Mapping[str, Any], home: Path) -> list[str]:
-    """The hub's ids of what was trained on: local files have none."""
+    """The hub ids of the training data sets; local files have none."""
     entries = _mapping(config.get("data")).get("train")
     entries = entries if isinstance(entries, list) else []
     paths = [_text(_mapping(each).get("path")) for each in entries]

@@ -1,7 +1,7 @@
-"""A folder that appears under its name when it is complete, or not at all.
+"""An output folder that gets its name when it is complete, or not at all.
 
-It is made beside its place, as `.<name>.partial`, and renamed when its bytes are on disk. Promise:
-a process killed at any point leaves that partial folder at most, which the next attempt clears.
+It is filled as `.<name>.partial`, and renamed when its bytes are on disk. Promise: a process killed
+at any point leaves at most the partial folder, which the next attempt deletes.
 """
 
 import contextlib

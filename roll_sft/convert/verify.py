@@ -68,7 +68,7 @@ def verify(model: Path, checkpoint: Path, *, dtype: torch.dtype | None) -> Diffe
 
 def _samples(model: Path, shape: ModelShape) -> list[torch.Tensor]:
     """Token ids int64 [T]: of a text, if there is a tokenizer, and ids of the whole vocabulary."""
-    from transformers import AutoTokenizer  # slow: paid by whoever verifies
+    from transformers import AutoTokenizer  # slow to import
 
     longest = min(shape.max_position_embeddings, shape.sliding_window or shape.vocab_size)
     spread = torch.linspace(0, shape.vocab_size - 1, min(SPREAD_TOKENS, longest)).round().long()

@@ -1,8 +1,8 @@
-"""What stands beside the weights: the source's own files, and in them what training changed.
+"""The files of an export beside the weights: tokenizer, configuration, template, licence.
 
-A model is served by other programs and versions than it was trained with, so a file is copied byte
-for byte unless training changed it: the chat template that the user gave, the tokens that end an
-answer. What no source file says is made by transformers. Code is never among them.
+Other programs and versions serve the model, so files of the source are copied byte for byte. Two
+are changed: the chat template, if the user gave one, and the tokens that end generation.
+transformers makes files that the source lacks. Code is never copied.
 """
 
 import fnmatch
@@ -30,13 +30,13 @@ TOKENIZER_FILES = (
     _BACKEND, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "*.model", "tekken.json", "*.tiktoken", *_TEMPLATE_FILES,
 )  # fmt: skip
-# Licences ask to be passed on; the card tells of the model that training began with.
+# Licences must be passed on; the card describes the base model.
 TEXT_FILES = (
     "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt",
     "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json")
-# Text in which tokenizers differ: splits of digits, spaces, contractions, other scripts, bytes.
+# Text that tokenizers split differently: digits, spaces, contractions, other scripts, bytes.
 _PROBE = (
     "It's 12345.67 - they'LL pay\r\n\n\n  for  3 x\ttabs;  \u00e9tude na\u00efve, \ufb01 "
     "\u654f\u6377\u7684\u68d5\u8272\u72d0\u72f8 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 "
@@ -80,7 +80,7 @@ def check_assets(folder: Path) -> None:
 
 
 def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None:
-    """Collect in `output` what an export of `model` needs beside the weights.
+    """Collect in `output` the files that an export of `model` needs beside the weights.
 
     generation_config.json stops at the end of a turn, at the tokenizer's eos and where the source
     stopped, or the served model never ends its turn. Raises `ConfigError` where a file of the
@@ -99,7 +99,7 @@ def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None
 
 
 def copy_file(source: Path, copy: Path) -> None:
-    """Copy contents only: the mode of a private file must not reach what others read."""
+    """Copy the content alone: a private file's mode would hide the copy from other users."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, copy)
 
@@ -112,7 +112,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> None:
-    """Make the files that the source lacks, and tokenizer.json where it is not what was used.
+    """Make the files that the source lacks, and tokenizer.json if training used other rules.
 
     transformers builds some tokenizers by its own rules, whatever tokenizer.json says; others that
     serve the model follow the file.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 DTYPES_IN_WORDS = "float32, bfloat16 or float16"
-_Rule: TypeAlias = Callable[[object], str | None]  # what a value breaks, in words
+_Rule: TypeAlias = Callable[[object], str | None]  # value -> the rule that it breaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    # transformers and what it calls raise many kinds for a file that is not as they expect.
+    # transformers raises errors of many kinds for a malformed file.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
@@ -141,7 +141,7 @@ def _token(value: object) -> str | None:
     return None if is_id else "must be the id of a token, a list of such, or null"
 
 
-# Far above every model that there is, and far below what exhausts a machine.
+# Far above the values of every published model, and far below what exhausts a machine.
 _RULES: dict[str, _Rule] = {
     "hidden_size": _count(2**17),
     "intermediate_size": _count(2**20),

@@ -49,7 +49,7 @@ class Family:
         return frozenset(self.hf_shapes(shape))
 
     def check_source(self, shape: ModelShape, *, source: TensorSource) -> None:
-        """Refuse, with `ConfigError`, a source that is not exactly this model.
+        """Raise `ConfigError` for a source that is not exactly this model.
 
         Reads headers only, except where a tied model stores its head as well: then both are
         compared, because transformers unties two that differ, and we would train another model

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
-# The licence and the card go into what is made of a model: see assets.py.
+# An export has the licence and the card of the model: see assets.py.
 ASSET_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*",
     "USE_POLICY*",
 )  # fmt: skip
 WEIGHT_FILES = ("*.safetensors",)
-# The same weights once more in another form, and what lies beside a model without belonging to it.
+# Copies of the weights in another format, and files in subfolders.
 NOT_FETCHED = ("consolidated*", "*/*")
 
 
@@ -43,7 +43,7 @@ class HubModel:
 
 
 def local_model(path: str, *, with_weights: bool) -> tuple[str, HubModel | None]:
-    """The absolute folder that `path` means, fetched if it is a hub id, and what it is on the hub.
+    """The absolute folder of `path`, fetched if it is a hub id, and its commit on the hub.
 
     A folder comes first: an id that is also a folder here means the folder. Anything that is
     neither is returned as it is, for its reader to refuse. Raises what `fetch` raises.
@@ -57,7 +57,7 @@ def local_model(path: str, *, with_weights: bool) -> tuple[str, HubModel | None]
 
 
 def fetch(repo_id: str, *, revision: str | None, with_weights: bool) -> Path:
-    """Download what is missing and return the folder; one process of a node at a time does so.
+    """Download missing files and return the folder; one process of a node at a time.
 
     Raises `ConfigError` if there is no such model or it is not open to us, `ResourceError` if the
     hub cannot be reached and this node does not have it.

@@ -1,9 +1,8 @@
-"""What the files of an export say twice, so that programs of other ages read the same from them.
+"""Adds the names of transformers 4 to the JSON files of an export.
 
-transformers 5 renamed parts of config.json and tokenizer_config.json. transformers 4, and the
-servers that build on it or read these files themselves, know the earlier names alone: they refuse
-such a tokenizer, and take such a model's rotary base for 10,000 without a word. The earlier names
-mean the same in transformers 5, so an export has them too.
+transformers 5 renamed keys of config.json and tokenizer_config.json. transformers 4, and servers
+that read these files, know the earlier names alone: they refuse such a tokenizer, and silently use
+a rotary base of 10,000. transformers 5 reads the earlier names too, so an export has both.
 """
 
 import logging
@@ -14,16 +13,15 @@ from roll_sft.models.assets import TEMPLATE, TEMPLATES, TOKENIZER_CONFIG
 from roll_sft.models.safetensors_in import read_json, write_json
 
 LOG = logging.getLogger(__name__)
-# tokenizer.json tells these all, and transformers 4 has none of them.
+# transformers 4 has none of these classes; tokenizer.json has the whole tokenizer.
 _CLASSES_OF_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend")
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 
 def widen(folder: Path) -> None:
-    """Add the earlier names to the files of the model in `folder`, which is being made.
+    """Add the earlier names to the files of the model in `folder`.
 
-    Files that need none stay as they are. Code that they refer to is not part of an export, so
-    neither are the references.
+    Files that need none stay as they are. References to code are removed: an export has no code.
     """
     config = read_json(folder / "config.json")
     _write_if_changed(folder / "config.json", config, _wide_config(config))

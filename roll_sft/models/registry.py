@@ -1,4 +1,4 @@
-"""Which architectures there are, each in the module of its family, which is imported by name."""
+"""The supported architectures; the module of a family is imported when it is asked for."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ def family_named(architecture: str) -> "Family":
 
 
 def family_of(config: "PreTrainedConfig") -> "Family":
-    """The family that implements `config`; `ConfigError` lists what there is if none does."""
+    """The family that implements `config`; raises `ConfigError` that lists the supported ones."""
     architectures = config.architectures or []
     if len(architectures) == 1 and architectures[0] in _PLACES:
         return family_named(architectures[0])

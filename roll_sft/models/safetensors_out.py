@@ -33,7 +33,7 @@ _BLOCK_NUMBERS = 1 << 22  # rounded to another dtype, and written, at once
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What an export holds: `shards` maps each file name to its tensors, in the order written."""
+    """The tensors of an export: `shards` maps each file name to its tensors, in order."""
 
     dtype: torch.dtype
     shapes: Mapping[str, Shape]
@@ -136,7 +136,7 @@ def _write_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, *, file: 
     """Append the numbers of `tensor`, each rounded to `dtype`, a block at a time."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     for start in range(0, flat.numel(), _BLOCK_NUMBERS):
-        # Checked beside a write that takes ten times as long.
+        # The check costs a tenth of the write.
         block = rounded(name, flat[start : start + _BLOCK_NUMBERS], dtype)
         rest = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
         while rest:

@@ -1,4 +1,4 @@
-"""`ModelSource`: what is trained, and where its weights come from.
+"""`ModelSource`: the shape of the model to train, and the place of its weights.
 
 Travels from the driver to the workers; the weights are opened where they are read, so the driver
 needs neither torch nor the files.

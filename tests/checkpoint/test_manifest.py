@@ -92,7 +92,7 @@ def test_every_odd_value_is_one_line_that_names_the_folder(tmp_path: Path) -> No
     texts = ["", "null", "[]", "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "\ud800\udfff"]
     for text in texts:
         (folder / MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
-        with pytest.raises(CheckpointError, match="no readable manifest"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
             check_complete(folder)
     for keys, value in VALUES:
         if keys in ("facts",) and isinstance(value, dict):
@@ -162,7 +162,7 @@ def test_every_odd_index_is_one_line_before_any_memory_is_taken(tmp_path: Path) 
     for keys, value in INDEX_VALUES:
         (folder / INDEX).write_text(whole)
         change(folder / INDEX, keys, value)
-        with pytest.raises(CheckpointError, match=r"index\.json: does not describe"):
+        with pytest.raises(CheckpointError, match=r"index\.json: "):
             read_index(folder)
 
 
@@ -183,5 +183,5 @@ def test_a_run_goes_on_from_the_one_before(damage: str, tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
     checkpoint_in(tmp_path, step=2)
     change(checkpoint_in(tmp_path, step=4) / MANIFEST, "schema", 99)
-    with pytest.raises(NewerCheckpointError, match=r"step_00000004: was written by a later"):
+    with pytest.raises(NewerCheckpointError, match=r"step_00000004: .*schema 99\b"):
         find_checkpoint(build_config({}), tmp_path)

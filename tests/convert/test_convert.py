@@ -90,7 +90,7 @@ def test_a_tensor_that_nobody_reads_is_named(home: Path, tmp_path: Path) -> None
 
     reader = Reader(home / "qwen2" / "megatron")
     reader.read("decoder.layers.0.mlp.linear_fc1.weight")
-    with pytest.raises(CheckpointError, match=r"takes \d+ of them; the checkpoint belongs"):
+    with pytest.raises(CheckpointError, match=r"decoder\.\S+ has \d+ numbers, .* \d+ of them"):
         reader.check_all_read()
 
 

@@ -169,5 +169,5 @@ def test_a_generation_configuration_is_made_where_the_source_has_none(
 def test_assets_need_a_configuration(source: Path, tmp_path: Path) -> None:
     trained = trained_of(source)
     (source / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config\.json holds a list, not an object"):
+    with pytest.raises(ConfigError, match=r"config\.json\b.*\blist\b"):
         save_assets(source, trained=trained, output=tmp_path / "out")

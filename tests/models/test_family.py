@@ -107,7 +107,7 @@ def test_missing_and_unexpected_tensors_are_refused_with_counts_and_first_names(
 
 def test_a_tensor_of_another_shape_is_refused():
     tensors = small_tensors(tied=False) | {"up": torch.ones(4, 3)}
-    with pytest.raises(ConfigError, match=r"up has shape \[4, 3\] but config.json gives \[4, 2\]"):
+    with pytest.raises(ConfigError, match=r"\bup\b.*\[4, 3\].*\[4, 2\]"):
         small_family(tied=False).check_source(QWEN25_7B, source=MemorySource(tensors))
 
 
@@ -116,8 +116,8 @@ def test_a_tied_model_may_store_its_head_if_it_equals_the_embedding():
     tensors["head"] = tensors["embed"].clone()
     small_family(tied=True).check_source(QWEN25_7B, source=MemorySource(tensors))
     tensors["head"][4, 1] += 1
-    with pytest.raises(ConfigError, match="head and embed differ"):
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings.*\bhead\b.*\bembed\b"):
         small_family(tied=True).check_source(QWEN25_7B, source=MemorySource(tensors))
     tensors["head"] = tensors["embed"][:4]
-    with pytest.raises(ConfigError, match="head and embed differ"):
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings.*\bhead\b.*\bembed\b"):
         small_family(tied=True).check_source(QWEN25_7B, source=MemorySource(tensors))

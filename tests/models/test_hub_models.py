@@ -153,7 +153,7 @@ def test_a_copy_of_a_killed_download_is_completed(hub: Hub) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_remedy(hub: Hub) -> None:
-    with pytest.raises(ConfigError, match=r"'org/other' is no folder here.*refuses it.*HF_TOKEN"):
+    with pytest.raises(ConfigError, match=r"model\.path: 'org/other'.*HF_TOKEN"):
         local_model("org/other", with_weights=True)
 
 
@@ -161,7 +161,7 @@ def test_a_hub_that_does_not_answer_is_a_missing_resource(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ResourceError, match=r"'org/model' is no folder here.*HF_ENDPOINT"):
+    with pytest.raises(ResourceError, match=r"model\.path: 'org/model'.*HF_ENDPOINT"):
         local_model("org/model", with_weights=True)
 
 

@@ -114,9 +114,7 @@ def test_a_tensor_that_is_not_there_is_named(stored: Path):
 def test_a_missing_shard_is_named_at_once(model_folder: Path, tmp_path: Path):
     index = (model_folder / "model.safetensors.index.json").read_text()
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(
-        CheckpointError, match=r"lacks \d+ of the shards .* first is model-00001-of"
-    ):
+    with pytest.raises(CheckpointError, match=r"\d+ of the shards.*\bmodel-00001-of"):
         SafetensorsSource(tmp_path)
 
 
@@ -124,14 +122,14 @@ def test_an_index_that_disagrees_with_its_shard_is_refused(tmp_path: Path):
     save_file(TENSORS, tmp_path / "x.safetensors")
     index = json.dumps({"weight_map": {"d": "x.safetensors"}})
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"puts d in x.safetensors, which does not hold it"):
+    with pytest.raises(CheckpointError, match=r"\bd in x\.safetensors\b"):
         SafetensorsSource(tmp_path).read("d")
 
 
 @pytest.mark.parametrize("text", ["{broken", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_refused(tmp_path: Path, text: str):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match="is not an index of shards"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json\b"):
         SafetensorsSource(tmp_path)
 
 
@@ -139,13 +137,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-8])
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\b.*damaged"):
         SafetensorsSource(tmp_path)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="loading pickle can run code; convert it"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
         SafetensorsSource(tmp_path)
 
 
