@@ -155,7 +155,7 @@ def test_a_folder_without_a_tokenizer_is_refused(
         (
             ['{"instruction": "p", "output": ""}'],
             [],
-            ["none of its 1 rows can be trained on (1 empty_response); mend the rows"],
+            ["none of its 1 rows can be trained on (1 empty_response)"],
         ),
     ],
 )
