@@ -4,6 +4,8 @@ from collections.abc import Iterator
 # Before torch is imported, here and in every process that a test starts: pools of threads that wait
 # for each other by spinning cost a third of the suite's time where four ranks share two cores.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Before Ray is imported, which reads it then: the cluster of the tests asks for its token.
+os.environ["RAY_AUTH_MODE"] = "token"
 
 import pytest
 from hypothesis import settings

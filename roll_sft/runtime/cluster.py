@@ -1,43 +1,43 @@
-"""The Ray cluster of a run: one of our own, or one that is joined.
+"""The Ray cluster of a run: one that it joins, or one of its own.
 
-Assumes Linux. Promises: a cluster of our own is never one that happens to run, lets in nobody
-without its token, and ends with the process; an address that cannot be joined is refused within
-seconds and says why; SIGTERM still means what it meant before Ray started.
+Assumes Linux. Promises: a cluster of our own never is one that happens to run, lets in nobody
+without its token, and ends with the process; an address where nothing listens is refused at once,
+and one that cannot be joined within `JOIN_TIMEOUT_S`; SIGTERM keeps its handler.
 """
 
 import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
 import psutil
 import ray
 from ray.exceptions import RayError
 
 from roll_sft.base.errors import ConfigError, ResourceError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address
-from roll_sft.runtime import reaper
 
 LOG = logging.getLogger(__name__)
-PROBE_TIMEOUT_S = 5.0
-MOST_CPUS_PER_CORE = 64  # of workers that share a core; each is a process of 0.5 GiB
+CONNECT_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 30.0
+MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-AUTH_MODE = "RAY_AUTH_MODE"
 
 
 @contextlib.contextmanager
 def connected(config: RunConfig) -> Iterator[None]:
     """A Ray cluster while the block runs: `cluster.address`, RAY_ADDRESS, or one of our own.
 
-    Where this process is in a cluster already, because who called us joined it, that one is used
-    and stays. Raises `ResourceError` (exit 4) where there is none to have.
+    A process that is in a cluster already stays there. Raises `ResourceError` (exit 4) where the
+    cluster cannot be joined or started.
     """
     if ray.is_initialized():
         yield
@@ -45,15 +45,15 @@ def connected(config: RunConfig) -> Iterator[None]:
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster_address(config)
-    with _local(config) if address is None else _joined(address):
+    with _own_cluster(config) if address is None else _joined(address):
         yield
 
 
 @contextlib.contextmanager
-def _local(config: RunConfig) -> Iterator[None]:
+def _own_cluster(config: RunConfig) -> Iterator[None]:
     with _reaper() as watch:
         try:
-            with _own_sigterm():
+            with _kept_sigterm():
                 _start(config)
             watch(psutil.Process().children(recursive=True))
             yield
@@ -63,9 +63,9 @@ def _local(config: RunConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _joined(address: str) -> Iterator[None]:
+    with _kept_sigterm():
+        _join(address)
     try:
-        with _own_sigterm():
-            _join(address)
         yield
     finally:
         ray.shutdown()
@@ -73,24 +73,23 @@ def _joined(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reaper() -> Iterator[Callable[[list[psutil.Process]], None]]:
-    """A program that, after this process, kills those that it is given; see `reaper.py`."""
-    command = [sys.executable, "-I", reaper.__file__]
-    # In a session of its own: what a terminal sends to the driver's is not for it.
+    """Start `reaper.py`; the function given to the block tells it what to kill after us."""
+    command = [sys.executable, "-I", str(Path(__file__).with_name("reaper.py"))]
+    # In a session of its own, so that Ctrl-C in the driver's terminal does not end it.
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as program:
 
         def watch(processes: list[psutil.Process]) -> None:
             assert program.stdin is not None, "the reaper is given a pipe"
             pids = [process.pid for process in processes if process.pid != program.pid]
-            lines = [f"{pid} {reaper.start_time(pid)}\n" for pid in pids]
-            program.stdin.write("".join(lines).encode())
+            program.stdin.write("".join(f"{pid}\n" for pid in pids).encode())
             program.stdin.flush()
 
         yield watch
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Give SIGTERM back after the block: Ray takes it, from Python and again from C++."""
+def _kept_sigterm() -> Iterator[None]:
+    """Restore the handler of SIGTERM after the block: Ray sets its own, in Python and in C++."""
     handler = signal.getsignal(signal.SIGTERM)
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
@@ -105,22 +104,21 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _start(config: RunConfig) -> None:
+    num_workers = config.parallel.num_workers
     cores = len(os.sched_getaffinity(0))
-    wanted = config.parallel.num_workers * config.parallel.cpus_per_worker
-    if wanted > MOST_CPUS_PER_CORE * cores:
+    num_cpus = num_workers * config.parallel.cpus_per_worker
+    if num_cpus > MAX_CPUS_PER_CORE * cores:
         raise ResourceError(
-            f"parallel.num_workers: {config.parallel.num_workers} workers want {wanted} CPUs, and"
-            f" this machine has {cores} cores, which serve {MOST_CPUS_PER_CORE * cores} at most;"
-            " lower it, or join a cluster with cluster.address"
+            f"parallel.num_workers: {num_workers} workers need {num_cpus} CPUs; this machine has"
+            f" {cores} cores, which serve at most {MAX_CPUS_PER_CORE * cores}. Lower it, or join a"
+            " cluster with cluster.address."
         )
-    if wanted > cores:
-        LOG.warning("%d workers share %d cores of this machine", config.parallel.num_workers, cores)
+    if num_cpus > cores:
+        LOG.warning("%d workers share %d cores of this machine", num_workers, cores)
     try:
-        if AUTH_MODE not in os.environ:  # as Ray itself does from 2.59 on
-            _keep_token_private()
-            _use_token()
+        _make_token_private()
         # address="local" never joins a cluster that happens to run on this machine.
-        ray.init(address="local", num_cpus=max(cores, wanted), include_dashboard=False, **QUIET)
+        ray.init(address="local", num_cpus=max(cores, num_cpus), include_dashboard=False, **QUIET)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ResourceError(
             f"cluster: Ray does not start on this machine: {first_line(error)}; its logs are in"
@@ -128,19 +126,15 @@ def _start(config: RunConfig) -> None:
         ) from error
 
 
-def _keep_token_private() -> None:
-    """Make the file that Ray is about to write its token to, for everyone to read, the user's."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+def _make_token_private() -> None:
+    """Create the file of Ray's token with mode 0600: Ray would create it readable by everyone."""
+    # https://docs.ray.io/en/latest/ray-security/token-auth.html
+    if os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
-    token = _default_token_path()
+    token = Path.home() / ".ray" / "auth_token"
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     token.touch(mode=0o600)
     token.chmod(0o600)
-
-
-def _use_token() -> None:
-    os.environ[AUTH_MODE] = "token"
-    ray._raylet.Config.initialize("")  # Ray read the variable when it was imported
 
 
 def _join(address: str) -> None:
@@ -149,61 +143,39 @@ def _join(address: str) -> None:
             f"cluster.address: {address!r} is a URL; give host:port of the cluster's head, or run"
             " the command on the cluster with `ray job submit`"
         )
-    if address != "auto":  # which is looked up among the processes of this machine
-        _check_reachable(address)
+    # Otherwise Ray writes a line to stderr for each attempt, also after the line of our error.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    joined: Future[None] = Future()
+
+    def init() -> None:
+        try:
+            ray.init(address=address, **QUIET)
+            joined.set_result(None)
+        except Exception as error:  # noqa: BLE001 -- raised again by `result`
+            joined.set_exception(error)
+
     try:
-        ray.init(address=address, **QUIET)
+        if address != "auto":  # Ray looks for a cluster on this machine
+            _check_listening(address)
+        # ray.init tries for minutes and ignores Ctrl-C meanwhile, so a thread waits for it.
+        threading.Thread(target=init, name="ray.init", daemon=True).start()
+        joined.result(timeout=JOIN_TIMEOUT_S)
+    except TimeoutError as error:
+        reason = f"no Ray cluster answers there within {JOIN_TIMEOUT_S:g} s, or it needs a token"
+        raise _cannot_join(address, reason) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise _cannot_join(address, first_line(error)) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Refuse an address where no Ray answers: Ray itself would try for minutes.
-
-    Turns token authentication on where the cluster asks for it and the user has a token, which Ray
-    does for a cluster on this machine only. Other ways to prove who one is are left to Ray.
-    """
-    code, details = _ask(address, token="")
-    uses_token = os.environ.get(AUTH_MODE, "token").lower() == "token"
-    if code == grpc.StatusCode.UNAUTHENTICATED and uses_token:
-        code, details = _ask(address, token=_user_token())
-        if code == grpc.StatusCode.UNAUTHENTICATED:
-            details = "it asks for a token, and there is none here or another one"
-            remedy = "set RAY_AUTH_TOKEN, or copy the head's ~/.ray/auth_token to this machine"
-            raise _cannot_join(address, details, remedy=remedy)
-        _use_token()
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        raise _cannot_join(address, details)
+def _check_listening(address: str) -> None:
+    """Raise `OSError` or `ValueError` where nothing listens at `address`."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def _ask(address: str, *, token: str) -> tuple[grpc.StatusCode, str]:
-    """Status of one bounded call to the head of a cluster, answered before one has joined."""
-    metadata = [("authorization", f"Bearer {token}")] if token else []
-    # As Ray does; a proxy would answer for the cluster.
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-        try:
-            call(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)
-        except grpc.RpcError as error:
-            return error.code(), str(error.details())
-    return grpc.StatusCode.OK, ""
-
-
-def _user_token() -> str:
-    """The token of the user, where Ray looks for it, or an empty string."""
-    if "RAY_AUTH_TOKEN" in os.environ:
-        return os.environ["RAY_AUTH_TOKEN"].strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", _default_token_path()))
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-def _default_token_path() -> Path:
-    return Path.home() / ".ray" / "auth_token"
-
-
-def _cannot_join(address: str, reason: str, *, remedy: str = "") -> ResourceError:
-    remedy = remedy or (
-        "start it with `ray start --head`, or leave cluster.address and RAY_ADDRESS empty for a"
-        " local one"
+def _cannot_join(address: str, reason: str) -> ResourceError:
+    return ResourceError(
+        f"cluster.address: cannot join {address!r}: {reason}; start it with `ray start --head`, set"
+        " RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it needs a token, or leave cluster.address"
+        " and RAY_ADDRESS empty for a local cluster"
     )
-    return ResourceError(f"cluster.address: cannot join {address!r}: {reason}; {remedy}")

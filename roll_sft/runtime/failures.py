@@ -1,8 +1,8 @@
-"""From what Ray says of a failed call to one error that names rank, host and cause.
+"""Turns failed calls to the workers into one error that names rank, host and cause.
 
-When a rank fails its peers fail too, in the collective that it left, or wait there for ever. So the
-first error to arrive need not be the cause: a death explains other errors, and an error of any kind
-explains those that only say that a peer is gone.
+When a rank fails, its peers fail too in the collective that it left, or wait there for ever. So the
+first error to arrive may not be the cause. A death explains every other error, and any other error
+explains those which only report a lost peer.
 """
 
 import logging
@@ -21,11 +21,11 @@ from roll_sft.base.errors import RollSftError, WorkerError
 from roll_sft.runtime.worker import RankError, WorkerAddress, log_path, started_line
 
 LOG = logging.getLogger(__name__)
-CAUSE_GRACE_S = 3.0  # after a peer's error, how long the rank that caused it may take to be heard
+CAUSE_GRACE_S = 3.0  # how long to wait for the cause after an error about a lost peer
 LOG_TAIL_BYTES = 1 << 18
-SHOWN = 4  # ranks in one message
+MAX_SHOWN = 4  # ranks in one message
 EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|\n|$)")
-END_OF_FILE = "connection error code 2"  # the process is gone and nothing else is known
+END_OF_FILE = "connection error code 2"  # Ray lost the process and knows no more
 KINDS = {
     kind.exit_code: kind
     for kind in (
@@ -40,7 +40,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Where the ranks run, empty until they have said so, and where their logs are."""
+    """Addresses of the ranks, empty until all have started, and the folder of their logs."""
 
     addresses: tuple[WorkerAddress, ...]
     logs: Path
@@ -50,7 +50,7 @@ class Ranks:
         return str(self.addresses[rank]) if self.addresses else f"rank {rank}"
 
     def log(self, rank: int) -> str:
-        """What the rank has logged in this run; of a long log the end."""
+        """The end of the rank's log, at most `LOG_TAIL_BYTES`, without earlier runs."""
         try:
             with log_path(self.logs, rank).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
@@ -62,7 +62,7 @@ class Ranks:
 
 
 def first_cause(phase: str, references: Sequence[Any], ranks: Ranks) -> RollSftError:
-    """The error of `references`, one a rank and at least one failed, that explains the others."""
+    """The error that explains the others; `references` has one call a rank, one of them failed."""
     ends = time.monotonic() + CAUSE_GRACE_S
     while True:
         ready, pending = ray.wait(list(references), num_returns=len(references), timeout=0)
@@ -77,26 +77,30 @@ def first_cause(phase: str, references: Sequence[Any], ranks: Ranks) -> RollSftE
 def missed_deadline(
     phase: str, references: Sequence[Any], *, deadline_s: float, ranks: Ranks
 ) -> WorkerError:
-    """What the late ranks were doing when `phase` ran out of time, by the stacks in their logs."""
-    _done, waited = ray.wait(list(references), num_returns=len(references), timeout=0)
-    late = [rank for rank, each in enumerate(references) if each in waited or not waited]
+    """The error of a phase that ran out of time: where its late ranks are.
+
+    Each worker writes its stacks to its log at the deadline; a rank without one is stopped or gone.
+    """
+    _ready, pending = ray.wait(list(references), num_returns=len(references), timeout=0)
+    late = [rank for rank, reference in enumerate(references) if reference in pending]
+    late = late or list(range(len(references)))  # all of them answered after the deadline
     stacks = {rank: _stack(ranks.log(rank)) for rank in late}
-    silent = [rank for rank in late if not stacks[rank]]
-    busy = [rank for rank in late if stacks[rank] and not _is_waiting(stacks[rank])]
-    waiting = [rank for rank in late if stacks[rank] and _is_waiting(stacks[rank])]
-    blamed = (silent + busy) or waiting
-    for rank in (busy or waiting)[:1]:
+    waiting = [rank for rank in late if _is_waiting(stacks[rank])]
+    # A rank that waits in a collective is late because of another rank.
+    culprits = [rank for rank in late if rank not in waiting] or waiting
+    culprits.sort(key=lambda rank: bool(stacks[rank]))  # first those without a sign of life
+    for rank in [rank for rank in culprits if stacks[rank]][:1]:
         LOG.error(
-            "%s is here, innermost call first:\n%s", ranks.name(rank), "\n".join(stacks[rank])
+            "stack of %s, innermost call first:\n%s", ranks.name(rank), "\n".join(stacks[rank])
         )
-    found = [f"{ranks.name(rank)} {_state(stacks[rank])}" for rank in blamed[:SHOWN]]
-    if blamed[SHOWN:]:
-        found.append(f"so do {_listed(blamed[SHOWN:])}")
-    if blamed is not waiting and waiting:
+    found = [f"{ranks.name(rank)} {_state(stacks[rank])}" for rank in culprits[:MAX_SHOWN]]
+    if culprits[MAX_SHOWN:]:
+        found.append(f"likewise {_listed(culprits[MAX_SHOWN:])}")
+    if waiting and culprits != waiting:
         found.append(f"{_listed(waiting)} waited for that")
     return WorkerError(
         f"{phase} did not finish within {deadline_s:g} s: {'; '.join(found)}; the stacks are at the"
-        f" end of {log_path(ranks.logs, blamed[0])} and of the other logs beside it"
+        f" end of {log_path(ranks.logs, culprits[0])} and of the other logs beside it"
     )
 
 
@@ -113,7 +117,7 @@ def _failures(references: Sequence[Any], ready: set[Any]) -> list[tuple[int, Ray
 
 
 def _distance(failure: RayError) -> int:
-    """From the cause: 0 for a death, 1 for an error of the rank's own, 2 for a lost peer."""
+    """Distance from the cause: 0 is a death, 1 an error of the rank itself, 2 a lost peer."""
     if isinstance(failure, RayTaskError) and isinstance(failure.cause, RankError):
         return 2 if failure.cause.fault.is_collateral else 1
     return 0 if isinstance(failure, RayActorError) else 1
@@ -122,7 +126,7 @@ def _distance(failure: RayError) -> int:
 def _as_ours(phase: str, rank: int, failure: RayError, ranks: Ranks) -> RollSftError:
     if isinstance(failure, RayTaskError) and isinstance(failure.cause, RankError):
         fault = failure.cause.fault
-        if fault.exit_code is None:  # not the user's: the traceback helps
+        if fault.exit_code is None:  # a bug: log the traceback
             LOG.error("%s\n%s", ranks.name(rank), fault.details)
         return KINDS.get(fault.exit_code or 0, WorkerError)(f"{fault}; {_see_log(rank, ranks)}")
     reason = _reason_of_death(failure, ranks.log(rank))
@@ -137,7 +141,7 @@ def _reason_of_death(failure: RayError, log: str) -> str:
     if detail and END_OF_FILE in detail.group(1):
         return "it was killed, by a signal or by the kernel for want of memory"
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    # An actor that could not be made brings a traceback, whose last line says why.
+    # The error of an actor that could not be created holds a traceback; its last line is the cause.
     is_traceback = isinstance(failure, RayActorError) and failure.actor_init_failed
     return detail.group(1).strip() if detail else lines[-1 if is_traceback else 0]
 
@@ -147,7 +151,10 @@ def _see_log(rank: int, ranks: Ranks) -> str:
 
 
 def _stack(log: str) -> list[str]:
-    """The frames of the verb in the last stack that the deadline wrote, innermost first."""
+    """Frames of the thread that runs the worker's method, innermost first.
+
+    They come from the last stacks that a deadline wrote to `log`; without any the list is empty.
+    """
     _before, marker, dump = log.rpartition("Timeout (")
     for thread in (
         re.split(r"^(?:Current t|T)hread 0x.*$", dump, flags=re.MULTILINE) if marker else []
@@ -163,7 +170,7 @@ def _frames(thread: str) -> Iterator[str]:
         if line.startswith("  File "):
             yield line.strip()
         elif line.strip():
-            return  # a message of another thread, written after the dump
+            return  # a log line of another thread, written after the stacks
 
 
 def _is_waiting(frames: Sequence[str]) -> bool:
@@ -171,8 +178,8 @@ def _is_waiting(frames: Sequence[str]) -> bool:
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - SHOWN} more" if ranks[SHOWN:] else ""
-    return f"rank {', '.join(map(str, ranks[:SHOWN]))}{more}"
+    more = f" and {len(ranks) - MAX_SHOWN} more" if ranks[MAX_SHOWN:] else ""
+    return f"rank {', '.join(map(str, ranks[:MAX_SHOWN]))}{more}"
 
 
 def _state(frames: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
-"""`WorkerGroup`: one actor per rank behind one typed method per verb.
+"""`WorkerGroup`: one actor per rank, with one typed method for each call to all of them.
 
-`train_step` returns at once with references, so that the driver can queue the next step;
-`wait_step` collects them. One message goes to each worker per verb, and plans cross the wire, never
-tokens. Promises: whatever goes wrong, the first true cause surfaces with its rank and host; nothing
-waits past a deadline; after `close` or `kill` no worker is left, stopped ones included.
+`train_step` returns references at once, so that the driver can queue the next step; `wait_step`
+collects the results. A call sends one message to each worker, which holds plans and never tokens.
+Promises: an error names the rank and host that caused it; nothing waits past a deadline; after
+`close` or `kill` no worker is left, stopped processes included.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
 
 LOG = logging.getLogger(__name__)
-DEADLINE_GRACE_S = 3.0  # a worker writes its stack at the deadline; leave it time to
+DEADLINE_GRACE_S = 3.0  # time for a worker to write its stacks after the deadline
 CLOSE_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 1.0
 NO_OP_TIMEOUT_S = 60.0
-CHUNKS_AHEAD = 2  # of an evaluation, queued at the workers
+CHUNKS_AHEAD = 2  # chunks of an evaluation that are queued at the workers
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A verb under way on every rank, one reference a rank; the deadline runs from the wait on."""
+    """A running call, one reference per rank; its deadline counts from the wait for it."""
 
     phase: str
     deadline_s: float
@@ -48,7 +48,7 @@ class Pending:
 
 
 class WorkerGroup:
-    """The actors of a run, rank by rank. Use `start`, then the verbs, then `close`."""
+    """The actors of a run, in order of rank. Call `start` first and `close` last."""
 
     def __init__(
         self, config: RunConfig, *, slots: Slots, logs: Path, checkpoint: Path | None = None
@@ -94,9 +94,9 @@ class WorkerGroup:
     def train_step(
         self, plan: StepPlan, *, learning_rate: float, following: StepPlan | None = None
     ) -> Pending:
-        """Queue one optimizer step; each rank gets its data rank's micro-batches.
+        """Queue one optimizer step; each rank gets the micro-batches of its data-parallel rank.
 
-        It builds those of the `following` step meanwhile.
+        A rank also builds the batch of the `following` step while this one runs.
         """
         works = [
             plan.work_for(data_rank, learning_rate=learning_rate, following=following)
@@ -109,12 +109,12 @@ class WorkerGroup:
         return Pending(f"step {plan.step}", self._config.cluster.step_timeout_s, references)
 
     def wait_step(self, pending: Pending) -> StepMetrics:
-        """The metrics of a queued step, once every rank has finished it."""
+        """Wait until every rank has finished a queued step; returns its metrics."""
         metrics: StepMetrics = self._collect(pending)[self._layout.reporting_rank]
         return metrics
 
     def evaluate(self, name: str, plans: Sequence[StepPlan]) -> EvalMetrics:
-        """Loss over a whole validation set, chunk by chunk, a few of them queued ahead."""
+        """Loss over a validation set, one plan after the other, with some queued ahead."""
         total, pending, waiting = EvalMetrics(0.0, 0), deque[Pending](), deque(plans)
         while pending or waiting:
             while waiting and len(pending) <= CHUNKS_AHEAD:
@@ -126,21 +126,21 @@ class WorkerGroup:
         return total
 
     def begin_save(self, folder: Path) -> None:
-        """Write all shards into `folder`; with `async_save` only copy them, and write meanwhile."""
+        """Write all shards into `folder`; with `async_save` copy them, and write in background."""
         self._collect(self._saving([actor.begin_save.remote(folder) for actor in self._actors]))
 
     def is_saved(self) -> Pending:
-        """Ask every rank, after what is queued, whether it has written what it began to."""
+        """Ask every rank whether its part of the save is written; answered in order of calls."""
         return self._saving([actor.is_saved.remote() for actor in self._actors])
 
     def answer_of(self, pending: Pending) -> bool | None:
-        """What `is_saved` came to; None where not every rank has answered."""
+        """The answer to `is_saved`; None while not every rank has answered."""
         references = pending.references
         _ready, waited = ray.wait(references, num_returns=len(references), timeout=0)
         return None if waited else all(self._collect(pending))
 
     def finish_save(self) -> None:
-        """Wait until every rank has written what it began to."""
+        """Wait until every rank has written its part of the save."""
         self._collect(self._saving([actor.finish_save.remote() for actor in self._actors]))
 
     def call(self, function: str, argument: Any, *, phase: str, deadline_s: float) -> list[Any]:
@@ -156,29 +156,27 @@ class WorkerGroup:
         return Pending("checkpoint", self._config.cluster.checkpoint_timeout_s, references)
 
     def no_op(self) -> None:
-        """A round trip to every worker and back."""
+        """One empty call to every worker; benchmarks measure the driver against it."""
         references = [actor.no_op.remote() for actor in self._actors]
         self._collect(Pending("no-op", NO_OP_TIMEOUT_S, references))
 
     def close(self) -> None:
-        """Let the workers leave their groups, then end them. Bounded; never raises for a worker."""
+        """Let the workers leave their process groups, then end them; an error is only logged."""
         references = [actor.close.remote() for actor in self._actors]
         try:
             ray.get(references, timeout=CLOSE_TIMEOUT_S)
-        except RayError as error:  # the work is done and saved, so this is no reason to fail
-            LOG.warning(
-                "the workers did not close in order: %s", str(error).strip().rpartition("\n")[2]
-            )
+        except RayError as error:  # the run is done and saved
+            LOG.warning("the workers did not close: %s", str(error).strip().rpartition("\n")[2])
         self.kill()
 
     def kill(self) -> None:
-        """End the workers now; those of this node are gone when it returns."""
+        """End the workers now; those on this node are gone when it returns."""
         for actor in self._actors:
             ray.kill(actor)
         here = ray.get_runtime_context().get_node_id()
         pids = [address.pid for address in self.addresses if address.node_id == here]
-        # A stopped process hears of nothing but SIGKILL, which Ray sends after five seconds; a
-        # cluster of our own is gone by then.
+        # A stopped process reacts to SIGKILL alone, which Ray sends after five seconds; by then a
+        # cluster of our own has ended, and nobody sends it.
         _gone, stopped = psutil.wait_procs(_processes(pids), timeout=KILL_TIMEOUT_S)
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -205,10 +203,10 @@ class WorkerGroup:
         return Pending(f"evaluation of {name}", deadline_s, references)
 
     def _collect(self, pending: Pending) -> list[Any]:
-        """Results of all ranks; the first true cause as an error of ours, or a missed deadline."""
+        """Results of all ranks. Raises the error that caused the others, or `WorkerError`."""
         references, ranks = pending.references, Ranks(self.addresses, self._logs)
         try:
-            # Raises at the first error, though the others may be waiting for ever.
+            # Raises at the first error, while other ranks may still wait for their peers.
             results: list[Any] = ray.get(references, timeout=pending.deadline_s + DEADLINE_GRACE_S)
         except GetTimeoutError:
             raise missed_deadline(

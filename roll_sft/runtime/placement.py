@@ -1,9 +1,8 @@
-"""Where the ranks of a run sit: check the resources, wait for them, reserve them.
+"""Checks the cluster for the resources of a run, waits for them and reserves them.
 
-Assumes a connection to Ray and nothing about the cluster. Promises that what cannot fit is refused
-with a table of what is wanted and what there is, at once where it can never fit and within
-`placement_timeout_s` where others hold it. Ranks of one tensor-parallel group share a bundle, a
-bundle never spans nodes, and ranks go node by node.
+Assumes a connection to Ray. Promises: workers that the cluster can never hold are refused at once,
+and within `placement_timeout_s` where other jobs hold the resources, both with a table; ranks of
+one tensor-parallel group share a bundle, which lies on one node; ranks are numbered node by node.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address, o
 from roll_sft.runtime.cluster import connected
 
 LOG = logging.getLogger(__name__)
-PATIENCE_S = 3.0  # a wait that lasts longer is announced
+SILENT_WAIT_S = 3.0  # a longer wait is logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +39,9 @@ class Slots:
 
 
 def with_device_of_cluster(config: RunConfig) -> RunConfig:
-    """`config` with `auto` decided by the cluster that it joins; as it is where it joins none.
+    """`config` with `parallel.device` and `model.dtype` decided by the cluster that it joins.
 
-    Raises `ResourceError` where that cluster does not answer.
+    Unchanged where the run joins no cluster. Raises `ResourceError` where it cannot be joined.
     """
     if config.parallel.device != "auto" or cluster_address(config) is None:
         return config
@@ -53,9 +52,10 @@ def with_device_of_cluster(config: RunConfig) -> RunConfig:
 
 @contextlib.contextmanager
 def reserved(config: RunConfig) -> Iterator[Slots]:
-    """The resources of a run while the block runs. Raises `ResourceError` (exit 4), with a table.
+    """Reserve the resources of a run while the block runs.
 
-    They go back to the cluster after the block, or when this process ends.
+    Ray releases them when this process ends. Raises `ResourceError` (exit 4) with a table of
+    resources where the cluster does not have them.
     """
     parallel = config.parallel
     tensor_size = parallel.tensor_model_parallel_size
@@ -66,7 +66,7 @@ def reserved(config: RunConfig) -> Iterator[Slots]:
         bundle["GPU"] = float(tensor_size)
     num_bundles = parallel.num_workers // tensor_size
     if _bundles_that_fit(bundle) < num_bundles:
-        raise ResourceError(_shortfall(parallel, bundle, verdict="the cluster can never hold"))
+        raise ResourceError(_shortfall(parallel, bundle, reason="the cluster has less in total"))
     group = placement_group([bundle] * num_bundles, strategy="PACK")
     try:
         _wait_for(group, parallel, bundle)
@@ -83,13 +83,15 @@ def reserved(config: RunConfig) -> Iterator[Slots]:
 
 def _wait_for(group: PlacementGroup, parallel: ParallelConfig, bundle: Mapping[str, float]) -> None:
     ready, timeout_s = group.ready(), parallel.placement_timeout_s
-    if not ray.wait([ready], timeout=min(PATIENCE_S, timeout_s))[0]:
+    if not ray.wait([ready], timeout=min(SILENT_WAIT_S, timeout_s))[0]:
         LOG.info("waiting up to %g s for %d workers' resources", timeout_s, parallel.num_workers)
     try:
-        ray.get(ready, timeout=max(0.0, timeout_s - PATIENCE_S))
+        ray.get(ready, timeout=max(0.0, timeout_s - SILENT_WAIT_S))
     except GetTimeoutError as error:
-        verdict = f"others hold, after {timeout_s:g} s, what is left does not hold"
-        raise ResourceError(_shortfall(parallel, bundle, verdict=verdict)) from error
+        reason = (
+            f"other jobs still hold them after {timeout_s:g} s (parallel.placement_timeout_s); wait"
+        )
+        raise ResourceError(_shortfall(parallel, bundle, reason=reason)) from error
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -97,7 +99,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _bundles_that_fit(bundle: Mapping[str, float]) -> int:
-    """How many bundles the nodes hold when nothing else runs, each node for itself."""
+    """How many bundles the nodes hold when no other job runs; a bundle lies on one node."""
     return sum(
         min(int(node["Resources"].get(name, 0) // amount) for name, amount in bundle.items())
         for node in _nodes()
@@ -105,7 +107,7 @@ def _bundles_that_fit(bundle: Mapping[str, float]) -> int:
 
 
 def _bundles_by_node(node_of_bundle: Mapping[int, str], *, tensor_size: int) -> tuple[int, ...]:
-    """The bundle of each rank: node by node, so that neighbouring ranks are close on the wire."""
+    """The bundle of each rank, node by node, so that neighbouring ranks share a node."""
     nodes = list(dict.fromkeys(node_of_bundle[bundle] for bundle in sorted(node_of_bundle)))
     ordered = sorted(
         node_of_bundle, key=lambda bundle: (nodes.index(node_of_bundle[bundle]), bundle)
@@ -113,8 +115,8 @@ def _bundles_by_node(node_of_bundle: Mapping[int, str], *, tensor_size: int) -> 
     return tuple(bundle for bundle in ordered for _ in range(tensor_size))
 
 
-def _shortfall(parallel: ParallelConfig, bundle: Mapping[str, float], *, verdict: str) -> str:
-    """The table of wanted and available, with the verdict and the remedy as its last line."""
+def _shortfall(parallel: ParallelConfig, bundle: Mapping[str, float], *, reason: str) -> str:
+    """A table of wanted and available resources; the last line has the reason and the remedy."""
     free = ray.available_resources()
     num_bundles = parallel.num_workers // parallel.tensor_model_parallel_size
     rows = [("resource", "wanted", "in total", "free now")]
@@ -129,6 +131,6 @@ def _shortfall(parallel: ParallelConfig, bundle: Mapping[str, float], *, verdict
     each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     return (
         f"{table}\nparallel.num_workers: {parallel.num_workers} workers need {num_bundles} x"
-        f" ({each}), each of these on one node, which {verdict}; lower num_workers or the degrees,"
-        " or add nodes"
+        f" ({each}) on one node each; {reason}, lower parallel.num_workers or"
+        " parallel.tensor_model_parallel_size, or add nodes"
     )

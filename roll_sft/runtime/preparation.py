@@ -1,9 +1,9 @@
-"""Shards of data prepared by the cluster that a run joins, one Ray task and one CPU each.
+"""Prepares shards of data on the cluster that a run joins: one Ray task with one CPU per shard.
 
-Only a node that sees the driver's token cache can help: what it writes must be found again. So each
-node is first asked for a file that the driver has just put there, and tasks go to those that see it
-alone: others would answer at once, and so draw most of the queue. What no node can prepare is
-prepared by the driver's machine, so a cluster without shared disks costs time and never the run.
+A node must see the driver's token cache to write into it. So each node first looks for a file that
+the driver has just created there, and tasks go only to nodes that see it: a node without the cache
+would return its tasks at once, and so receive most of them. Shards that no node can prepare are
+prepared on the driver.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from roll_sft.runtime.cluster import connected
 
 LOG = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 30.0  # to start a process on each node and look for a file
-# Each task has one CPU, and the tokenizer would take them all.
+# Each task has one CPU; the tokenizer would start a thread for each core.
 ENVIRONMENT = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
 
 
 def spread_over_cluster(config: RunConfig) -> Spread | None:
-    """Prepares shards on the cluster that `config` joins; None where it joins none."""
+    """A function that prepares shards on the cluster that the run joins; None without one."""
     if cluster_address(config) is None:
         return None
 
     def over_cluster(
         tokenizer: ChatTokenizer, tasks: Sequence[ShardTask]
     ) -> Generator[BuiltShard, None, None]:
-        # One shard is quicker done than sent.
+        # Preparing a single shard here is faster than starting a task.
         if len(tasks) > 1:
             with connected(config), _visible(tasks[0].folder.parent) as nonce:
                 left = yield from _over_nodes(tokenizer, tasks, nonce=nonce)
@@ -53,10 +53,10 @@ def spread_over_cluster(config: RunConfig) -> Spread | None:
 def _over_nodes(
     tokenizer: ChatTokenizer, tasks: Sequence[ShardTask], *, nonce: Path
 ) -> Generator[BuiltShard, None, list[ShardTask]]:
-    """Yield what nodes prepared; return the tasks that met a node which cannot help."""
+    """Yield the shards that nodes prepared; return the tasks that no node could prepare."""
     nodes = _nodes_that_see(nonce)
     if not nodes:
-        LOG.info("no node of the cluster shares data.cache_dir; this machine prepares all shards")
+        LOG.info("no node of the cluster sees data.cache_dir; preparing all shards on the driver")
         return list(tasks)
     remote: Any = ray.remote(_fill_if_visible)
     remote = remote.options(
@@ -81,7 +81,7 @@ def _over_nodes(
             ray.cancel(reference)
     if left:
         LOG.info(
-            "%d of %d shards ran on nodes without the data; preparing them on this machine",
+            "%d of %d shards ran on nodes without the data; preparing them on the driver",
             len(left),
             len(tasks),
         )
@@ -89,7 +89,7 @@ def _over_nodes(
 
 
 def _nodes_that_see(nonce: Path) -> list[str]:
-    """The ids of the nodes that see the file; those that do not answer in time are left out."""
+    """Ids of the nodes that see the file `nonce` and answer within `_ANSWER_TIMEOUT_S`."""
     probe: Any = ray.remote(_sees)
     asked = {
         probe.options(
@@ -108,7 +108,7 @@ def _nodes_that_see(nonce: Path) -> list[str]:
 def _answer(reference: Any) -> bool:
     try:
         seen: bool = ray.get(reference)
-    except RayError:  # a node that ended meanwhile cannot help
+    except RayError:  # the node ended meanwhile
         return False
     return seen
 
@@ -118,7 +118,7 @@ def _sees(nonce: Path) -> bool:
 
 
 def _fill_if_visible(tokenizer: ChatTokenizer, task: ShardTask, nonce: Path) -> BuiltShard | None:
-    """`build_shard` where this node shares the driver's cache and sees the file; None elsewhere."""
+    """`build_shard`, or None where this node does not see the driver's cache or the shard's file."""
     if not nonce.exists():
         return None
     is_local = "://" not in task.shard.file
@@ -144,7 +144,7 @@ def _result(reference: Any, task: ShardTask) -> BuiltShard | None:
 
 @contextlib.contextmanager
 def _visible(folder: Path) -> Iterator[Path]:
-    """A file in `folder` that a node sees if it sees this folder and not one of the same name."""
+    """A file with a new name in `folder`: a node that sees it has this folder, not a namesake."""
     folder.mkdir(parents=True, exist_ok=True)
     nonce = folder / f".visible_{uuid.uuid4().hex}"
     try:

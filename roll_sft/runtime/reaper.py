@@ -1,10 +1,10 @@
 """Ends a local Ray cluster that outlives its driver. A program of its own, of the standard library.
 
-A driver that is killed takes the head and the raylet with it, but Ray's agents stay for another
-minute: they report the end of the raylet to the head, which is gone, with a timeout of 60 s
-(`create_check_raylet_task` in ray/_private/process_watcher.py). So this program reads lines of
-`pid start_time` until its input ends, which it does when the driver ends in whatever way, and then
-kills the processes of them that are still there.
+A driver that is killed takes the head and the raylet with it. Ray's agents stay for another minute:
+they report the end of the raylet to the head, which is gone, with a timeout of 60 s
+(`create_check_raylet_task` in ray/_private/process_watcher.py). This program reads a process id a
+line until its input ends, which happens when the driver ends for any reason, and then kills those
+processes that are still there.
 """
 
 import os
@@ -14,15 +14,18 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Wait for the end of standard input, then kill what it named."""
-    watched = [line.split() for line in sys.stdin]
+    """Wait for the end of standard input, then kill the processes that it named."""
+    watched = [(int(line), start_time(int(line))) for line in sys.stdin]
     for pid, started in watched:
-        if start_time(int(pid)) == started:
-            os.kill(int(pid), signal.SIGKILL)
+        if started is not None and start_time(pid) == started:
+            os.kill(pid, signal.SIGKILL)
 
 
 def start_time(pid: int) -> str | None:
-    """When the process started, in the kernel's ticks; with `pid` it names a process for ever."""
+    """When the process started, in ticks of the kernel; None without such a process.
+
+    The kernel may use a process id again. Id and start time together name one process.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,10 +1,9 @@
-"""The actor of one rank: environment, log file, then `Engine`.
+"""The actor of one rank: sets the environment, opens the rank's log, builds and calls `Engine`.
 
-The only module that touches the process environment of a worker, and the one place where the engine
-is imported late, so that a head node without CUDA can hold the driver. Every verb adds rank, host
-and phase to what goes wrong and re-raises. Promises: past a phase's deadline the stack of every
-thread is in the rank's log; after an error the rank works no more, so that it cannot meet its peers
-in the wrong collective.
+The engine is imported in methods, so that the driver runs on a head node without CUDA. Each method
+adds rank, host and phase to an error and raises it again. Promises: past the deadline of a phase,
+the stack of every thread is in the rank's log; after an error, a rank only repeats that error, so
+that it never meets its peers in the wrong collective.
 """
 
 import contextlib
@@ -38,20 +37,20 @@ if TYPE_CHECKING:
     from roll_sft.models.source import ModelSource
 
 LOG = logging.getLogger(__name__)
-# What gloo says of a peer that left. Other libraries say it with a type, see `_is_collateral`.
+# Gloo reports a lost peer by text alone; other libraries by type, see `_is_collateral`.
 PEER_IS_GONE = re.compile(r"gloo/|connection (closed|reset) by peer", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is made from."""
+    """The arguments of a worker."""
 
     config: RunConfig
     rank: int
     device: str
     logs: Path
-    nonce: str  # of a file that the driver made in `logs`
-    checkpoint: Path | None = None  # to go on from
+    nonce: str  # names a file that the driver created in `logs`
+    checkpoint: Path | None = None  # resume from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,11 @@ class WorkerAddress:
 
 @dataclass(frozen=True, slots=True)
 class RankFault:
-    """What went wrong on one rank.
+    """An error of one rank.
 
-    `is_collateral` marks an error that only says that a peer is gone or late: the cause is there.
-    `exit_code` is that of an error of `roll_sft.base.errors`, None for any other.
+    `is_collateral` marks an error that reports a lost or late peer, where the cause is.
+    `exit_code` is set for errors of `roll_sft.base.errors`, None for any other. `details` is the
+    traceback.
     """
 
     address: WorkerAddress
@@ -88,7 +88,7 @@ class RankFault:
 
 
 class RankError(Exception):
-    """A `RankFault` on its way to the driver."""
+    """Carries a `RankFault` to the driver."""
 
     def __init__(self, fault: RankFault) -> None:
         super().__init__(fault)
@@ -125,7 +125,7 @@ class Worker:
         cluster = self._spec.config.cluster
         with self._phase("rendezvous", cluster.setup_timeout_s):
             with imports_kept():
-                # Most of the start, on all ranks at once.
+                # Takes most of the start, so all ranks do it at once.
                 import roll_sft.engine.engine  # noqa: F401
                 from roll_sft.engine.process_groups import serve_store
 
@@ -139,7 +139,7 @@ class Worker:
             return self._address.ip, self._store.port
 
     def fetch_model(self, model: "HubModel | None") -> None:
-        """Make this node have the model of the hub; None asks for nothing."""
+        """Download the model of the hub to this node; None does nothing."""
         with self._phase("model download", self._spec.config.cluster.checkpoint_timeout_s):
             if model is not None:
                 model.fetch()
@@ -185,18 +185,18 @@ class Worker:
             return self._engine.evaluate(name, micro_batches)
 
     def begin_save(self, folder: Path) -> None:
-        """Begin to write this rank's part into `folder`; with `async_save` from a copy, beside."""
+        """Begin to write this rank's part into `folder`; with `async_save` in background."""
         with self._phase("checkpoint", self._spec.config.cluster.checkpoint_timeout_s):
             self._engine.begin_save(folder)
 
     def is_saved(self) -> bool:
-        """Whether what `begin_save` began is on disk; raises what went wrong with it."""
+        """Whether the save is on disk; raises the error of a failed one."""
         with self._errors_of("checkpoint"):
             is_saved: bool = self._engine.is_saved()
             return is_saved
 
     def finish_save(self) -> None:
-        """Wait until what `begin_save` began is on disk."""
+        """Wait until the save is on disk."""
         with self._phase("checkpoint", self._spec.config.cluster.checkpoint_timeout_s):
             self._engine.finish_save()
 
@@ -212,13 +212,13 @@ class Worker:
             self._resources.close()
 
     def no_op(self) -> None:
-        """Answer; the unit that the driver's cost per step is measured in."""
+        """Do nothing; benchmarks measure the driver against it."""
 
     @contextlib.contextmanager
     def _phase(self, phase: str, deadline_s: float) -> Iterator[None]:
-        """`_errors_of`, and past the deadline every thread's stack to the log."""
+        """`_errors_of`, and past the deadline write every thread's stack to the log."""
         with self._errors_of(phase):
-            # A thread outside the interpreter, so a rank that holds the GIL for ever is seen too.
+            # faulthandler's thread needs no GIL, so it also shows a rank that never releases it.
             faulthandler.dump_traceback_later(deadline_s, file=self._log)
             try:
                 yield
@@ -227,31 +227,31 @@ class Worker:
 
     @contextlib.contextmanager
     def _errors_of(self, phase: str) -> Iterator[None]:
-        """Name rank, host and phase in what goes wrong, and fail for good."""
+        """Add rank, host and phase to an error, and raise it in every later call too."""
         if self._fault is not None:
             raise RankError(self._fault)
         try:
             yield
-        except Exception as error:  # a catch point: adds where and re-raises
+        except Exception as error:  # adds rank, host and phase, and raises again
             LOG.exception("%s", phase)
             self._fault = _fault_of(error, self._address, phase=phase)
             raise RankError(self._fault) from None
 
 
 def setup_deadline_s(config: RunConfig, checkpoint: Path | None) -> float:
-    """How long the set-up may take, the load of a checkpoint included."""
+    """Deadline of the setup, with the load of a checkpoint."""
     cluster = config.cluster
     return cluster.setup_timeout_s + (cluster.checkpoint_timeout_s if checkpoint else 0.0)
 
 
 def _local_device() -> int:
-    """Which of the GPUs that this process sees Ray lent to it."""
+    """Index, among the GPUs that this process sees, of the one that Ray assigned to it."""
     lent = ray.get_runtime_context().get_accelerator_ids()["GPU"]
     return device_index(lent[0], visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def device_index(lent: str, *, visible: str | None) -> int:
-    """The place of the GPU `lent` among those of `CUDA_VISIBLE_DEVICES`, whose value is `visible`.
+    """Index of the GPU `lent` in `visible`, the value of CUDA_VISIBLE_DEVICES.
 
     Ray shows a worker its own GPU alone, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set
     in the cluster: then all ranks of a node see all of its GPUs.
@@ -268,7 +268,7 @@ def log_path(logs: Path, rank: int) -> Path:
 
 
 def started_line(address: WorkerAddress) -> str:
-    """The line with which a worker begins its part of the log, which other runs may share."""
+    """First line of a worker in its log, which may hold earlier runs."""
     return f"{address} started"
 
 
@@ -293,7 +293,7 @@ def _is_collateral(error: Exception) -> bool:
 
 
 def nonce_path(logs: Path, nonce: str) -> Path:
-    """The file by which a worker knows that it sees the driver's folder and not one like it."""
+    """A file that shows a worker that it sees the driver's folder, not one of the same name."""
     return logs / f".shared_{nonce}"
 
 
@@ -321,7 +321,7 @@ class _LogFormatter(logging.Formatter):
 
 
 def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
-    """The rank's own log; also what its libraries print, and the stack of a crash."""
+    """Open the rank's log; the output of its libraries and the stack of a crash go there too."""
     path = log_path(spec.logs, spec.rank)
     with writing(path):
         spec.logs.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,3 @@
-import time
 from collections import Counter
 
 import pytest
@@ -15,10 +14,14 @@ ALL_CPUS = 4.0
 
 
 def refusal(config):
-    started = time.monotonic()
-    with pytest.raises(ResourceError) as caught, reserved(config):
-        pass
-    return str(caught.value), time.monotonic() - started
+    """The message, and whether the refusal waited for resources to become free."""
+    waits = []
+    wait_for = placement._wait_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "_wait_for", lambda *args: (waits.append(args), wait_for(*args)))
+        with pytest.raises(ResourceError) as caught, reserved(config):
+            pass
+    return str(caught.value), bool(waits)
 
 
 def free_cpus():
@@ -31,8 +34,8 @@ def nodes_of(slots):
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once_with_a_table(joined):
-    message, seconds = refusal(joined(parallel={"num_workers": 5}))
-    assert seconds < 3
+    message, waits = refusal(joined(parallel={"num_workers": 5}))
+    assert not waits
     *table, last = message.splitlines()
     assert [row.split() for row in table[:2]] == [
         ["resource", "wanted", "in", "total", "free", "now"],
@@ -40,18 +43,18 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once_with_a_table
     ]
     assert [row.split()[-2:] for row in table[2:]] == [["CPU", "2"]] * 2
     assert last.startswith("parallel.num_workers: 5 workers need 5 x (1 CPU)")
-    assert "the cluster can never hold" in last
+    assert "in total" in last
 
 
 def test_tensor_group_that_no_single_node_holds_is_refused_though_the_total_would_do(joined):
     parallel = {"num_workers": 4, "tensor_model_parallel_size": 4}
-    message, seconds = refusal(joined(parallel=parallel))
-    assert seconds < 3
-    assert "4 workers need 1 x (4 CPU), each of these on one node" in message
+    message, waits = refusal(joined(parallel=parallel))
+    assert not waits
+    assert "4 workers need 1 x (4 CPU) on one node each" in message
 
 
 def test_gpus_that_nobody_has_are_named(joined):
-    message, _seconds = refusal(joined(parallel={"num_workers": 2, "device": "cuda"}))
+    message, _waits = refusal(joined(parallel={"num_workers": 2, "device": "cuda"}))
     assert ["GPU", "2", "0", "0"] in [row.split() for row in message.splitlines()]
 
 
@@ -61,12 +64,12 @@ def test_resources_that_others_hold_are_waited_for_and_then_refused(joined):
     ray.get(held.ready())
     try:
         parallel = {"num_workers": 4, "placement_timeout_s": 2.0}
-        message, seconds = refusal(joined(parallel=parallel))
+        message, waits = refusal(joined(parallel=parallel))
     finally:
         remove_placement_group(held)
-    assert 2 <= seconds < 5
+    assert waits
     assert ["CPU", "4", "4", "2"] in [row.split() for row in message.splitlines()]
-    assert "others hold" in message
+    assert "after 2 s (parallel.placement_timeout_s)" in message
 
 
 def test_resources_that_become_free_in_time_are_taken_and_given_back(joined):
