@@ -22,7 +22,7 @@ from roll_sft.train import run_folder
 from roll_sft.train.start_clock import StartUp
 
 if TYPE_CHECKING:
-    from roll_sft.tracking.mlflow_run import MlflowRun
+    from roll_sft.tracking.trackers import Tracker
 
 LOG = logging.getLogger(__name__)
 JOB = "job"  # the folder of a run that joins the stages
@@ -92,7 +92,7 @@ def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp)
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 
-def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManager[list[MlflowRun]]":
+def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManager[list[Tracker]]":
     """The trackers of `job`; each is loaded where a configuration names it."""
     if "mlflow" not in job.config.tracking.backends:
         return contextlib.nullcontext([])

@@ -1,11 +1,12 @@
-"""One run in MLflow, with the driver as its only writer and off the critical path.
+"""One run in MLflow. The driver is its only writer and never waits for it.
 
-A thread owns the client: the import, the database's first migration, every request and every retry
-are there. It reads metrics from the run's own files (see `journal`), so nothing waits in memory.
+A thread owns the client: the import, the first migration of the database, every request and every
+retry run there. It reads metrics from the files of the run (see `journal`), so none is kept in
+memory.
 
-Promises: an MLflow that fails never ends or slows a run, and each kind of failure is said once,
-with its cause; what a server missed is sent when it answers again, or by the next start of the same
-command; `close` is bounded.
+Promises: a failure of MLflow never ends or slows a run, and each kind of failure is logged once
+with its cause; metrics that a server missed are sent when it answers again, or by the next start of
+the same command; `close` is bounded.
 """
 
 import json
@@ -18,14 +19,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock
 
 from roll_sft.base.errors import first_line
 from roll_sft.base.text import redacted
+from roll_sft.checkpoint.resume import AUTO, Start
+from roll_sft.job.job import Job
 from roll_sft.tracking.journal import Journal, Point, safe_name
-from roll_sft.tracking.run_facts import DataInput, RunFacts
+from roll_sft.tracking.mlflow_pages import RUN_FILE, SQLITE, NotedRun, noted_run
+from roll_sft.tracking.run_facts import DataInput, RunFacts, facts_of
 from roll_sft.tracking.system_metrics import SystemMetrics
 
 LOG = logging.getLogger(__name__)
@@ -35,18 +39,15 @@ MAX_VALUE_LENGTH = 6000
 MAX_DATASET_NAME_LENGTH = 500
 SEND_EVERY_S = 2.0
 SYSTEM_METRICS_EVERY_S = 30.0
-RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # on top of MLflow's own retries; the last one again and again
+RETRY_PAUSES_S = (10.0, 60.0, 600.0)  # between attempts; the last one repeats
 CLOSE_TIMEOUT_S = 30.0
-CLOSE_IN_TROUBLE_TIMEOUT_S = 10.0  # of the run or of MLflow
-SQLITE = "sqlite:///"
-RUN_FILE = ".mlflow_run"  # in the run's folder: a NotedRun
+CLOSE_TIMEOUT_AFTER_FAILURE_S = 10.0  # of the run, or of an earlier request
 FINISHED, FAILED, KILLED, RUNNING = "FINISHED", "FAILED", "KILLED", "RUNNING"  # MLflow's words
-LOCAL_SERVER = "http://127.0.0.1:5000"  # what `mlflow ui` serves at
 FOLDER_TAG = "output_dir"
-# Without it, MLflow's pages take an experiment for one of traces; the newest want it in the address
-# too, see NotedRun.page.
+# Without this tag MLflow shows an experiment in its view for traces. Its newest versions also need
+# the kind in the address of a page, see NotedRun.page.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-# Artifacts, and the folder of each; those that there are when the run begins, and at its end.
+# Artifacts and the folder of each: those that exist when the run begins, and those at its end.
 FIRST_FILES: dict[str, str | None] = {"config.yaml": None, "data_report.json": None}
 ALL_FILES: dict[str, str | None] = {
     **FIRST_FILES,
@@ -58,39 +59,26 @@ ALL_FILES: dict[str, str | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a run is recorded, and as what."""
+    """The server or database of a run, and its names there."""
 
     uri: str
     experiment: str
     run_name: str
 
 
-class NotedRun(NamedTuple):
-    """The MLflow run of a run's folder."""
-
-    run_id: str
-    experiment_id: str
-    status: str
-
-    def page(self, server: str) -> str:
-        """Its page on an MLflow `server`, in the view of training runs and not of traces."""
-        place = f"experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"{server.rstrip('/')}/#/{place}?workflowType=machine_learning"
-
-
 class _RefusedError(Exception):
-    """MLflow does not take this request, now or later."""
+    """MLflow refuses the request; another attempt would fail too."""
 
 
 class _UnreachableError(Exception):
-    """MLflow did not answer until the run was over."""
+    """MLflow does not answer; another attempt may succeed."""
 
 
 class MlflowRun:
-    """The record of the run in `folder`. Calls return at once; `close` waits within a bound.
+    """The record of the run in `folder`: a `Tracker`.
 
-    A run that `continues` goes on in the MLflow run that its folder names, and records of a metric
-    what is past the last step there. `facts` is called in the thread.
+    A run that `continues` is recorded in the MLflow run that its folder names, each metric after
+    the last step there. `facts` is called in the thread.
     """
 
     def __init__(
@@ -104,7 +92,7 @@ class MlflowRun:
     ) -> None:
         self._address, self._folder = address, folder
         uri = address.uri
-        # The file of an SQLite database, beside which its lock and its artifacts lie.
+        # The file of an SQLite database; its lock and artifacts lie beside it.
         self._database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
         self._journal, self._facts, self._continues = journal, facts, continues
         self._recorded: dict[str, int] = {}  # metric -> the last step of it before this process
@@ -118,11 +106,11 @@ class MlflowRun:
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
-        """Import MLflow and open the record, beside whatever the caller does."""
+        """Import MLflow and open the record, in the thread."""
         self._thread.start()
 
     def begin(self, *, device: str | None = None) -> None:
-        """Record from now on: the run's files are there, and are only added to."""
+        """Record from now on: the files of the run exist, and only grow."""
         self._device = device
         self._begun.set()
 
@@ -133,34 +121,35 @@ class MlflowRun:
         self._status = status
         self._closing.set()
         self._begun.set()
-        is_patient = status == FINISHED and not self._warned
-        self._thread.join(CLOSE_TIMEOUT_S if is_patient else CLOSE_IN_TROUBLE_TIMEOUT_S)
+        has_failed = status != FINISHED or self._warned
+        self._thread.join(CLOSE_TIMEOUT_AFTER_FAILURE_S if has_failed else CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             self._warn("speed", "is too slow: not all metrics are recorded; steps.jsonl has all")
 
     def _work(self) -> None:
         try:
             client_class = _import_client()
-            self._patiently(lambda: self._open(client_class))
+            self._with_retries(lambda: self._open(client_class))
             self._describe(self._facts())
             self._begun.wait()
             self._send_files(FIRST_FILES)
             if self._device is not None:
                 self._send_tags({"device": self._device})
             self._send_until_closed()
-            self._patiently(lambda: self._client.set_terminated(self._run_id, status=self._status))
+            finish = partial(self._client.set_terminated, self._run_id, status=self._status)
+            self._with_retries(finish)
             self._send_files(ALL_FILES)
             self._note(self._status)
         except (_RefusedError, _UnreachableError, ImportError, OSError) as error:
-            # OSError: of the run's own files.
-            self._warn("server", f"{first_line(error)}; the run goes on without it")
+            # OSError: from the files of the run.
+            self._warn("server", f"{first_line(error)}; the run continues without it")
 
     def _send_until_closed(self) -> None:
         systems = list[SystemMetrics]()  # empty where the machine cannot be sampled
         self._once("system metrics", lambda: systems.append(SystemMetrics(self._recorded)))
         is_last = False
         while not is_last:
-            # Before the files are read: all that was written until then is in them.
+            # Before the files are read, so that the last round reads all lines.
             is_last = self._closing.wait(SEND_EVERY_S)
             for points in self._journal.points():
                 self._send([p for p in points if p.step > self._recorded.get(p.name, -1)])
@@ -168,11 +157,11 @@ class MlflowRun:
                 self._send(system.points(every_s=SYSTEM_METRICS_EVERY_S))
 
     def _describe(self, facts: RunFacts) -> None:
-        """Record what is known before the first step; of a continued run, what is not there."""
+        """Record parameters, tags and data sets; of a continued run, the parameters it lacks."""
         from mlflow.entities import Param
 
         items = [(safe_name(key), _shortened(value)) for key, value in facts.params.items()]
-        # MLflow refuses another value for a parameter that it has.
+        # MLflow refuses a new value for a parameter that it has.
         params = [Param(*item) for item in items if item[0] not in self._known_params]
         for first in range(0, len(params), MAX_PARAMS_PER_BATCH):
             batch = params[first : first + MAX_PARAMS_PER_BATCH]
@@ -204,21 +193,21 @@ class MlflowRun:
                 self._once("artifacts", send)
 
     def _record(self, kind: str, request: Callable[[], object]) -> None:
-        """Make `request`, patiently; say it if MLflow does not take it, and go on."""
+        """Make `request` with retries; log a refusal and continue."""
         try:
-            self._patiently(request)
+            self._with_retries(request)
         except _RefusedError as error:
             self._warn(kind, f"{kind} are refused: {error}")
 
     def _once(self, kind: str, request: Callable[[], object]) -> None:
-        """Make `request`; say it if it fails, and go on: metrics do not wait for it."""
+        """Make `request` once; log a failure and continue, so that metrics do not wait for it."""
         try:
             _attempt(request)
         except (_RefusedError, _UnreachableError) as error:
             self._warn(kind, f"{kind} are not recorded: {error}")
 
-    def _patiently(self, request: Callable[[], object]) -> None:
-        """Make `request`; where MLflow is away, again and again until the run is over."""
+    def _with_retries(self, request: Callable[[], object]) -> None:
+        """Make `request`; while MLflow does not answer, repeat it until the run is over."""
         for pause_s in chain(RETRY_PAUSES_S, repeat(RETRY_PAUSES_S[-1])):
             is_last = self._closing.is_set()
             try:
@@ -227,7 +216,7 @@ class MlflowRun:
             except _UnreachableError as error:
                 if is_last:
                     raise
-                self._warn("server", f"{error}; the run goes on, and sends it all when it answers")
+                self._warn("server", f"{error}; the run continues and sends the metrics later")
             self._closing.wait(pause_s)
 
     def _warn(self, kind: str, reason: str) -> None:
@@ -238,8 +227,8 @@ class MlflowRun:
     def _open(self, client_class: Any) -> None:
         shelf = self._database.parent / ".mlflow_artifacts" if self._database else None
         if self._database is not None:
-            self._database.open("ab").close()  # where it cannot, MLflow would try for minutes
-        with self._alone():
+            self._database.open("ab").close()  # fails at once; MLflow would retry for minutes
+        with self._locked():
             if self._database is not None and self._database.stat().st_size == 0:
                 _make_tables(self._database, client_class)
             self._client = client_class(tracking_uri=self._address.uri)
@@ -263,15 +252,15 @@ class MlflowRun:
         self._note(RUNNING)
         place = Path(run.info.artifact_uri)
         if shelf is not None and place.is_relative_to(shelf):
-            # MLflow derives a run's artifact folder from its experiment, which all runs share to
-            # be compared; a link puts the files where they belong, in the run's own folder.
+            # MLflow puts the artifacts of a run below the folder of its experiment, which all runs
+            # share. The link moves them into the folder of the run.
             artifacts = self._folder / "mlflow"
             artifacts.mkdir(parents=True, exist_ok=True)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(artifacts)
 
     def _experiment(self, artifacts: str | None) -> str:
-        """The id of the experiment, which is made where there is none."""
+        """Id of the experiment, which is created if it does not exist."""
         name, client = self._address.experiment, self._client
         found = client.get_experiment_by_name(name)
         if found is None:
@@ -281,7 +270,7 @@ class MlflowRun:
         return str(found.experiment_id)
 
     def _earlier_run(self) -> Any:
-        """The MLflow run that the folder names, unless it is gone or the folder is a copy."""
+        """The MLflow run that the folder names; None if it is deleted or the folder is a copy."""
         from mlflow.exceptions import MlflowException
 
         noted = noted_run(self._folder)
@@ -296,8 +285,8 @@ class MlflowRun:
         is_own = run.data.tags.get(FOLDER_TAG) == str(self._folder)
         return run if is_own and run.info.lifecycle_stage == "active" else None
 
-    def _alone(self) -> AbstractContextManager[object]:
-        """Two runs that start together would both make the tables, and the experiment."""
+    def _locked(self) -> AbstractContextManager[object]:
+        """Hold the lock of the database: two runs would both create tables and experiment."""
         if self._database is None:
             return nullcontext()
         return FileLock(self._database.parent / ".mlflow.lock")
@@ -307,19 +296,40 @@ class MlflowRun:
         (self._folder / RUN_FILE).write_text(" ".join(noted) + "\n", encoding="utf-8")
 
 
-def noted_run(folder: Path) -> NotedRun | None:
-    """The MLflow run of the run in `folder`; None if it has none."""
-    try:
-        return NotedRun(*(folder / RUN_FILE).read_text(encoding="utf-8").split())
-    except (FileNotFoundError, TypeError):  # TypeError: not three words
-        return None
+def open_run(job: Job, folder: Path, *, start: Start) -> MlflowRun:
+    """The record of a run that begins at `start`.
+
+    It is started here where training is finished and MLflow has not recorded that.
+    """
+    config = job.config
+    address = Address(
+        uri=config.tracking.mlflow_uri or f"{SQLITE}{folder.parent / 'mlflow.db'}",
+        experiment=config.tracking.experiment,
+        run_name=config.run_name,
+    )
+    every = config.train.logging_steps
+    # The same command continues the same curve. A run that goes back to a checkpoint, or changes
+    # its settings, gives another curve: a new MLflow run, with all steps up to there.
+    is_same = config.resume == AUTO and not config.checkpoint.allow_changes
+    run = MlflowRun(
+        address,
+        folder,
+        journal=Journal(folder, logging_steps=every, total_steps=job.total_steps),
+        facts=partial(facts_of, job),
+        continues=start.step > 0 and is_same,
+    )
+    noted = noted_run(folder)
+    if start.step >= job.total_steps and noted is not None and noted.status != FINISHED:
+        run.start()
+        run.begin()
+    return run
 
 
 def _import_client() -> Any:
-    # Slow to import (seconds), so in the thread and only when MLflow is asked for.
+    # Takes seconds, so it runs in the thread.
     from mlflow import MlflowClient
 
-    # These announce each table of a new database and each attempt of a request.
+    # These log each table of a new database and each attempt of a request.
     for chatty in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     return MlflowClient
@@ -330,13 +340,13 @@ def _attempt(request: Callable[[], object]) -> None:
     try:
         request()
     except Exception as error:
-        # Anything can come: MLflow's stores and credentials are other people's plugins.
+        # Any type is possible: MLflow's stores and credentials may be plugins.
         kind = _RefusedError if _is_refused(error) else _UnreachableError
         raise kind(first_line(error)) from error
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether the request itself is wrong, so that another attempt would fail too."""
+    """Whether MLflow found the request itself wrong."""
     from mlflow.exceptions import MlflowException
 
     known: Any = error  # MLflow has no types
@@ -344,7 +354,7 @@ def _is_refused(error: Exception) -> bool:
 
 
 def _make_tables(database: Path, client_class: Any) -> None:
-    """Fill the empty `database` in one move: MLflow cannot use one whose tables are half made."""
+    """Fill the empty `database` atomically: MLflow cannot use one with half of its tables."""
     aside = database.with_name(f".{database.name}.new")
     aside.unlink(missing_ok=True)
     client_class(tracking_uri=f"{SQLITE}{aside}").search_experiments(max_results=1)

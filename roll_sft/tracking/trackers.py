@@ -1,64 +1,59 @@
-"""Which trackers a run has, and how each learns that it ends."""
+"""The trackers of a run: what each one offers, and the status that each gets when the run ends.
+
+Another tracker is one more module in this folder and one more entry in `_OPEN`.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, Protocol
 
-from roll_sft.checkpoint.resume import AUTO, Start
+from roll_sft.checkpoint.resume import Start
 from roll_sft.job.job import Job
-from roll_sft.tracking.journal import Journal
-from roll_sft.tracking.mlflow_run import (
-    FAILED,
-    FINISHED,
-    KILLED,
-    Address,
-    MlflowRun,
-    noted_run,
-)
-from roll_sft.tracking.run_facts import facts_of
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker(Protocol):
+    """Records one run. It reads metrics from the files of the run, so that none is lost.
+
+    No method raises because of the tracker, and none but `close` waits.
+    """
+
+    def start(self) -> None:
+        """Open the record of the run, in a thread."""
+
+    def begin(self, *, device: str | None = None) -> None:
+        """Record from now on: the files of the run exist, and only grow."""
+
+    def close(self, status: Status) -> None:
+        """Send the rest and finish the record as `status`; waits for a bounded time."""
 
 
 @contextlib.contextmanager
-def tracked(job: Job, folder: Path, *, start: Start) -> Iterator[list[MlflowRun]]:
-    """The trackers of a run that begins with `start`: to be started, and closed at the end.
+def tracked(job: Job, folder: Path, *, start: Start) -> Iterator[list[Tracker]]:
+    """The trackers that `tracking.backends` names, for a run that begins at `start`.
 
-    Where training was finished before and MLflow does not know it, it is started here.
+    The caller starts them; they are closed after the block.
     """
-    if "mlflow" not in job.config.tracking.backends:
-        yield []
-        return
-    run = _mlflow_run(job, folder, start=start)
-    noted = noted_run(folder)
-    if start.step >= job.total_steps and noted is not None and noted.status != FINISHED:
-        run.start()
-        run.begin()
-    status = FAILED
+    names = [name for name in job.config.tracking.backends if name in _OPEN]
+    trackers = [_OPEN[name](job, folder, start) for name in names]
+    status: Status = "FAILED"
     try:
-        yield [run]
-        status = FINISHED
+        yield trackers
+        status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
-        status = KILLED
+        status = "KILLED"
         raise
     finally:
-        run.close(status)
+        for tracker in trackers:
+            tracker.close(status)
 
 
-def _mlflow_run(job: Job, folder: Path, *, start: Start) -> MlflowRun:
-    config = job.config
-    address = Address(
-        uri=config.tracking.mlflow_uri or f"sqlite:///{folder.parent / 'mlflow.db'}",
-        experiment=config.tracking.experiment,
-        run_name=config.run_name,
-    )
-    journal = Journal(folder, logging_steps=config.train.logging_steps, total_steps=job.total_steps)
-    # The same command gives the same curve again. Going back, or on with other settings, gives
-    # another one from there: that is another MLflow run, with all steps up to there.
-    is_same = config.resume == AUTO and not config.checkpoint.allow_changes
-    return MlflowRun(
-        address,
-        folder,
-        journal=journal,
-        facts=partial(facts_of, job),
-        continues=start.step > 0 and is_same,
-    )
+def _open_mlflow(job: Job, folder: Path, start: Start) -> Tracker:
+    from roll_sft.tracking.mlflow_run import open_run
+
+    return open_run(job, folder, start=start)
+
+
+_OPEN: dict[str, Callable[[Job, Path, Start], Tracker]] = {"mlflow": _open_mlflow}

@@ -29,7 +29,7 @@ from roll_sft.train.saves import Saves
 from roll_sft.train.start_clock import StartUp
 
 if TYPE_CHECKING:
-    from roll_sft.tracking.mlflow_run import MlflowRun
+    from roll_sft.tracking.trackers import Tracker
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -39,7 +39,7 @@ def train_from(
     start: Start,
     job: Job,
     folder: Path,
-    trackers: "Sequence[MlflowRun]",
+    trackers: "Sequence[Tracker]",
     *,
     composed_yaml: str,
     clock: StartUp,

@@ -12,9 +12,7 @@ from rich.table import Table
 
 from roll_sft.base.console import format_seconds, stdout_console
 from roll_sft.base.files import json_lines
-from roll_sft.base.text import redacted
 from roll_sft.config.schema import RunConfig
-from roll_sft.tracking.mlflow_run import LOCAL_SERVER, noted_run
 from roll_sft.train import run_folder
 
 
@@ -110,23 +108,12 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _next_commands(config: RunConfig, folder: Path) -> Iterator[str]:
     if "mlflow" in config.tracking.backends:
-        yield from _curves(config, folder)
+        from roll_sft.tracking.mlflow_pages import pages
+
+        yield from pages(config, folder, database=_shown(folder.parent / "mlflow.db"))
     steps = sorted(folder.glob(f"{run_folder.CHECKPOINTS}/step_*"))
     if steps and not (folder / "hf").is_dir():
         yield f"roll-sft convert {shlex.quote(_shown(steps[-1]))} --output my_model"
-
-
-def _curves(config: RunConfig, folder: Path) -> Iterator[str]:
-    """The command that serves the curves, where no server does yet, and the page of this run."""
-    uri = config.tracking.mlflow_uri or f"sqlite:///{_shown(folder.parent / 'mlflow.db')}"
-    server = redacted(uri) if uri.startswith(("http://", "https://")) else None
-    if server is None:
-        yield f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-    noted = noted_run(folder)
-    if noted is not None:
-        yield f"curves: {noted.page(server or LOCAL_SERVER)}"
-    elif server is not None:
-        yield f"curves: {server}, experiment {config.tracking.experiment}"
 
 
 def _shown(path: Path) -> str:

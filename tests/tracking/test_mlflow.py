@@ -16,9 +16,10 @@ import pytest
 from roll_sft.base.errors import DivergedError
 from roll_sft.checkpoint.resume import Start
 from roll_sft.config.build import build_config
-from roll_sft.tracking import mlflow_run, trackers
+from roll_sft.tracking import mlflow_pages, mlflow_run, trackers
 from roll_sft.tracking.journal import Journal
-from roll_sft.tracking.mlflow_run import FAILED, FINISHED, Address, MlflowRun, noted_run
+from roll_sft.tracking.mlflow_pages import noted_run
+from roll_sft.tracking.mlflow_run import FAILED, FINISHED, Address, MlflowRun
 from roll_sft.tracking.run_facts import DataInput, RunFacts
 from tests.runtime.ray_cluster import wait_until
 
@@ -51,7 +52,7 @@ def settings(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(mlflow_run, "SEND_EVERY_S", 0.05)
     # A busy machine is no trouble.
-    monkeypatch.setattr(mlflow_run, "CLOSE_IN_TROUBLE_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(mlflow_run, "CLOSE_TIMEOUT_AFTER_FAILURE_S", 30.0)
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +253,7 @@ def test_runs_of_one_parent_share_database_and_experiment_and_keep_their_artifac
     ],
 )
 def test_every_end_of_a_run_leaves_its_status(end, status, outputs, monkeypatch):
-    monkeypatch.setattr(trackers, "facts_of", lambda job: NO_FACTS)
+    monkeypatch.setattr(mlflow_run, "facts_of", lambda job: NO_FACTS)
     folder = outputs / "first"
     folder.mkdir()
     job = SimpleNamespace(config=build_config({}), total_steps=4)
@@ -279,7 +280,7 @@ def killed_run(outputs, last_step):
     tracker_of(folder, facts=facts).close(FAILED)
     run_id = noted_run(folder).run_id
     client_of(outputs).update_run(run_id, status="RUNNING")
-    (folder / mlflow_run.RUN_FILE).write_text(f"{run_id} 1 RUNNING\n")
+    (folder / mlflow_pages.RUN_FILE).write_text(f"{run_id} 1 RUNNING\n")
     return folder, run_id
 
 
@@ -335,7 +336,7 @@ def test_only_the_same_command_goes_on_in_the_same_mlflow_run(settings_, is_same
 def test_what_was_not_recorded_of_a_finished_run_is_recorded_by_the_next_start(
     outputs, monkeypatch
 ):
-    monkeypatch.setattr(trackers, "facts_of", lambda job: NO_FACTS)
+    monkeypatch.setattr(mlflow_run, "facts_of", lambda job: NO_FACTS)
     folder, run_id = killed_run(outputs, 2)
     write_steps(folder, [3, 4])
     job = SimpleNamespace(config=build_config({}), total_steps=4)
@@ -404,7 +405,7 @@ def test_database_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
     assert timed(lambda: tracker.close(FINISHED)) < 5
     (warning,) = warnings_of(caplog)
     assert "Not a directory" in warning
-    assert warning.endswith("; the run goes on, and sends it all when it answers")
+    assert warning.endswith("; the run continues and sends the metrics later")
 
 
 def test_dead_server_costs_one_warning_without_its_password_and_a_bounded_close(
