@@ -1,10 +1,11 @@
-"""What a run's own files say, as metrics with the names that a tracker shows.
+"""Reads the metrics of a run from its files, with the names that a tracker shows.
 
-A tracker reads `steps.jsonl` and `eval.jsonl` while the driver appends to them. So nothing waits
-in memory; a tracker that was away reads on where it was; one of a resumed run reads from the start.
+A tracker reads `steps.jsonl` and `eval.jsonl` while the driver appends to them. So no metric is
+kept in memory: a tracker that lost its server continues where it stopped, and the tracker of a
+resumed run reads from the start.
 
-Assumes files that only grow. Promises: every complete line is given once, in order; a name is one
-that MLflow accepts, and sets with different names keep different ones.
+Assumes that the files only grow. Promises: every complete line is read once, in order; MLflow
+accepts every name, and validation sets with different names keep different names.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ class Point(NamedTuple):
 class Journal:
     """Reads the metrics of the run in `folder`.
 
-    Of the steps only every `logging_steps`-th and the last of `total_steps`.
+    Of the steps it takes every `logging_steps`-th and the last of `total_steps`.
     """
 
     def __init__(self, folder: Path, *, logging_steps: int, total_steps: int) -> None:
@@ -69,7 +70,7 @@ class Journal:
         self._read = {"steps.jsonl": 0, "eval.jsonl": 0}  # bytes
 
     def points(self) -> Iterator[list[Point]]:
-        """All that was written since the last call, a request's worth at a time."""
+        """The metrics written since the last call, in lists that fit one request."""
         while steps := self._lines("steps.jsonl"):
             yield [point for line in steps if self._is_due(line["step"]) for point in _step(line)]
         while evals := self._lines("eval.jsonl"):
@@ -79,14 +80,14 @@ class Journal:
         return step % self._logging_steps == 0 or step == self._total_steps
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The next complete lines of a file; none where there is no file yet."""
+        """The next complete lines of a file; none while it does not exist."""
         found = list[dict[str, Any]]()
         try:
             with (self._folder / name).open("rb") as file:
                 file.seek(self._read[name])
                 while len(found) < LINES_AT_ONCE and (line := file.readline()).endswith(b"\n"):
                     self._read[name] += len(line)
-                    with contextlib.suppress(ValueError):  # a line that a full disk tore
+                    with contextlib.suppress(ValueError):  # half a line, left by a full disk
                         found.append(json.loads(line))
         except FileNotFoundError:
             pass
@@ -94,7 +95,7 @@ class Journal:
 
 
 def safe_name(name: str) -> str:
-    """`name` as a part of an MLflow key: a name that it refuses gets other characters and a hash.
+    """`name` if MLflow accepts it in a key; otherwise a readable form of it with a hash.
 
     MLflow takes letters, digits and `_-.: /`, and no `..` or empty part between slashes.
     """
@@ -117,7 +118,7 @@ def _evaluation(line: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def _numbers(line: Mapping[str, Any], names: list[tuple[str, str]]) -> Iterator[Point]:
-    """The values of `line` under their names; None, where there is no value, is left out."""
+    """The values of `line` under their names, without those that are None."""
     for key, name in names:
         value = line.get(key)
         if value is not None:

@@ -1,6 +1,6 @@
-"""What a tracker is told of a run beside its metrics: parameters, tags, data sets.
+"""The parameters, tags and data sets of a run, for trackers.
 
-Promises: every text is `redacted`.
+Promises: no text holds a credential.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.job.job import Job
 
 PACKAGES = ("roll_sft", "torch", "megatron-core", "ray", "transformers")
-# Keys that decide the weights or the speed are in every run, so that runs compare; all others only
-# where they differ from their default.
+# Keys that decide the weights or the speed are recorded in every run, so that runs can be compared;
+# all other keys only where they differ from their default.
 ALWAYS = ("seed", "deterministic", "model.", "data.", "parallel.", "train.")
 ONLY_WHERE_SET = (
     "model.trust_remote_code",
@@ -37,7 +37,7 @@ ONLY_WHERE_SET = (
     "train.logging_steps",
     "train.log_samples",
 )
-# These say nothing about the result.
+# These have no influence on the result.
 NEVER = ("output_dir", "run_name", "dry_run", "prepare_only", "resume", "tracking")
 NEVER_KEYS = ("data.cache_dir", "data.num_proc", "cluster.address")
 GIT_TIMEOUT_S = 10.0
@@ -45,7 +45,7 @@ GIT_TIMEOUT_S = 10.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DataInput:
-    """One source: what MLflow shows as a data set. `profile` has its counts."""
+    """One source of data. `profile` holds its counts, such as rows and tokens."""
 
     name: str
     digest: str
@@ -56,7 +56,7 @@ class DataInput:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunFacts:
-    """All that is known of a run before its first step."""
+    """What is known of a run before its first step."""
 
     params: Mapping[str, str]
     tags: Mapping[str, str]
@@ -64,7 +64,7 @@ class RunFacts:
 
 
 def facts_of(job: Job) -> RunFacts:
-    """The facts of `job`, in the folder and on the machine where this is called."""
+    """The facts of `job`, with those of the current folder and this machine."""
     return RunFacts(
         params=params_of(job.config),
         tags={**tags_here(), "layout": _layout(job.layout)},
@@ -73,7 +73,7 @@ def facts_of(job: Job) -> RunFacts:
 
 
 def params_of(config: RunConfig) -> dict[str, str]:
-    """The keys of `config` that decide the run, flattened; those without a value are left out."""
+    """The keys of `config` that decide the run, flattened, without those that have no value."""
     given, defaults = dataclasses.asdict(config), dataclasses.asdict(RunConfig())
     chosen = {key: value for key, value in given.items() if key not in NEVER}
     for kind in ("train", "validation"):
@@ -89,7 +89,7 @@ def params_of(config: RunConfig) -> dict[str, str]:
 
 
 def tags_here() -> dict[str, str]:
-    """Who runs it, where, of which commits and on which versions."""
+    """User, host, git commits and versions of packages."""
     return {**_place_tags(), **_version_tags()}
 
 
@@ -108,7 +108,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _place_tags() -> dict[str, str]:
-    """Tags that begin with `mlflow.` are those that its pages show by themselves."""
+    """User, host and commits; MLflow's pages show tags that begin with `mlflow.`."""
     tags = {
         "host": platform.node(),
         "mlflow.source.name": "roll_sft",
@@ -119,7 +119,7 @@ def _place_tags() -> dict[str, str]:
     here, package = Path(), Path(__file__)
     if commit := _commit(here):
         tags["mlflow.source.git.commit"], tags["git.dirty"] = commit
-    # An installed package can lie in a folder that git ignores, in a repository of the user's.
+    # An installed package may lie in an ignored folder of another repository.
     is_ours = _git(package.parent, "ls-files", "--error-unmatch", package.name) is not None
     if is_ours and (commit := _commit(package.parent)):
         tags["roll_sft.git.commit"], tags["roll_sft.git.dirty"] = commit
@@ -136,7 +136,7 @@ def _commit(folder: Path) -> tuple[str, str] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None where there is no git, no repository or no answer."""
+    """The output of git; None without git or a repository, and after `GIT_TIMEOUT_S`."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
         return subprocess.run(
@@ -184,7 +184,7 @@ def _inputs(job: Job) -> Iterator[DataInput]:
 
 
 def _digests(tokens: TokenSet) -> Iterator[tuple[str, str]]:
-    """Source -> a hash of its data and of how it became tokens."""
+    """Pairs of a source and a hash of its data, tokenizer and options."""
     for source in tokens.sources:
         shards = json.dumps([cache.folder.name for cache in source.caches])
         yield source.name, hashlib.sha256(shards.encode()).hexdigest()[:16]

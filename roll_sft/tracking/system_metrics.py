@@ -1,6 +1,6 @@
-"""What the driver's machine does, under the names of MLflow's own system metrics.
+"""Load of the driver's machine, under the names of MLflow's own system metrics.
 
-MLflow's monitors read the values. Its thread is not used: it stops at the first failure of a
+MLflow's monitors read the values. Its own thread is not used: it stops at the first failure of a
 server, imports pandas, and asks the server for the run before each sample.
 """
 
@@ -17,7 +17,7 @@ PREFIX = "system/"
 class SystemMetrics:
     """Samples of processors, memory, disk and network, and of GPUs where nvidia-ml-py is installed.
 
-    Samples count from 0, and on from those in `recorded` (metric -> its last step).
+    Samples count from 0, or continue after those in `recorded` (metric -> last step).
     """
 
     def __init__(self, recorded: Mapping[str, int]) -> None:
@@ -33,11 +33,11 @@ class SystemMetrics:
                 self._monitors.append(kind())
         earlier = [step for name, step in recorded.items() if name.startswith(PREFIX)]
         self._next = max(earlier, default=-1) + 1
-        self._sample()  # the first share of processor time means nothing: it has no beginning
+        self._sample()  # the first sample of processor time covers no interval
         self._sampled = time.monotonic()
 
     def points(self, *, every_s: float) -> list[Point]:
-        """A sample, if the last one is `every_s` seconds old; else nothing."""
+        """A sample if the last one is `every_s` seconds old, else an empty list."""
         if time.monotonic() - self._sampled < every_s:
             return []
         self._sampled, step = time.monotonic(), self._next

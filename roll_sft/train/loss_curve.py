@@ -15,29 +15,29 @@ from roll_sft.base.text import printable
 
 LOG = logging.getLogger(__name__)
 CURVE = "loss.png"
-MAX_POINTS = 1000  # of the train loss; of a longer run each point is the mean of several steps
-SMOOTHED_FROM = 50  # points; a shorter curve shows its trend by itself
+MAX_POINTS = 1000  # of the train loss; in longer runs a point is the mean of several steps
+SMOOTHED_FROM = 50  # points; a shorter curve has no moving average
 
 
 def draw_losses(folder: Path) -> None:
-    """Draw the train loss and each validation loss of the run in `folder`; says why it cannot."""
+    """Draw the train loss and each validation loss of the run in `folder`; logs a failure."""
     train = [(each["step"], each["train_loss"]) for each in json_lines(folder / "steps.jsonl")]
     points = np.array([point for point in train if point[1] is not None], dtype=float)
     if not len(points):
         return
     try:
-        # Here: it takes a second, and the run is over.
+        # Takes a second to import.
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         _plot(figure.add_subplot(), _thinned(points), _evaluations(folder))
         staging = folder / f".{CURVE}.tmp"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that its font does not have
+            warnings.simplefilter("ignore")  # characters that the font does not have
             figure.savefig(staging, dpi=120, format="png")
         staging.replace(folder / CURVE)
     except (ImportError, OSError) as error:
-        LOG.warning("%s is not drawn: %s", folder / CURVE, first_line(error))
+        LOG.warning("cannot draw %s: %s", folder / CURVE, first_line(error))
 
 
 def _plot(axes: Any, train: NDArray[np.float64], evaluations: dict[str, list[Any]]) -> None:
@@ -56,11 +56,11 @@ def _plot(axes: Any, train: NDArray[np.float64], evaluations: dict[str, list[Any
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
-        text.set_parse_math(False)  # a name with "$" is no formula
+        text.set_parse_math(False)  # "$" in a name does not begin a formula
 
 
 def _thinned(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """At most about MAX_POINTS of `points` [n, 2], by means of neighbours."""
+    """`points`, float64 [n, 2], as at most MAX_POINTS means of neighbouring points."""
     size = -(-len(points) // MAX_POINTS)
     whole = points[: len(points) // size * size]
     means: NDArray[np.float64] = whole.reshape(-1, size, 2).mean(axis=1)
@@ -68,7 +68,7 @@ def _thinned(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _evaluations(folder: Path) -> dict[str, list[Any]]:
-    """Validation set -> its (step, loss)."""
+    """Validation set -> list of (step, loss)."""
     found = defaultdict(list)
     for each in json_lines(folder / "eval.jsonl"):
         if each["loss"] is not None:

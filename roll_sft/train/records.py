@@ -1,6 +1,6 @@
-"""What a run records: `steps.jsonl`, `eval.jsonl`, `samples.jsonl`, the display.
+"""The records of a run: `steps.jsonl`, `eval.jsonl`, `samples.jsonl` and the display.
 
-One place turns a step's plan and its metrics into the line that everything else reads.
+Turns the plan and the metrics of a step into the line that trackers, summary and picture read.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from roll_sft.train.terminal import StepDisplay, step_display
 
 
 class Records:
-    """The open files of a run, which trackers read, and its display."""
+    """The open files of a run and its display."""
 
     def __init__(self, job: Job, folder: Path, *, display: StepDisplay) -> None:
         self._job, self._folder, self._display = job, folder, display
@@ -26,7 +26,7 @@ class Records:
         self.device_name: str | None = None
 
     def begin(self) -> None:
-        """Open the files, which go on after the lines that they have by now."""
+        """Open the files, to append to the lines that they have."""
         folder = self._folder
         self._steps = self._open(folder / "steps.jsonl")
         self._evals = self._open(folder / "eval.jsonl") if self._job.validation else None
@@ -34,7 +34,7 @@ class Records:
         self._samples = self._open(folder / "samples.jsonl") if wanted else None
 
     def sync(self) -> None:
-        """Bring every line so far to disk, as a checkpoint that goes on after it needs."""
+        """Bring every line to disk. A checkpoint is published after that."""
         for lines in self._all:
             lines.sync()
 
@@ -49,7 +49,7 @@ class Records:
         return record
 
     def bad_batch(self, plan: StepPlan, result: StepMetrics) -> None:
-        """Record the samples of a step whose loss or gradient is not finite; it has no line."""
+        """Record the samples of a step whose loss or gradient is not finite, in their own file."""
         names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
         self._open(self._folder / "bad_batches.jsonl").write(
             {
@@ -124,7 +124,7 @@ class Records:
 
 @contextlib.contextmanager
 def open_records(job: Job, folder: Path, *, first_step: int = 1) -> Iterator[Records]:
-    """A run's records from `first_step` on."""
+    """The records of a run that begins at `first_step`; closed after the block."""
     steps, every = job.total_steps, job.config.train.logging_steps
     with step_display(steps, logging_steps=every, first_step=first_step) as display:
         records = Records(job, folder, display=display)

@@ -1,9 +1,9 @@
-"""The folder of a run: who may write there, and its line-per-record files.
+"""The folder of a run: its lock, and its files of one JSON record per line.
 
-Promises: one run at a time holds a folder (a lock that the kernel drops when the process dies); a
-run that begins at step 0 finds no checkpoints there; a line is complete or absent, and none is of a
-step after the checkpoint that a run goes on from; what is cut from a log is set aside, not deleted;
-JSON is JSON, so a number that is not finite is null.
+Promises: one run at a time holds a folder, with a lock that the kernel releases when the process
+dies; a run without `resume` finds no checkpoints there; a line is complete or absent; a resumed run
+has no line of a later step than its checkpoint, and lines cut from a log are set aside, not
+deleted; a number that is not finite is written as null.
 """
 
 import contextlib
@@ -26,13 +26,16 @@ from roll_sft.config.schema import RunConfig
 
 LOG = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
-# A line has the step that it is of.
+# Each line of these has a `step`.
 LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl", "bad_batches.jsonl")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def output_folder(config: RunConfig) -> Path:
-    """Where the run writes; `outputs/<run_name>` unless told. Raises `ConfigError` in a Ray job."""
+    """The folder of a run, `outputs/<run_name>` by default.
+
+    Raises `ConfigError` for a relative path under a Ray job.
+    """
     folder = Path(config.output_dir or f"outputs/{config.run_name}")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not folder.is_absolute():
         raise ConfigError(
@@ -44,10 +47,10 @@ def output_folder(config: RunConfig) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, resumes: bool = False) -> Iterator[Path]:
-    """Hold `folder` for one run. Raises `ConfigError` if it is in use.
+    """Lock `folder` for one run; yields its absolute path.
 
-    Also if it has checkpoints, unless the run `resumes` where there are some. Raises
-    `ResourceError` where the disk is full.
+    Raises `ConfigError` if another run holds it or, unless the run `resumes`, if it has
+    checkpoints; `ResourceError` where the disk is full.
     """
     holder_file = folder / ".lock_holder"
     try:
@@ -71,15 +74,15 @@ def claimed(folder: Path, *, resumes: bool = False) -> Iterator[Path]:
             _refuse_checkpoints(folder)
         yield folder.resolve()
     finally:
-        with contextlib.suppress(OSError):  # the folder may be gone by now
+        with contextlib.suppress(OSError):  # somebody may have removed the folder
             holder_file.unlink()
         lock.release()
 
 
 class JsonLines:
-    """A file of one JSON object per line, each written at once; goes on after what is there.
+    """Appends JSON objects to a file, one per line, without a buffer.
 
-    Raises `ResourceError` where a line cannot be written; what is there of it is removed.
+    Raises `ResourceError` where a line cannot be written; a part of it is removed again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +97,7 @@ class JsonLines:
         rest = memoryview((json.dumps(finite(values), allow_nan=False) + "\n").encode())
         with writing(self._path):
             found = os.fstat(self._file.fileno())
-            # A file that was removed takes lines until the end, and nobody would read them.
+            # A removed file still accepts lines, which would be lost.
             if not os.path.samestat(found, self._path.stat()):
                 raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
             try:
@@ -114,7 +117,7 @@ class JsonLines:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null in place of every number that JSON does not know: NaN and infinities."""
+    """`value` with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -123,10 +126,10 @@ def finite(value: Any) -> Any:
 
 
 def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
-    """Leave in the logs of `folder` the lines up to `step`, taken from the run in `origin`.
+    """Replace the logs of `folder` by the lines up to `step` of the run in `origin`.
 
-    That is `folder` itself where a run goes on from its own checkpoint. Lines that are not kept go
-    to a file `.set_aside_<name>`. Raises `ResourceError` where the disk takes no more.
+    `origin` is `folder` itself where a run resumes from its own checkpoint. Other lines of `folder`
+    move to files `.set_aside_<name>`. Raises `ResourceError` where the disk is full.
     """
     for name in LOGS:
         path = folder / name
@@ -136,11 +139,11 @@ def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
         if name == "steps.jsonl" and [json.loads(line)["step"] for line in lines] != [
             *range(1, step + 1)
         ]:
-            LOG.warning("%s has not every line up to step %d: its beginning is lost", name, step)
+            LOG.warning("%s: lines before step %d are missing", path, step + 1)
 
 
 def _replace_lines(path: Path, kept: bytes) -> None:
-    """Make `kept` the content of `path`; none of what is there is lost."""
+    """Make `kept` the content of `path`; set aside the lines that it does not have."""
     there = path.read_bytes() if path.exists() else b""
     if there and not kept:
         set_aside(path)
@@ -162,14 +165,14 @@ def losses(folder: Path, name: str | None) -> dict[int, float]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Replace `path` atomically by `value` as JSON, without credentials."""
     with writing(path):
         content = finite(redacted_tree(value))
         write_durably(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_json`, of text."""
+    """Replace `path` atomically by `text`."""
     with writing(path):
         write_durably(path, text)
 
@@ -182,7 +185,7 @@ def _holder(folder: Path) -> str:
 
 
 def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """The whole lines of `path` up to `step`; a killed run may have torn the last."""
+    """The complete lines of `path` up to `step`; a killed run may have left half a line."""
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
@@ -192,7 +195,7 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
     except FileNotFoundError:
         return
     except (ValueError, LookupError, TypeError) as error:
-        LOG.warning("%s: a line cannot be read (%s); it and those after it are lost", path, error)
+        LOG.warning("%s: cannot read a line (%s); leaving out the lines from there", path, error)
 
 
 def _refuse_checkpoints(folder: Path) -> None:
@@ -200,6 +203,5 @@ def _refuse_checkpoints(folder: Path) -> None:
     if steps:
         raise ConfigError(
             f"output_dir: {str(folder)!r} already holds checkpoints up to {steps[-1].name};"
-            " resume=auto goes on from there; or choose another output_dir or run_name, or move the"
-            " folder away"
+            " use resume=auto, another output_dir or run_name, or move the folder away"
         )

@@ -1,7 +1,7 @@
-"""What a finished run did, as a table, and the commands that come next.
+"""The table at the end of a run, and the commands that come next.
 
-The numbers are those of `steps.jsonl` and `eval.jsonl`, so a run that was resumed is summed up as a
-whole. Only `duration` is of this command alone.
+Its numbers come from `steps.jsonl` and `eval.jsonl`, so they cover the whole of a resumed run. Only
+`duration` is that of this command.
 """
 
 import shlex
@@ -17,7 +17,7 @@ from roll_sft.train import run_folder
 
 
 def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:
-    """Print the summary of the run in `folder`; nothing if it has not trained a step."""
+    """Print the summary of the run in `folder`; nothing if it has no step."""
     rows = list(_rows(folder, elapsed_s=elapsed_s))
     if not rows:
         return
@@ -39,7 +39,7 @@ def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:
 
 
 class _Totals:
-    """Sums over the steps of a run, in one pass: a long run has millions."""
+    """Sums over the steps of a run, in one pass, because a long run has millions of lines."""
 
     def __init__(self, path: Path) -> None:
         self.num_steps = self.tokens = self.supervised_tokens = 0
@@ -56,7 +56,7 @@ class _Totals:
 
 
 class _Loss:
-    """The last and the lowest of a loss, with their steps."""
+    """The last and the lowest value of a loss, with their steps."""
 
     def __init__(self) -> None:
         self.last = self.best = (0, float("inf"))  # (step, loss)
@@ -91,7 +91,7 @@ def _rows(folder: Path, *, elapsed_s: float) -> Iterator[tuple[str, str]]:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, str]]:
-    """The model, the newest checkpoint, and everything else that lies in `folder`."""
+    """The model, the newest checkpoint, and the names of all files."""
     model = folder / "hf"
     if model.is_dir():
         yield (
@@ -117,7 +117,7 @@ def _next_commands(config: RunConfig, folder: Path) -> Iterator[str]:
 
 
 def _shown(path: Path) -> str:
-    """`path` as a user of the current folder would write it."""
+    """`path`, relative to the current folder if it lies there."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

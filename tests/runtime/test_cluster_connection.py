@@ -176,4 +176,4 @@ def test_own_cluster_joins_nobody_is_private_and_is_gone_when_its_driver_is_kill
     assert own.errors == warning
     assert len(own.left) > 5
     own.signal(9)
-    assert own.wait(timeout_s=5) == -9
+    assert own.wait(timeout_s=30) == -9

@@ -114,7 +114,7 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
     assert run_folder.losses(tmp_path, "b") == {2: 1.0}
     assert caplog.text == ""
     run_folder.cut_logs(tmp_path, step=9, origin=tmp_path)
-    assert "has not every line up to step 9" in caplog.text
+    assert "steps.jsonl: lines before step 10 are missing" in caplog.text
     run_folder.cut_logs(tmp_path, step=0, origin=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         f".set_aside_{name}.jsonl{number}"
