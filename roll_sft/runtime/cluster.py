@@ -143,8 +143,6 @@ def _join(address: str) -> None:
             f"cluster.address: {address!r} is a URL; give host:port of the cluster's head, or run"
             " the command on the cluster with `ray job submit`"
         )
-    # Otherwise Ray writes a line to stderr for each attempt, also after the line of our error.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     joined: Future[None] = Future()
 
     def init() -> None:
@@ -161,10 +159,21 @@ def _join(address: str) -> None:
         threading.Thread(target=init, name="ray.init", daemon=True).start()
         joined.result(timeout=JOIN_TIMEOUT_S)
     except TimeoutError as error:
+        _mute_ray()
         reason = f"no Ray cluster answers there within {JOIN_TIMEOUT_S:g} s, or it needs a token"
         raise _cannot_join(address, reason) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise _cannot_join(address, first_line(error)) from error
+
+
+def _mute_ray() -> None:
+    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
+
+    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
+    """
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _check_listening(address: str) -> None:
