@@ -118,7 +118,7 @@ def _sees(nonce: Path) -> bool:
 
 
 def _fill_if_visible(tokenizer: ChatTokenizer, task: ShardTask, nonce: Path) -> BuiltShard | None:
-    """`build_shard`, or None where this node does not see the driver's cache or the shard's file."""
+    """Build the shard; None where this node does not see the driver's cache or the shard's file."""
     if not nonce.exists():
         return None
     is_local = "://" not in task.shard.file
