@@ -149,7 +149,7 @@ def _join(address: str) -> None:
         try:
             ray.init(address=address, **QUIET)
             joined.set_result(None)
-        except Exception as error:  # noqa: BLE001 -- raised again by `result`
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             joined.set_exception(error)
 
     try:
