@@ -95,7 +95,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(
 ) -> None:
     arguments = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "hf")]
     assert command.main(arguments) == 6
-    assert "not a complete checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    assert "manifest.json" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "hf").exists()
 
 
