@@ -1,14 +1,12 @@
-"""Rows -> samples: token ids and the mask of what is learnt, exact or refused.
+"""Rows -> samples: token ids and the mask of the supervised tokens, exact or refused.
 
-A conversation is rendered by the chat template and encoded once. What is learnt is found in one of
-two ways, which give the same samples:
-- the quick one: a template that writes from left to right (`data.causal`) and sets control tokens
-  around each answer needs one rendering, and the answers are found in the ids of many rows at once;
-- the proved one, for all else: the turns are found in the text (`data.turns`), and carried over to
-  the tokens by the ids or by character offsets (`data.mask`).
+A conversation is rendered by the chat template and encoded once. The answers are found in the text
+(`turns`) and carried over to the tokens by character offsets (`mask`). Where a template writes in
+order and sets the same control tokens around each answer, `fast/` finds the answers of many rows in
+their ids instead, and gives the same samples.
 
 A document is encoded without a template, begins as the tokenizer begins a text, ends with the
-end-of-text token, and is learnt as a whole.
+end-of-text token, and is trained on as a whole.
 """
 
 import hashlib
@@ -25,7 +23,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.chat.encoder import Encoder, EncoderFacts
-from roll_sft.data.chat.mask import Flat, masks_by_ids
 from roll_sft.data.chat.prepared import PlannedText, PreparedTemplate
 from roll_sft.data.chat.render import RESERVED, Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
@@ -58,6 +55,7 @@ class _Recipe:
     special_tokens: Mapping[str, Any]
     variables: Mapping[str, Any]
     train_on: str
+    use_fast: bool
 
 
 @dataclass(slots=True)
@@ -85,11 +83,12 @@ class ChatTokenizer:
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
         train_on: str = "assistant",
+        use_fast: bool = True,
     ) -> None:
         """`template` is Jinja text in place of the tokenizer's own, `variables` what it is given.
 
-        `train_on` is as `data.train_on`. Raise `DataError` if `tokenizer` reports no character
-        offsets.
+        `train_on` is as `data.train_on`. `use_fast`: with `fast/`, which changes no sample. Raise
+        `DataError` if `tokenizer` reports no character offsets.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
@@ -106,6 +105,7 @@ class ChatTokenizer:
                 special_tokens=dict(tokenizer.special_tokens_map),
                 variables=dict(variables or {}),
                 train_on=train_on,
+                use_fast=use_fast,
             )
         )
 
@@ -117,7 +117,7 @@ class ChatTokenizer:
 
     def _set_up(self, recipe: _Recipe) -> None:
         self._recipe = recipe
-        self._encoder = Encoder(recipe.encoder)
+        self._encoder = Encoder(recipe.encoder, use_fast=recipe.use_fast)
         self._num_advised = 0
         self._prepared: dict[tuple[str, str], PreparedTemplate] = {}
         self.template = recipe.templates.get("default")
@@ -214,11 +214,13 @@ class ChatTokenizer:
             else:
                 chats.setdefault(plan.template, []).append((plan, ids))
         for template, group in chats.items():
+            from roll_sft.data.chat.fast.answer_markers import masks_by_markers
+
             assert template.anchor is not None, "nothing is planned by ids without an anchor"
-            samples = masks_by_ids(
+            samples = masks_by_markers(
                 [plan.planned.text for plan, _ in group],
-                Flat.of([ids for _, ids in group]),
-                anchor=template.anchor,
+                [ids for _, ids in group],
+                markers=template.anchor,
                 learn_all=self._recipe.train_on == "all",
             )
             for (plan, _), sample in zip(group, samples, strict=True):
@@ -255,7 +257,9 @@ class ChatTokenizer:
             variables = {**recipe.variables, **own}
             renderer = Renderer(template, recipe.special_tokens, variables)
             _warn_of_unread(own, renderer)
-            prepared = PreparedTemplate(renderer, self._encoder, train_on=recipe.train_on)
+            prepared = PreparedTemplate(
+                renderer, self._encoder, train_on=recipe.train_on, use_fast=recipe.use_fast
+            )
             self._prepared[key] = prepared
         return prepared
 

@@ -13,16 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from roll_sft.data.chat.fast.piece_table import PieceTable
 from roll_sft.data.chat.sample import UnusableRow
 from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
+
+if TYPE_CHECKING:
+    from roll_sft.data.chat.fast.piece_table import PieceTable
 
 # How tokenizers name the end of a text, where `eos_token` may be the end of a turn.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -91,8 +93,9 @@ class Encoder:
     those of added tokens that take the spaces after them.
     """
 
-    def __init__(self, facts: EncoderFacts) -> None:
-        self._facts = facts
+    def __init__(self, facts: EncoderFacts, *, use_fast: bool = True) -> None:
+        """`use_fast`: with what `fast/` has."""
+        self._facts, self._use_fast = facts, use_fast
         self.backend: Tokenizer = Tokenizer.from_str(facts.backend)
         self.control_ids = frozenset(facts.control.values())
         self.absorbing = facts.absorbing
@@ -110,7 +113,11 @@ class Encoder:
         return [np.array(next(encodings).ids, np.int32) if ids is None else ids for ids in found]
 
     @cached_property
-    def _table(self) -> PieceTable | None:
+    def _table(self) -> "PieceTable | None":
+        if not self._use_fast:
+            return None
+        from roll_sft.data.chat.fast.piece_table import PieceTable
+
         return PieceTable.of(self.backend)
 
     def holds_control_text(self, text: str) -> bool:

@@ -8,14 +8,63 @@ which tokens stand around an answer) is found on probes when it is first asked f
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
+from roll_sft.base.errors import DataError
 from roll_sft.data.chat.encoder import Encoded, Encoder, placed, unmarked
-from roll_sft.data.chat.fast.answer_markers import Probe, end_of_turn, find_anchor, prove_probes
-from roll_sft.data.chat.mask import Anchor, cut_at_headers, mask_by_places
+from roll_sft.data.chat.mask import cut_at_headers, learnt_runs, mask_by_places
 from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
 from roll_sft.data.chat.turns import Text, TurnFinder
-from roll_sft.data.rows.conversation import Conversation
+from roll_sft.data.rows.conversation import Conversation, Message
+
+if TYPE_CHECKING:
+    from roll_sft.data.chat.fast.answer_markers import Anchor
+
+# No two say the same, so that only the template repeats itself.
+_PROBES = (
+    (("user", "What is two and two?"), ("assistant", "Four.")),
+    (
+        ("user", "Name a colour"),
+        ("assistant", "Blue it is"),
+        ("user", "Another one, please!"),
+        ("assistant", "Red"),
+    ),
+    (("system", "Be brief."), ("user", "Hello there"), ("assistant", "Good day to you")),
+)
+
+
+class Probe(NamedTuple):
+    """A conversation of ours, as text, as tokens, and with the mask that places give."""
+
+    text: Text
+    encoded: Encoded
+    sample: TokenizedSample
+
+
+def prove_probes(renderer: Renderer, encoder: Encoder) -> list[Probe]:
+    """Return what a template makes of the probes, those left out that it cannot be used with."""
+    finder, probes = TurnFinder(renderer, train_on="assistant"), []
+    for turns in _PROBES:
+        messages = tuple(Message(role, content) for role, content in turns)
+        try:
+            for text in finder.find(Conversation(messages, row=0, line=1)):
+                whole = placed(encoder.backend.encode(text.text, add_special_tokens=False))
+                encoded = cut_at_headers(text, whole, encoder)
+                sample = mask_by_places(
+                    text, encoded, control_ids=encoder.control_ids, learn_all=False
+                )
+                probes.append(Probe(text, encoded, sample))
+        except (UnusableRow, DataError):
+            continue
+    return probes
+
+
+def end_of_turn(probes: Sequence[Probe]) -> int | None:
+    """Return the token that ends an answer; None without a probe."""
+    if not probes:
+        return None
+    return probes[0].encoded.ids[learnt_runs(probes[0].sample)[1][-1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +79,12 @@ class PlannedText:
 class PreparedTemplate:
     """Plans the texts of conversations under one template, and masks them by their places."""
 
-    def __init__(self, renderer: Renderer, encoder: Encoder, *, train_on: str) -> None:
-        """`train_on` is as in the configuration."""
+    def __init__(
+        self, renderer: Renderer, encoder: Encoder, *, train_on: str, use_fast: bool
+    ) -> None:
+        """`train_on` is as in the configuration. `use_fast`: with what `fast/` has."""
         self._renderer, self._encoder, self._train_on = renderer, encoder, train_on
+        self._use_fast = use_fast
         self._finder = TurnFinder(renderer, train_on=train_on)
 
     @cached_property
@@ -40,9 +92,19 @@ class PreparedTemplate:
         return prove_probes(self._renderer, self._encoder)
 
     @cached_property
-    def anchor(self) -> Anchor | None:
+    def anchor(self) -> "Anchor | None":
         """The tokens around every answer, if they are always the same."""
+        if not self._use_fast:
+            return None
+        from roll_sft.data.chat.fast.answer_markers import find_anchor
+
         return find_anchor(self._probes, self._encoder)
+
+    @cached_property
+    def _is_written_in_order(self) -> bool:
+        from roll_sft.data.chat.fast.template_order import is_written_in_order
+
+        return is_written_in_order(self._renderer.template)
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
@@ -58,8 +120,11 @@ class PreparedTemplate:
         if marked is not None:
             return self._plan_marked(row, marked)
         anchor = self.anchor if by_ids else None
-        if anchor and self._renderer.is_causal and (text := self._quick(row, anchor)):
-            return [PlannedText(text, by_ids=True)]
+        if anchor and self._is_written_in_order:
+            from roll_sft.data.chat.fast.answer_markers import rendered_once
+
+            if text := rendered_once(row, self._renderer, self._finder, anchor):
+                return [PlannedText(text, by_ids=True)]
         return [
             PlannedText(text, by_ids=anchor is not None and anchor.fits(text))
             for text in self._finder.find(row)
@@ -92,37 +157,6 @@ class PreparedTemplate:
             end_ids=frozenset(() if self.end_of_turn_id is None else (self.end_of_turn_id,)),
             learn_all=self._train_on == "all",
         )
-
-    def _quick(self, row: Conversation, anchor: Anchor) -> Text | None:
-        """Return the row as one text if it is plain and every message stands in it, in order."""
-        renderer = self._renderer
-        if (
-            row.tools
-            or renderer.think.lead
-            or any(
-                message.reasoning or message.tool_calls or message.role == "tool"
-                for message in row.messages
-            )
-        ):
-            return None
-        turns = renderer.turns(row.messages)
-        rendering = renderer.render(turns, tools=(), add_generation_prompt=False)
-        text, place = rendering.text, 0
-        for message in row.messages:
-            content = message.content
-            found = text.find(content, place)
-            if found < 0:
-                content = content.strip()
-                found = text.find(content, place)
-            if found < 0:
-                return None
-            place = found + len(content)
-        if renderer.has_marks and not (
-            len(rendering.marks) == sum(message.role == "assistant" for message in row.messages)
-            and all(anchor.holds(text, mark) for mark in rendering.marks)
-        ):
-            return None
-        return self._finder.whole(row, text)
 
     def _plan_marked(self, row: Conversation, marked: Conversation) -> list[PlannedText]:
         """Plan a row that spells control tokens: see `data.encode`."""

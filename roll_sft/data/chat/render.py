@@ -22,10 +22,14 @@ from typing import Any
 import jinja2
 
 from roll_sft.base.errors import DataError
-from roll_sft.data.chat.fast.template_order import has_marks, is_causal, variables_of
 from roll_sft.data.chat.reasoning import ThinkStyle, written_inline
 from roll_sft.data.chat.sample import UnusableRow
-from roll_sft.data.chat.template_limits import OverBudgetError, compile_bounded
+from roll_sft.data.chat.template_limits import (
+    OverBudgetError,
+    compile_bounded,
+    has_marks,
+    variables_of,
+)
 from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
 
 # The day that Llama 3's own templates fall back on where there is no clock.
@@ -75,9 +79,9 @@ class Rendering:
 
 
 class Renderer:
-    """One chat template with its variables.
+    """One chat template, the text `template`, with its variables.
 
-    `is_causal`: see `data.causal`; `has_marks`: it has generation marks.
+    `has_marks`: it has generation marks.
     """
 
     def __init__(
@@ -87,12 +91,11 @@ class Renderer:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         """Raise `DataError` if the template is broken."""
-        self._template = template
+        self.template = template
         self._over_budget: DataError | None = None
         try:
             self._compiled, self._budget = compile_bounded(template)
             self.has_marks = has_marks(template)
-            self.is_causal = is_causal(template)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is broken at its line {error.lineno}: {error.message}; mend "
@@ -193,7 +196,7 @@ class Renderer:
     @cached_property
     def variables(self) -> frozenset[str]:
         """The names that the template reads and does not set itself."""
-        return variables_of(self._template)
+        return variables_of(self.template)
 
     @cached_property
     def think(self) -> ThinkStyle:
@@ -205,7 +208,7 @@ class Renderer:
 
         answer = Message("assistant", "answer", reasoning=_PROBE_REASONING)
         return ThinkStyle.of(
-            self._template,
+            self.template,
             question=written(),
             prompt=self._text([question], add_generation_prompt=True),
             has_field=_PROBE_REASONING in self._probe(self._turn(answer)),

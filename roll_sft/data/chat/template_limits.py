@@ -17,8 +17,10 @@ from itertools import islice
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.sandbox import safe_range
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import SandboxedEnvironment, safe_range
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
@@ -320,3 +322,37 @@ def _at(node: Any, place: nodes.Node) -> Any:
     node.set_lineno(place.lineno)
     node.set_environment(place.environment)
     return node
+
+
+class GenerationMarks(Extension):
+    """Reads `{% generation %}` blocks as their content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def has_marks(template: str) -> bool:
+    """Whether the template says with `{% generation %}` what is trained on."""
+    return any(
+        kind == "name" and value == "generation"
+        for _, kind, value in jinja2.Environment(extensions=[GenerationMarks, loopcontrols]).lex(
+            template
+        )
+    )
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """The names that a template reads and does not set itself; it must be a valid template."""
+    environment = SandboxedEnvironment(extensions=[GenerationMarks, loopcontrols])
+    # The names are found by compiling, where jinja2 would work out what is said of constants.
+    environment.intercepted_binops = frozenset(environment.binop_table)
+    environment.filters = dict.fromkeys(environment.filters, _not_applied)
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
+@jinja2.pass_context
+def _not_applied(_context: Any) -> None:
+    """Stands for each filter where nothing is rendered."""

@@ -16,8 +16,8 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.data.chat.fast.template_order import variables_of
 from roll_sft.data.chat.render import RESERVED
+from roll_sft.data.chat.template_limits import variables_of
 
 # name -> the control tokens that the format is made of, besides eos where `_ENDS_WITH_EOS`
 NAMED: dict[str, tuple[str, ...]] = {

@@ -1,80 +1,59 @@
-"""The tokens around every answer of a template, found and proved on conversations of our own.
+"""The tokens around every answer of a template: how answers are found in the ids of many chats.
 
-What is found: the ids from a control token up to the answer, and the ids that end one. Promised:
-the masks that follow from them are, on every probe, those that follow from places in the text.
+Each answer begins after the same header tokens, the first of which only a template can write, and
+ends with one of a few control tokens: then the mask follows from the ids alone. The markers are
+found and proved on probes: on each, the mask is the one that places in the text give. A chat that
+does not show them once for each of its answers has no sample here; it goes by places.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from roll_sft.base.errors import DataError
-from roll_sft.data.chat.encoder import Encoded, Encoder, placed
-from roll_sft.data.chat.mask import (
-    Anchor,
-    Flat,
-    cut_at_headers,
-    learnt_runs,
-    mask_by_places,
-    masks_by_ids,
-)
-from roll_sft.data.chat.render import Renderer
-from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
+from roll_sft.data.chat.encoder import Encoder
+from roll_sft.data.chat.mask import learnt_runs
+from roll_sft.data.chat.prepared import Probe
+from roll_sft.data.chat.render import Renderer, Span
+from roll_sft.data.chat.sample import TokenizedSample
 from roll_sft.data.chat.turns import Text, TurnFinder
-from roll_sft.data.rows.conversation import Conversation, Message
+from roll_sft.data.rows.conversation import Conversation
 
 # Control tokens in the header of an answer, at most: a role may stand between two.
 _MAX_HEADER_CONTROL = 3
-# No two say the same, so that only the template repeats itself.
-_PROBES = (
-    (("user", "What is two and two?"), ("assistant", "Four.")),
-    (
-        ("user", "Name a colour"),
-        ("assistant", "Blue it is"),
-        ("user", "Another one, please!"),
-        ("assistant", "Red"),
-    ),
-    (("system", "Be brief."), ("user", "Hello there"), ("assistant", "Good day to you")),
-)
 
 
-class Probe(NamedTuple):
-    """A conversation of ours, as text, as tokens, and with the mask that places give."""
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The token ids that come before every answer, and those of which one ends it; as text too."""
 
-    text: Text
-    encoded: Encoded
-    sample: TokenizedSample
+    header: tuple[int, ...]
+    ends: tuple[int, ...]
+    header_text: str
+    end_texts: tuple[str, ...]
 
+    def holds(self, text: str, span: Span) -> bool:
+        """Whether a span of a text begins after the header and ends before or after an end."""
+        start, end = span
+        return text.endswith(self.header_text, 0, start) and (
+            text.startswith(self.end_texts, end)
+            or text[start:end].rstrip().endswith(self.end_texts)
+        )
 
-def prove_probes(renderer: Renderer, encoder: Encoder) -> list[Probe]:
-    """Return what a template makes of the probes, those left out that it cannot be used with."""
-    finder, probes = TurnFinder(renderer, train_on="assistant"), []
-    for turns in _PROBES:
-        messages = tuple(Message(role, content) for role, content in turns)
-        try:
-            for text in finder.find(Conversation(messages, row=0, line=1)):
-                whole = placed(encoder.backend.encode(text.text, add_special_tokens=False))
-                encoded = cut_at_headers(text, whole, encoder)
-                sample = mask_by_places(
-                    text, encoded, control_ids=encoder.control_ids, learn_all=False
-                )
-                probes.append(Probe(text, encoded, sample))
-        except (UnusableRow, DataError):
-            continue
-    return probes
-
-
-def end_of_turn(probes: Sequence[Probe]) -> int | None:
-    """Return the token that ends an answer; None without a probe."""
-    if not probes:
-        return None
-    return probes[0].encoded.ids[learnt_runs(probes[0].sample)[1][-1]]
+    def fits(self, text: Text) -> bool:
+        """Whether ids can tell what is learnt of a text: whole turns, not parts of them."""
+        return all(
+            len(turn.spans) == 1
+            and turn.spans[0][0] == turn.start
+            and self.holds(text.text, turn.spans[0])
+            for turn in text.turns or ()
+        )
 
 
 def find_anchor(probes: Sequence[Probe], encoder: Encoder) -> Anchor | None:
     """Return the tokens around every answer, None if they are not always the same and proved."""
-    flat = Flat.of([np.array(probe.encoded.ids, np.int32) for probe in probes])
+    token_ids = [np.array(probe.encoded.ids, np.int32) for probe in probes]
     texts = [probe.text for probe in probes]
     for num_control in range(1, _MAX_HEADER_CONTROL + 1):
         anchor = _common(probes, control_ids=encoder.control_ids, num_control=num_control)
@@ -83,7 +62,7 @@ def find_anchor(probes: Sequence[Probe], encoder: Encoder) -> Anchor | None:
         # Such a token could hold the first spaces of an answer and look no different.
         if anchor.header[-1] in encoder.absorbing:
             continue
-        samples = masks_by_ids(texts, flat, anchor=anchor, learn_all=False)
+        samples = masks_by_markers(texts, token_ids, markers=anchor, learn_all=False)
         if all(
             sample is not None and np.array_equal(sample.label_mask, probe.sample.label_mask)
             for sample, probe in zip(samples, probes, strict=True)
@@ -120,3 +99,105 @@ def _common(
         return None
     ((header_ids, header_text),) = headers
     return Anchor(header_ids, tuple(ends), header_text, tuple(ends.values()))
+
+
+def rendered_once(
+    row: Conversation, renderer: Renderer, finder: TurnFinder, markers: Anchor
+) -> Text | None:
+    """Return a plain row as one text if every message stands in it, in order; else None.
+
+    The template must write in order: see `fast.template_order`.
+    """
+    if (
+        row.tools
+        or renderer.think.lead
+        or any(
+            message.reasoning or message.tool_calls or message.role == "tool"
+            for message in row.messages
+        )
+    ):
+        return None
+    turns = renderer.turns(row.messages)
+    rendering = renderer.render(turns, tools=(), add_generation_prompt=False)
+    text, place = rendering.text, 0
+    for message in row.messages:
+        content = message.content
+        found = text.find(content, place)
+        if found < 0:
+            content = content.strip()
+            found = text.find(content, place)
+        if found < 0:
+            return None
+        place = found + len(content)
+    if renderer.has_marks and not (
+        len(rendering.marks) == sum(message.role == "assistant" for message in row.messages)
+        and all(markers.holds(text, mark) for mark in rendering.marks)
+    ):
+        return None
+    return finder.whole(row, text)
+
+
+def masks_by_markers(
+    texts: Sequence[Text],
+    token_ids: Sequence[NDArray[np.int32]],
+    *,
+    markers: Anchor,
+    learn_all: bool,
+) -> list[TokenizedSample | None]:
+    """Return the sample of each text, None where it does not show one header for each answer."""
+    stops = np.cumsum([ids.size for ids in token_ids], dtype=np.int64)
+    joined = np.concatenate([np.empty(0, np.int32), *token_ids])
+    begins = _after_headers(joined, markers.header)
+    ends = np.append(np.isin(joined, markers.ends).nonzero()[0], joined.size)
+    answers = np.stack((begins, ends[np.searchsorted(ends, begins)]), axis=1)
+    # Of a header that reaches into the next text, only the answer lies there.
+    is_whole = (
+        begins - len(markers.header)
+        >= np.append(0, stops)[np.searchsorted(stops, begins, side="right")]
+    )
+    answers = answers[is_whole]
+    bounds = np.searchsorted(answers[:, 0], np.append(0, stops)).tolist()
+    samples: list[TokenizedSample | None] = []
+    for index, (text, ids) in enumerate(zip(texts, token_ids, strict=True)):
+        found = answers[bounds[index] : bounds[index + 1]] - (stops[index] - ids.size)
+        spans = _supervised(text, found.tolist(), num_tokens=ids.size, markers=markers)
+        if spans is None:
+            samples.append(None)
+            continue
+        label_mask = np.full(ids.size, learn_all, np.uint8)
+        label_mask[-1:] = 0
+        for begin, final, _ in spans:
+            label_mask[begin - 1 : final] = not learn_all
+        calls = () if learn_all else [(b, final + 1) for b, final, is_call in spans if is_call]
+        samples.append(TokenizedSample(ids, label_mask, tuple(calls)))
+    return samples
+
+
+def _after_headers(ids: NDArray[np.int32], header: tuple[int, ...]) -> NDArray[np.int64]:
+    """The places after each occurrence of `header`."""
+    places: NDArray[np.int64] = (ids[: max(0, ids.size - len(header))] == header[0]).nonzero()[0]
+    for offset, token in enumerate(header[1:], start=1):
+        places = places[ids[places + offset] == token]
+    return places + len(header)
+
+
+def _supervised(
+    text: Text, found: list[list[int]], *, num_tokens: int, markers: Anchor
+) -> list[tuple[int, int, bool]] | None:
+    """The first and last token of each answer that is singled out, and whether it is a call.
+
+    None if the answers found are not those of the text.
+    """
+    if not any(text.answers):
+        return []
+    # The next header may begin with what ends this answer.
+    limits = [begin - len(markers.header) for begin, _ in found[1:]] + [num_tokens - 1]
+    if len(found) != len(text.answers) or any(
+        final > limit for (_, final), limit in zip(found, limits, strict=True)
+    ):
+        return None
+    return [
+        (begin, final, is_call)
+        for (begin, final), is_wanted, is_call in zip(found, text.answers, text.calls, strict=True)
+        if is_wanted
+    ]

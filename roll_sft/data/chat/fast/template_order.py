@@ -1,22 +1,25 @@
 """Whether a chat template writes a conversation from left to right, decided by reading it.
 
-A template is causal if what it writes for a message depends on that message and earlier ones alone,
+A template writes in order if its text for a message depends on that message and earlier ones alone,
 and the generation prompt comes after all of them. Then the rendering of the first messages begins
 the rendering of them all, whatever the messages say, and nothing has to be proved row by row.
 
 Judged are conversations without tool messages: a template often looks ahead to close a group of
 them, in a branch of their own.
 
-Promised: True only where this follows from the syntax. A template may be causal and be judged not
-to be; it is then proved on each row, which is slower and gives the same samples.
+Promised: True only where this follows from the syntax. A template may write in order and be
+judged not to; each row is then proved, which is slower and gives the same samples.
 """
 
-from jinja2 import Environment, meta, nodes, pass_context
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import SandboxedEnvironment
+from collections.abc import Sequence
+from typing import TypeVar
 
+from jinja2 import Environment, nodes
+from jinja2.ext import loopcontrols
+
+from roll_sft.data.chat.template_limits import GenerationMarks
+
+_Kind = TypeVar("_Kind", bound=nodes.Node)
 _MESSAGES = "messages"
 _PROMPT = "add_generation_prompt"
 # Parts that can be written elsewhere than where they stand.
@@ -25,41 +28,9 @@ _BLOCKS = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block, nodes.A
 _BACKWARD = ("first", "index", "index0", "previtem")
 
 
-class _Marks(Extension):
-    """Reads `{% generation %}` blocks as their content."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-def has_marks(template: str) -> bool:
-    """Whether the template says with `{% generation %}` what is learnt."""
-    return any(
-        kind == "name" and value == "generation"
-        for _, kind, value in Environment(extensions=[_Marks, loopcontrols]).lex(template)
-    )
-
-
-def variables_of(template: str) -> frozenset[str]:
-    """The names that a template reads and does not set itself; it must be a valid template."""
-    environment = SandboxedEnvironment(extensions=[_Marks, loopcontrols])
-    # The names are found by compiling, where jinja2 would work out what is said of constants.
-    environment.intercepted_binops = frozenset(environment.binop_table)
-    environment.filters = dict.fromkeys(environment.filters, _not_applied)
-    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-
-
-@pass_context
-def _not_applied(_context: Context) -> None:
-    """Stands for each filter where nothing is rendered."""
-
-
-def is_causal(template: str) -> bool:
-    """Whether `template` is causal as far as its syntax shows; it must be a valid template."""
-    tree = Environment(extensions=[_Marks, loopcontrols]).parse(template)
+def is_written_in_order(template: str) -> bool:
+    """Whether `template`, which is valid, writes in order as far as its syntax shows."""
+    tree = Environment(extensions=[GenerationMarks, loopcontrols]).parse(template)
     for branch in tree.find_all(nodes.If):
         if _is_for_tools(branch.test):
             branch.body = []
@@ -134,25 +105,31 @@ def _named(node: nodes.Node, aliases: set[str]) -> list[nodes.Node]:
 
 
 def _looks_back(loop: nodes.For) -> bool:
-    """Whether the body asks nothing of `loop` and the generation prompt that lies ahead."""
-    inner = {
-        id(name)
-        for nested in loop.find_all(nodes.For)
-        for part in nested.body
-        for name in part.find_all(nodes.Name)
-        if name.name == "loop"
+    """Whether the loop over messages asks for nothing that lies ahead of a message.
+
+    Ahead are the generation prompt, and what `loop` knows of later messages. Inside of a loop
+    within this one, `loop` is the inner one's.
+    """
+    own_parts = [*loop.body, *([loop.test] if loop.test else [])]
+    inner_parts = [part for inner in loop.find_all(nodes.For) for part in inner.body]
+    of_inner_loops = {id(name) for name in _names(inner_parts)}
+    asked_backward = {
+        id(access.node)
+        for access in _all_nodes(own_parts, nodes.Getattr)
+        if access.attr in _BACKWARD
     }
-    for part in (*loop.body, *([loop.test] if loop.test else [])):
-        asked = {
-            id(access.node)
-            for access in (part, *part.find_all(nodes.Getattr))
-            if isinstance(access, nodes.Getattr) and access.attr in _BACKWARD
-        }
-        for name in (part, *part.find_all(nodes.Name)):
-            if not isinstance(name, nodes.Name):
-                continue
-            if name.name == _PROMPT or (
-                name.name == "loop" and id(name) not in inner and id(name) not in asked
-            ):
-                return False
-    return True
+    return all(
+        name.name not in (_PROMPT, "loop")
+        or (name.name == "loop" and id(name) in of_inner_loops | asked_backward)
+        for name in _names(own_parts)
+    )
+
+
+def _names(parts: Sequence[nodes.Node]) -> list[nodes.Name]:
+    return _all_nodes(parts, nodes.Name)
+
+
+def _all_nodes(parts: Sequence[nodes.Node], kind: type[_Kind]) -> list[_Kind]:
+    """The nodes of one kind among `parts` and in them; `find_all` looks in them alone."""
+    roots = [part for part in parts if isinstance(part, kind)]
+    return roots + [node for part in parts for node in part.find_all(kind)]
