@@ -194,7 +194,7 @@ class ChatTokenizer:
         encoder, text = self._encoder, Text(row.text, answers=(), calls=())
         if not encoder.holds_control_text(row.text):
             return _Plan(PlannedText(text, by_ids=True))
-        sample = self._document_sample(encoder.encode_renamed(row.text).ids)
+        sample = self._document_sample(encoder.control_text.encode_renamed(row.text).ids)
         return _Plan(PlannedText(text, by_ids=False), result=sample)
 
     def _document_sample(self, ids: Iterable[int]) -> TokenizedSample:

@@ -1,16 +1,12 @@
-"""Text -> token ids, where the text of a control token inside a message stays text.
+"""Text -> token ids, with one tokenizer and without what it may add around a text.
 
-A tokenizer finds its control tokens wherever their text stands. In a conversation only the template
-may write them, so a message that holds such text is rendered with two marks around it, and encoded
-by a second backend in which each control token has another, unlikely name: the template's own are
-renamed in the rendered text, those of the message keep the name that this backend does not know.
-Everything else about the two backends is equal, so what stands around is encoded as ever.
+A tokenizer finds its control tokens wherever their text stands. A row that spells one is found here
+and encoded by `control_text`.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,17 +16,16 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from roll_sft.data.chat.sample import UnusableRow
-from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
+from roll_sft.data.rows.conversation import Conversation, Message
 
 if TYPE_CHECKING:
+    from roll_sft.data.chat.control_text import ControlText
     from roll_sft.data.chat.fast.piece_table import PieceTable
 
 # How tokenizers name the end of a text, where `eos_token` may be the end of a turn.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-# Unicode keeps these characters out of every text, for the use of programs.
-_OPEN, _CLOSE, _NAME_OPEN, _NAME_CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-_MARKS = (_OPEN, _CLOSE, _NAME_OPEN, _NAME_CLOSE)
+# Around a control token that a row spells; Unicode keeps these characters out of every text.
+MARK_OPEN, MARK_CLOSE = "\ufdd0", "\ufdd1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,61 +121,16 @@ class Encoder:
             self._protected.search(text)
         )
 
-    def marked(self, row: Conversation) -> Conversation | None:
-        """Return `row` with marks around each control token that it spells; None if it has none.
+    def spells_control(self, row: Conversation) -> bool:
+        """Whether a row spells a control token anywhere."""
+        return any(map(self.holds_control_text, texts_of(row)))
 
-        Raises `UnusableRow` if the row itself holds the characters that are used as marks.
-        """
-        values = [*row.tools, *(part for message in row.messages for part in _parts(message))]
-        texts = [text for value in values for text in _texts(value)]
-        if not any(self.holds_control_text(text) for text in texts):
-            return None
-        for text in texts:
-            _check_no_marks(text)
-        messages = tuple(
-            replace(
-                message,
-                content=self._mark(message.content),
-                reasoning=self._mark(message.reasoning),
-                name=self._mark(message.name),
-                tool_call_id=self._mark(message.tool_call_id),
-                tool_calls=tuple(
-                    ToolCall(*map(self._mark, (call.name, call.arguments, call.id)))
-                    for call in message.tool_calls
-                ),
-            )
-            for message in row.messages
-        )
-        return replace(row, messages=messages, tools=self._mark(row.tools))
+    @cached_property
+    def control_text(self) -> "ControlText":
+        """What encodes the rows that spell control tokens."""
+        from roll_sft.data.chat.control_text import ControlText
 
-    def renamed(self, text: str) -> str:
-        """Return a rendered text without marks, in which the template's own tokens are renamed."""
-        return "".join(
-            part.strip(_OPEN + _CLOSE) if index % 2 else self._rename(part)
-            for index, part in enumerate(re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", text))
-        )
-
-    def encode_renamed(self, text: str) -> Encoded:
-        """Encode what `renamed` gives. Raises `UnusableRow` if ordinary text gives a control token.
-
-        Some tokenizers have their control tokens among the pieces that text is made of.
-        """
-        encoded = placed(self._renaming.encode(text, add_special_tokens=False))
-        # Less the ids of this backend's own added tokens, which may be the same numbers.
-        for found in self.control_ids.intersection(encoded.ids) - self._real_ids.keys():
-            raise UnusableRow(
-                f"the text holds '{self.backend.id_to_token(found)}', which this tokenizer cannot "
-                f"tell from the control token of that name; reword or remove it"
-            )
-        decoded = self._renaming.decode(encoded.ids, skip_special_tokens=False)
-        for token in self._protected.findall(text):
-            if text.count(token) != decoded.count(token):
-                raise UnusableRow(
-                    f"the text holds '{token}', which this tokenizer cannot write as ordinary "
-                    f"text; reword or remove it"
-                )
-        ids = [self._real_ids.get(token, token) for token in encoded.ids]
-        return Encoded(ids, encoded.starts, encoded.ends)
+        return ControlText(self._facts, self.backend, self._protected)
 
     def encode_cut(self, text: str, places: Sequence[int], *, is_renamed: bool) -> Encoded | None:
         """Encode a text cut at `places`, so that no token lies across one of them.
@@ -194,14 +144,14 @@ class Encoder:
         for start, stop in pairwise((0, *places, len(text))):
             piece = text[start:stop]
             encoded = (
-                self.encode_renamed(piece)
+                self.control_text.encode_renamed(piece)
                 if is_renamed
                 else placed(self.backend.encode(piece, add_special_tokens=False))
             )
             ids += encoded.ids
             starts += [start + place for place in encoded.starts]
             ends += [start + place for place in encoded.ends]
-        whole = self.encode_renamed(text).ids if is_renamed else self._ids(text)
+        whole = self.control_text.encode_renamed(text).ids if is_renamed else self._ids(text)
         if self._decoded(ids) != self._decoded(whole):
             return None
         return Encoded(ids, starts, ends)
@@ -213,51 +163,10 @@ class Encoder:
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self.backend.decode(ids, skip_special_tokens=False))
 
-    def _mark(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._protected.sub(f"{_OPEN}\\g<0>{_CLOSE}", value)
-        if isinstance(value, Mapping):
-            return {self._mark(key): self._mark(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._mark(each) for each in value)
-        return value
-
-    def _rename(self, text: str) -> str:
-        return self._protected.sub(lambda found: self._names[found.group()], text)
-
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        return {
-            text: f"{_NAME_OPEN}{number}{_NAME_CLOSE}"
-            for number, text in enumerate(sorted(self._facts.protected))
-        }
-
-    @cached_property
-    def _renaming(self) -> Tokenizer:
-        described = json.loads(self._facts.backend)
-        for token in described["added_tokens"]:
-            token["content"] = self._names.get(token["content"], token["content"])
-        return Tokenizer.from_str(json.dumps(described))
-
-    @cached_property
-    def _real_ids(self) -> dict[int, int]:
-        """Ids of the renaming backend -> ids of the tokenizer, where the two differ."""
-        by_name = {self._names[text]: real for text, real in self._facts.protected.items()}
-        by_name |= {
-            token["content"]: token["id"]
-            for token in json.loads(self._facts.backend)["added_tokens"]
-            if token["content"] not in self._names
-        }
-        return {
-            given: real
-            for text, real in by_name.items()
-            if (given := self._renaming.token_to_id(text)) is not None
-        }
-
 
 def unmarked(text: str) -> str:
     """Return a rendered text without marks."""
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
+    return text.replace(MARK_OPEN, "").replace(MARK_CLOSE, "")
 
 
 def placed(encoding: Encoding) -> Encoded:
@@ -266,12 +175,10 @@ def placed(encoding: Encoding) -> Encoded:
     return Encoded(encoding.ids, [start for start, _ in offsets], [end for _, end in offsets])
 
 
-def _check_no_marks(text: str) -> None:
-    if found := next((mark for mark in _MARKS if mark in text), None):
-        raise UnusableRow(
-            f"the row spells a control token and holds the noncharacter U+{ord(found):04X}, which "
-            f"is needed to tell the two apart; remove the noncharacter"
-        )
+def texts_of(row: Conversation) -> Iterable[str]:
+    """Every text of a row that a template may write."""
+    values = [*row.tools, *(part for message in row.messages for part in _parts(message))]
+    return (text for value in values for text in _texts(value))
 
 
 def _parts(message: Message) -> Iterable[Any]:

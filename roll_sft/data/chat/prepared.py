@@ -116,9 +116,8 @@ class PreparedTemplate:
 
         Raises `DataError` if the template cannot be used with any conversation.
         """
-        marked = self._encoder.marked(row)
-        if marked is not None:
-            return self._plan_marked(row, marked)
+        if self._encoder.spells_control(row):
+            return self._plan_marked(row, self._encoder.control_text.marked(row))
         anchor = self.anchor if by_ids else None
         if anchor and self._is_written_in_order:
             from roll_sft.data.chat.fast.answer_markers import rendered_once
@@ -139,7 +138,7 @@ class PreparedTemplate:
             encoding = None if plan.is_marked else next(encodings)
             try:
                 whole = (
-                    self._encoder.encode_renamed(plan.text.text)
+                    self._encoder.control_text.encode_renamed(plan.text.text)
                     if encoding is None
                     else placed(encoding)
                 )
@@ -159,7 +158,7 @@ class PreparedTemplate:
         )
 
     def _plan_marked(self, row: Conversation, marked: Conversation) -> list[PlannedText]:
-        """Plan a row that spells control tokens: see `data.encode`."""
+        """Plan a row that spells control tokens: see `control_text`."""
         texts = self._finder.find(marked)
         bare = self._finder.find(row)
         if [unmarked(text.text) for text in texts] != [text.text for text in bare]:
@@ -176,7 +175,7 @@ def _moved(text: Text, encoder: Encoder) -> Text:
     """Return a text with marks as the renaming backend reads it, and the places of its turns."""
 
     def at(place: int) -> int:
-        return len(encoder.renamed(text.text[:place]))
+        return len(encoder.control_text.renamed(text.text[:place]))
 
     turns = tuple(
         replace(
@@ -187,4 +186,4 @@ def _moved(text: Text, encoder: Encoder) -> Text:
         )
         for turn in text.turns or ()
     )
-    return replace(text, text=encoder.renamed(text.text), turns=turns)
+    return replace(text, text=encoder.control_text.renamed(text.text), turns=turns)
