@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.chat.mask import learnt_runs
+from roll_sft.data.chat.mask import supervised_runs
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
 from roll_sft.data.chat.templates import NAMED, chat_template
 from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
@@ -143,7 +143,7 @@ def golden(chat: ChatTokenizer, row: Conversation) -> Any:
 
 def _shown(sample: TokenizedSample) -> dict[str, Any]:
     ids, decode = sample.token_ids.tolist(), golden_tokenizer().decode
-    runs = list(zip(*learnt_runs(sample), strict=True))
+    runs = list(zip(*supervised_runs(sample), strict=True))
     text, place = "", 0
     for first, last in runs:
         text += f"{decode(ids[place:first])}\u00ab{decode(ids[first : last + 1])}\u00bb"

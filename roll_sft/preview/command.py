@@ -96,30 +96,30 @@ def _show(preview: Preview, summary: str, *, console: Console) -> None:
 
 def _title(shown: Shown) -> Text:
     part = f" ({shown.part} of {shown.num_parts})" if shown.num_parts > 1 else ""
-    share = 100 * shown.num_learnt / shown.num_tokens
+    share = 100 * shown.num_supervised / shown.num_tokens
     cut = f", cut from {shown.cut_from:,}" if shown.cut_from else ""
     return Text.assemble(
         (visible(f"{shown.source}:{shown.row}{part}"), "bold"),
         (visible(f"  {shown.place}  "), "dim"),
-        f"{shown.num_tokens:,} tokens{cut}, {shown.num_learnt:,} learnt ({share:.0f} %)",
+        f"{shown.num_tokens:,} tokens{cut}, {shown.num_supervised:,} learnt ({share:.0f} %)",
     )
 
 
 def _body(shown: Shown, *, has_colours: bool) -> Text:
     text = Text()
-    for is_learnt, pieces in groupby(shown.pieces, key=lambda piece: piece.is_learnt):
-        marks = (_OPEN, _CLOSE) if is_learnt and not has_colours else ("", "")
+    for is_supervised, pieces in groupby(shown.pieces, key=lambda piece: piece.is_supervised):
+        marks = (_OPEN, _CLOSE) if is_supervised and not has_colours else ("", "")
         text.append(marks[0])
         for piece in pieces:
-            text.append(visible(piece.text), _style(is_learnt, is_control=piece.is_control))
+            text.append(visible(piece.text), _style(is_supervised, is_control=piece.is_control))
         text.append(marks[1])
     return text
 
 
-def _style(is_learnt: bool, *, is_control: bool) -> str:
+def _style(is_supervised: bool, *, is_control: bool) -> str:
     if is_control:
-        return _CONTROL_LEARNT if is_learnt else _CONTROL
-    return _LEARNT if is_learnt else ""
+        return _CONTROL_LEARNT if is_supervised else _CONTROL
+    return _LEARNT if is_supervised else ""
 
 
 def _legend(*, has_colours: bool) -> Text:

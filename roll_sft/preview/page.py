@@ -11,7 +11,7 @@ from itertools import groupby
 
 import jinja2
 
-from roll_sft.data.chat.pieces import Piece, visible
+from roll_sft.data.chat.pieces import TextPiece, visible
 from roll_sft.preview.rows import Preview
 
 # Pieces of context, which nobody learns: how many are shown whole, and of more at each end.
@@ -70,7 +70,7 @@ td small { display: block; color: var(--soft); white-space: pre-wrap; margin-top
 """
 
 _PAGE = """\
-{% macro tokens(pieces) %}{% for piece in pieces %}<span class="{{ "l " if piece.is_learnt }}
+{% macro tokens(pieces) %}{% for piece in pieces %}<span class="{{ "l " if piece.is_supervised }}
 {{- "c" if piece.is_control }}" tabindex="0" data-what="{{ what(piece) }}">
 {{- visible(piece.text) }}</span>{% endfor %}{% endmacro -%}
 <!doctype html>
@@ -95,9 +95,10 @@ _PAGE = """\
 <span>{{ visible(sample.place) }}</span>
 <span>{{ "{:,}".format(sample.num_tokens) }} tokens
 {%- if sample.cut_from %}, cut from {{ "{:,}".format(sample.cut_from) }}{% endif %},
-{{ "{:,}".format(sample.num_learnt) }} learnt
-({{ "{:.0%}".format(sample.num_learnt / sample.num_tokens) }})</span></header>
-<div class="share"><i style="width: {{ 100 * sample.num_learnt / sample.num_tokens }}%"></i></div>
+{{ "{:,}".format(sample.num_supervised) }} learnt
+({{ "{:.0%}".format(sample.num_supervised / sample.num_tokens) }})</span></header>
+<div class="share">
+<i style="width: {{ 100 * sample.num_supervised / sample.num_tokens }}%"></i></div>
 <div class="tokens">
 {%- for run in runs(sample.pieces) %}{{ tokens(run.beginning) }}
 {%- if run.middle %}<details><summary>{{ "{:,}".format(run.num_hidden) }} more tokens of context
@@ -126,9 +127,9 @@ _PAGE = """\
 class _Run:
     """Pieces that are all learnt, or all context; `middle` is shown when it is asked for."""
 
-    beginning: tuple[Piece, ...]
-    middle: tuple[Piece, ...] = ()
-    end: tuple[Piece, ...] = ()
+    beginning: tuple[TextPiece, ...]
+    middle: tuple[TextPiece, ...] = ()
+    end: tuple[TextPiece, ...] = ()
 
     @property
     def num_hidden(self) -> int:
@@ -152,18 +153,18 @@ def page_of(preview: Preview, *, title: str, summary: str) -> str:
     )
 
 
-def _runs(pieces: Sequence[Piece]) -> Iterator[_Run]:
+def _runs(pieces: Sequence[TextPiece]) -> Iterator[_Run]:
     """The pieces of a sample; of a long context the middle apart, so that what is learnt shows."""
-    for is_learnt, group in groupby(pieces, key=lambda piece: piece.is_learnt):
+    for is_supervised, group in groupby(pieces, key=lambda piece: piece.is_supervised):
         run = tuple(group)
-        if is_learnt or len(run) <= _LONGEST_CONTEXT:
+        if is_supervised or len(run) <= _LONGEST_CONTEXT:
             yield _Run(run)
         else:
             yield _Run(run[:_SHOWN], run[_SHOWN:-_SHOWN], run[-_SHOWN:])
 
 
-def _what(piece: Piece) -> str:
+def _what(piece: TextPiece) -> str:
     ids = " ".join(map(str, piece.ids))
     last = piece.start + len(piece.ids) - 1
     place = f"token {last}" if last == piece.start else f"tokens {piece.start}-{last}"
-    return f"{place}, id {ids}{', learnt' if piece.is_learnt else ''}"
+    return f"{place}, id {ids}{', learnt' if piece.is_supervised else ''}"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import RunConfig, SourceConfig, source_name
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.chat.pieces import Piece, pieces_of
+from roll_sft.data.chat.pieces import TextPiece, pieces_of
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows.sources import read_rows
@@ -52,9 +52,9 @@ class Shown:
     place: str
     part: int
     num_parts: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     num_tokens: int
-    num_learnt: int
+    num_supervised: int
     cut_from: int | None
 
 
@@ -200,7 +200,7 @@ def _shown(reader: Reader, looked: _Looked) -> Iterator[Shown]:
             num_parts=len(looked.kept),
             pieces=tuple(pieces_of(sample, reader.tokenizer)),
             num_tokens=sample.token_ids.size,
-            num_learnt=int(sample.label_mask.sum()),
+            num_supervised=int(sample.label_mask.sum()),
             cut_from=kept.cut_from,
         )
 

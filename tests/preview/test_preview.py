@@ -12,7 +12,7 @@ from roll_sft import cli
 from roll_sft.base.errors import ConfigError, DataError
 from roll_sft.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.chat.pieces import Piece
+from roll_sft.data.chat.pieces import TextPiece
 from roll_sft.job import tokenise
 from roll_sft.preview.page import page_of
 from roll_sft.preview.rows import Choice, Preview, Reader, Shown, look
@@ -75,7 +75,7 @@ def names(preview: Preview) -> list[str]:
 
 def learnt(preview: Preview, number: int) -> str:
     pieces = preview.shown[number].pieces
-    return "".join(piece.text for piece in pieces if piece.is_learnt)
+    return "".join(piece.text for piece in pieces if piece.is_supervised)
 
 
 def test_the_first_rows_of_each_source(seen: Callable[..., Preview]) -> None:
@@ -86,7 +86,7 @@ def test_the_first_rows_of_each_source(seen: Callable[..., Preview]) -> None:
     assert preview.num_rows == 12  # up to the third that is kept, of both
     first = preview.shown[0]
     assert first.place.endswith("rows.jsonl:1")
-    assert first.num_learnt == sum(len(p.ids) for p in first.pieces if p.is_learnt)
+    assert first.num_supervised == sum(len(p.ids) for p in first.pieces if p.is_supervised)
     assert first.num_tokens == sum(len(p.ids) for p in first.pieces)
 
 
@@ -180,9 +180,10 @@ def test_a_page_holds_text_and_no_markup_of_rows(seen: Callable[..., Preview]) -
 def test_a_page_folds_a_long_context_and_never_what_is_learnt() -> None:
     learnt = range(1000, 1010)
     pieces = tuple(
-        Piece(f"p{at} ", (at,), at, is_learnt=at in learnt, is_control=False) for at in range(1500)
+        TextPiece(f"p{at} ", (at,), at, is_supervised=at in learnt, is_control=False)
+        for at in range(1500)
     )
-    sample = Shown("s", 0, "s:1", 1, 1, pieces, num_tokens=1500, num_learnt=10, cut_from=None)
+    sample = Shown("s", 0, "s:1", 1, 1, pieces, num_tokens=1500, num_supervised=10, cut_from=None)
     text = page_of(Preview(shown=[sample], num_rows=1), title="t", summary="s")
     folded = "".join(part.partition("</details>")[0] for part in text.split("<details>")[1:])
     assert [f">p{at} <" in folded for at in learnt] == [False] * 10

@@ -27,7 +27,7 @@ from roll_sft.data.chat.prepared import PlannedText, PreparedTemplate
 from roll_sft.data.chat.render import RESERVED, Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
 from roll_sft.data.chat.templates import fitting_templates, preferred
-from roll_sft.data.chat.turns import Text
+from roll_sft.data.chat.turns import RenderedChat
 from roll_sft.data.rows.conversation import Conversation, Document, Message
 
 __all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
@@ -154,7 +154,7 @@ class ChatTokenizer:
     ) -> list[list[TokenizedSample] | UnusableRow]:
         """Return for each row its samples, in order, or why it has none (not raised).
 
-        A conversation gives one sample, or one for each learnt turn (see `data.turns`). Encodes all
+        A conversation gives one sample, or one for each supervised turn (see `turns`). Encodes all
         rows together, which uses all cores. Raises `DataError` if the template cannot be used with
         any conversation: it is missing or broken, or writes no end-of-turn token after an answer.
         """
@@ -191,7 +191,7 @@ class ChatTokenizer:
                 "the tokenizer has no eos_token, so a text would have no end; name one in its "
                 "tokenizer_config.json"
             )
-        encoder, text = self._encoder, Text(row.text, answers=(), calls=())
+        encoder, text = self._encoder, RenderedChat(row.text, answers=(), calls=())
         if not encoder.holds_control_text(row.text):
             return _Plan(PlannedText(text, by_ids=True))
         sample = self._document_sample(encoder.control_text.encode_renamed(row.text).ids)
@@ -216,12 +216,12 @@ class ChatTokenizer:
         for template, group in chats.items():
             from roll_sft.data.chat.fast.answer_markers import masks_by_markers
 
-            assert template.anchor is not None, "nothing is planned by ids without an anchor"
+            assert template.markers is not None, "nothing is planned by ids without an markers"
             samples = masks_by_markers(
                 [plan.planned.text for plan, _ in group],
                 [ids for _, ids in group],
-                markers=template.anchor,
-                learn_all=self._recipe.train_on == "all",
+                markers=template.markers,
+                train_on_all=self._recipe.train_on == "all",
             )
             for (plan, _), sample in zip(group, samples, strict=True):
                 plan.result = sample

@@ -17,16 +17,16 @@ import numpy as np
 from roll_sft.base.errors import DataError
 from roll_sft.data.chat.encoder import Encoded, Encoder
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow, quoted
-from roll_sft.data.chat.turns import Text, Turn
+from roll_sft.data.chat.turns import AnswerSpan, RenderedChat
 
 
 def mask_by_places(
-    text: Text,
+    text: RenderedChat,
     encoded: Encoded,
     *,
     control_ids: frozenset[int],
     end_ids: frozenset[int] = frozenset(),
-    learn_all: bool,
+    train_on_all: bool,
 ) -> TokenizedSample:
     """Return the sample of a text whose `turns` are known. Raises `UnusableRow` and `DataError`.
 
@@ -38,7 +38,7 @@ def mask_by_places(
             "the tokenizer reports character offsets that go backwards, so the answer cannot "
             "be told from its context; normalise the text of the row (NFC) beforehand"
         )
-    label_mask = np.full(len(encoded.ids), learn_all, np.uint8)
+    label_mask = np.full(len(encoded.ids), train_on_all, np.uint8)
     label_mask[-1:] = 0
     atomic: list[tuple[int, int]] = []
     calls = [call for call, answer in zip(text.calls, text.answers, strict=True) if answer]
@@ -52,15 +52,15 @@ def mask_by_places(
             if end < encoded.starts[final]:
                 stop = _first_token(text.text, end, turn.message, encoded)
             # The token before is the one that predicts. Nothing predicts the first.
-            label_mask[max(first, 1) - 1 : stop - 1] = not learn_all
-        label_mask[final - 1] = not learn_all
-        if is_call and not learn_all:
+            label_mask[max(first, 1) - 1 : stop - 1] = not train_on_all
+        label_mask[final - 1] = not train_on_all
+        if is_call and not train_on_all:
             atomic.append((_first_token(text.text, turn.start, turn.message, encoded), final + 1))
     return TokenizedSample(np.array(encoded.ids, np.int32), label_mask, tuple(atomic))
 
 
 def cut_at_headers(
-    text: Text, encoded: Encoded, encoder: Encoder, *, is_renamed: bool = False
+    text: RenderedChat, encoded: Encoded, encoder: Encoder, *, is_renamed: bool = False
 ) -> Encoded:
     """Return `encoded` with no token across the end of a header, where it can be cut there.
 
@@ -88,7 +88,7 @@ def _first_token(text: str, start: int, message: int, encoded: Encoded) -> int:
 
 
 def _trailing_control(
-    text: str, turn: Turn, encoded: Encoded, *, control_ids: frozenset[int]
+    text: str, turn: AnswerSpan, encoded: Encoded, *, control_ids: frozenset[int]
 ) -> list[int]:
     """Return the indices of the control tokens after the turn's last visible text, last first."""
     found: list[int] = []
@@ -109,7 +109,7 @@ def _trailing_control(
 
 def _end_of_turn(
     trailing: Sequence[int],
-    turn: Turn,
+    turn: AnswerSpan,
     encoded: Encoded,
     *,
     end_ids: frozenset[int],
@@ -132,8 +132,8 @@ def _end_of_turn(
     return trailing[0] if is_call else trailing[-1]
 
 
-def learnt_runs(sample: TokenizedSample) -> tuple[list[int], list[int]]:
-    """Return the first and the last token of each run of tokens that is learnt."""
+def supervised_runs(sample: TokenizedSample) -> tuple[list[int], list[int]]:
+    """Return the first and the last token of each run of supervised tokens."""
     edges = np.diff(sample.label_mask.astype(np.int8), prepend=0)
     firsts: list[int] = ((edges == 1).nonzero()[0] + 1).tolist()
     finals: list[int] = (edges == -1).nonzero()[0].tolist()

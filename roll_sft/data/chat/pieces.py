@@ -23,28 +23,28 @@ _INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """Tokens `start:start + len(ids)` of a sample as text.
 
-    `is_learnt`: the model is trained to write them (of a character whose first bytes begin a text,
-    and are predicted by nothing, the rest). `is_control`: a token that steers the model.
+    `is_supervised`: the model is trained to write them (of a character whose first bytes begin a
+    text, and are predicted by nothing, the rest). `is_control`: a token that steers the model.
     """
 
     text: str
     ids: tuple[int, ...]
     start: int
-    is_learnt: bool
+    is_supervised: bool
     is_control: bool
 
 
-def pieces_of(sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast) -> Iterator[Piece]:
+def pieces_of(sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast) -> Iterator[TextPiece]:
     """Yield the pieces of `sample`, in order."""
     backend: Tokenizer = tokenizer.backend_tokenizer
     added = tokenizer.added_tokens_decoder
     control = {token_id for token_id, token in added.items() if token.special}
     ids: list[int] = sample.token_ids.tolist()
-    # A label belongs to the token before, which predicts; a piece is learnt if it is predicted.
-    learnt = [False, *(bool(label) for label in sample.label_mask[:-1])]
+    # A label belongs to the token before, which predicts; a piece is supervised if it is predicted.
+    supervised = [False, *(bool(label) for label in sample.label_mask[:-1])]
     start = 0
     while start < len(ids):
         stop, is_control = start + 1, ids[start] in control
@@ -60,7 +60,7 @@ def pieces_of(sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast) -> It
             text = _text(backend, before, ids[start:stop])
         if is_control:
             text = str(added[ids[start]].content)
-        yield Piece(text, tuple(ids[start:stop]), start, learnt[stop - 1], is_control)
+        yield TextPiece(text, tuple(ids[start:stop]), start, supervised[stop - 1], is_control)
         start = stop
 
 

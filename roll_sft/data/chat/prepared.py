@@ -1,6 +1,6 @@
 """One chat template with its variables, and what is found out about it once for all rows.
 
-A conversation becomes texts with their turns (`data.turns`), and it is decided for each text
+A conversation becomes texts with their turns (`turns`), and it is decided for each text
 whether its mask can be read off the token ids. What that needs (how the template treats reasoning,
 which tokens stand around an answer) is found on probes when it is first asked for.
 """
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.chat.encoder import Encoded, Encoder, placed, unmarked
-from roll_sft.data.chat.mask import cut_at_headers, learnt_runs, mask_by_places
+from roll_sft.data.chat.mask import cut_at_headers, mask_by_places, supervised_runs
 from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
-from roll_sft.data.chat.turns import Text, TurnFinder
+from roll_sft.data.chat.turns import RenderedChat, TurnFinder
 from roll_sft.data.rows.conversation import Conversation, Message
 
 if TYPE_CHECKING:
-    from roll_sft.data.chat.fast.answer_markers import Anchor
+    from roll_sft.data.chat.fast.answer_markers import AnswerMarkers
 
 # No two say the same, so that only the template repeats itself.
 _PROBES = (
@@ -37,7 +37,7 @@ _PROBES = (
 class Probe(NamedTuple):
     """A conversation of ours, as text, as tokens, and with the mask that places give."""
 
-    text: Text
+    text: RenderedChat
     encoded: Encoded
     sample: TokenizedSample
 
@@ -52,7 +52,7 @@ def prove_probes(renderer: Renderer, encoder: Encoder) -> list[Probe]:
                 whole = placed(encoder.backend.encode(text.text, add_special_tokens=False))
                 encoded = cut_at_headers(text, whole, encoder)
                 sample = mask_by_places(
-                    text, encoded, control_ids=encoder.control_ids, learn_all=False
+                    text, encoded, control_ids=encoder.control_ids, train_on_all=False
                 )
                 probes.append(Probe(text, encoded, sample))
         except (UnusableRow, DataError):
@@ -64,14 +64,14 @@ def end_of_turn(probes: Sequence[Probe]) -> int | None:
     """Return the token that ends an answer; None without a probe."""
     if not probes:
         return None
-    return probes[0].encoded.ids[learnt_runs(probes[0].sample)[1][-1]]
+    return probes[0].encoded.ids[supervised_runs(probes[0].sample)[1][-1]]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedText:
     """A text to be made a sample of. `is_marked`: its row spells control tokens."""
 
-    text: Text
+    text: RenderedChat
     by_ids: bool
     is_marked: bool = False
 
@@ -92,13 +92,13 @@ class PreparedTemplate:
         return prove_probes(self._renderer, self._encoder)
 
     @cached_property
-    def anchor(self) -> "Anchor | None":
+    def markers(self) -> "AnswerMarkers | None":
         """The tokens around every answer, if they are always the same."""
         if not self._use_fast:
             return None
-        from roll_sft.data.chat.fast.answer_markers import find_anchor
+        from roll_sft.data.chat.fast.answer_markers import find_markers
 
-        return find_anchor(self._probes, self._encoder)
+        return find_markers(self._probes, self._encoder)
 
     @cached_property
     def _is_written_in_order(self) -> bool:
@@ -118,14 +118,14 @@ class PreparedTemplate:
         """
         if self._encoder.spells_control(row):
             return self._plan_marked(row, self._encoder.control_text.marked(row))
-        anchor = self.anchor if by_ids else None
-        if anchor and self._is_written_in_order:
+        markers = self.markers if by_ids else None
+        if markers and self._is_written_in_order:
             from roll_sft.data.chat.fast.answer_markers import rendered_once
 
-            if text := rendered_once(row, self._renderer, self._finder, anchor):
+            if text := rendered_once(row, self._renderer, self._finder, markers):
                 return [PlannedText(text, by_ids=True)]
         return [
-            PlannedText(text, by_ids=anchor is not None and anchor.fits(text))
+            PlannedText(text, by_ids=markers is not None and markers.fits(text))
             for text in self._finder.find(row)
         ]
 
@@ -154,7 +154,7 @@ class PreparedTemplate:
             cut_at_headers(plan.text, encoded, encoder, is_renamed=plan.is_marked),
             control_ids=encoder.control_ids,
             end_ids=frozenset(() if self.end_of_turn_id is None else (self.end_of_turn_id,)),
-            learn_all=self._train_on == "all",
+            train_on_all=self._train_on == "all",
         )
 
     def _plan_marked(self, row: Conversation, marked: Conversation) -> list[PlannedText]:
@@ -171,7 +171,7 @@ class PreparedTemplate:
         ]
 
 
-def _moved(text: Text, encoder: Encoder) -> Text:
+def _moved(text: RenderedChat, encoder: Encoder) -> RenderedChat:
     """Return a text with marks as the renaming backend reads it, and the places of its turns."""
 
     def at(place: int) -> int:

@@ -2,8 +2,8 @@
 
 A model that reasons writes `<think>`, what it thinks, `</think>` and the answer. Many templates
 have the generation prompt write the `<think>` (or, to keep the model from thinking, a whole empty
-block), so a learnt answer must go on from there. Rows keep reasoning in a field of its own, or in
-the content, or hold none. What the template makes of each is found on probes:
+block), so a supervised answer must go on from there. Rows keep reasoning in a field of its own,
+or in the content, or hold none. What the template makes of each is found on probes:
 
 - reasoning in a field goes to the template as a field, or if it knows none and does write think
   blocks, into the content;
@@ -12,7 +12,7 @@ the content, or hold none. What the template makes of each is found on probes:
 - an answer whose content begins inside the block (recorded from such a prompt) is given its
   beginning back.
 
-This is for answers that are learnt. Earlier ones stay as they are, since that is how a
+This is for answers that are trained on. Earlier ones stay as they are, since that is how a
 conversation comes back to the template at inference.
 """
 

@@ -7,8 +7,8 @@ template.
 
 Three things differ on purpose. `strftime_now` gives the fixed day `PINNED_DAY`, since a template
 that writes today's date would make other samples tomorrow. Tool arguments are handed over in the
-form, an object or its JSON text, in which the template writes them as JSON. A learnt answer holds
-its reasoning in the form that begins as the generation prompt says: see `data.reasoning`.
+form, an object or its JSON text, in which the template writes them as JSON. A supervised answer
+holds its reasoning in the form that begins as the generation prompt says: see `reasoning`.
 """
 
 import json
@@ -120,7 +120,7 @@ class Renderer:
         return [self._turn(message) for message in messages]
 
     def answer(self, message: Message) -> dict[str, Any]:
-        """Return an answer that is learnt, as `turns` do, and begun as it will be asked for."""
+        """Return an answer that is trained on, as `turns` do, and begun as it will be asked for."""
         inline = written_inline(message, self.think)
         return self._turn(message if inline is None else inline)
 

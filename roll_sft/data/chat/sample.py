@@ -12,7 +12,7 @@ class TokenizedSample:
     """One sample of a row: `token_ids` int32 [T] and `label_mask` uint8 [T].
 
     `label_mask[t]` is 1 where token t predicts token t + 1 and that is trained on; 0 at the end.
-    `atomic`: spans of tokens (start, stop) that may not be cut through: learnt tool calls.
+    `atomic`: spans of tokens (start, stop) that may not be cut through: supervised tool calls.
     """
 
     token_ids: NDArray[np.int32]

@@ -18,7 +18,7 @@ from jinja2.visitor import NodeTransformer
 
 from roll_sft.data.chat.template_limits import STEP, Budget, OverBudgetError
 
-_ENTRY = 2048  # and the beginning of a macro, or of a loop within itself
+_ENTRY = 2048  # characters that the start of a macro, or of a loop within itself, counts for
 _ITEM = 8  # bytes, and characters that an entry of a list counts for
 _BLOCKS = 256  # pieces of output that are counted at once
 # Widths in `'%9d' % x` and in `'{:9}'.format(x)`, and a width that is one of the values.

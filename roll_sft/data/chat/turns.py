@@ -1,14 +1,15 @@
-"""A conversation -> texts, and where in them the learnt turns begin and end, proved.
+"""A conversation -> texts, and where in them the supervised turns begin and end, proved.
 
 A turn begins where the rendering of what comes before it, with the generation prompt, ends; it ends
 where the rendering up to it ends. Both must be beginnings of the whole text. A template that
 rewrites earlier turns once the conversation goes on (reasoning is dropped from history) breaks
-this: such a conversation becomes one text for each learnt turn, the conversation up to that turn,
-in which that turn alone is learnt. That is what a model is asked at inference, and each turn is
-still learnt once.
+this: such a conversation becomes one text for each supervised turn, the conversation up to it,
+in which that turn alone is trained on. That is what a model is asked at inference, and each turn is
+still trained on once.
 
 What is promised, or the row is refused with a reason: every message is in the text, with its
-reasoning, tools and tool calls, and the header of a learnt turn is what the generation prompt says.
+reasoning, tools and tool calls, and the header of a supervised turn is what
+the generation prompt says.
 """
 
 import json
@@ -24,11 +25,11 @@ from roll_sft.data.rows.conversation import Conversation, Message
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class AnswerSpan:
     """The characters `start:end` of the text that assistant message `message` adds to its header.
 
-    `spans` are those of them to be learnt, with the end-of-turn token in any case. `is_blank`: the
-    message says nothing but spaces.
+    `spans` are those of them to be trained on, with the end-of-turn token in any case. `is_blank`:
+    the message says nothing but spaces.
     """
 
     start: int
@@ -39,10 +40,10 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class RenderedChat:
     """One sample to be: a text and what is to be found in it.
 
-    `answers` has for each of its assistant messages whether it is singled out: to be learnt, or
+    `answers` has for each of its assistant messages whether it is singled out: to be trained on, or
     with `train_on=all` to be left out. `calls` has whether it is a tool call. `turns` has the
     places of those singled out, None if they were not looked for.
     """
@@ -50,7 +51,7 @@ class Text:
     text: str
     answers: tuple[bool, ...]
     calls: tuple[bool, ...]
-    turns: tuple[Turn, ...] | None = None
+    turns: tuple[AnswerSpan, ...] | None = None
 
 
 class _RewrittenError(Exception):
@@ -66,7 +67,7 @@ class TurnFinder:
         self._has_prompt = False
 
     def singled_out(self, messages: Sequence[Message]) -> list[int]:
-        """Return the assistant messages to be learnt, or with `train_on=all` to be left out."""
+        """Return the assistant messages to be trained on, or with `train_on=all` to be left out."""
         if self._train_on == "all":
             return [i for i, m in enumerate(messages) if m.role == "assistant" and not m.train]
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
@@ -74,11 +75,11 @@ class TurnFinder:
             answers = answers[-1:]
         return [i for i in answers if messages[i].train]
 
-    def whole(self, row: Conversation, text: str) -> Text:
+    def whole(self, row: Conversation, text: str) -> RenderedChat:
         """Return `text` as the one sample of `row`, without the places of its turns."""
         return _text(text, row.messages, self.singled_out(row.messages))
 
-    def find(self, row: Conversation) -> list[Text]:
+    def find(self, row: Conversation) -> list[RenderedChat]:
         """Return the texts of `row` with the places of their turns, or raise `UnusableRow`.
 
         Raises `DataError` if the template cannot be used with any conversation.
@@ -111,8 +112,8 @@ class TurnFinder:
                 raise UnusableRow(str(error), is_of_template=True) from error
             return [self._up_to(row, turns, index) for index in wanted]
 
-    def _up_to(self, row: Conversation, turns: Turns, index: int) -> Text:
-        """Return the conversation up to message `index`, which alone is learnt."""
+    def _up_to(self, row: Conversation, turns: Turns, index: int) -> RenderedChat:
+        """Return the conversation up to message `index`, which alone is trained on."""
         messages = row.messages[: index + 1]
         turns = [*turns[:index], self._renderer.answer(messages[index])]
         rendering = self._renderer.render(turns, tools=row.tools, add_generation_prompt=False)
@@ -135,7 +136,7 @@ class TurnFinder:
             f"not write message {index}, an answer {what} reasoning, as going on from there"
         )
 
-    def _place(self, row: Conversation, turns: Turns, whole: Rendering, index: int) -> Turn:
+    def _place(self, row: Conversation, turns: Turns, whole: Rendering, index: int) -> AnswerSpan:
         renderer, text = self._renderer, whole.text
         render = renderer.render
         before = render(turns[:index], tools=row.tools, add_generation_prompt=True).text
@@ -152,7 +153,7 @@ class TurnFinder:
         _check_answer(
             message, index=index, text=written, before=tail if before.endswith(tail) else ""
         )
-        spans = _learnt(start, end, marks=whole.marks)
+        spans = _supervised(start, end, marks=whole.marks)
         # Some templates (a think block) write more before the answer, after the generation prompt.
         # Without such a prompt it is the header they write there, unless a mark says otherwise.
         if not self._has_prompt and not written.lstrip().startswith(_first_words(message)):
@@ -165,17 +166,17 @@ class TurnFinder:
                     f"{{% if add_generation_prompt %}} with the header to the tokenizer's template"
                 )
         is_blank = not (message.content.strip() or message.reasoning or message.tool_calls)
-        return Turn(start, end, index, spans, is_blank=is_blank)
+        return AnswerSpan(start, end, index, spans, is_blank=is_blank)
 
 
 def _text(
     text: str,
     messages: Sequence[Message],
     wanted: Sequence[int],
-    turns: Sequence[Turn] | None = None,
-) -> Text:
+    turns: Sequence[AnswerSpan] | None = None,
+) -> RenderedChat:
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    return Text(
+    return RenderedChat(
         text,
         answers=tuple(index in wanted for index in answers),
         calls=tuple(bool(messages[index].tool_calls) for index in answers),
@@ -183,8 +184,8 @@ def _text(
     )
 
 
-def _learnt(start: int, end: int, *, marks: Iterable[Span]) -> tuple[Span, ...]:
-    """Return what is learnt of a turn: what the template marks of it, all of it without a mark."""
+def _supervised(start: int, end: int, *, marks: Iterable[Span]) -> tuple[Span, ...]:
+    """Return the supervised parts of a turn: those that the template marks, or all of it."""
     inside = [(max(start, left), min(end, right)) for left, right in marks]
     inside = [span for span in inside if span[0] < span[1]]
     return tuple(inside) or ((start, end),)
@@ -212,7 +213,7 @@ def _check_present(message: Message, *, index: int, text: str, before: str = "")
 
 
 def _check_context(message: Message, *, index: int, text: str) -> None:
-    """As `_check_present`, for an answer that is not learnt: earlier reasoning may be dropped."""
+    """As `_check_present`, for an unsupervised answer: earlier reasoning may be dropped."""
     answer = message.content.rpartition("</think>")[2]
     if not _holds(text, answer):
         _check_present(message, index=index, text=text)

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.chat.mask import learnt_runs
+from roll_sft.data.chat.mask import supervised_runs
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
 from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
 from tests.golden_chats import QWEN3_LIKE, golden_tokenizer, templates
@@ -139,7 +139,7 @@ def written(name: str, sample: TokenizedSample) -> list[tuple[list[int], str, st
     ids, decode = sample.token_ids.tolist(), tokenizer_of(name).decode
     return [
         (ids[:first], decode(ids[first : last + 1]), decode(ids[: last + 1]))
-        for first, last in zip(*learnt_runs(sample), strict=True)
+        for first, last in zip(*supervised_runs(sample), strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample, UnusableRow
-from roll_sft.data.chat.mask import learnt_runs
+from roll_sft.data.chat.mask import supervised_runs
 from roll_sft.data.rows.conversation import Conversation, Message
 from tests.golden_chats import (
     PATH,
@@ -54,11 +54,12 @@ BY_PLACES_ONLY = ("alpaca", "deepseek_r1", "simple_chat", "tulu", "vicuna")
 @functools.cache
 def chat_of(name: str, *, quick: bool = True, train_on: str = "assistant") -> ChatTokenizer:
     """With `quick=False` every row is proved and nothing is read off the ids."""
-    chat = ChatTokenizer(golden_tokenizer(), template=TEMPLATES[name], train_on=train_on)
-    prepared = chat._prepared_for(cases()["single"])
-    assert (prepared.anchor is None) == (name in BY_PLACES_ONLY)
-    if not quick:
-        prepared.__dict__["anchor"] = None
+    chat = ChatTokenizer(
+        golden_tokenizer(), template=TEMPLATES[name], train_on=train_on, use_fast=quick
+    )
+    if quick:
+        prepared = chat._prepared_for(cases()["single"])
+        assert (prepared.markers is None) == (name in BY_PLACES_ONLY)
     return chat
 
 
@@ -127,7 +128,7 @@ def test_ids_and_prompts_are_those_of_transformers(name: str) -> None:
         prompts = [
             sample.token_ids[:first].tolist()
             for sample in samples
-            for first in learnt_runs(sample)[0]
+            for first in supervised_runs(sample)[0]
         ]
         assert prompts == [applied(name, row, upto=index) for index in answers]
 
@@ -160,7 +161,7 @@ def learnt_texts(samples: list[TokenizedSample]) -> list[str]:
     return [
         golden_tokenizer().decode(sample.token_ids[first : last + 1])
         for sample in samples
-        for first, last in zip(*learnt_runs(sample), strict=True)
+        for first, last in zip(*supervised_runs(sample), strict=True)
     ]
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roll_sft.data.chat.encoder import Encoder
-from roll_sft.data.chat.mask import learnt_runs
+from roll_sft.data.chat.mask import supervised_runs
 from roll_sft.data.chat.prepared import Probe
 from roll_sft.data.chat.render import Renderer, Span
 from roll_sft.data.chat.sample import TokenizedSample
-from roll_sft.data.chat.turns import Text, TurnFinder
+from roll_sft.data.chat.turns import RenderedChat, TurnFinder
 from roll_sft.data.rows.conversation import Conversation
 
 # Control tokens in the header of an answer, at most: a role may stand between two.
@@ -25,7 +25,7 @@ _MAX_HEADER_CONTROL = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Anchor:
+class AnswerMarkers:
     """The token ids that come before every answer, and those of which one ends it; as text too."""
 
     header: tuple[int, ...]
@@ -41,8 +41,8 @@ class Anchor:
             or text[start:end].rstrip().endswith(self.end_texts)
         )
 
-    def fits(self, text: Text) -> bool:
-        """Whether ids can tell what is learnt of a text: whole turns, not parts of them."""
+    def fits(self, text: RenderedChat) -> bool:
+        """Whether ids can tell the supervised part of a text: whole turns, not parts of them."""
         return all(
             len(turn.spans) == 1
             and turn.spans[0][0] == turn.start
@@ -51,23 +51,23 @@ class Anchor:
         )
 
 
-def find_anchor(probes: Sequence[Probe], encoder: Encoder) -> Anchor | None:
+def find_markers(probes: Sequence[Probe], encoder: Encoder) -> AnswerMarkers | None:
     """Return the tokens around every answer, None if they are not always the same and proved."""
     token_ids = [np.array(probe.encoded.ids, np.int32) for probe in probes]
     texts = [probe.text for probe in probes]
     for num_control in range(1, _MAX_HEADER_CONTROL + 1):
-        anchor = _common(probes, control_ids=encoder.control_ids, num_control=num_control)
-        if anchor is None or not all(anchor.fits(text) for text in texts):
+        markers = _common(probes, control_ids=encoder.control_ids, num_control=num_control)
+        if markers is None or not all(markers.fits(text) for text in texts):
             continue
         # Such a token could hold the first spaces of an answer and look no different.
-        if anchor.header[-1] in encoder.absorbing:
+        if markers.header[-1] in encoder.absorbing:
             continue
-        samples = masks_by_markers(texts, token_ids, markers=anchor, learn_all=False)
+        samples = masks_by_markers(texts, token_ids, markers=markers, train_on_all=False)
         if all(
             sample is not None and np.array_equal(sample.label_mask, probe.sample.label_mask)
             for sample, probe in zip(samples, probes, strict=True)
         ):
-            return anchor
+            return markers
     return None
 
 
@@ -76,15 +76,15 @@ def _common(
     *,
     control_ids: frozenset[int],
     num_control: int,
-) -> Anchor | None:
-    """Return what stands around every learnt turn of `probes`, None if it is not always the same.
+) -> AnswerMarkers | None:
+    """Return the tokens around every supervised turn of `probes`, None if they differ.
 
     The header is taken from the `num_control`-th control token before the answer.
     """
     headers: set[tuple[tuple[int, ...], str]] = set()
     ends: dict[int, str] = {}
     for text, encoded, sample in probes:
-        starts, finals = learnt_runs(sample)
+        starts, finals = supervised_runs(sample)
         if len(starts) != len(text.turns or ()):
             return None
         for turn, start, final in zip(text.turns or (), starts, finals, strict=True):
@@ -98,12 +98,12 @@ def _common(
     if len(headers) != 1:
         return None
     ((header_ids, header_text),) = headers
-    return Anchor(header_ids, tuple(ends), header_text, tuple(ends.values()))
+    return AnswerMarkers(header_ids, tuple(ends), header_text, tuple(ends.values()))
 
 
 def rendered_once(
-    row: Conversation, renderer: Renderer, finder: TurnFinder, markers: Anchor
-) -> Text | None:
+    row: Conversation, renderer: Renderer, finder: TurnFinder, markers: AnswerMarkers
+) -> RenderedChat | None:
     """Return a plain row as one text if every message stands in it, in order; else None.
 
     The template must write in order: see `fast.template_order`.
@@ -138,11 +138,11 @@ def rendered_once(
 
 
 def masks_by_markers(
-    texts: Sequence[Text],
+    texts: Sequence[RenderedChat],
     token_ids: Sequence[NDArray[np.int32]],
     *,
-    markers: Anchor,
-    learn_all: bool,
+    markers: AnswerMarkers,
+    train_on_all: bool,
 ) -> list[TokenizedSample | None]:
     """Return the sample of each text, None where it does not show one header for each answer."""
     stops = np.cumsum([ids.size for ids in token_ids], dtype=np.int64)
@@ -164,11 +164,11 @@ def masks_by_markers(
         if spans is None:
             samples.append(None)
             continue
-        label_mask = np.full(ids.size, learn_all, np.uint8)
+        label_mask = np.full(ids.size, train_on_all, np.uint8)
         label_mask[-1:] = 0
         for begin, final, _ in spans:
-            label_mask[begin - 1 : final] = not learn_all
-        calls = () if learn_all else [(b, final + 1) for b, final, is_call in spans if is_call]
+            label_mask[begin - 1 : final] = not train_on_all
+        calls = () if train_on_all else [(b, final + 1) for b, final, is_call in spans if is_call]
         samples.append(TokenizedSample(ids, label_mask, tuple(calls)))
     return samples
 
@@ -182,7 +182,7 @@ def _after_headers(ids: NDArray[np.int32], header: tuple[int, ...]) -> NDArray[n
 
 
 def _supervised(
-    text: Text, found: list[list[int]], *, num_tokens: int, markers: Anchor
+    text: RenderedChat, found: list[list[int]], *, num_tokens: int, markers: AnswerMarkers
 ) -> list[tuple[int, int, bool]] | None:
     """The first and last token of each answer that is singled out, and whether it is a call.
 

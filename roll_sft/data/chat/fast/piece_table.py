@@ -1,6 +1,6 @@
 """Texts -> token ids by a table of pieces, several times as fast as the tokenizer itself.
 
-A byte-level tokenizer cuts a text at its added tokens, cuts the rest into pieces (`data.splits`),
+A byte-level tokenizer cuts a text at its added tokens, cuts the rest into pieces (`splits`),
 and merges the bytes of each piece by itself. Most pieces come again and again: here the tokenizer's
 own model is asked once for each, and a text's ids are looked up. So the ids are the tokenizer's to
 the last one; a text that could be cut in another way is not encoded here.
