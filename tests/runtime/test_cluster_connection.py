@@ -88,6 +88,7 @@ def refusal(address):
         (f"127.0.0.1:{free_port()}", "Connection refused"),
         ("head", "invalid literal for int"),
     ],
+    ids=["port", "name"],
 )
 def test_address_where_nothing_listens_is_refused_before_ray_tries(address, reason, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray tries for minutes"))
