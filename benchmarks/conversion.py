@@ -24,7 +24,7 @@ from shared import measures
 from transformers import Qwen2Config
 
 from roll_sft.convert import command
-from roll_sft.models.registry import family_of
+from roll_sft.models.source import family_of
 
 PACKAGES = ("torch", "safetensors")
 GOAL = ">= 0.6"

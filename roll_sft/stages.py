@@ -19,7 +19,7 @@ from roll_sft.job.job import Job
 from roll_sft.job.prepared import read_prepared
 from roll_sft.preparing import preparing
 from roll_sft.train import run_folder
-from roll_sft.train.start_clock import StartUp
+from roll_sft.train.terminal import StartUp
 
 if TYPE_CHECKING:
     from roll_sft.tracking.trackers import Tracker

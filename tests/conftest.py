@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 
@@ -12,7 +13,6 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from roll_sft.base.gc_pauses import keep_all
 from tests.pool import RankPool
 
 # The same examples on every run: what hypothesis finds by chance belongs in an @example.
@@ -67,7 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    keep_all()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

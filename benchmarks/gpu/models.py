@@ -11,8 +11,8 @@ from transformers import Qwen2Config
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.memory import GIB, MemoryEstimate, estimate
-from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_of
 
 # Hidden, ffn, layers, heads, key-value heads, tied, and the share of the measured peak to reach.
 SHAPES = {

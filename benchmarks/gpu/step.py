@@ -39,9 +39,8 @@ from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.process_groups import Rendezvous, process_groups
 from roll_sft.job.memory import GIB
-from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.source import ModelSource
+from roll_sft.models.source import ModelSource, family_of
 
 PACK_TOKENS, PACKS, WARM_UP, STEPS = 8192, 4, 3, 5
 # Seconds that each may take on a GPU, so that none is begun that would be cut off.

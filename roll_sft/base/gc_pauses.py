@@ -25,12 +25,6 @@ def imports_kept() -> Iterator[None]:
             gc.enable()
 
 
-def keep_all() -> None:
-    """Take garbage away, and never search what is there now: it stays until the process ends."""
-    gc.collect()
-    gc.freeze()
-
-
 def leave_quickly() -> None:
     """Spare this process the last search; the rest of its end, and its exit code, stay as they are.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from roll_sft.base.errors import CheckpointError, ConfigError
 from roll_sft.base.files import set_aside, write_durably, writing
-from roll_sft.checkpoint.fingerprint import changes
 from roll_sft.checkpoint.manifest import (
     NewerCheckpointError,
     RunState,
@@ -181,6 +180,8 @@ def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
 def _check_same_run(
     run: RunState, state: RunState, *, checkpoint: Path, allowed: Sequence[str]
 ) -> None:
+    from roll_sft.checkpoint.fingerprint import changes  # a run that begins needs it not
+
     found = changes(run, state)
     if state.step == 0:  # a converted model: weights to start from, and no run behind them
         return

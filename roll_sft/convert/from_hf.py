@@ -29,9 +29,9 @@ from roll_sft.models.assets import asset_files, check_assets, copy_file
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
-from roll_sft.models.registry import family_of
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_of
 from roll_sft.models.weight_map import QKV, WeightMapping
 
 MAX_FILE_BYTES = 5_000_000_000

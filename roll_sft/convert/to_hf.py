@@ -27,9 +27,9 @@ from roll_sft.models.assets import asset_files, check_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite
-from roll_sft.models.registry import family_of
 from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -17,8 +17,8 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.config.schema import RunConfig, on_device
 from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_of
 
 # Of the largest logit, at LAYERS layers; rounding adds up over layers. Seen: 1e-6 at 4 layers.
 TOLERANCE, LAYERS = 1e-5, 4

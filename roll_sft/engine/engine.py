@@ -9,7 +9,7 @@ a step nothing of ours waits for the device before its end, which reads the norm
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.checkpoint import tensors
-from roll_sft.checkpoint.background import BackgroundWriter
 from roll_sft.checkpoint.manifest import read_manifest
 from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
@@ -40,6 +39,9 @@ from roll_sft.engine.optimizer import (
 from roll_sft.engine.process_groups import seed_step
 from roll_sft.engine.state import RankState, check_loaded, check_written, load_state, rank_state
 from roll_sft.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from roll_sft.checkpoint.background import BackgroundWriter
 
 
 class Readout:
@@ -112,7 +114,7 @@ class Engine:
         )
         self.optimizer = build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
-        self._background = BackgroundWriter()
+        self._background = _background_writer() if config.checkpoint.async_save else None
         torch.cuda.reset_peak_memory_stats()
         self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
         if checkpoint is not None:
@@ -171,18 +173,19 @@ class Engine:
             check_written(pieces)
             tensors.write(folder, pieces, objects=state.objects, writer=writer)
 
-        if self._config.checkpoint.async_save:
-            self._background.begin(state.written(), write)
-        else:
+        if self._background is None:
             write(state.written())
+        else:
+            self._background.begin(state.written(), write)
 
     def is_saved(self) -> bool:
         """Whether every save that began is on disk. Raises `CheckpointError`."""
-        return self._background.is_done()
+        return self._background is None or self._background.is_done()
 
     def finish_save(self) -> None:
         """Wait until every save that began is on disk. Raises `CheckpointError`."""
-        self._background.finish()
+        if self._background is not None:
+            self._background.finish()
 
     def save(self, folder: Path) -> None:
         """`begin_save`, and wait for it."""
@@ -303,3 +306,9 @@ class Engine:
             return loss_sum, count, loss_sum.detach()
 
         return losses, loss
+
+
+def _background_writer() -> "BackgroundWriter":
+    from roll_sft.checkpoint.background import BackgroundWriter
+
+    return BackgroundWriter()

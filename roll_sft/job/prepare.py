@@ -27,9 +27,8 @@ from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.hub import HubModel, local_model
-from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.source import ModelSource
+from roll_sft.models.source import ModelSource, family_of
 
 _log = logging.getLogger(__name__)
 

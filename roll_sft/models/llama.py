@@ -7,7 +7,7 @@ Refused by name, beside what no family builds: biases in attention or MLP, and w
 
 from typing import TYPE_CHECKING
 
-from roll_sft.models.decoder import decoder_shape, own_config, pre_norm_weights
+from roll_sft.models.decoder import pre_norm_weights
 from roll_sft.models.family import Family
 from roll_sft.models.shape import ModelShape
 
@@ -20,6 +20,8 @@ _ARCHITECTURE = "LlamaForCausalLM"
 def llama_shape(config: "PreTrainedConfig") -> ModelShape:
     """Shape of a Llama model. Raises `ConfigError` that lists every unsupported setting."""
     from transformers import LlamaConfig  # slow to import
+
+    from roll_sft.models.decoder_shape import decoder_shape, own_config
 
     config = own_config(config, LlamaConfig, architecture=_ARCHITECTURE)
     problems = []

@@ -7,7 +7,7 @@ attend to everything, so whoever knows the length of samples decides.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from roll_sft.models.decoder import decoder_shape, own_config, pre_norm_weights
+from roll_sft.models.decoder import pre_norm_weights
 from roll_sft.models.family import Family
 from roll_sft.models.shape import ModelShape
 
@@ -20,6 +20,8 @@ _ARCHITECTURE = "MistralForCausalLM"
 def mistral_shape(config: "PreTrainedConfig") -> ModelShape:
     """Shape of a Mistral model. Raises `ConfigError` that lists every unsupported setting."""
     from transformers import MistralConfig  # slow to import
+
+    from roll_sft.models.decoder_shape import decoder_shape, own_config
 
     config = own_config(config, MistralConfig, architecture=_ARCHITECTURE)
     shape = decoder_shape(config, architecture=_ARCHITECTURE)

@@ -9,7 +9,7 @@ Refused by name, beside what no family builds: biases in attention, and clipped 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from roll_sft.models.decoder import attention, decoder_shape, decoder_weights, mlp, own_config
+from roll_sft.models.decoder import attention, decoder_weights, mlp
 from roll_sft.models.family import Family
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import SingleTensor, WeightTable
@@ -23,6 +23,8 @@ _ARCHITECTURE = "Olmo2ForCausalLM"
 def olmo2_shape(config: "PreTrainedConfig") -> ModelShape:
     """Shape of an OLMo 2 model. Raises `ConfigError` that lists every unsupported setting."""
     from transformers import Olmo2Config  # slow to import
+
+    from roll_sft.models.decoder_shape import decoder_shape, own_config
 
     config = own_config(config, Olmo2Config, architecture=_ARCHITECTURE)
     problems = []

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 
 from roll_sft.models.decoder import (
     attention,
-    decoder_shape,
     decoder_weights,
     mlp,
-    own_config,
     pre_attention_norm,
     pre_mlp_norm,
     pre_norm_weights,
@@ -32,6 +30,8 @@ def qwen2_shape(config: "PreTrainedConfig") -> ModelShape:
     """Shape of a Qwen2 model. Raises `ConfigError` that lists every unsupported setting."""
     from transformers import Qwen2Config  # slow to import
 
+    from roll_sft.models.decoder_shape import decoder_shape, own_config
+
     config = own_config(config, Qwen2Config, architecture=_QWEN2)
     problems = ["use_sliding_window true (only false)"] if config.use_sliding_window else []
     shape = decoder_shape(config, architecture=_QWEN2, problems=problems)
@@ -41,6 +41,8 @@ def qwen2_shape(config: "PreTrainedConfig") -> ModelShape:
 def qwen3_shape(config: "PreTrainedConfig") -> ModelShape:
     """Shape of a Qwen3 model. Raises `ConfigError` that lists every unsupported setting."""
     from transformers import Qwen3Config  # slow to import
+
+    from roll_sft.models.decoder_shape import decoder_shape, own_config
 
     config = own_config(config, Qwen3Config, architecture=_QWEN3)
     problems = ["use_sliding_window true (only false)"] if config.use_sliding_window else []

@@ -5,14 +5,28 @@ needs neither torch nor the files.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from roll_sft.base.errors import ConfigError
 from roll_sft.models.shape import ModelShape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from roll_sft.models.family import Family
     from roll_sft.models.hub import HubModel
     from roll_sft.models.safetensors_in import TensorSource
+
+
+_PLACES = {  # architecture -> module of this folder, and the name in it
+    "LlamaForCausalLM": ("llama", "LLAMA"),
+    "MistralForCausalLM": ("mistral", "MISTRAL"),
+    "Olmo2ForCausalLM": ("olmo2", "OLMO2"),
+    "Qwen2ForCausalLM": ("qwen", "QWEN2"),
+    "Qwen3ForCausalLM": ("qwen", "QWEN3"),
+}
+ARCHITECTURES = tuple(_PLACES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +45,6 @@ class ModelSource:
     @property
     def family(self) -> "Family":
         """The family of the model."""
-        from roll_sft.models.registry import family_named
-
         return family_named(self.shape.architecture)
 
     @property
@@ -54,3 +66,21 @@ class ModelSource:
             return SafetensorsSource(self.hub.folder())
         assert self.folder is not None, "a model without weights"
         return SafetensorsSource(self.folder)
+
+
+def family_named(architecture: str) -> "Family":
+    """The family of one of `ARCHITECTURES`."""
+    module, name = _PLACES[architecture]
+    family: Family = getattr(import_module(f"roll_sft.models.{module}"), name)
+    return family
+
+
+def family_of(config: "PreTrainedConfig") -> "Family":
+    """The family that implements `config`; raises `ConfigError` that lists the supported ones."""
+    architectures = config.architectures or []
+    if len(architectures) == 1 and architectures[0] in _PLACES:
+        return family_named(architectures[0])
+    raise ConfigError(
+        f"model.path: config.json names architectures {architectures}; this version supports one "
+        f"of: {', '.join(ARCHITECTURES)}; choose such a model"
+    )

@@ -18,7 +18,7 @@ from roll_sft.base.errors import DivergedError
 from roll_sft.checkpoint.resume import Start, make_way
 from roll_sft.checkpoint.retention import check_room
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.data.tokens.integrity import verifying
+from roll_sft.data.tokens.cache import verifying
 from roll_sft.job.job import Job
 from roll_sft.runtime.cluster import connected
 from roll_sft.runtime.group import Pending, WorkerGroup
@@ -26,7 +26,7 @@ from roll_sft.runtime.placement import Slots, reserved
 from roll_sft.train import run_folder
 from roll_sft.train.records import Records, open_records
 from roll_sft.train.saves import Saves
-from roll_sft.train.start_clock import StartUp
+from roll_sft.train.terminal import StartUp
 
 if TYPE_CHECKING:
     from roll_sft.tracking.trackers import Tracker

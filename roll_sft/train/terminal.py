@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 from rich.progress import BarColumn, Progress, TextColumn
 
 from roll_sft.base.console import CLOCK, CONSOLE, format_seconds
@@ -89,3 +90,24 @@ def _fitting(fields: list[str]) -> list[str]:
     room = CONSOLE.width - len(time.strftime(CLOCK))
     fits = [len("  ".join(fields[: n + 1])) <= room for n in range(len(fields))]
     return [field for n, field in enumerate(fields) if n < 3 or fits[n]]
+
+
+class StartUp:
+    """A clock that began with this process."""
+
+    def __init__(self) -> None:
+        self._began = self._last = psutil.Process().create_time()
+        self._parts: list[str] = []
+
+    def passed(self, name: str) -> None:
+        """What took the time since the last call, or since the beginning."""
+        now = time.time()
+        self._parts.append(f"{name} {now - self._last:.1f}")
+        self._last = now
+
+    def elapsed_s(self) -> float:
+        """Seconds since this process began."""
+        return float(time.time() - self._began)
+
+    def __str__(self) -> str:
+        return f"{self._last - self._began:.1f} s after the command: {', '.join(self._parts)}"

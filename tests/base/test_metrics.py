@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from roll_sft.base.metrics import flops_per_step, peak_flops
 from roll_sft.data.steps.packing import CostModel
-from roll_sft.models.registry import family_of
+from roll_sft.models.source import family_of
 from tests.parity import model_config
 
 

@@ -35,8 +35,7 @@ from roll_sft.engine.micro_batch import segments_of
 from roll_sft.engine.process_groups import Rendezvous, process_groups
 from roll_sft.job.in_process import prepare_job
 from roll_sft.models.random_weights import RandomSource
-from roll_sft.models.registry import family_of
-from roll_sft.models.source import ModelSource
+from roll_sft.models.source import ModelSource, family_of
 from tests import parity, waits
 from tests.gpu.compiled_checks import check_compiled
 

@@ -11,8 +11,8 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.memory import GIB, estimate
-from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_of
 from tests import parity
 from tests.pool import RankPool
 

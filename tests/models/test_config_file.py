@@ -9,8 +9,8 @@ import pytest
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.registry import family_of
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_of
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

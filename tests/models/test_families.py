@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from roll_sft.models.family import Family
-from roll_sft.models.registry import ARCHITECTURES, family_named, family_of
 from roll_sft.models.safetensors_in import SafetensorsSource
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import ARCHITECTURES, family_named, family_of
 from roll_sft.models.weight_map import SingleTensor
 from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource, tiny_model
 

@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.models.qwen import QWEN2, QWEN3
-from roll_sft.models.registry import family_of
+from roll_sft.models.source import family_of
 from tests.models.helpers import SIZES, config_from_disk, tiny_model
 
 ON_DISK = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES}

@@ -23,8 +23,8 @@ from roll_sft.data.tokens.cache import (
     SourceTokens,
     TokenCache,
     TokenSet,
+    verifying,
 )
-from roll_sft.data.tokens.integrity import verifying
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
 from tests.tiny import tiny_tokenizer
 
