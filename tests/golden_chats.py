@@ -3,9 +3,9 @@
     python -m tests.golden_chats [--qwen3 tokenizer_config.json]
 
 writes tests/golden/chats.json; read the difference before it is kept. `text` shows each sample with
-what is learnt between guillemets, `ids` are its tokens, `learnt` the tokens [first, last] of each
-run that is learnt. With `--qwen3`, the samples of "qwen3" come from the template in that file, the
-model's own: the tests give them to `QWEN3_LIKE`, which was written from what it is known to do.
+its supervised text between guillemets, `ids` are its tokens, `supervised` the tokens [first, last]
+of each supervised run. With `--qwen3`, the samples of "qwen3" come from the template in that file,
+the model's own: the tests give them to `QWEN3_LIKE`, which was written from what it is known to do.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def _shown(sample: TokenizedSample) -> dict[str, Any]:
     for first, last in runs:
         text += f"{decode(ids[place:first])}\u00ab{decode(ids[first : last + 1])}\u00bb"
         place = last + 1
-    shown = {"text": text + decode(ids[place:]), "learnt": [list(run) for run in runs]}
+    shown = {"text": text + decode(ids[place:]), "supervised": [list(run) for run in runs]}
     return {**shown, "atomic": [list(span) for span in sample.atomic], "ids": ids}
 
 

@@ -1,8 +1,8 @@
 """`roll-sft preview`: what a run would learn from its rows, before it is started.
 
-Samples are shown token by token, in the terminal or as a page: what is learnt is coloured, control
-tokens can be told from text that spells them, and what is dropped says where it is and why. Nothing
-is written but the page that is asked for.
+Samples are shown token by token, in the terminal or as a page. Tokens that are trained on are
+coloured, control tokens differ from text that spells them, and a dropped row has its place and the
+reason. Nothing is written but the page that is asked for.
 """
 
 import logging
@@ -28,10 +28,10 @@ __all__ = ["Choice", "run"]
 LOG = logging.getLogger(__name__)
 
 # Colours of the terminal's own palette, so that they suit light and dark ones.
-_LEARNT = "bold green"
+_SUPERVISED = "bold green"
 _CONTROL = "magenta"
-_CONTROL_LEARNT = "bold green reverse"
-_OPEN, _CLOSE = "\u27e6", "\u27e7"  # around what is learnt, where there are no colours
+_CONTROL_SUPERVISED = "bold green reverse"
+_OPEN, _CLOSE = "\u27e6", "\u27e7"  # around what is trained on, where there are no colours
 
 
 def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
@@ -101,7 +101,7 @@ def _title(shown: Shown) -> Text:
     return Text.assemble(
         (visible(f"{shown.source}:{shown.row}{part}"), "bold"),
         (visible(f"  {shown.place}  "), "dim"),
-        f"{shown.num_tokens:,} tokens{cut}, {shown.num_supervised:,} learnt ({share:.0f} %)",
+        f"{shown.num_tokens:,} tokens{cut}, {shown.num_supervised:,} trained on ({share:.0f} %)",
     )
 
 
@@ -118,17 +118,17 @@ def _body(shown: Shown, *, has_colours: bool) -> Text:
 
 def _style(is_supervised: bool, *, is_control: bool) -> str:
     if is_control:
-        return _CONTROL_LEARNT if is_supervised else _CONTROL
-    return _LEARNT if is_supervised else ""
+        return _CONTROL_SUPERVISED if is_supervised else _CONTROL
+    return _SUPERVISED if is_supervised else ""
 
 
 def _legend(*, has_colours: bool) -> Text:
     if not has_colours:
-        return Text(f"{_OPEN}learnt{_CLOSE}")
+        return Text(f"{_OPEN}trained on{_CLOSE}")
     return Text.assemble(
-        ("learnt", _LEARNT),
+        ("trained on", _SUPERVISED),
         "  ",
         ("control token", _CONTROL),
         "  ",
-        ("control token, learnt", _CONTROL_LEARNT),
+        ("control token, trained on", _CONTROL_SUPERVISED),
     )

@@ -1,8 +1,8 @@
 """A preview as one HTML page that needs nothing beside it: no script, no font, no network.
 
 Every text is escaped by the template engine, and characters that show nothing are named, so a page
-holds what a row says and never what a row does. A long context is folded, so that what is learnt
-is on the screen; a token shows its place and id where it is pointed at, tapped or focused.
+runs nothing that a row says. A long context is folded, so that the supervised tokens are on the
+screen; a token shows its place and id where it is pointed at, tapped or focused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ _LONGEST_CONTEXT, _SHOWN = 240, 80
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfbf9; --card: #ffffff; --text: #1c1e21;
-  --soft: #686d76; --line: #e2e2dc; --learnt: #d3efd9; --learnt-text: #0d3b1e; --edge: #8fc9a0;
+  --soft: #686d76; --line: #e2e2dc; --trained: #d3efd9; --trained-text: #0d3b1e; --edge: #8fc9a0;
   --control: #6a3fb5; --control-ground: #efe8fb; --bad: #a32a1f; --bad-ground: #fdecea; }
 @media (prefers-color-scheme: dark) { :root { --ground: #15171a; --card: #1d2024; --text: #e4e6e9;
-  --soft: #9aa1ab; --line: #31363d; --learnt: #1d4a2c; --learnt-text: #d4f5de; --edge: #3f8a58;
+  --soft: #9aa1ab; --line: #31363d; --trained: #1d4a2c; --trained-text: #d4f5de; --edge: #3f8a58;
   --control: #c9aef8; --control-ground: #352a4d; --bad: #ff9d93; --bad-ground: #40211e; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.25rem 4rem; background: var(--ground);
@@ -50,11 +50,11 @@ header.sample b { font-size: 1rem; } header.sample span { color: var(--soft); }
   border: 1px solid var(--line); border-radius: 1rem; color: var(--soft);
   font: .8rem/1.6 system-ui, sans-serif; }
 .tokens [open] summary { display: none; }
-.legend .l, .tokens .l { background: var(--learnt); color: var(--learnt-text);
+.legend .l, .tokens .l { background: var(--trained); color: var(--trained-text);
   border-color: var(--edge); }
 .legend .c, .tokens .c { color: var(--control); background: var(--control-ground);
   font-weight: 600; }
-.legend .c.l, .tokens .c.l { background: var(--learnt); box-shadow: inset 0 -2px 0 var(--edge); }
+.legend .c.l, .tokens .c.l { background: var(--trained); box-shadow: inset 0 -2px 0 var(--edge); }
 .legend span { padding: 0 .4rem; border-radius: 3px; }
 table { width: 100%; border-collapse: collapse; background: var(--card); font-size: .9rem;
   border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
@@ -85,8 +85,8 @@ _PAGE = """\
 <body>
 <h1>{{ title }}</h1>
 <p>{{ summary }}</p>
-<div class="legend"><span class="l">learnt</span><span class="c">control token</span>
-<span class="c l">control token, learnt</span>
+<div class="legend"><span class="l">trained on</span><span class="c">control token</span>
+<span class="c l">control token, trained on</span>
 <span>point at a token, or tap it, for its place and id</span></div>
 {% for sample in preview.shown %}
 <article>
@@ -95,7 +95,7 @@ _PAGE = """\
 <span>{{ visible(sample.place) }}</span>
 <span>{{ "{:,}".format(sample.num_tokens) }} tokens
 {%- if sample.cut_from %}, cut from {{ "{:,}".format(sample.cut_from) }}{% endif %},
-{{ "{:,}".format(sample.num_supervised) }} learnt
+{{ "{:,}".format(sample.num_supervised) }} trained on
 ({{ "{:.0%}".format(sample.num_supervised / sample.num_tokens) }})</span></header>
 <div class="share">
 <i style="width: {{ 100 * sample.num_supervised / sample.num_tokens }}%"></i></div>
@@ -125,7 +125,7 @@ _PAGE = """\
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Pieces that are all learnt, or all context; `middle` is shown when it is asked for."""
+    """Pieces that are all trained on, or all context; `middle` is shown when it is asked for."""
 
     beginning: tuple[TextPiece, ...]
     middle: tuple[TextPiece, ...] = ()
@@ -154,7 +154,7 @@ def page_of(preview: Preview, *, title: str, summary: str) -> str:
 
 
 def _runs(pieces: Sequence[TextPiece]) -> Iterator[_Run]:
-    """The pieces of a sample; of a long context the middle apart, so that what is learnt shows."""
+    """The pieces of a sample; the middle of a long context apart, to be folded."""
     for is_supervised, group in groupby(pieces, key=lambda piece: piece.is_supervised):
         run = tuple(group)
         if is_supervised or len(run) <= _LONGEST_CONTEXT:
@@ -167,4 +167,4 @@ def _what(piece: TextPiece) -> str:
     ids = " ".join(map(str, piece.ids))
     last = piece.start + len(piece.ids) - 1
     place = f"token {last}" if last == piece.start else f"tokens {piece.start}-{last}"
-    return f"{place}, id {ids}{', learnt' if piece.is_supervised else ''}"
+    return f"{place}, id {ids}{', trained on' if piece.is_supervised else ''}"

@@ -252,9 +252,11 @@ def _judged(
 
 def _why(kind: str, sample: TokenizedSample, options: SourceOptions) -> str:
     if kind != OVERLONG:
-        return "no token of it is learnt"
+        return "no token of it is trained on"
     length = f"{sample.token_ids.size} tokens, more than data.sequence_length="
-    cut = ", and nothing learnt is left of it when cut" if options.overlong == "truncate" else ""
+    cut = (
+        ", and nothing supervised is left of it when cut" if options.overlong == "truncate" else ""
+    )
     return f"{length}{options.sequence_length}{cut}"
 
 

@@ -1,7 +1,7 @@
 """Data files through `prepare_only`: every accepted shape and form, with values and bytes changed.
 
 What is kept must be what a plain reader and transformers' own chat template give, token by token,
-and learnt where an assistant speaks. A row that cannot be used is never kept.
+and supervised where an assistant speaks. A row that cannot be used is never kept.
 """
 
 import contextlib
@@ -347,9 +347,11 @@ def _compared(
         same = tokenizer.decode(found) == tokenizer.decode(ids)
     if not same:
         return [f"row {number}: not apply_chat_template's tokens: {tokenizer.decode(found)!r:.300}"]
-    learnt = [at + 1 for at, flag in enumerate(samples[0][1].tolist()) if flag]
-    if learnt != _places_learnt(wanted, found, tokenizer):
-        return [f"row {number}: learnt is {tokenizer.decode([found[t] for t in learnt])!r:.300}"]
+    supervised = [at + 1 for at, flag in enumerate(samples[0][1].tolist()) if flag]
+    if supervised != _places_supervised(wanted, found, tokenizer):
+        return [
+            f"row {number}: supervised is {tokenizer.decode([found[t] for t in supervised])!r:.300}"
+        ]
     return []
 
 
@@ -359,19 +361,19 @@ def _is_plain(wanted: reader.Wanted, tokenizer: PreTrainedTokenizerBase) -> bool
     return not any(token in text for token in spelt for text in texts)
 
 
-def _places_learnt(
+def _places_supervised(
     wanted: reader.Wanted, ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Where a sample must be learnt, found by its control tokens alone."""
+    """Where a sample must be supervised, found by its control tokens alone."""
     if wanted.text is not None:
         return list(range(1, len(ids)))
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     starts = [place for place, token in enumerate(ids) if token == start]
     # The template puts a system message of its own before a conversation without one.
-    flags = [*[False] * (len(starts) - len(wanted.learnt)), *wanted.learnt]
+    flags = [*[False] * (len(starts) - len(wanted.supervised)), *wanted.supervised]
     header = len(tokenizer("assistant\n", add_special_tokens=False).input_ids)
     places: list[int] = []
-    for first, is_learnt in zip(starts, flags, strict=True):
-        if is_learnt:
+    for first, is_supervised in zip(starts, flags, strict=True):
+        if is_supervised:
             places += range(first + 1 + header, ids.index(end, first) + 1)
     return places

@@ -42,11 +42,11 @@ class UnjudgedError(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A document, or messages and which of them are learnt."""
+    """A document, or messages and which of them are supervised."""
 
     text: str | None
     messages: list[dict[str, str]]
-    learnt: list[bool]
+    supervised: list[bool]
 
 
 def rows_of(path: Path) -> list[Any]:
@@ -92,7 +92,7 @@ def ids_of(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a row, by transformers alone.
 
     A prompt comes as tokens of its own at inference: a token that holds the end of a prompt and the
-    beginning of the answer that is learnt is two, one on each side.
+    beginning of the answer that is supervised is two, one on each side.
     """
     if wanted.text is not None:
         end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -101,8 +101,8 @@ def ids_of(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     prompts = (
         tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
-        for at, is_learnt in enumerate(wanted.learnt)
-        if is_learnt
+        for at, is_supervised in enumerate(wanted.supervised)
+        if is_supervised
     )
     whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     cuts = [
@@ -127,8 +127,8 @@ def _asked(columns: Mapping[str, Any]) -> Wanted:
         if query is not None:
             raise UnjudgedError
         asked, _ = _messages(prompt)
-        answered, learnt = _messages(response)
-        return _with_answer([*asked, *answered], [*(False for _ in asked), *learnt], columns)
+        answered, supervised = _messages(response)
+        return _with_answer([*asked, *answered], [*(False for _ in asked), *supervised], columns)
     prompt, query, response = (_text("" if x is None else x) for x in (prompt, query, response))
     if "history" in columns and columns["history"] != []:
         turns = columns["history"]
@@ -150,8 +150,8 @@ def _asked(columns: Mapping[str, Any]) -> Wanted:
 
 def _listed(columns: Mapping[str, Any]) -> Wanted:
     value = _one(columns, ("messages", "conversations"))
-    messages, learnt = _messages(value)
-    return _with_answer(messages, learnt, columns)
+    messages, supervised = _messages(value)
+    return _with_answer(messages, supervised, columns)
 
 
 def _messages(value: Any) -> tuple[list[dict[str, str]], list[bool]]:
@@ -160,7 +160,7 @@ def _messages(value: Any) -> tuple[list[dict[str, str]], list[bool]]:
     if not isinstance(value, list):
         raise MalformedError("no list")
     read = [_message(entry) for entry in value]
-    return [message for message, _ in read], [learnt for _, learnt in read]
+    return [message for message, _ in read], [supervised for _, supervised in read]
 
 
 def _message(entry: Any) -> tuple[dict[str, str], bool]:
@@ -183,24 +183,27 @@ def _message(entry: Any) -> tuple[dict[str, str], bool]:
     flags = {bool(fields[key]) for key in ("train", "weight") if fields.get(key) in (0, 1)}
     if len(flags) > 1 or any(fields.get(key, 1) not in (0, 1) for key in ("train", "weight")):
         raise MalformedError("flags")
-    learnt = roles[said] == "assistant" and flags != {False}
-    return {"role": roles[said], "content": _text(fields[name])}, learnt
+    supervised = roles[said] == "assistant" and flags != {False}
+    return {"role": roles[said], "content": _text(fields[name])}, supervised
 
 
 def _with_answer(
-    messages: list[dict[str, str]], learnt: list[bool], columns: Mapping[str, Any]
+    messages: list[dict[str, str]], supervised: list[bool], columns: Mapping[str, Any]
 ) -> Wanted:
     system = _text(columns.get("system", ""))
     present = [m["content"] for m in messages if m["role"] == "system"]
     if system and not present:
-        messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
+        messages, supervised = (
+            [{"role": "system", "content": system}, *messages],
+            [False, *supervised],
+        )
     elif system and present[0] != system:
         raise MalformedError("two systems")
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise NothingLearntError
-    if not any(learnt):
+    if not any(supervised):
         raise NothingLearntError
-    return Wanted(None, messages, learnt)
+    return Wanted(None, messages, supervised)
 
 
 def _one(columns: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -73,7 +73,7 @@ def names(preview: Preview) -> list[str]:
     return [f"{shown.source}:{shown.row}" for shown in preview.shown]
 
 
-def learnt(preview: Preview, number: int) -> str:
+def supervised(preview: Preview, number: int) -> str:
     pieces = preview.shown[number].pieces
     return "".join(piece.text for piece in pieces if piece.is_supervised)
 
@@ -81,8 +81,8 @@ def learnt(preview: Preview, number: int) -> str:
 def test_the_first_rows_of_each_source(seen: Callable[..., Preview]) -> None:
     preview = seen()
     assert names(preview) == [f"{name}:{row}" for name in ("rows", "held_out") for row in (0, 2, 5)]
-    assert learnt(preview, 1) == "yes<|im_end|>no<|im_end|>"
-    assert learnt(preview, 0) == f"{HOSTILE}<|im_end|>"
+    assert supervised(preview, 1) == "yes<|im_end|>no<|im_end|>"
+    assert supervised(preview, 0) == f"{HOSTILE}<|im_end|>"
     assert preview.num_rows == 12  # up to the third that is kept, of both
     first = preview.shown[0]
     assert first.place.endswith("rows.jsonl:1")
@@ -109,7 +109,7 @@ def test_the_longest_samples(seen: Callable[..., Preview]) -> None:
     assert shown.num_tokens == 256
     assert shown.cut_from is not None
     assert shown.cut_from > 256
-    assert not learnt(preview, 0).endswith("<|im_end|>")
+    assert not supervised(preview, 0).endswith("<|im_end|>")
 
 
 def test_dropped_rows_with_reason_and_place(seen: Callable[..., Preview]) -> None:
@@ -177,22 +177,25 @@ def test_a_page_holds_text_and_no_markup_of_rows(seen: Callable[..., Preview]) -
     assert "prefers-color-scheme: dark" in text
 
 
-def test_a_page_folds_a_long_context_and_never_what_is_learnt() -> None:
-    learnt = range(1000, 1010)
+def test_a_page_folds_a_long_context_and_never_what_is_supervised() -> None:
+    supervised = range(1000, 1010)
     pieces = tuple(
-        TextPiece(f"p{at} ", (at,), at, is_supervised=at in learnt, is_control=False)
+        TextPiece(f"p{at} ", (at,), at, is_supervised=at in supervised, is_control=False)
         for at in range(1500)
     )
     sample = Shown("s", 0, "s:1", 1, 1, pieces, num_tokens=1500, num_supervised=10, cut_from=None)
     text = page_of(Preview(shown=[sample], num_rows=1), title="t", summary="s")
     folded = "".join(part.partition("</details>")[0] for part in text.split("<details>")[1:])
-    assert [f">p{at} <" in folded for at in learnt] == [False] * 10
+    assert [f">p{at} <" in folded for at in supervised] == [False] * 10
     assert [at for at in range(1500) if f">p{at} <" in folded][:1] == [80]
     assert "840 more tokens of context" in text
     page = Tags()
     page.feed(text)
     assert "".join(page.texts).split() == [f"p{at}" for at in range(1500)]
-    assert page.told[1000:1002] == ["token 1000, id 1000, learnt", "token 1001, id 1001, learnt"]
+    assert page.told[1000:1002] == [
+        "token 1000, id 1000, trained on",
+        "token 1001, id 1001, trained on",
+    ]
 
 
 @pytest.fixture
@@ -212,7 +215,7 @@ def test_the_command_shows_and_writes(script: doors.Door, rows: Path, tmp_path: 
     common = ("model.path=model", f"data.train=[{{path: {rows}}}]", "data.sequence_length=256")
     shown = script(*common, "--index", "2")
     assert shown.code == 0, shown.stderr
-    # No colours in a file, so what is learnt stands between marks.
+    # No colours in a file, so what is trained on stands between marks.
     assert "\n⟦yes<|im_end|>⟧↵\n" in shown.stdout
     assert "rows:2" in shown.stdout
     assert "1 row read, 1 sample shown, nothing dropped" in shown.stdout

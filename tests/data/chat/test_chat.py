@@ -366,7 +366,7 @@ def test_many_at_once_give_what_one_by_one_gives() -> None:
 
 
 @pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
-def test_a_document_is_learnt_as_a_whole_and_ends(unknown: str | None) -> None:
+def test_a_document_is_supervised_as_a_whole_and_ends(unknown: str | None) -> None:
     tokenizer = with_template(None)
     tokenizer.unk_token = unknown  # transformers' class for Qwen names the end of a text so
     chat = ChatTokenizer(tokenizer, template=CHATML_TEMPLATE)

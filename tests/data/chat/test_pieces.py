@@ -37,10 +37,10 @@ def test_joined_pieces_are_the_decoded_text_and_cover_every_token(text: str) -> 
         ]
 
 
-def test_what_is_learnt_and_what_is_control_text() -> None:
+def test_what_is_supervised_and_what_is_control_text() -> None:
     pieces = list(pieces_of(sample_of("中文 <|im_end|> ok"), TOKENIZER))
-    learnt = "".join(piece.text for piece in pieces if piece.is_supervised)
-    assert learnt == "中文 <|im_end|> ok<|im_end|>"
+    supervised = "".join(piece.text for piece in pieces if piece.is_supervised)
+    assert supervised == "中文 <|im_end|> ok<|im_end|>"
     control = [piece.text for piece in pieces if piece.is_control]
     assert control == ["<|im_start|>", "<|im_end|>"] * 3
     assert [piece.text for piece in pieces if piece.is_control and piece.is_supervised] == [

@@ -1,7 +1,7 @@
 """Rows with reasoning, and without, under each way in which templates treat it.
 
-The oracle is transformers: what comes before a learnt answer is its generation prompt, id by id,
-and prompt and answer together are what it writes for the conversation up to that answer.
+The oracle is transformers: what comes before a supervised answer is its generation prompt, id by
+id, and prompt and answer together are what it writes for the conversation up to that answer.
 """
 
 import copy
@@ -76,7 +76,7 @@ VARIABLES: dict[str, list[dict[str, Any]]] = {
     "asked by thinking": [{"thinking": True}, {"thinking": False}],
 }
 CASES = [(name, given) for name in TEMPLATES for given in VARIABLES.get(name, [{}])]
-# Reasoning cannot be learnt where the generation prompt says that there is none.
+# Reasoning cannot be supervised where the generation prompt says that there is none.
 CLOSED = ({"enable_thinking": False}, {"thinking": False})
 
 
@@ -135,7 +135,7 @@ def tokenized(name: str, row: Conversation, given: Mapping[str, Any]) -> list[To
 
 
 def written(name: str, sample: TokenizedSample) -> list[tuple[list[int], str, str]]:
-    """For each learnt run: the ids before it, its text, and the text up to its end."""
+    """For each supervised run: the ids before it, its text, and the text up to its end."""
     ids, decode = sample.token_ids.tolist(), tokenizer_of(name).decode
     return [
         (ids[:first], decode(ids[first : last + 1]), decode(ids[: last + 1]))
@@ -149,10 +149,10 @@ def test_prompts_and_answers_are_those_of_transformers(name: str, given: dict[st
     chat = ChatTokenizer(tokenizer_of(name), variables=given)
     for seed in range(40):
         row = random_row(seed, "n" if is_closed else "fin")
-        learnt = [at for at, m in enumerate(row.messages) if m.role == "assistant" and m.train]
+        supervised = [at for at, m in enumerate(row.messages) if m.role == "assistant" and m.train]
         found = [each for sample in chat.tokenize(row) for each in written(name, sample)]
-        assert len(found) == len(learnt), seed
-        for at, (prompt, answer, upto) in zip(learnt, found, strict=True):
+        assert len(found) == len(supervised), seed
+        for at, (prompt, answer, upto) in zip(supervised, found, strict=True):
             turns, message = as_transformers(row.messages[: at + 1]), row.messages[at]
             assert prompt == prompt_of(name, turns[:at], given), seed
             assert answer.endswith("<|im_end|>")
@@ -231,7 +231,7 @@ def test_a_template_that_strips_all_reasoning_names_one_that_does_not() -> None:
             assert ChatTokenizer(tokenizer, template=templates()[name]).tokenize(row)
 
 
-def test_a_block_of_reasoning_and_calls_is_learnt_with_its_call() -> None:
+def test_a_block_of_reasoning_and_calls_is_supervised_with_its_call() -> None:
     call = Message("assistant", "", reasoning="add them", tool_calls=(ToolCall("add", {"a": "x"}),))
     row = Conversation((Message("user", "q"), call), row=0, line=1)
     (sample,) = tokenized("opens and writes", row, {})

@@ -23,7 +23,7 @@ from tests.golden_chats import (
 )
 
 TEMPLATES = templates()
-# ChatML as it is published for other trainers: what is learnt is marked, the end of turn outside.
+# ChatML as it is published for other trainers: answers are marked, without their end of turn.
 TEMPLATES["marked"] = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -157,7 +157,7 @@ def test_a_tokenizer_travels_as_its_recipe() -> None:
 # What is trained on
 
 
-def learnt_texts(samples: list[TokenizedSample]) -> list[str]:
+def supervised_texts(samples: list[TokenizedSample]) -> list[str]:
     return [
         golden_tokenizer().decode(sample.token_ids[first : last + 1])
         for sample in samples
@@ -167,17 +167,17 @@ def learnt_texts(samples: list[TokenizedSample]) -> list[str]:
 
 def test_the_last_answer_alone() -> None:
     chat = chat_of("chatml", train_on="last_assistant")
-    assert learnt_texts(chat.tokenize(cases()["multi"])) == [" \u597d\n<|im_end|>"]
-    assert learnt_texts(chat.tokenize(cases()["untrained"])) == ["It is 3.<|im_end|>"]
+    assert supervised_texts(chat.tokenize(cases()["multi"])) == [" \u597d\n<|im_end|>"]
+    assert supervised_texts(chat.tokenize(cases()["untrained"])) == ["It is 3.<|im_end|>"]
     last = conversation(
         *(Message("user", "q"), Message("assistant", "a")),
         *(Message("user", "r"), Message("assistant", "b", train=False)),
     )
-    assert learnt_texts(chat.tokenize(last)) == []
+    assert supervised_texts(chat.tokenize(last)) == []
 
 
 @pytest.mark.parametrize("name", ["chatml", "simple_chat", "qwen3"])
-def test_all_tokens_but_those_of_turns_that_are_not_to_be_learnt(name: str) -> None:
+def test_all_tokens_but_those_of_turns_that_are_not_to_be_supervised(name: str) -> None:
     chat = chat_of(name, train_on="all")
     (sample,) = chat.tokenize(cases()["multi"])
     assert sample.label_mask.tolist() == [1] * (sample.token_ids.size - 1) + [0]
@@ -196,9 +196,9 @@ def test_all_tokens_but_those_of_turns_that_are_not_to_be_learnt(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("marked", "learnt"),
+    ("marked", "supervised"),
     [
-        # Around the header and the line break too: neither is learnt.
+        # Around the header and the line break too: neither is supervised.
         (
             "{%- generation %}{{- '<|im_start|>assistant\\n' + message.content + '<|im_end|>\\n' }}"
             "{%- endgeneration %}",
@@ -213,7 +213,9 @@ def test_all_tokens_but_those_of_turns_that_are_not_to_be_learnt(name: str) -> N
         ),
     ],
 )
-def test_marks_narrow_what_is_learnt_and_never_widen_it(marked: str, learnt: list[str]) -> None:
+def test_marks_narrow_what_is_supervised_and_never_widen_it(
+    marked: str, supervised: list[str]
+) -> None:
     template = (
         "{%- for message in messages %}{%- if message.role == 'assistant' %}"
         + marked
@@ -226,13 +228,13 @@ def test_marks_narrow_what_is_learnt_and_never_widen_it(marked: str, learnt: lis
         *(Message("user", "q"), Message("assistant", "It is 3.")),
         *(Message("user", "r"), Message("assistant", "x y")),
     )
-    assert learnt_texts(chat.tokenize(row)) == learnt
+    assert supervised_texts(chat.tokenize(row)) == supervised
 
 
 def test_marks_stand_in_for_a_generation_prompt() -> None:
     template = TEMPLATES["marked"].replace("add_generation_prompt", "false")
     chat = ChatTokenizer(golden_tokenizer(), template=template)
-    assert learnt_texts(chat.tokenize(cases()["multi"])) == [
+    assert supervised_texts(chat.tokenize(cases()["multi"])) == [
         "It is 3.<|im_end|>",
         " \u597d\n<|im_end|>",
     ]
@@ -300,7 +302,7 @@ SPACED = ("mistral", "simple_chat")
 @given(turns=turns, system=st.none() | texts)
 @example(turns=[("q", "<|im_end|>\n<|im_start|>assistant\n", True)], system="<|im_end|>")
 @example(turns=[("[/INST]", "", True), ("", "a", True)], system=None)
-def test_any_conversation_is_learnt_exactly_or_refused_alike(
+def test_any_conversation_is_supervised_exactly_or_refused_alike(
     turns: list[tuple[str, str, bool]], system: str | None
 ) -> None:
     messages = [] if system is None else [Message("system", system)]
@@ -317,12 +319,12 @@ def test_any_conversation_is_learnt_exactly_or_refused_alike(
         if isinstance(quick, UnusableRow):
             assert "one token spans" in str(quick) or "end-of-turn token" in str(quick), name
             continue
-        learnt = learnt_texts(quick)
-        assert len(learnt) == len(kept), name
+        supervised = supervised_texts(quick)
+        assert len(supervised) == len(kept), name
         if name == "qwen3":
             continue  # it moves line breaks; test_samples_are_the_golden_ones has it
         space, end = " " if name in SPACED else "", ENDS.get(name, "<|im_end|>")
-        assert learnt == [space + answer + end for answer in kept], name
+        assert supervised == [space + answer + end for answer in kept], name
     assert results["chatml"] == results["marked"]
 
 

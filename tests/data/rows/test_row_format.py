@@ -162,7 +162,7 @@ def test_parts_of_text_are_joined_and_reasoning_is_kept_apart(tmp_path: Path) ->
         ({"loss_mask": 0}, False),
     ],
 )
-def test_a_turn_can_ask_not_to_be_learnt(
+def test_a_turn_can_ask_not_to_be_supervised(
     tmp_path: Path, flags: dict[str, Any], expected: bool
 ) -> None:
     found = messages(tmp_path, {"messages": [USER, {**ANSWER, **flags}, USER, ANSWER]})
