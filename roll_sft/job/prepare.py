@@ -5,11 +5,11 @@ returns can run, given the resources; nothing here starts Ray or writes into the
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,11 +26,11 @@ from roll_sft.job import tokenise
 from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.hub import HubModel, local_model
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_of
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from roll_sft.models.hub import HubModel
 
 
 def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
@@ -113,7 +113,7 @@ def _save_assets(
     save_assets(Path(model.path), trained=trained, output=folder)
 
 
-def located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
+def located(config: RunConfig) -> "tuple[RunConfig, HubModel | None]":
     """`config` with every `auto` decided and hub ids made local folders; the model on the hub.
 
     A device that nobody has decided by now is this machine's.
@@ -122,15 +122,24 @@ def located(config: RunConfig) -> tuple[RunConfig, HubModel | None]:
     model = config.model
     assert model.path is not None, "check_config refuses a missing model.path"
     needs_weights = not (model.random_init or config.dry_run)
-    path, hub = local_model(model.path, with_weights=needs_weights)
+    path, hub = _local(model.path, with_weights=needs_weights)
     tokenizer_path = model.tokenizer_path
     if tokenizer_path is not None:
-        tokenizer_path, _ = local_model(tokenizer_path, with_weights=False)
+        tokenizer_path, _ = _local(tokenizer_path, with_weights=False)
     located = replace(config, model=replace(model, path=path, tokenizer_path=tokenizer_path))
     return located, hub
 
 
-def load_model(config: RunConfig, hub: HubModel | None) -> ModelSource:
+def _local(path: str, *, with_weights: bool) -> "tuple[str, HubModel | None]":
+    """The folder that `path` means; a hub id, which is no folder here, is fetched."""
+    if Path(path).is_dir():
+        return str(Path(path).absolute()), None
+    from roll_sft.models.hub import local_model
+
+    return local_model(path, with_weights=with_weights)
+
+
+def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
     """The model's family, shape and tensors, checked against the layout."""
     path = config.model.path
     assert path is not None, "check_config refuses a missing model.path"

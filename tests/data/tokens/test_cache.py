@@ -13,7 +13,7 @@ from roll_sft.base.errors import DataError
 from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import Conversation, Message
-from roll_sft.data.tokens import integrity
+from roll_sft.data.tokens import cache as cache_module
 from roll_sft.data.tokens.build_shard import SourceOptions, ready
 from roll_sft.data.tokens.cache import (
     ARRAYS,
@@ -198,6 +198,6 @@ def test_a_block_that_ends_early_waits_for_no_tokens(tmp_path: Path) -> None:
         read.append(where)
         time.sleep(0.2)
 
-    with patch.object(integrity, "check_arrays", slowly), verifying([folder] * 50):
+    with patch.object(cache_module, "check_arrays", slowly), verifying([folder] * 50):
         pass
-    assert len(read) <= 2 * integrity.NUM_THREADS
+    assert len(read) <= 2 * cache_module._VERIFIERS
