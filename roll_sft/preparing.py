@@ -1,10 +1,10 @@
 """Preparation in a process of its own, so that the process that trains loads nothing of it.
 
-    python -m roll_sft.preparing FOLDER     (a pickled RunConfig on stdin)
+    python -m roll_sft.preparing FOLDER DESCRIPTOR     (a pickled RunConfig on stdin)
 
-The child writes what it found into FOLDER. An error of ours crosses to the
-parent, which raises it; a fault keeps its traceback in the child. Promise: the child ends with its
-parent, however that ends.
+The child writes what it found into FOLDER. An error of ours crosses to the parent through the pipe
+DESCRIPTOR and is raised there; a fault keeps its traceback in the child. Promise: the child ends
+with its parent, however that ends.
 """
 
 import contextlib

@@ -27,7 +27,7 @@ from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.source import ModelSource, family_of
+from roll_sft.models.source import ModelSource, family_of, local_model
 
 if TYPE_CHECKING:
     from roll_sft.models.hub import HubModel
@@ -122,21 +122,12 @@ def located(config: RunConfig) -> "tuple[RunConfig, HubModel | None]":
     model = config.model
     assert model.path is not None, "check_config refuses a missing model.path"
     needs_weights = not (model.random_init or config.dry_run)
-    path, hub = _local(model.path, with_weights=needs_weights)
+    path, hub = local_model(model.path, with_weights=needs_weights)
     tokenizer_path = model.tokenizer_path
     if tokenizer_path is not None:
-        tokenizer_path, _ = _local(tokenizer_path, with_weights=False)
+        tokenizer_path, _ = local_model(tokenizer_path, with_weights=False)
     located = replace(config, model=replace(model, path=path, tokenizer_path=tokenizer_path))
     return located, hub
-
-
-def _local(path: str, *, with_weights: bool) -> "tuple[str, HubModel | None]":
-    """The folder that `path` means; a hub id, which is no folder here, is fetched."""
-    if Path(path).is_dir():
-        return str(Path(path).absolute()), None
-    from roll_sft.models.hub import local_model
-
-    return local_model(path, with_weights=with_weights)
 
 
 def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:

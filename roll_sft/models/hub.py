@@ -42,20 +42,6 @@ class HubModel:
         fetch(self.repo_id, revision=self.commit, with_weights=True)
 
 
-def local_model(path: str, *, with_weights: bool) -> tuple[str, HubModel | None]:
-    """The absolute folder of `path`, fetched if it is a hub id, and its commit on the hub.
-
-    A folder comes first: an id that is also a folder here means the folder. Anything that is
-    neither is returned as it is, for its reader to refuse. Raises what `fetch` raises.
-    """
-    if Path(path).is_dir():
-        return str(Path(path).absolute()), None
-    if not HUB_ID.fullmatch(path):
-        return path, None
-    folder = fetch(path, revision=None, with_weights=with_weights)
-    return str(folder), HubModel(path, commit=folder.name)
-
-
 def fetch(repo_id: str, *, revision: str | None, with_weights: bool) -> Path:
     """Download missing files and return the folder; one process of a node at a time.
 

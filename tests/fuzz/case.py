@@ -28,6 +28,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
 from roll_sft.convert import command
+from tests.doors import prepares_here
 from tests.outcome import Outcome
 
 TIME_LIMIT_S = 10.0  # of the processor, so that a machine that is busy fails nothing
@@ -171,11 +172,13 @@ def _composed(values: dict[str, Any]) -> tuple[RunConfig, str]:
 
 def run_config(config: RunConfig, composed_yaml: str) -> None:
     """What the door does, and never more than a plan or a preparation."""
-    from roll_sft.stages import run
+    from roll_sft import stages
 
     if not config.prepare_only:
         config = dataclasses.replace(config, dry_run=True)
-    run(config, composed_yaml=composed_yaml)
+    # A case has seconds, and the process of its own would import for as long.
+    with patch.object(stages, "preparing", prepares_here):
+        stages.run(config, composed_yaml=composed_yaml)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from roll_sft.base.errors import ConfigError, ResourceError
-from roll_sft.models.hub import HubModel, local_model
-from roll_sft.models.source import ModelSource
+from roll_sft.models.hub import HubModel
+from roll_sft.models.source import ModelSource, local_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
