@@ -142,11 +142,9 @@ def varlen(
     options: dict[str, Any] = (
         {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     )
+    # Without that switch it takes grouped heads unasked: nothing compares their numbers.
     if "enable_gqa" in known:
         options["enable_gqa"] = True
-    else:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     output = varlen_attn(query, key, value, *_bounds(segments), **options)
     assert isinstance(output, torch.Tensor), "no auxiliary output was asked for"
     return output

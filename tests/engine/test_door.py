@@ -106,7 +106,7 @@ def test_the_door_imports_no_ray_hydra_or_mlflow() -> None:
 def test_the_gpu_checks_run_on_a_cpu_as_far_as_they_can() -> None:
     script = Path(__file__).parents[1] / "gpu" / "check.py"
     # Compiled code has tests of its own, and takes a compiler's time.
-    result = run([*TORCHRUN, str(script), "--device", "cpu", "--no-speed", "--no-compile"])
+    result = run([*TORCHRUN, str(script), "--device", "cpu", "--no-compile"])
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("ok  ") >= 5
     assert "FAIL" not in result.stdout
