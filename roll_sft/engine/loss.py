@@ -16,6 +16,10 @@ formed there and then, in the forward. So nothing of size [R, W] outlives a chun
 computed twice. The backward needs one gradient of the size of the rows and one, in fp32, of the
 size of the weight. That requires the loss to be a plain sum of rows: `backward` accepts one factor
 for all of them and no other.
+
+Where linear layers add their gradients to the fp32 buffer at once (`fused.add_in_products`), so
+does the head: each chunk adds to `weight.main_grad`, and no other tensor of the weight's size
+exists. The factor must then be 1, as it is in Megatron's schedules with a loss per token.
 """
 
 import functools
@@ -88,6 +92,7 @@ def supervised_losses(
         context.labels,
         vocab_size=context.vocab_size,
         is_compiled=output_layer.config.is_compiled,
+        adds_to_buffer=output_layer.config.gradient_accumulation_fusion,
     )
 
 
@@ -98,6 +103,7 @@ def cross_entropy_of_rows(
     *,
     vocab_size: int,
     is_compiled: bool = False,
+    adds_to_buffer: bool = False,
 ) -> torch.Tensor:
     """Cross-entropy in nats of each row, float32 [R], differentiable in `hidden` and `weight`.
 
@@ -105,11 +111,14 @@ def cross_entropy_of_rows(
     them (enter through Megatron's copy or gather). `weight` [W, D] holds the rank's columns of the
     vocabulary, `labels` int64 [R] are ids of the whole. Ids from `vocab_size` on are padding and
     take no part: left in, they would shift the loss by 1e-4.
+
+    With `adds_to_buffer` the forward adds the weight's gradient to `weight.main_grad` (float32
+    [W, D], of DistributedDataParallel), and the backward must be of the plain sum of all rows.
     """
-    if torch.is_grad_enabled():
-        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, vocab_size, is_compiled)
-        return losses
     softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
+    if torch.is_grad_enabled():
+        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, softmax, adds_to_buffer)
+        return losses
     return _forward(hidden, weight, labels, softmax=softmax, gradients=None)
 
 
@@ -118,20 +127,22 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Any,
         labels: torch.Tensor,
-        vocab_size: int,
-        is_compiled: bool,
+        softmax: Any,
+        adds_to_buffer: bool,
     ) -> torch.Tensor:
-        gradients = (
-            torch.empty_like(hidden),
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
+        grad_hidden = torch.empty_like(hidden)
+        if adds_to_buffer:
+            grad_weight = weight.main_grad
+            ctx.save_for_backward(grad_hidden)
+        else:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight = weight
+        return _forward(
+            hidden, weight, labels, softmax=softmax, gradients=(grad_hidden, grad_weight)
         )
-        softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
-        losses = _forward(hidden, weight, labels, softmax=softmax, gradients=gradients)
-        ctx.save_for_backward(*gradients)
-        ctx.weight_dtype = weight.dtype
-        return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
@@ -139,11 +150,30 @@ class _HeadLoss(torch.autograd.Function):
         assert grad_losses.stride() == (0,) or grad_losses.numel() < 2, (
             "the loss must be a sum over rows: their gradients are formed with one factor for all"
         )
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, *grad_weight = ctx.saved_tensors
+        if not grad_weight:
+            # On a GPU this would wait for the device.
+            assert grad_losses.is_cuda or (grad_losses == 1).all(), (
+                "the loss must be the plain sum of rows: the weight's gradient has been added"
+            )
+            return grad_hidden, _added(ctx.weight), None, None, None
         factor = grad_losses[:1].sum()  # 0 where there are no rows
         # In place: a copy of the weight's gradient may be a gigabyte, and a graph runs once.
         grad_hidden.mul_(factor)
-        return grad_hidden, grad_weight.mul_(factor).to(ctx.weight_dtype), None, None, None
+        return grad_hidden, grad_weight[0].mul_(factor).to(ctx.weight.dtype), None, None, None
+
+
+def _added(weight: Any) -> torch.Tensor | None:
+    """What autograd gets in place of a gradient that is in `weight.main_grad` already.
+
+    DistributedDataParallel learns that the gradient is complete where autograd accumulates it, so
+    there must be one. It holds no numbers: Megatron's own stand-in has the size of the weight.
+    """
+    if getattr(weight, "zero_out_wgrad", False):
+        return None  # the embedding's gradient of the same weight follows, and is to be added
+    weight.grad_added_to_main_grad = True
+    empty = torch.sparse_coo
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, layout=empty)
 
 
 def _forward(

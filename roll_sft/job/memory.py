@@ -144,7 +144,8 @@ def _head_bytes(run: _Run, tokens: int) -> float:
     """A chunk's logits, and what the head keeps: its rows, their gradient, and its weight's, fp32.
 
     Logits exist before the softmax and as gradients; op by op in fp32 between. When they are gone,
-    the weight's gradient is there in its own dtype, too.
+    the weight's gradient is there in its own dtype, too. On a GPU that gradient is added to the
+    buffer that the state counts, and takes nothing here.
     """
     shape, layout = run.shape, run.layout
     width, _ = _weight_bytes(run)
@@ -153,8 +154,11 @@ def _head_bytes(run: _Run, tokens: int) -> float:
     logits = 2 * width if _is_compiled(run) else max(2 * width, width + 4)
     on_gpu = run.config.parallel.device != "cpu"
     chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
+    rows = 2 * tokens * shape.hidden_size * width
+    if on_gpu:
+        return chunk + rows
     copy = weight * width if width < 4 else 0
-    return max(chunk, copy) + 2 * tokens * shape.hidden_size * width + weight * 4
+    return max(chunk, copy) + rows + weight * 4
 
 
 def _save_host_bytes(run: _Run, parameters: float) -> float:

@@ -1,9 +1,11 @@
 """The head in chunks gives the loss and the gradients of whole logits, on one rank and on two."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roll_sft.config.schema import layout_of
 from roll_sft.engine import loss
@@ -98,6 +100,87 @@ def check_head(workers: int, how: tuple[Any, ...], tolerance: float, pool: RankP
 
 def close(ours: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     assert float((ours - wanted).norm() / wanted.norm()) < tolerance
+
+
+def added_to_buffer(dtype: torch.dtype, shares_embedding: bool) -> dict[str, Any]:
+    """On a rank of a pool: what a head that adds to the buffer leaves, beside one that does not.
+
+    Few rows, in chunks, so that nothing but the weight has the weight's size.
+    """
+    from megatron.core import parallel_state
+
+    hidden, weight, labels = (each[:20] if len(each) == ROWS else each for each in inputs())
+    hidden, width = hidden.to(dtype), WORDS // parallel_state.get_tensor_model_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() * width
+    local = weight[first : first + width].to(dtype)
+    plain, exact, ours = (
+        torch.nn.Parameter(each.clone()) for each in (local, local.double(), local)
+    )
+    # As DistributedDataParallel and an embedding of the same weight mark it.
+    marks: dict[str, Any] = {"main_grad": torch.zeros(width, HIDDEN)}
+    vars(ours).update(marks | ({"zero_out_wgrad": True} if shares_embedding else {}))
+    sizes, labels_of = _Sizes(), {"labels": labels, "vocab_size": REAL_WORDS}
+    with patch.object(loss, "chunk_rows", lambda *_, **__: 7):
+        whole = loss.cross_entropy_of_rows(hidden, plain, **labels_of)
+        whole.sum().backward()
+        loss.cross_entropy_of_rows(hidden.double(), exact, **labels_of).sum().backward()
+        rows = hidden.requires_grad_()
+        with sizes:
+            losses = loss.cross_entropy_of_rows(rows, ours, **labels_of, adds_to_buffer=True)
+            losses.sum().backward()
+    assert plain.grad is not None
+    assert exact.grad is not None
+    return {
+        "same losses": torch.equal(losses, whole),
+        "same gradient": torch.equal(marks["main_grad"], plain.grad),
+        "error": float((marks["main_grad"] - exact.grad).norm()),
+        "error otherwise": float((plain.grad - exact.grad).norm()),
+        "is small": sizes.largest < ours.numel(),
+        "gradient": None if ours.grad is None else ours.grad._nnz(),
+        "is added": getattr(ours, "grad_added_to_main_grad", None),
+    }
+
+
+class _Sizes(TorchDispatchMode):
+    """The most numbers of a tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        before = {_memory(each) for each in args if isinstance(each, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and _memory(made) not in before:
+            self.largest = max(self.largest, made.numel() if made.layout == torch.strided else 0)
+        return made
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_head_adds_to_the_buffer_and_makes_nothing_of_its_size(
+    workers: int, pool: RankPool
+) -> None:
+    parallel = {"num_workers": workers, "tensor_model_parallel_size": workers}
+    layout = layout_of(parity.parity_config(parity.Path("unused"), parallel=parallel).parallel)
+    for found in pool.run(added_to_buffer, layout, torch.float32, False):
+        assert found["same losses"]
+        assert found["same gradient"]
+        assert found["is small"]
+        assert (found["gradient"], found["is added"]) == (0, True)
+    for found in pool.run(added_to_buffer, layout, torch.float32, True):
+        assert found["same gradient"]
+        assert (found["gradient"], found["is added"]) == (None, None)
+    # In half precision nothing is rounded on the way to the buffer.
+    for found in pool.run(added_to_buffer, layout, torch.bfloat16, False):
+        assert found["same losses"]
+        assert found["error"] < 0.95 * found["error otherwise"]
 
 
 def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
