@@ -165,9 +165,10 @@ def layout_problems(parallel: ParallelConfig) -> Iterator[str]:
     product = degrees["tp"] * degrees["pp"] * degrees["cp"]
     if parallel.num_workers % product:
         yield (
-            f"parallel: tp*pp*cp = {product} does not divide num_workers {parallel.num_workers};"
-            f" choose degrees whose product divides {parallel.num_workers}, or set"
-            f" parallel.num_workers to a multiple of {product}"
+            f"parallel: tensor_model_parallel_size {degrees['tp']} x pipeline_model_parallel_size"
+            f" {degrees['pp']} x context_parallel_size {degrees['cp']} = {product} does not divide"
+            f" num_workers {parallel.num_workers}; choose degrees whose product divides"
+            f" {parallel.num_workers}, or set parallel.num_workers to a multiple of {product}"
         )
     if parallel.sequence_parallel and degrees["tp"] == 1:
         yield (

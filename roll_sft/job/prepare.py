@@ -24,7 +24,7 @@ from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.prepare import Spread
 from roll_sft.job import tokenise
 from roll_sft.job.prepared import Prepared
-from roll_sft.models.assets import TrainedTokenizer, save_assets
+from roll_sft.models.assets import TrainedTokenizer, generation_of, save_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_of, local_model
@@ -137,6 +137,7 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
     problems = [*layout_problems(config.parallel), *backend_problems(config)]
     try:
         hf_config = load_hf_config(path, trust_remote_code=config.model.trust_remote_code)
+        generation_of(Path(path))  # which the export needs
         family = family_of(hf_config)
         shape = family.shape(hf_config)
     except ConfigError as error:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roll_sft.base.errors import ConfigError
+from roll_sft.base.text import shown
+from roll_sft.models.config_file import token_problem
 from roll_sft.models.safetensors_in import read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ TEXT_FILES = (
     "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt",
     "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip
-MODEL_FILES = ("config.json", "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+MODEL_FILES = ("config.json", GENERATION_CONFIG)
 # Text that tokenizers split differently: digits, spaces, contractions, other scripts, bytes.
 _PROBE = (
     "It's 12345.67 - they'LL pay\r\n\n\n  for  3 x\ttabs;  \u00e9tude na\u00efve, \ufb01 "
@@ -67,6 +70,7 @@ def asset_files(folder: Path) -> Iterator[str]:
 
 def check_assets(folder: Path) -> None:
     """Raise `ConfigError` for a file of `folder` that belongs beside weights and cannot be read."""
+    generation_of(folder)
     for name in asset_files(folder):
         if name.endswith(".json"):
             read_json(folder / name)
@@ -83,8 +87,7 @@ def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None
     """Collect in `output` the files that an export of `model` needs beside the weights.
 
     generation_config.json stops at the end of a turn, at the tokenizer's eos and where the source
-    stopped, or the served model never ends its turn. Raises `ConfigError` where a file of the
-    source is no JSON.
+    stopped, or the served model never ends its turn. Raises what `check_assets` raises.
     """
     output.mkdir(parents=True, exist_ok=True)
     for folder, patterns in ((model, TEXT_FILES), (trained.folder, TOKENIZER_FILES)):
@@ -95,7 +98,23 @@ def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None
     _complete_tokenizer(trained.tokenizer, output)
     if trained.chat_template is not None:
         _set_template(output, trained.chat_template)
-    write_json(output / "generation_config.json", _generation(model, trained))
+    write_json(output / GENERATION_CONFIG, _generation(model, trained))
+    check_assets(output)  # now, and not after the training
+
+
+def generation_of(folder: Path) -> dict[str, Any] | None:
+    """The object in the generation_config.json of `folder`; None without the file.
+
+    Raises `ConfigError` for a file that is no JSON object, or names tokens by anything but ids.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return None
+    generation = read_json(path)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if problem := token_problem(generation.get(key)):
+            raise ConfigError(f"{path}: {key} {shown(generation[key])} {problem}; correct the file")
+    return generation
 
 
 def copy_file(source: Path, copy: Path) -> None:
@@ -162,10 +181,8 @@ def _set_template(folder: Path, template: str) -> None:
 def _generation(model: Path, trained: TrainedTokenizer) -> dict[str, Any]:
     from transformers import GenerationConfig  # slow to import
 
-    path = model / "generation_config.json"
-    if path.is_file():
-        generation = read_json(path)
-    else:
+    generation = generation_of(model)
+    if generation is None:
         config = read_json(model / "config.json")
         generation = GenerationConfig.from_model_config(config).to_diff_dict()
     # Left in, transformers would compute the file anew from config.json, without our stop tokens.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
-from roll_sft.models.safetensors_in import read_json
+from roll_sft.models.safetensors_in import not_finite, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,7 +76,7 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
         raise ConfigError(
             f"model.path: '{path}' has no config.json; give the folder of a Hugging Face model"
         )
-    if problems := value_problems(read_json(Path(path) / "config.json")):
+    if problems := value_problems(read_object(Path(path) / "config.json")):
         raise ConfigError(
             f"model.path: '{path}/config.json': {'; '.join(problems)}; correct the file, or"
             " download it again"
@@ -102,6 +102,8 @@ def value_problems(content: Mapping[str, Any]) -> list[str]:
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(content.get(key), Mapping):
             found += _broken(content[key], _ROPE_RULES, prefix=f"{key}.")
+    if not found and (problem := not_finite(content)):  # transformers reads it, JSON has none
+        found.append(problem)
     return found
 
 
@@ -135,7 +137,8 @@ def _object(value: object) -> str | None:
     return None if value is None or isinstance(value, Mapping) else "must be an object or null"
 
 
-def _token(value: object) -> str | None:
+def token_problem(value: object) -> str | None:
+    """What is wrong with `value` as the id of a token: the rule, or None."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     is_id = all(isinstance(each, int) and not isinstance(each, bool) for each in ids)
     return None if is_id else "must be the id of a token, a list of such, or null"
@@ -164,7 +167,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("model_type", "hidden_act"), _text),
     **dict.fromkeys(("architectures", "layer_types"), _texts),
     **dict.fromkeys(("dtype", "torch_dtype"), _dtype),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _token),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), token_problem),
 }
 _ROPE_RULES: dict[str, _Rule] = {
     "rope_theta": _positive(1e15),

@@ -454,8 +454,8 @@ def test_the_remedy_is_one_that_works(key: str, value: str, advice: str) -> None
         (8, (2, 2, 2), ""),
         (8, (2, 2, 1), ""),
         (12, (3, 1, 2), ""),
-        (8, (3, 1, 1), "tp*pp*cp = 3 does not divide num_workers 8"),
-        (2, (2, 2, 1), "tp*pp*cp = 4 does not divide num_workers 2"),
+        (8, (3, 1, 1), "= 3 does not divide num_workers 8"),
+        (2, (2, 2, 1), "= 4 does not divide num_workers 2"),
         (0, (1, 1, 1), ""),  # below its bound, which says so
     ],
 )
@@ -472,6 +472,9 @@ def test_degrees_must_divide_the_world(
     found = list(layout_problems(parallel))
     assert len(found) == bool(wrong)
     assert all(wrong in problem and "choose degrees" in problem for problem in found)
+    for key in ("tensor_model", "pipeline_model", "context"):  # each degree, with its key
+        value = getattr(parallel, f"{key}_parallel_size")
+        assert all(f"{key}_parallel_size {value}" in problem for problem in found)
     if not wrong and num_workers:
         layout = layout_of(parallel)
         sizes = (layout.tensor_size, layout.pipeline_size, layout.context_size)

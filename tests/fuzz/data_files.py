@@ -91,6 +91,8 @@ def write(rows: list[Any], form: str) -> Path:
     """The rows as a file of `form`, or as a folder. Raises what cannot hold them."""
     Path("data").mkdir()
     path = Path("data", "rows" + form.removeprefix("stream").removeprefix("datasets"))
+    if "folder" in form or form.startswith("datasets"):
+        assert _depth(rows) < 12, "datasets takes twice as long for each level"
     if form == "folder":
         from datasets import Dataset
 
@@ -112,6 +114,11 @@ def write(rows: list[Any], form: str) -> Path:
     else:
         path.write_bytes(_packed(_as_json(rows, form), form))
     return path
+
+
+def _depth(value: Any) -> int:
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, held), default=0)
 
 
 def _as_json(rows: list[Any], form: str) -> bytes:

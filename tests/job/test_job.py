@@ -109,7 +109,7 @@ def test_all_layout_errors_are_shown_at_once(door: Door, arguments: list[str]) -
     outcome = door(*arguments, *wrong)
     refused(outcome, 2)
     for line in (
-        "parallel: tp*pp*cp = 9 does not divide num_workers 8; choose degrees",
+        "context_parallel_size 1 = 9 does not divide num_workers 8",
         "parallel.tensor_model_parallel_size: 3 does not divide the model's num_attention_heads 4",
         "parallel.tensor_model_parallel_size: 3 does not divide the model's num_key_value_heads 2",
         "parallel.tensor_model_parallel_size: 3 does not divide the model's intermediate_size 160",

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,38 @@ def test_assets_need_a_configuration(source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json\b.*\blist\b"):
         save_assets(source, trained=trained, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop", [{"a": 1}, [[1]], True, "</s>", 1.5])
+def test_a_stop_that_is_no_token_is_refused(source: Path, tmp_path: Path, stop: object) -> None:
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    value = re.escape(repr(stop)) if stop is not True else "true"
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: eos_token_id {value} "):
+        save_assets(source, trained=trained_of(source), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_number_that_is_not_finite_is_refused_with_its_key(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    trained = trained_of(source)
+    path = source / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, "of": {"an": [1.5, math.inf]}}))
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: of\.an\[1\] inf "):
+        save_assets(source, trained=trained, output=tmp_path / "out")
+
+
+def test_half_a_surrogate_pair_survives(source: Path, tmp_path: Path) -> None:
+    trained = trained_of(source)
+    odd = {"\udfff": "a \ud83d b", "name": "\u540d \U0001f98a"}
+    for name in ("config.json", "generation_config.json"):
+        path = source / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**content, **odd}))
+    save_assets(source, trained=trained, output=tmp_path / "out")
+    widen(tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert json.loads(text).items() >= odd.items()
+        assert odd["name"] in text

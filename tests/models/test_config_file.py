@@ -74,6 +74,7 @@ def test_a_plain_model_is_read(tmp_path: Path) -> None:
         ("tie_word_embeddings", "yes", "must be true or false"),
         ("eos_token_id", "</s>", "must be the id of a token"),
         ("rope_scaling", "llama3", "must be an object or null"),
+        ("max_window_layers", -math.inf, "-inf must be a finite number"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(

@@ -1,9 +1,10 @@
 """The work of a chat template, counted while it renders.
 
 Counted are characters that are written or named, and steps of loops. What pads, joins or replaces
-counts by the length that it will have, before it is made. Nothing that may be long is worked out
-while a template is compiled, where Jinja would apply filters to constants. Not counted: what a sum
-makes of its own arguments.
+counts by the length that it will have, before it is made. A container counts, where it is made, by
+all that it holds: one that holds another twice is written out twice. Nothing that may be long is
+worked out while a template is compiled, where Jinja would apply filters to constants. Not counted:
+what a sum makes of its own arguments.
 """
 
 import re
@@ -14,18 +15,21 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import safe_range
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from roll_sft.data.chat.template_limits import STEP, Budget, OverBudgetError
 
 _ENTRY = 2048  # characters that the start of a macro, or of a loop within itself, counts for
-_ITEM = 8  # bytes, and characters that an entry of a list counts for
+_ITEM = 16  # characters that an entry of a container counts for
+_CONTAINERS = (list, tuple, dict, Namespace)
 _BLOCKS = 256  # pieces of output that are counted at once
 # Widths in `'%9d' % x` and in `'{:9}'.format(x)`, and a width that is one of the values.
 _WIDTH = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d*)\.?(\d*)|:[^{}:]*?(\d+)(?:\.(\d+))?[^{}:]*\}")
 _GIVEN_WIDTH = re.compile(r"%[^A-Za-z%]*\*|:[^{}]*\{")
 # Names that no template has.
 _LOOPED, _NAMED, _ENTERED = "roll_sft_looped", "roll_sft_named", "roll_sft_entered"
+_BUILT = "roll_sft_built"
 
 
 def counted(tree: nodes.Template, environment: Any, budget: Budget) -> Any:
@@ -49,7 +53,7 @@ def _count_products(environment: Any, budget: Budget) -> None:
     def multiply(left: Any, right: Any) -> Any:
         for many, number in ((left, right), (right, left)):
             if isinstance(many, str | list | tuple) and isinstance(number, int):
-                budget.spend(_size(many) * max(number, 0))
+                budget.spend(_weight(many) * max(number, 0))
         return left * right
 
     def power(base: Any, exponent: Any) -> Any:
@@ -75,7 +79,10 @@ def _count_texts(environment: Any, budget: Budget) -> None:
     def bounded_call(context: Any, called: Any, *values: Any, **named: Any) -> Any:
         text = getattr(getattr(called, "__wrapped__", called), "__self__", None)
         if not isinstance(text, str):
-            return call(context, called, *values, **named)
+            made = call(context, called, *values, **named)
+            if not isinstance(made, str):  # of a macro, which has counted what it wrote
+                budget.spend(_weight(made))
+            return made
         name, given = getattr(called, "__name__", ""), (*values, *named.values())
         # `text.join(parts)` is `parts | join(text)`.
         budget.spend(_asked(name, given[0], (text,)) if name == "join" and given
@@ -92,7 +99,7 @@ def _count_texts(environment: Any, budget: Budget) -> None:
             budget.spend(_asked(name, value, (*values, *named.values())))
             leading = () if passed is None else (_PASSED[passed.name](context),)
             made = apply(*leading, value, *values, **named)
-            budget.spend(_size(made))
+            budget.spend(_weight(made))
             return made
 
         return bounded
@@ -170,11 +177,16 @@ def _counters(budget: Budget) -> dict[str, Any]:
         return value
 
     @jinja2.pass_context
+    def built(_context: Any, value: Any) -> Any:
+        budget.spend(_weight(value))
+        return value
+
+    @jinja2.pass_context
     def entered(_context: Any, value: str) -> str:
         budget.spend(_ENTRY)
         return value
 
-    return {_LOOPED: looped, _NAMED: named, _ENTERED: entered}
+    return {_LOOPED: looped, _NAMED: named, _BUILT: built, _ENTERED: entered}
 
 
 def _formatted(text: str, values: Iterable[Any]) -> int:
@@ -193,8 +205,32 @@ def _size(value: Any) -> int:
     return _ITEM * len(value) if isinstance(value, list | tuple) else 0
 
 
+def _weight(value: Any, known: dict[int, int] | None = None) -> int:
+    """The size of `value` with all that it holds, as often as it holds it.
+
+    `known`: id of a container -> its weight, so that one that is held twice is walked through once.
+    """
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Namespace):
+        value = value._Namespace__attrs
+    if isinstance(value, dict):
+        held = [*value, *value.values()]
+    elif isinstance(value, list | tuple):
+        held = [*value]
+    else:
+        return 0
+    known = {} if known is None else known
+    if id(value) not in known:
+        known[id(value)] = 0  # one that holds itself is written out once
+        weight = _ITEM * len(held) + sum([len(each) for each in held if isinstance(each, str)])
+        inner = [each for each in held if isinstance(each, _CONTAINERS)]
+        known[id(value)] = weight + sum(_weight(each, known) for each in inner)
+    return known[id(value)]
+
+
 class _Counted(NodeTransformer):
-    """Has the steps of loops and macros, and what is given a name, counted."""
+    """Has the steps of loops and macros, what is given a name, and containers counted."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 -- jinja2 calls it so
         self.generic_visit(node)
@@ -209,11 +245,49 @@ class _Counted(NodeTransformer):
         node.body = [_entry(node), *(_statement(each, node) for each in given), *node.body]
         return node
 
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.body = [_entry(node), *node.body]
+        return node
+
+    def visit_Block(self, node: nodes.Block) -> nodes.Node:  # noqa: N802 -- `self.name()` calls it
+        self.generic_visit(node)
+        node.body = [_entry(node), *node.body]
+        return node
+
+    def visit_With(self, node: nodes.With) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.values = [_filtered(value, _NAMED) for value in node.values]
+        return node
+
+    def visit_List(self, node: nodes.List) -> Any:  # noqa: N802
+        return self._container(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> Any:  # noqa: N802
+        return self._container(node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> Any:  # noqa: N802
+        return self._container(node) if node.ctx == "load" else node
+
+    def visit_Add(self, node: nodes.Add) -> Any:  # noqa: N802
+        self.generic_visit(node)  # the sum with a constant text is a text
+        is_text = any(isinstance(each, nodes.Const) for each in (node.left, node.right))
+        return node if is_text else _filtered(node, _BUILT)
+
+    def _container(self, node: Any) -> Any:
+        self.generic_visit(node)
+        return _filtered(node, _BUILT) if any(map(_is_made, node.items)) else node
+
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         if not isinstance(node.node, nodes.Const):
             node.node = _filtered(node.node, _NAMED)
         return node
+
+
+def _is_made(entry: nodes.Node) -> bool:
+    values = (entry.key, entry.value) if isinstance(entry, nodes.Pair) else (entry,)
+    return not all(isinstance(value, nodes.Const) for value in values)
 
 
 def _filtered(value: Any, name: str, place: nodes.Node | None = None) -> Any:

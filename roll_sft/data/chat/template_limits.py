@@ -28,6 +28,12 @@ _SHORT_FILTERS = frozenset(
      "title", "string", "int", "list", "selectattr", "rejectattr", "tojson")
 )  # fmt: skip
 
+# Statements and operators whose text may be built upon itself.
+_BUILDERS = (
+    nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Block, nodes.AssignBlock,
+    nodes.Mul, nodes.Pow,
+)  # fmt: skip
+
 
 class OverBudgetError(Exception):
     """A template does more than any conversation needs."""
@@ -87,7 +93,7 @@ def _is_linear(tree: nodes.Template) -> bool:
     calls = (call.node for call in tree.find_all(nodes.Call))
     return (
         not any(loop.recursive or _has(loop, heavy) for loop in loops)
-        and not _has(tree, (nodes.Macro, nodes.Mul, nodes.Pow, nodes.AssignBlock))
+        and not _has(tree, _BUILDERS)
         and not any(_has(assign, building) for assign in tree.find_all(nodes.Assign))
         and all(_is_of_loop(each.left) for each in tree.find_all(nodes.Mod))
         and all(

@@ -1,6 +1,7 @@
 """A folder -> its tokenizer, whatever lies there: one that fits the model, or one line why not."""
 
 import json
+import re
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -72,4 +73,9 @@ def _check_template(template: object, *, path: str) -> None:
         raise ConfigError(
             f"{_KEY}: the chat_template of {shown(path)} is {shown(template)}, not a text or named"
             " texts; mend its tokenizer_config.json"
+        )
+    if lone := re.search("[\ud800-\udfff]", "".join(map(str, texts))):
+        raise ConfigError(
+            f"{_KEY}: the chat_template of {shown(path)} holds {shown(lone.group())}, one half of a"
+            " surrogate pair, which is no text; mend its tokenizer_config.json"
         )

@@ -64,6 +64,35 @@ BOMBS = {
     "names that double": "{% set x = 'x' %}" + "{% set x = x ~ x %}" * 99 + "{{ x }}",
     "JSON that is named": "{% set x = '\"' %}" + "{% set x = x | tojson %}" * 99 + "{{ x }}",
     "blocks that double": "{% set x = 'x' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 99,
+    "lists in lists": "{% set x = ['x'] %}" + "{% set x = [x, x] %}" * 40 + "{{ x }}",
+    "lists in lists of a loop": (
+        "{% set ns = namespace(x=['x']) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}"
+        "{% endfor %}{{ ns.x | tojson }}"
+    ),
+    "tuples in tuples": "{% set x = ('x',) %}" + "{% set x = (x, x) %}" * 40 + "{{ {x: 1} }}",
+    "objects in objects": "{% set x = 1 %}" + "{% set x = {'a': x, 'b': x} %}" * 40 + "{{ x ~ 1 }}",
+    "objects that are called": "{% set x = 1 %}" + "{% set x = dict(a=x, b=x) %}" * 40 + "{{ x }}",
+    "namespaces": "{% set x = 1 %}" + "{% set x = namespace(a=x, b=x) %}" * 40 + "{{ x }}",
+    "lists that are multiplied": "{% set x = [1] %}" + "{% set x = [x] * 2 %}" * 40 + "{{ x }}",
+    "lists in batches": (
+        "{% set x = [1, 1] %}" + "{% set x = (x + x) | batch(2) | list %}" * 60 + "{{ x }}"
+    ),
+    "lists of a loop in a loop": (
+        "{% set x = [1] %}"
+        + "{% for x in [[x, x, x, x, x, x, x, x]] %}" * 15
+        + "{{ x }}"
+        + "{% endfor %}" * 15
+    ),
+    "lists in one expression": "{% set x = [0] * 10 ** 6 %}{{ [" + "x, " * 999 + "] | string }}",
+    "texts in a with": (
+        "{% set x = 'x' %}" + "{% with x = x ~ x %}" * 40 + "{{ x }}" + "{% endwith %}" * 40
+    ),
+    "JSON of blocks": "{% filter tojson %}" * 40 + '"' + "{% endfilter %}" * 40,
+    "blocks of blocks": "".join(
+        f"{{% block b{i} %}}{{{{ self.b{i + 1}() }}}}{{{{ self.b{i + 1}() }}}}{{% endblock %}}"
+        for i in range(40)
+    )
+    + "{% block b40 %}{% endblock %}",
     "loops over constants": (
         "{% for a in X %}{% for b in X %}{% for c in X %}{% endfor %}{% endfor %}{% endfor %}"
     ).replace("X", f"'{'x' * 999}'"),

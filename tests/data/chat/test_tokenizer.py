@@ -49,11 +49,17 @@ def test_damaged_files_are_named_in_one_line(
     assert "\n" not in str(info.value)
 
 
-def test_a_chat_template_that_is_no_text_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [(3, "3"), ("{{ messages }}\ud83d", r"'\\ud83d'"), ({"default": "\udfff"}, r"'\\udfff'")],
+)
+def test_a_chat_template_that_is_no_text_is_refused(
+    folder: Path, template: object, shown: str
+) -> None:
     (folder / "chat_template.jinja").unlink()
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 3}))
-    with pytest.raises(ConfigError, match=r"chat_template of .* is 3, not a text"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(ConfigError, match=rf"chat_template of .*{shown}"):
         load(folder)
 
 
