@@ -31,6 +31,7 @@ BY_NEED = {
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
     "roll_sft/data/chat/fast/": "what only makes rendering quicker",
+    "roll_sft/data/chat/template_budget.py": "templates that may build texts upon themselves",
     "roll_sft/data/rows/content_parts.py": "messages made of parts",
     "roll_sft/data/rows/hub.py": "a data set of the hub",
     "roll_sft/data/rows/json_array.py": "a file that is one JSON array",
