@@ -39,7 +39,7 @@ door, assets, arguments = doors.door, doors.assets, doors.arguments
     [
         (["+typo=1"], ["typo: no such key; did you mean `model.dtype`?"]),
         (["model.pth=x"], ["model.pth: no such key; did you mean `model.path`?"]),
-        (["--config-name", "nope"], ["no configuration 'nope'", "base, demo, qwen7b_sft"]),
+        (["--config-name", "nope"], ["no configuration 'nope'", "base, demo, llama70b"]),
         (["train.max_steps=abc"], ["train.max_steps: 'abc' is not an integer or null"]),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_folder_of_the_users_builds_on_ours(door: Door, tmp_path: Path) -> Non
         ),
         (
             "defaults: [bass, _self_]\n",
-            ["Could not load 'bass'; did you mean 'base'?", "job, qwen"],
+            ["Could not load 'bass'; did you mean 'base'?", "job, llama"],
         ),
         ("model: {path: m}\n", ["lacks 'output_dir'", "begin its file with `defaults: [base,"]),
         ("- a\n- b\n", ["primary config 'job' must be a DictConfig"]),

@@ -185,6 +185,7 @@ def test_a_dry_run_of_seven_billion_parameters_prints_the_plan_and_writes_nothin
     given = [
         *("--config-name", "qwen7b_sft", f"model.path={qwen_7b(tmp_path / 'model')}"),
         *(f"data.train=[{{path: {assets / 'rows.jsonl'}}}]", "data.cache_dir=cache"),
+        "train.global_batch_size=32",
     ]
     prepared = door(*given, "prepare_only=true", "model.random_init=true", "output_dir=prepared")
     assert prepared.code == 0, prepared.stderr
@@ -199,7 +200,7 @@ def test_a_dry_run_of_seven_billion_parameters_prints_the_plan_and_writes_nothin
         "CP",
         "DP",
     ]
-    assert cells(outcome.stdout, "8")[1:7] == ["2", "2", "2", "1", "on", "8192"]
+    assert cells(outcome.stdout, "8")[1:7] == ["2", "1", "1", "4", "on", "8192"]
     assert cells(outcome.stdout, "Qwen2ForCausalLM") == [
         *("Qwen2ForCausalLM", "7,615,616,512", "28", "3584", "bf16")
     ]
@@ -218,8 +219,8 @@ def test_a_dry_run_of_seven_billion_parameters_prints_the_plan_and_writes_nothin
     ]
     tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
     assert cells(outcome.stdout, "tokens in the run")[1] == f"{tokens:,}"
-    # 7.6e9 parameters over TP 2 x PP 2, 2 + 4 bytes each, and 12 more cut over CP 2.
-    assert 21 < float(cells(outcome.stdout, "weights, gradients, optimizer")[1].split()[0]) < 24
+    # 7.6e9 parameters over TP 2, 2 + 4 bytes each, and 12 more cut over DP 4.
+    assert 31 < float(cells(outcome.stdout, "weights, gradients, optimizer")[1].split()[0]) < 33
     assert contents(tmp_path) == before
 
 

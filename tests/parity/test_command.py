@@ -72,15 +72,22 @@ def test_a_fault_in_the_workers_is_red_and_the_last_line_names_where(folder: Pat
     assert cells(outcome.stdout, "loss")[3] == "differs"
 
 
-# qwen7b_sft asks for TP 2 x PP 2 x CP 2, eight ranks; four of them take turns with its axes here.
-@pytest.mark.parametrize("axis", ["pipeline_model_parallel_size", "context_parallel_size"])
+# Both ask for eight ranks; four of them take turns with the axes here.
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        ("qwen7b_sft", "pipeline_model_parallel_size"),  # TP 2 x DP 2
+        ("qwen7b_long_sft", "pipeline_model_parallel_size"),  # TP 2 x CP 2
+        ("qwen7b_long_sft", "context_parallel_size"),  # TP 2 x PP 2
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_main_configuration_is_green(
-    axis: str, dtype: str, folder: Path, pool: RankPool, tmp_path: Path
+def test_the_main_configurations_are_green(
+    name: str, axis: str, dtype: str, folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     composed = run.compose(
         [
-            "--config-name=qwen7b_sft",
+            f"--config-name={name}",
             *stand_in(folder),
             f"model.dtype={dtype}",
             "parallel.use_distributed_optimizer=false",

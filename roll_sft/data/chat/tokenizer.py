@@ -11,6 +11,8 @@ from roll_sft.base.text import shown
 
 _KEY = "model.tokenizer_path"
 _REMEDY = "give a folder with tokenizer.json and tokenizer_config.json"
+# Any tokenizer has one at least: its JSON, its vocabulary, SentencePiece's or tiktoken's file.
+_FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 class NoTokenizerError(ConfigError):
@@ -35,13 +37,15 @@ def load_tokenizer(
         largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
     # Of files with other values than a tokenizer has, transformers raises whatever comes first.
     except Exception as error:
+        if not any(file for pattern in _FILES for file in Path(path).glob(pattern)):
+            raise _none_in(path) from error
         reason = _damage(Path(path)) or f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
             f"{_KEY}: transformers cannot load a tokenizer from {shown(path)} ({reason}); {_REMEDY}"
         ) from error
     # Without the files, transformers makes one that knows a special token or two and no text.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
-        raise NoTokenizerError(f"{_KEY}: {shown(path)} holds no tokenizer; {_REMEDY}")
+        raise _none_in(path)
     # The largest id and not their number: a vocabulary may have gaps.
     if largest[1] >= embedding_size:
         raise ConfigError(
@@ -51,6 +55,10 @@ def load_tokenizer(
         )
     _check_template(tokenizer.chat_template, path=path)
     return tokenizer
+
+
+def _none_in(path: str) -> NoTokenizerError:
+    return NoTokenizerError(f"{_KEY}: {shown(path)} holds no tokenizer; {_REMEDY}")
 
 
 def _damage(folder: Path) -> str | None:
