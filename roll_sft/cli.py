@@ -79,7 +79,30 @@ def _train(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    return _run_with("dry_run=true", "plan", arguments)
+    parser = _parser("plan", "")
+    parser.add_argument(
+        "--suggest", action="store_true", help="layouts for --gpus GPUs of --memory GiB each"
+    )
+    parser.add_argument("--gpus", type=_count, metavar="N")
+    parser.add_argument("--memory", type=_gib, metavar="GIB", help="of a GPU, such as 80")
+    parser.add_argument("--gpus-per-node", type=_count, metavar="N", help="default: 8")
+    options, rest = parser.parse_known_args(arguments)
+    needed, node = (options.gpus, options.memory), options.gpus_per_node
+    if options.suggest and None in needed:
+        parser.error("--suggest: needs --gpus N and --memory GIB")
+    if not options.suggest and any(each is not None for each in (*needed, node)):
+        parser.error("--gpus, --gpus-per-node and --memory: only with --suggest; add it")
+    if not options.suggest:
+        return _run_with("dry_run=true", "plan", arguments)
+    from roll_sft import run
+
+    def action(config: RunConfig, _composed_yaml: str) -> None:
+        from roll_sft.job.layouts import Gpus
+        from roll_sft.job.suggest import show_suggestions
+
+        show_suggestions(config, Gpus(options.gpus, options.memory, node or 8))
+
+    return run.main(rest, action=action)
 
 
 def _prepare(arguments: list[str]) -> int:
@@ -165,6 +188,12 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not 0 < float(text) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB, such as 80")
+    return float(text)
 
 
 def _parser(name: str, exit_codes: str) -> argparse.ArgumentParser:

@@ -143,7 +143,7 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
     except ConfigError as error:
         refuse([*problems, str(error)])
         raise
-    refuse([*problems, *_model_problems(config, shape)])
+    refuse([*problems, *model_problems(config, shape)])
     # A dry run says what a job would need, which may be wanted before the weights are there.
     if config.model.random_init or config.dry_run:
         return ModelSource(shape, seed=config.seed)
@@ -162,7 +162,8 @@ def _load_tokenizer(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizer
     )
 
 
-def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+def model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    """What the layout and the length of samples ask for that a model of `shape` does not have."""
     parallel, length = config.parallel, config.data.sequence_length
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     tensor_size = parallel.tensor_model_parallel_size
