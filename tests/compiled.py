@@ -23,8 +23,10 @@ def plain_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
     return F.rms_norm(rows, (HIDDEN,), weight, epsilon)
 
 
-def plain_rotation(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    return rotate(states, angles, is_compiled=False)
+def plain_rotation(
+    query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotate(query, key, angles, is_compiled=False)
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -35,29 +37,42 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def arguments(name: str, length: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
-    """The rows, of which the first is trained, and the rest."""
+    """The rows and the rest, on the CPU."""
     torch.manual_seed(length)
     if name == "rotation":
-        states = torch.randn(length, HEADS, HEAD_DIM).to(dtype)
+        query, key = (torch.randn(length, heads, HEAD_DIM).to(dtype) for heads in (HEADS, 2))
         frequencies = 10_000.0 ** (-torch.arange(HEAD_DIM // 2) / 8)
-        return [states, rotary_angles(torch.randint(0, length + 3, (length,)), frequencies)], []
+        angles = rotary_angles(torch.randint(0, length + 3, (length,)), frequencies)
+        return [query, key, angles], []
     if name == "norm":
         return [torch.randn(length, HIDDEN).to(dtype)], [torch.randn(HIDDEN).to(dtype), EPSILON]
     return [torch.randn(length, 2 * FFN).to(dtype)], []
 
 
 def outcome(
-    function: Callable[..., torch.Tensor], rows: list[torch.Tensor], rest: list[Any]
+    function: Callable[..., Any], rows: list[torch.Tensor], rest: list[Any]
 ) -> list[torch.Tensor]:
-    """The value, and the gradients of what is trained by a sum that tells its parts apart."""
-    trained = [rows[0].clone().requires_grad_()]
+    """The value, and the gradients of what is trained by a sum that tells its parts apart.
+
+    Of two values, both as one [L].
+    """
+    # Queries and keys are trained, by angles that are not; else the rows, and the weight.
+    trained = [each.clone().requires_grad_() for each in rows[: max(1, len(rows) - 1)]]
+    rows = [*trained, *rows[len(trained) :]]
     if rest:
         trained.append(rest[0].clone().requires_grad_())
-        rest = [trained[1], *rest[1:]]
-    value = function([trained[0], *rows[1:]], *rest)
-    weights = torch.linspace(0.5, 1.5, value.numel()).view_as(value).to(value.dtype)
+        rest = [trained[-1], *rest[1:]]
+    value = flat(function(rows, *rest))
+    weights = torch.linspace(0.5, 1.5, value.numel()).view_as(value).to(value)
     (value * weights).sum().backward()
     return [value.detach(), *(each.grad for each in trained if each.grad is not None)]
+
+
+def flat(value: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """One tensor; of several, all their numbers in one row."""
+    if isinstance(value, tuple):
+        return torch.cat([each.flatten() for each in value])
+    return value
 
 
 def distance(ours: torch.Tensor, wanted: torch.Tensor) -> float:

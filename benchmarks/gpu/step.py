@@ -30,7 +30,7 @@ from models import SHAPES, TINY, Tokens, Weights, config_of, estimate_of, log_no
 from transformers import Qwen2Config
 
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.base.metrics import flops_per_step
+from roll_sft.base.metrics import StepMetrics, flops_per_step
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions, StepPlan
@@ -38,7 +38,6 @@ from roll_sft.data.tokens.cache import TokenData
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.process_groups import Rendezvous, process_groups
-from roll_sft.job.memory import GIB
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_of
 
@@ -53,7 +52,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.out = options.device, options.out
         self.is_gpu = options.device == "cuda"
-        self.pack_tokens = PACK_TOKENS if self.is_gpu else 256
+        self.pack_tokens = options.pack_tokens if self.is_gpu else 256
         self.lacked_room = False
         self._ends = time.monotonic() + options.minutes * 60
         self.name = torch.cuda.get_device_name() if self.is_gpu else "cpu"
@@ -113,6 +112,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--pack-tokens", type=int, default=PACK_TOKENS)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--no-peer", action="store_true", help="leave bare torch out")
     parser.add_argument("--out", type=Path, help="folder for the table of kernels")
     options = parser.parse_args()
     set_variables(deterministic=False)
@@ -122,11 +124,12 @@ def main() -> int:
         bench = Bench(options)
         # Ours first, of all shapes: a peer has meaning only beside it.
         measured = []
-        for name, numbers in (SHAPES if bench.is_gpu else TINY).items():
+        shapes = {name: SHAPES[name] for name in options.shapes} if bench.is_gpu else TINY
+        for name, numbers in shapes.items():
             with bench.part(name, "shape") as begins:
                 if begins:
                     measured.append(_measure(bench, name, numbers))
-        for ours in measured:
+        for ours in [] if options.no_peer else measured:
             with bench.part(f"{ours.facts['shape']} bare", "bare") as begins:
                 if begins:
                     _compare(bench, ours)
@@ -153,13 +156,13 @@ def _measure(bench: Bench, name: str, numbers: tuple[Any, ...]) -> Measured:
     }
     facts: dict[str, object] = {"shape": name, "layers": shape.num_layers, "of_layers": numbers[2]}
     facts["pack_tokens"] = bench.pack_tokens
-    flops_per_s = {}
+    flops_per_s, memory_gib = {}, 0.0
     for kind, tokens in (("even", even), ("packed", packed)):
         engine._data = TokenData(tokens, {})  # type: ignore[arg-type]
-        seconds, steps = _timed(engine, plans[kind])
+        seconds, steps, peak_gib = _timed(engine, plans[kind])
+        memory_gib = max(memory_gib, peak_gib)
         flops_per_s[kind] = sum(_flops(shape, tokens, step) for step in steps) / seconds
         facts[f"{kind}_tokens_per_s"] = round(sum(step.total_tokens for step in steps) / seconds)
-    memory_gib = torch.cuda.max_memory_allocated() / GIB if bench.is_gpu else None
     mfu = flops_per_s["packed"] / bench.peak_flops
     # The head runs on supervised tokens alone, which model FLOPs do not know.
     spared = 6 * shape.vocab_size * shape.hidden_size
@@ -169,7 +172,7 @@ def _measure(bench: Bench, name: str, numbers: tuple[Any, ...]) -> Measured:
     ratio = flops_per_s["packed"] / flops_per_s["even"]
     bench.show("packed_over_unpadded", ratio, goal=">= 0.95", **facts)
     estimated = estimate_of(shape, run, shape.num_layers)
-    if memory_gib is not None:
+    if bench.is_gpu:
         parts = {"gib": round(memory_gib, 1), "estimate_gib": round(estimated.total_gib, 1)}
         ratio = memory_gib / estimated.total_gib
         bench.show("gpu_memory_over_estimate", ratio, goal="<= 1.05", shape=name, **parts)
@@ -215,43 +218,63 @@ def _flops(shape: Any, tokens: Tokens, plan: StepPlan) -> float:
     )
 
 
-def _run_steps(engine: Engine, planner: Planner, steps: range) -> list[StepPlan]:
+def _run_steps(
+    engine: Engine, planner: Planner, steps: range
+) -> tuple[list[StepPlan], list[StepMetrics]]:
     plans = [planner.step(step) for step in (*steps, steps[-1] + 1)]
+    reports = []
     for plan, following in itertools.pairwise(plans):
-        engine.train_step(plan.work_for(0, learning_rate=1e-5, following=following))
-    return plans[:-1]
+        work = plan.work_for(0, learning_rate=1e-5, following=following)
+        reports.append(engine.train_step(work))
+    return plans[:-1], [report for report in reports if report is not None]
 
 
-def _timed(engine: Engine, planner: Planner) -> tuple[float, list[StepPlan]]:
-    """Seconds of some steps after the warm-up, the device's work included."""
+def _timed(engine: Engine, planner: Planner) -> tuple[float, list[StepPlan], float]:
+    """Seconds of some steps after the warm-up, the device's work included; their peak in GiB."""
     _run_steps(engine, planner, range(1, 1 + WARM_UP))
     _wait()
     started = time.perf_counter()
-    plans = _run_steps(engine, planner, range(1 + WARM_UP, 1 + WARM_UP + STEPS))
+    plans, reports = _run_steps(engine, planner, range(1 + WARM_UP, 1 + WARM_UP + STEPS))
     _wait()
-    return time.perf_counter() - started, plans
+    # A step begins the peak anew, so that of the device itself is the last update's.
+    peak_gib = max(report.peak_memory_gib for report in reports)
+    return time.perf_counter() - started, plans, peak_gib
 
 
 def _profile(bench: Bench, engine: Engine, planner: Planner, name: str) -> None:
-    """The share of some steps in which no kernel runs, and their kernels by time in a file."""
+    """The share of some steps in which no kernel runs; their kernels and host calls in files.
+
+    The kernels' time is of a profiled run, and the steps' of one before it: a profiler slows the
+    host, not the kernels.
+    """
+    steps = range(20, 23)
+    _wait()
+    started = time.perf_counter()
+    _run_steps(engine, planner, steps)
+    _wait()
+    seconds = time.perf_counter() - started
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.is_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        _run_steps(engine, planner, range(20, 23))
+        _run_steps(engine, planner, steps)
         _wait()
     if bench.out is not None:
-        key = "self_cuda_time_total" if bench.is_gpu else "self_cpu_time_total"
-        table = profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=80)
-        (bench.out / f"kernels_{name}.txt").write_text(table, encoding="utf-8")
+        averages = profile.key_averages()
+        for kind in ("cuda", "cpu") if bench.is_gpu else ("cpu",):
+            table = averages.table(
+                sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=80
+            )
+            (bench.out / f"{kind}_{name}.txt").write_text(table, encoding="utf-8")
     if bench.is_gpu:
         spans = sorted(_kernel_spans(profile))
-        busy, end = 0.0, spans[0][0]
+        busy, end = 0.0, spans[0][0]  # microseconds
         for first, last in spans:
             busy += max(0.0, last - max(first, end))
             end = max(end, last)
-        idle = 1 - busy / (end - spans[0][0])
-        bench.show("gpu_idle", idle, goal="<= 0.02", shape=name)
+        facts = {"kernels": len(spans), "busy_s": round(busy / 1e6, 3), "s": round(seconds, 3)}
+        idle = 1 - busy / 1e6 / seconds
+        bench.show("gpu_idle", idle, goal="<= 0.02", shape=name, **facts)
 
 
 def _kernel_spans(profile: Any) -> Iterator[tuple[float, float]]:

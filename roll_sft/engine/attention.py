@@ -80,10 +80,7 @@ def packed_attention(kernel: Kernel) -> type[MegatronModule]:
             segments, angles = packed_seq_params.segments, packed_seq_params.angles
             assert segments is not None, "describe_pack gives the segments"
             assert angles is not None, "describe_pack gives the angles"
-            query, key = (
-                rotate(states, angles, is_compiled=self.config.is_compiled)
-                for states in (query, key)
-            )
+            query, key = rotate(query, key, angles, is_compiled=self.config.is_compiled)
             if segments.key_index is not None:
                 key, value = (
                     gather_from_sequence_parallel_region(
@@ -102,26 +99,38 @@ def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.T
     return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]
 
 
-def rotate(states: torch.Tensor, angles: torch.Tensor, *, is_compiled: bool) -> torch.Tensor:
-    """`states` [T, H, E] by `angles` float32 [T, 1, E]; same dtype."""
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor, *, is_compiled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`query` [T, H, E] and `key` [T, G, E] by `angles` float32 [T, 1, E]; same dtype."""
     if is_compiled:
-        rotated: torch.Tensor = run_compiled(rotated_in_fp32, [states, angles])
+        rotated: tuple[torch.Tensor, torch.Tensor] = run_compiled(
+            rotated_in_fp32, [query, key, angles]
+        )
         return rotated
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat(_rotated(first, second, angles.to(states.dtype)), dim=-1)
+    cos, sin = angles.to(query.dtype).chunk(2, dim=-1)
+    query, key = (
+        torch.cat(_rotated(*states.chunk(2, dim=-1), cos, sin), dim=-1) for states in (query, key)
+    )
+    return query, key
 
 
-def rotated_in_fp32(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotated_in_fp32(
+    query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`rotate` as one function, computed in fp32."""
-    # The halves are converted, not the whole: a tensor cut or joined in fp32 would be written.
-    first, second = states.chunk(2, dim=-1)
-    halves = _rotated(first.float(), second.float(), angles)
-    return torch.cat([half.to(states.dtype) for half in halves], dim=-1)
+    cos, sin = angles.chunk(2, dim=-1)
+    rotated = []
+    for states in (query, key):
+        # The halves are converted, not the whole: a tensor cut or joined in fp32 would be written.
+        first, second = states.chunk(2, dim=-1)
+        halves = _rotated(first.float(), second.float(), cos, sin)
+        rotated.append(torch.cat([half.to(states.dtype) for half in halves], dim=-1))
+    return rotated[0], rotated[1]
 
 
 def _rotated(
-    first: torch.Tensor, second: torch.Tensor, angles: torch.Tensor
+    first: torch.Tensor, second: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The halves [T, H, E / 2] by the cosines and sines of their tokens, [T, 1, E]."""
-    cos, sin = angles.chunk(2, dim=-1)
+    """The halves [T, H, E / 2] by the cosines and sines of their tokens, [T, 1, E / 2]."""
     return first * cos - second * sin, second * cos + first * sin

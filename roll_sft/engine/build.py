@@ -16,6 +16,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import (
@@ -165,7 +166,20 @@ def _build_chunk(
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="none",  # our core attention rotates
     )
+    if config.tensor_model_parallel_size == 1:
+        _leave_out_collectives(model)
     return model.to(torch.cuda.current_device())
+
+
+def _leave_out_collectives(model: GPTModel) -> None:
+    """Make linear layers call no collective of a tensor group of one, not even as an identity.
+
+    Each such identity is an autograd function in Python, forward and backward, four times a layer.
+    The field says that somebody else communicates.
+    """
+    for module in model.decoder.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.explicit_expert_comm = True
 
 
 def rotary_frequencies(shape: ModelShape) -> torch.Tensor:

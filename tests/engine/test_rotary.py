@@ -26,15 +26,18 @@ def test_a_pack_is_rotated_as_megatron_rotates_it(context_size: int, dtype: torc
         angles = torch.outer(torch.arange(pack.max_seqlen).float(), frequencies)
         angles = torch.cat([angles, angles], dim=1)[:, None, None]
         torch.manual_seed(rank)
-        states = torch.randn(pack.tokens_T.shape[1], 3, 16).to(dtype)
+        length = pack.tokens_T.shape[1]
+        query, key = (torch.randn(length, heads, 16).to(dtype) for heads in (3, 1))
         group = SimpleNamespace(size=lambda: context_size, rank=lambda rank=rank: rank)
-        wanted = rope_utils._apply_rotary_pos_emb_thd(
-            states, pack.cu_seqlens, angles, cp_group=group
-        )
+        wanted = [
+            rope_utils._apply_rotary_pos_emb_thd(states, pack.cu_seqlens, angles, cp_group=group)
+            for states in (query, key)
+        ]
         segments = segments_of(pack.cu_seqlens, context_size=context_size, context_rank=rank)
         described = describe_pack(segments, pack.positions_T, frequencies=frequencies)
         assert described.angles is not None
-        assert torch.equal(rotate(states, described.angles, is_compiled=False), wanted)
+        rotated = rotate(query, key, described.angles, is_compiled=False)
+        assert all(map(torch.equal, rotated, wanted))
 
 
 def test_megatrons_description_of_a_pack_holds_bounds() -> None:

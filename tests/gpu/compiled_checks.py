@@ -22,25 +22,26 @@ ROWS, HIDDEN, WORDS, REAL_WORDS = 1_500, 256, 50_048, 50_001
 def check_compiled(device: str, folder: Path) -> Iterator[tuple[str, float, float]]:
     """Name, error and bound of each; functions in fp32 and bf16 at an odd length."""
     where = torch.device(torch.cuda.current_device())
-    with where:
-        for name, dtype in itertools.product(functions.FUNCTIONS, functions.BOUNDS):
-            function, plain = functions.FUNCTIONS[name]
-            rows, rest = functions.arguments(name, 1_021, dtype)
-            found = functions.outcome(
-                lambda rows, *rest, f=function: run_compiled(f, rows, *rest), rows, rest
-            )
-            wanted = functions.outcome(lambda rows, *rest, f=plain: f(*rows, *rest), rows, rest)
-            for part, ours, theirs, bound in zip(
-                ("", "gradient of ", "gradient of the weight of "),
-                found,
-                wanted,
-                (*functions.BOUNDS[dtype], functions.BOUNDS[dtype][1]),
-                strict=False,
-            ):
-                error = functions.distance(ours, theirs)
-                yield f"{part}compiled {name}, {str(dtype)[6:]}", error, bound
-        for dtype, is_compiled in itertools.product(functions.BOUNDS, (False, True)):
-            yield from _head(dtype, is_compiled=is_compiled)
+    for name, dtype in itertools.product(functions.FUNCTIONS, functions.BOUNDS):
+        function, plain = functions.FUNCTIONS[name]
+        rows, rest = functions.arguments(name, 1_021, dtype)
+        rows = [each.to(where) for each in rows]
+        rest = [each.to(where) if isinstance(each, torch.Tensor) else each for each in rest]
+        found = functions.outcome(
+            lambda rows, *rest, f=function: run_compiled(f, rows, *rest), rows, rest
+        )
+        wanted = functions.outcome(lambda rows, *rest, f=plain: f(*rows, *rest), rows, rest)
+        for part, ours, theirs, bound in zip(
+            ("", "gradient of ", "second gradient of "),
+            found,
+            wanted,
+            (*functions.BOUNDS[dtype], functions.BOUNDS[dtype][1]),
+            strict=False,
+        ):
+            error = functions.distance(ours, theirs)
+            yield f"{part}compiled {name}, {str(dtype)[6:]}", error, bound
+    for dtype, is_compiled in itertools.product(functions.BOUNDS, (False, True)):
+        yield from _head(where, dtype, is_compiled=is_compiled)
     runs = {}
     for is_compiled in (True, False):
         config = parity.parity_config(
@@ -56,12 +57,14 @@ def check_compiled(device: str, folder: Path) -> Iterator[tuple[str, float, floa
         yield f"fp32 {key} compiled against plain", worst, bound
 
 
-def _head(dtype: torch.dtype, *, is_compiled: bool) -> Iterator[tuple[str, float, float]]:
+def _head(
+    where: torch.device, dtype: torch.dtype, *, is_compiled: bool
+) -> Iterator[tuple[str, float, float]]:
     """Losses and gradients of the head in chunks against whole logits in fp32."""
     torch.manual_seed(3)
-    hidden = (torch.randn(ROWS, HIDDEN) / 4).to(dtype).requires_grad_()
-    weight = (torch.randn(WORDS, HIDDEN) / 4).to(dtype).requires_grad_()
-    labels = torch.randint(0, REAL_WORDS, (ROWS,))
+    hidden = (torch.randn(ROWS, HIDDEN, device=where) / 4).to(dtype).requires_grad_()
+    weight = (torch.randn(WORDS, HIDDEN, device=where) / 4).to(dtype).requires_grad_()
+    labels = torch.randint(0, REAL_WORDS, (ROWS,), device=where)
     losses = cross_entropy_of_rows(
         hidden, weight, labels, vocab_size=REAL_WORDS, is_compiled=is_compiled
     )
