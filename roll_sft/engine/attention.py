@@ -109,9 +109,8 @@ def rotate(
         )
         return rotated
     cos, sin = angles.to(query.dtype).chunk(2, dim=-1)
-    query, key = (
-        torch.cat(_rotated(*states.chunk(2, dim=-1), cos, sin), dim=-1) for states in (query, key)
-    )
+    halves = [states.chunk(2, dim=-1) for states in (query, key)]
+    query, key = (torch.cat(_rotated(first, second, cos, sin), dim=-1) for first, second in halves)
     return query, key
 
 
