@@ -36,7 +36,6 @@ TARGETS = {
         "tests/data/steps/test_epochs.py",
         "tests/data/steps/test_shuffle.py",
     ],
-    "roll_sft/data/steps/shuffle.py": ["tests/data/steps/test_shuffle.py"],
     "roll_sft/data/steps/batch.py": ["tests/data/steps/test_batch.py"],
     "roll_sft/data/steps/learning_rate.py": ["tests/data/steps/test_learning_rate.py"],
     "roll_sft/data/chat/mask.py": ["tests/data/chat/test_chat.py"],

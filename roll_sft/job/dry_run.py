@@ -14,9 +14,9 @@ from roll_sft.config.schema import (
 )
 from roll_sft.data.chat.tokenizer import NoTokenizerError
 from roll_sft.data.steps.epochs import Share
+from roll_sft.data.tokens.cache import SourceReport
 from roll_sft.data.tokens.estimate import TOKEN_BYTES, estimated_report
 from roll_sft.data.tokens.prepare import NotPreparedError, Source
-from roll_sft.data.tokens.report import SourceReport
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import micro_batch_tokens, shares_of
 from roll_sft.job.overview import Overview, drawn_tokens, overview_of

@@ -14,8 +14,7 @@ from roll_sft.data.steps.epochs import Share
 from roll_sft.data.steps.learning_rate import Schedule
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
-from roll_sft.data.tokens.cache import TokenData, TokenSet
-from roll_sft.data.tokens.report import SourceReport
+from roll_sft.data.tokens.cache import SourceReport, TokenData, TokenSet
 from roll_sft.job.prepared import Prepared
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource

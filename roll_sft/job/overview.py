@@ -12,7 +12,7 @@ from roll_sft.config.schema import RunConfig
 from roll_sft.data.steps.epochs import Share
 from roll_sft.data.steps.packing import best_fit_decreasing
 from roll_sft.data.steps.plan import Planner, StepPlan
-from roll_sft.data.tokens.report import SourceReport
+from roll_sft.data.tokens.cache import SourceReport
 from roll_sft.job.job import Job, micro_batch_tokens
 from roll_sft.job.memory import estimate
 from roll_sft.models.shape import ModelShape

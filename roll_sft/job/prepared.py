@@ -16,8 +16,7 @@ from typing import Any
 from roll_sft.base.files import write_durably, writing
 from roll_sft.base.text import redacted_tree
 from roll_sft.config.schema import RunConfig
-from roll_sft.data.tokens.cache import SourceTokens, TokenCache, TokenData, TokenSet
-from roll_sft.data.tokens.report import SourceReport
+from roll_sft.data.tokens.cache import SourceReport, SourceTokens, TokenCache, TokenData, TokenSet
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
 

@@ -14,9 +14,8 @@ from roll_sft.config.schema import (
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.tokens.build_shard import SourceOptions
-from roll_sft.data.tokens.cache import TokenData, TokenSet
+from roll_sft.data.tokens.cache import SourceReport, TokenData, TokenSet
 from roll_sft.data.tokens.prepare import CachePlace, Source, Spread, prepare_sources
-from roll_sft.data.tokens.report import SourceReport
 
 
 def tokenise(

@@ -7,8 +7,7 @@ Refused by name, beside what no family builds: biases in attention or MLP, and w
 
 from typing import TYPE_CHECKING
 
-from roll_sft.models.decoder import pre_norm_weights
-from roll_sft.models.family import Family
+from roll_sft.models.family import Family, pre_norm_weights
 from roll_sft.models.shape import ModelShape
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ Refused by name, beside what no family builds: biases in attention, and clipped 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from roll_sft.models.decoder import attention, decoder_weights, mlp
-from roll_sft.models.family import Family
+from roll_sft.models.family import Family, attention, decoder_weights, mlp
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import SingleTensor, WeightTable
 

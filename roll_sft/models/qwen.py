@@ -7,7 +7,8 @@ Refused by name, beside what no family builds: sliding windows, and biases in Qw
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from roll_sft.models.decoder import (
+from roll_sft.models.family import (
+    Family,
     attention,
     decoder_weights,
     mlp,
@@ -15,7 +16,6 @@ from roll_sft.models.decoder import (
     pre_mlp_norm,
     pre_norm_weights,
 )
-from roll_sft.models.family import Family
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import SingleTensor, WeightTable
 

@@ -26,7 +26,6 @@ from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.cache import TokenData
 from roll_sft.models.source import ModelSource
-from roll_sft.runtime.failures import Ranks, first_cause, missed_deadline
 from roll_sft.runtime.placement import Slots
 from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
 
@@ -204,16 +203,19 @@ class WorkerGroup:
 
     def _collect(self, pending: Pending) -> list[Any]:
         """Results of all ranks. Raises the error that caused the others, or `WorkerError`."""
-        references, ranks = pending.references, Ranks(self.addresses, self._logs)
+        references, deadline_s = pending.references, pending.deadline_s
         try:
             # Raises at the first error, while other ranks may still wait for their peers.
-            results: list[Any] = ray.get(references, timeout=pending.deadline_s + DEADLINE_GRACE_S)
-        except GetTimeoutError:
-            raise missed_deadline(
-                pending.phase, references, deadline_s=pending.deadline_s, ranks=ranks
-            ) from None
-        except RayError:
-            raise first_cause(pending.phase, references, ranks) from None
+            results: list[Any] = ray.get(references, timeout=deadline_s + DEADLINE_GRACE_S)
+        except RayError as error:
+            from roll_sft.runtime import failures
+
+            ranks = failures.Ranks(self.addresses, self._logs)
+            if isinstance(error, GetTimeoutError):
+                raise failures.missed_deadline(
+                    pending.phase, references, deadline_s=deadline_s, ranks=ranks
+                ) from None
+            raise failures.first_cause(pending.phase, references, ranks) from None
         return results
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from roll_sft.base.errors import DivergedError
 from roll_sft.checkpoint.resume import Start, make_way
-from roll_sft.checkpoint.retention import check_room
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.cache import verifying
 from roll_sft.job.job import Job
@@ -25,7 +24,7 @@ from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.placement import Slots, reserved
 from roll_sft.train import run_folder
 from roll_sft.train.records import Records, open_records
-from roll_sft.train.saves import Saves
+from roll_sft.train.saves import Saves, check_room
 from roll_sft.train.terminal import StartUp
 
 if TYPE_CHECKING:

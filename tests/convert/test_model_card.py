@@ -16,7 +16,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.convert import model_card
 from roll_sft.convert.model_card import write_card
-from roll_sft.data.tokens.report import SourceReport
+from roll_sft.data.tokens.cache import SourceReport
 
 STATE = RunState(
     step=2,

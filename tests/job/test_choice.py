@@ -21,11 +21,11 @@ from roll_sft.checkpoint import publish, retention, tensors
 from roll_sft.checkpoint.manifest import MANIFEST
 from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.checkpoint.resume import Start, find_checkpoint, make_way, start_from, step_folders
-from roll_sft.checkpoint.retention import check_room, retain
 from roll_sft.checkpoint.tensors import Piece, Writer
 from roll_sft.config.schema import CheckpointConfig
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
+from roll_sft.train.saves import check_room, retain
 from tests import parity
 
 SHARD = "__0_0.distcp"

@@ -18,7 +18,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise, starmap
 from pathlib import Path
 from typing import Any
@@ -339,3 +339,38 @@ def _items(report: ShardReport) -> Mapping[str, int]:
         "rows": report.samples,
         "supervised": report.samples,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """What became of the rows of one source: an entry of `data_report.json`.
+
+    `rows`: rows read; `kept` and the values of `dropped` add up to it.
+    `dropped_places`: the first places ("file:line") for each reason in `dropped`.
+    `samples`: a row can give several. `dropped_samples` counts samples left out of kept rows, by
+    reason; `truncated` counts samples that were cut to `data.sequence_length`.
+    `supervised_share`: supervised tokens / tokens.
+    `length`: tokens per sample as min, p50, p90, p99 and max; empty in an estimate.
+    `columns_left_aside`: columns, and keys of messages, that samples are not made of.
+    `cached`: every shard was already in the token cache.
+    """
+
+    name: str
+    path: str
+    rows: int
+    kept: int
+    dropped: Mapping[str, int]
+    dropped_places: Mapping[str, list[str]]
+    truncated: int
+    samples: int
+    dropped_samples: Mapping[str, int]
+    tokens: int
+    supervised_tokens: int
+    supervised_share: float
+    length: Mapping[str, int]
+    columns_left_aside: list[str]
+    cached: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as an entry of `data_report.json`."""
+        return asdict(self)

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.tokens.build_shard import MALFORMED, OVERLONG, SourceOptions
-from roll_sft.data.tokens.cache import ShardReport
-from roll_sft.data.tokens.report import SourceReport
+from roll_sft.data.tokens.cache import ShardReport, SourceReport
 
 _log = logging.getLogger(__name__)
 

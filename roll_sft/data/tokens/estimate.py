@@ -12,8 +12,8 @@ from roll_sft.data.rows.columns import ColumnKeys, log_left_aside
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows.sources import read_rows
 from roll_sft.data.tokens.build_shard import EMPTY, MALFORMED
+from roll_sft.data.tokens.cache import SourceReport
 from roll_sft.data.tokens.prepare import Source
-from roll_sft.data.tokens.report import SourceReport
 
 TOKEN_BYTES = 4  # UTF-8 bytes of English prose or code behind one token of a large vocabulary
 

@@ -33,9 +33,14 @@ from roll_sft.data.tokens.build_shard import (
     check_row_errors,
     ready,
 )
-from roll_sft.data.tokens.cache import PLACES_SHOWN, ShardReport, SourceTokens, TokenCache
+from roll_sft.data.tokens.cache import (
+    PLACES_SHOWN,
+    ShardReport,
+    SourceReport,
+    SourceTokens,
+    TokenCache,
+)
 from roll_sft.data.tokens.file_index import indexed_files
-from roll_sft.data.tokens.report import SourceReport
 
 _log = logging.getLogger(__name__)
 

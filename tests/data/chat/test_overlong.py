@@ -14,9 +14,8 @@ from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import Document
 from roll_sft.data.tokens.build_shard import SourceOptions, _cut
-from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.cache import SourceReport, TokenSet
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.tokens.report import SourceReport
 from tests.tiny import tiny_tokenizer
 
 

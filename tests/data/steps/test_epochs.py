@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.data.steps import epochs as epochs_module
-from roll_sft.data.steps.epochs import BatchSize, Epochs, Share
+from roll_sft.data.steps.epochs import BatchSize, Epochs, Part, Permutation, Share, part_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
-from roll_sft.data.steps.shuffle import Part, Permutation, part_of
 
 FEW = settings(deadline=None, max_examples=40)
 

@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_sft.data.steps import epochs as epochs_module
-from roll_sft.data.steps.epochs import BatchSize, Epochs, Share
-from roll_sft.data.steps.shuffle import Part, Permutation, part_of, stable_argsort
+from roll_sft.data.steps.epochs import (
+    BatchSize,
+    Epochs,
+    Part,
+    Permutation,
+    Share,
+    part_of,
+    stable_argsort,
+)
 
 FEW = settings(deadline=None, max_examples=60)
 

@@ -20,9 +20,8 @@ from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.tokens import build_shard
 from roll_sft.data.tokens.build_shard import SourceOptions
-from roll_sft.data.tokens.cache import TokenCache
+from roll_sft.data.tokens.cache import SourceReport, TokenCache
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.tokens.report import SourceReport
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 STRICT = SourceOptions(ColumnKeys(), sequence_length=512, on_bad_row="error", max_bad_fraction=0.01)

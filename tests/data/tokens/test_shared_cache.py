@@ -21,9 +21,8 @@ from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.tokens import build_shard as build_module
 from roll_sft.data.tokens import file_index
 from roll_sft.data.tokens.build_shard import BuiltShard, ShardTask, SourceOptions
-from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.data.tokens.cache import SourceReport, TokenSet
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.tokens.report import SourceReport
 from tests.tiny import tiny_tokenizer
 
 OPTIONS = SourceOptions(ColumnKeys(), sequence_length=512, on_bad_row="skip", max_bad_fraction=0.5)
