@@ -20,7 +20,7 @@ import yaml
 
 from roll_sft.base.files import json_lines
 from roll_sft.checkpoint.manifest import ASSETS, Manifest
-from roll_sft.data.rows.files import is_on_hub
+from roll_sft.data.rows.file_lists import is_on_hub
 from roll_sft.models.hub import HUB_ID
 
 LOG = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from roll_sft.base.errors import ConfigError, refuse
 from roll_sft.config.schema import RunConfig, on_device
 from roll_sft.config.validate import backend_problems, layout_problems
 from roll_sft.data.chat.chat import ChatTokenizer
-from roll_sft.data.chat.templates import chat_template, check_variables
 from roll_sft.data.chat.tokenizer import load_tokenizer
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.data.tokens.prepare import Spread
@@ -73,10 +72,13 @@ def chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
 def _chat_tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
     """The tokenizer as the data sees it; `tokenizer` is given the template, which exports carry."""
     data = config.data
-    template = chat_template(data.chat_template, tokenizer)
-    if template is not None:
-        tokenizer.chat_template = template
-    check_variables(data.template_kwargs, tokenizer)
+    if data.chat_template is not None or data.template_kwargs:
+        from roll_sft.data.chat.templates import chat_template, check_variables
+
+        template = chat_template(data.chat_template, tokenizer)
+        if template is not None:
+            tokenizer.chat_template = template
+        check_variables(data.template_kwargs, tokenizer)
     return ChatTokenizer(tokenizer, variables=data.template_kwargs, train_on=data.train_on)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from roll_sft.base.errors import CheckpointError, ConfigError, ResourceError
-from roll_sft.checkpoint import publish, retention, tensors
+from roll_sft.checkpoint import publish, tensors
 from roll_sft.checkpoint.manifest import MANIFEST
 from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.checkpoint.resume import Start, find_checkpoint, make_way, start_from, step_folders
@@ -25,6 +25,7 @@ from roll_sft.checkpoint.tensors import Piece, Writer
 from roll_sft.config.schema import CheckpointConfig
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
+from roll_sft.train import saves
 from roll_sft.train.saves import check_room, retain
 from tests import parity
 
@@ -468,7 +469,7 @@ def test_nothing_is_deleted_before_the_newest_is_whole_or_where_it_cannot_be(
     assert len(step_folders(tmp_path)) == 3
     assert "no checkpoint is deleted" in caplog.text
     save(job, tmp_path, 4)
-    with patch.object(retention.shutil, "rmtree", side_effect=OSError("busy")):
+    with patch.object(saves.shutil, "rmtree", side_effect=OSError("busy")):
         retain(tmp_path, CheckpointConfig(keep_last=2), losses={})
     assert "step_00000001 (busy)" in caplog.text
     assert find_start(job, tmp_path).step == 4
@@ -476,9 +477,9 @@ def test_nothing_is_deleted_before_the_newest_is_whole_or_where_it_cannot_be(
 
 def has_room(run: Job, checkpoints: Path, *, sizes: float, first_step: int = 0) -> bool:
     """Whether the rest of `run` may begin on a disk with room for `sizes` checkpoints."""
-    size = retention.checkpoint_bytes(run.config, run.source.shape)
+    size = saves.checkpoint_bytes(run.config, run.source.shape)
     usage = shutil.disk_usage(checkpoints.parent)._replace(free=int(sizes * size))
-    with patch.object(retention.shutil, "disk_usage", return_value=usage):
+    with patch.object(saves.shutil, "disk_usage", return_value=usage):
         try:
             check_room(
                 run.config,
@@ -493,7 +494,7 @@ def has_room(run: Job, checkpoints: Path, *, sizes: float, first_step: int = 0) 
 
 
 def test_room_for_all_checkpoints_is_asked_for_before_training(job: Job, tmp_path: Path) -> None:
-    size = retention.checkpoint_bytes(job.config, job.source.shape)
+    size = saves.checkpoint_bytes(job.config, job.source.shape)
     assert size == 12 * job.source.shape.num_parameters
     run = changed(job, train={"max_steps": 10, "save_steps": 2}, checkpoint={"keep_last": 2})
     checkpoints = tmp_path / "checkpoints"
@@ -509,7 +510,7 @@ def test_checkpoints_that_lie_there_count_as_room_for_those_that_replace_them(
     job: Job, tmp_path: Path
 ) -> None:
     run = changed(job, train={"max_steps": 10, "save_steps": 2}, checkpoint={"keep_last": 2})
-    size = retention.checkpoint_bytes(run.config, run.source.shape)
+    size = saves.checkpoint_bytes(run.config, run.source.shape)
     checkpoints = tmp_path / "checkpoints"
 
     def there(name: str) -> None:

@@ -26,7 +26,6 @@ from roll_sft.data.chat.encoder import Encoder, EncoderFacts
 from roll_sft.data.chat.prepared import PlannedText, PreparedTemplate
 from roll_sft.data.chat.render import RESERVED, Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
-from roll_sft.data.chat.templates import fitting_templates, preferred
 from roll_sft.data.chat.turns import RenderedChat
 from roll_sft.data.rows.conversation import Conversation, Document, Message
 
@@ -277,6 +276,8 @@ class ChatTokenizer:
             working.append(name)
         if not working:
             return "use a Jinja file that writes it (data.chat_template); no named template does"
+        from roll_sft.data.chat.templates import preferred
+
         *others, last = preferred(working)
         names = f"{', '.join(others)} or {last}" if others else last
         return f"use data.chat_template={names}, or a Jinja file that writes it"
@@ -284,6 +285,8 @@ class ChatTokenizer:
     @cached_property
     def _others(self) -> dict[str, "ChatTokenizer"]:
         """By name, what this would be with each named template that fits the tokenizer."""
+        from roll_sft.data.chat.templates import fitting_templates
+
         facts, others = self._recipe.encoder, {}
         fitting = fitting_templates(
             facts.protected,
