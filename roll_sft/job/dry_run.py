@@ -20,8 +20,7 @@ from roll_sft.data.tokens.prepare import NotPreparedError, Source
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import micro_batch_tokens, shares_of
 from roll_sft.job.overview import Overview, drawn_tokens, overview_of
-from roll_sft.job.prepare import load_model, located
-from roll_sft.job.tokenise import column_keys
+from roll_sft.job.prepare import column_keys, load_model, located
 
 _log = logging.getLogger(__name__)
 

@@ -9,19 +9,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError, refuse
-from roll_sft.config.schema import RunConfig, on_device
-from roll_sft.config.validate import backend_problems, layout_problems
+from roll_sft.config.layout_checks import backend_problems, layout_problems
+from roll_sft.config.schema import (
+    DataConfig,
+    RunConfig,
+    on_device,
+    source_name,
+    token_cache_folder,
+)
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.tokenizer import load_tokenizer
-from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.data.tokens.prepare import Spread
-from roll_sft.job import tokenise
+from roll_sft.data.rows.columns import ColumnKeys
+from roll_sft.data.tokens.build_shard import SourceOptions
+from roll_sft.data.tokens.cache import SourceReport, TokenData, TokenSet
+from roll_sft.data.tokens.prepare import CachePlace, Source, Spread, prepare_sources
 from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, generation_of, save_assets
 from roll_sft.models.config_file import load_hf_config
@@ -42,7 +49,7 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
     source = load_model(config, hub)
     tokenizer = _load_tokenizer(config, source.shape)
     chat = _chat_tokenizer(config, tokenizer)
-    data, reports = tokenise.tokenise(config, chat, spread=spread)
+    data, reports = tokenise(config, chat, spread=spread)
     return Prepared(
         config,
         source,
@@ -80,6 +87,66 @@ def _chat_tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Ch
             tokenizer.chat_template = template
         check_variables(data.template_kwargs, tokenizer)
     return ChatTokenizer(tokenizer, variables=data.template_kwargs, train_on=data.train_on)
+
+
+def tokenise(
+    config: RunConfig, chat: ChatTokenizer, *, spread: Spread | None = None
+) -> tuple[TokenData, dict[str, tuple[SourceReport, ...]]]:
+    """The tokens of all sources, from the cache where they are there, and what became of the rows.
+
+    What is missing is prepared by `spread`, or else on this machine; for a dry run it is not, but a
+    `NotPreparedError`. Reports are by "train" and "validation".
+    """
+    data = config.data
+    place = CachePlace(
+        token_cache_folder(config),
+        num_proc=data.num_proc,
+        spread=spread,
+        only_read=config.dry_run,
+    )
+    sources = [
+        Source(entry.path or "", name=source_name(entry), split=entry.split)
+        for entry in [*data.train, *data.validation]
+    ]
+    found = prepare_sources(sources, tokenizer=chat, options=source_options(data), place=place)
+    train, validation = found[: len(data.train)], found[len(data.train) :]
+    tokens = TokenData(
+        TokenSet([source for source, _ in train]),
+        {source.name: TokenSet([source]) for source, _ in validation},
+    )
+    reports = {
+        "train": tuple(report for _, report in train),
+        "validation": tuple(report for _, report in validation),
+    }
+    return tokens, reports
+
+
+def source_options(data: DataConfig) -> SourceOptions:
+    """How rows become samples."""
+    overlong: dict[str, Literal["drop", "truncate", "error"]] = {
+        "drop": "drop",
+        "truncate": "truncate",
+        "error": "error",
+    }
+    return SourceOptions(
+        keys=column_keys(data),
+        sequence_length=data.sequence_length,
+        overlong=overlong[data.overlong],
+        on_bad_row="skip" if data.on_bad_row == "skip" else "error",
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def column_keys(data: DataConfig) -> ColumnKeys:
+    return ColumnKeys(
+        prompt=data.prompt_key,
+        query=data.query_key,
+        response=data.response_key,
+        system=data.system_key,
+        messages=data.messages_key,
+        text=data.text_key,
+        tools=data.tools_key,
+    )
 
 
 def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:

@@ -19,7 +19,7 @@ from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import DataConfig, RunConfig
 from roll_sft.data.chat.pieces import visible
 from roll_sft.data.tokens.build_shard import MALFORMED, OVERLONG
-from roll_sft.job import prepare, tokenise
+from roll_sft.job import prepare
 from roll_sft.preview.page import page_of
 from roll_sft.preview.rows import Choice, Preview, Reader, Shown, look
 
@@ -43,7 +43,7 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
         raise ConfigError(f"--html: there is no folder {page.absolute().parent}; make it first")
     chat, tokenizer = prepare.chat_of(config)
     assert isinstance(tokenizer, PreTrainedTokenizerFast), "a ChatTokenizer refuses any other"
-    reader = Reader(config, tokenise.source_options(config.data), chat, tokenizer)
+    reader = Reader(config, prepare.source_options(config.data), chat, tokenizer)
     preview = look(reader, choice)
     summary = _summary(preview, choice, config.data)
     if page is None:

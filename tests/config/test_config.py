@@ -16,6 +16,7 @@ from roll_sft.base.errors import ConfigError
 from roll_sft.config.build import RESERVED, build_config
 from roll_sft.config.composed import resolved, schema
 from roll_sft.config.fields import all_keys, all_names
+from roll_sft.config.layout_checks import layout_problems
 from roll_sft.config.reference import page
 from roll_sft.config.schema import (
     ParallelConfig,
@@ -25,7 +26,7 @@ from roll_sft.config.schema import (
     on_device,
     source_name,
 )
-from roll_sft.config.validate import check_config, layout_problems
+from roll_sft.config.validate import check_config
 from tests import doors
 from tests.doors import Door
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from roll_sft import cli
 from roll_sft.config.build import build_config
+from roll_sft.config.layout_checks import layout_problems
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.config.validate import layout_problems
 from roll_sft.job.layouts import TIE, Gpus, _layouts, _variants, candidates, fits
 from roll_sft.job.prepare import model_problems
 from roll_sft.job.step_time import Work

@@ -13,7 +13,7 @@ from roll_sft.base.errors import ConfigError, DataError
 from roll_sft.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.pieces import TextPiece
-from roll_sft.job import tokenise
+from roll_sft.job import prepare
 from roll_sft.preview.page import page_of
 from roll_sft.preview.rows import Choice, Preview, Reader, Shown, look
 from tests import doors
@@ -63,7 +63,7 @@ def seen(rows: Path) -> Callable[..., Preview]:
         )
         config = RunConfig(model=ModelConfig(path="model"), data=data)
         tokenizer = tiny_tokenizer()
-        options = tokenise.source_options(data)
+        options = prepare.source_options(data)
         return look(Reader(config, options, ChatTokenizer(tokenizer), tokenizer), Choice(**choice))
 
     return call

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.data.rows.checks import BadRowError, is_empty, listed
+from roll_sft.data.rows.checks import BadRowError, is_empty, listed, text_of
 
 _log = logging.getLogger(__name__)
 
@@ -210,3 +210,47 @@ def log_left_aside(columns: set[str], *, source: str) -> None:
     """Log the columns of a source, and keys of its messages, that samples are not made of."""
     if columns:
         _log.info("%s: columns left aside: %s", source, listed(columns))
+
+
+def required(columns: Mapping[str, object], what: str, names: ColumnNames) -> str:
+    """Return the column of `columns` to read; raise `BadRowError` if it has none."""
+    name = find_column(columns, what, names)
+    if name is None:
+        raise BadRowError(
+            f"no {what}: column {' or '.join(map(repr, names[what]))} is absent or null "
+            f"(columns found: {listed(columns)}); name it with data.{what}_key"
+        )
+    return name
+
+
+def has_column(columns: Mapping[str, object], what: str, names: ColumnNames) -> bool:
+    """Whether a row has one of the columns that hold `what`."""
+    return any(name in columns for name in names[what])
+
+
+def find_column(columns: Mapping[str, object], what: str, names: ColumnNames) -> str | None:
+    """Return the column of `columns` to read, or None if it has none.
+
+    Raises `BadRowError` if it has several that say different things.
+    """
+    present = [name for name in names[what] if name in columns]
+    if len(present) < 2:
+        return present[0] if present else None
+    filled = [name for name in present if not is_empty(columns[name])] or present
+    for name in filled[1:]:
+        if columns[name] != columns[filled[0]]:
+            raise BadRowError(
+                f"columns '{filled[0]}' and '{name}' could both be the {what}, and differ; "
+                f"choose with data.{what}_key={filled[0]} or data.{what}_key={name}"
+            )
+    return filled[0]
+
+
+def column_text(columns: Mapping[str, object], name: str | None) -> str:
+    """The text of a column; empty where `name` is None."""
+    return "" if name is None else text_of(columns[name], where=at(name))
+
+
+def at(column: str | None) -> str:
+    """A column in a message."""
+    return f"column '{column}'"
