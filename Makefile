@@ -22,13 +22,14 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Side by side in up to four processes: see LANES in tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 GPU_PYTHON ?= python3
+FAKE_GPU_PYTHON ?= $(BIN)/python
 RUNTIME := $(VENV)/.runtime
 TOOLS := $(VENV)/.tools
 OLDER := $(VENV)/transformers4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu check fmt parity fuzz mutate bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-gpu fake-gpu check fmt parity fuzz mutate bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +69,9 @@ test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron
 
 bench-gpu: ## a training step on one GPU, as test-gpu
 	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/gpu/step.py $(ARGS)
+
+fake-gpu: $(if $(filter file,$(origin FAKE_GPU_PYTHON)),$(RUNTIME)) ## the engine on fake CUDA tensors, with torch's CUDA build and no GPU; ARGS="7B TP2"
+	$(FAKE_GPU_PYTHON) -m tools.fake_gpu $(ARGS)
 
 bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in benchmarks/results; QUICK=1
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \

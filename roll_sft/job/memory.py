@@ -50,18 +50,19 @@ def estimate(config: RunConfig, shape: ModelShape) -> MemoryEstimate:
     Assumes packs as long as they may be, with a label at every token, and a kernel for attention
     that keeps no scores.
     """
-    layout = layout_of(config.parallel)
+    last = layout_of(config.parallel).pipeline_size - 1
+    estimates = (stage_estimate(config, shape, stage=stage) for stage in {0, last})
+    return max(estimates, key=lambda found: found.total_gib)
+
+
+def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> MemoryEstimate:
+    """Of a rank of pipeline stage `stage`, under the assumptions of `estimate`."""
+    layout, train = layout_of(config.parallel), config.train
     run = _Run(config, layout, shape, micro_batch_tokens(config, layout))
-    stages = {0, run.layout.pipeline_size - 1}
-    return max((_of_stage(run, stage) for stage in stages), key=lambda found: found.total_gib)
-
-
-def _of_stage(run: _Run, stage: int) -> MemoryEstimate:
-    layout, train = run.layout, run.config.train
     weight_bytes, master_bytes = _weight_bytes(run)
     parameters = _parameters(run, stage)
     # The distributed optimizer cuts masters and moments over data x context ranks.
-    is_cut = run.config.parallel.use_distributed_optimizer
+    is_cut = config.parallel.use_distributed_optimizer
     replicas = layout.data_size * layout.context_size if is_cut else 1
     state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
 
@@ -72,7 +73,7 @@ def _of_stage(run: _Run, stage: int) -> MemoryEstimate:
     numbers = tokens * (layers * hidden + kept if train.recompute == "full" else layers * kept)
     numbers += _gradients_of_layer(run, tokens)
     is_last = stage == layout.pipeline_size - 1
-    update_bytes = UPDATE_BYTES if run.config.parallel.device == "cpu" else 0
+    update_bytes = UPDATE_BYTES if config.parallel.device == "cpu" else 0
     return MemoryEstimate(
         state_gib=state / GIB,
         activations_gib=numbers * weight_bytes / GIB,

@@ -1,0 +1,46 @@
+"""`LiveBytes`: the device memory that tensors hold, now and at its peak, and who made them."""
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+
+from tools.fake_gpu.waits import caller
+
+BLOCK_BYTES = 512  # torch's caching allocator gives whole blocks
+
+
+class LiveBytes:
+    """Adds up the storages of the tensors that it is shown, until each storage dies."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.at_peak: Counter[tuple[str, str]] = Counter()  # by operation and calling function
+        self._by_maker: Counter[tuple[str, str]] = Counter()
+        self._storages: dict[int, Any] = {}
+
+    def begin_peak(self) -> None:
+        """Begin the peak anew."""
+        self.peak, self.at_peak = self.now, self._by_maker.copy()
+
+    def add(self, tensor: torch.Tensor, operation: str) -> None:
+        """Count the storage of `tensor`, the result of `operation`, if it is on the device."""
+        if not tensor.is_cuda:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        num_bytes = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+        maker = operation, caller()
+        self._storages[key] = weakref.ref(storage, lambda _: self._remove(key, num_bytes, maker))
+        self.now += num_bytes
+        self._by_maker[maker] += num_bytes
+        if self.now > self.peak:
+            self.begin_peak()
+
+    def _remove(self, key: int, num_bytes: int, maker: tuple[str, str]) -> None:
+        self.now -= num_bytes
+        self._by_maker[maker] -= num_bytes
+        del self._storages[key]
