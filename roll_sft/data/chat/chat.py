@@ -1,12 +1,12 @@
-"""Rows -> samples: token ids and the mask of the supervised tokens, exact or refused.
+"""Rows -> samples: token ids and an exact loss mask, or the reason why there is none.
 
-A conversation is rendered by the chat template and encoded once. The answers are found in the text
-(`turns`) and carried over to the tokens by character offsets (`mask`). Where a template writes in
-order and sets the same control tokens around each answer, `fast/` finds the answers of many rows in
-their ids instead, and gives the same samples.
+The chat template renders a conversation, which is encoded once. `turns` finds the answers in the
+text, and `mask` maps them to tokens by character offsets. Many templates write messages in order
+and set the same control tokens around each answer. For these `fast/` finds the answers of many rows
+in their ids; the samples are the same.
 
-A document is encoded without a template, begins as the tokenizer begins a text, ends with the
-end-of-text token, and is trained on as a whole.
+A document is encoded without a template. It begins with the tokens that the tokenizer puts before a
+text, ends with the end-of-text token, and is trained on as a whole.
 """
 
 import hashlib
@@ -35,17 +35,17 @@ _log = logging.getLogger(__name__)
 
 # Part of the fingerprint: raise it when the same row gives other ids or another mask.
 _VERSION = 4
-_MOST_PREPARED = 64  # sets of variables; more come from rows that hardly repeat theirs
+_MOST_PREPARED = 64  # sets of variables; rows with more of them hardly repeat one
 _MOST_ADVISED = 200  # rows for which templates are tried; a preview lists half as many
 _PLAIN_ROW = Conversation((Message("user", "q"), Message("assistant", "a")), row=0, line=1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """All that decides the samples, as plain values.
+    """The inputs that decide the samples, as plain values.
 
-    `templates` has the template's text by the name "default", and by "tool_use" the one for rows
-    with tools if the tokenizer has one; `template_names` are all that the tokenizer has.
+    `templates` has the text of the template under "default" and, if the tokenizer has one for rows
+    with tools, under "tool_use". `template_names` are the names of all templates of the tokenizer.
     """
 
     encoder: EncoderFacts
@@ -59,7 +59,7 @@ class _Recipe:
 
 @dataclass(slots=True)
 class _Plan:
-    """A text on its way to its sample; a document has no template."""
+    """A text and, once it is known, its sample. A document has no template."""
 
     planned: PlannedText
     template: PreparedTemplate | None = None
@@ -71,8 +71,8 @@ class ChatTokenizer:
 
     `template` is the template's text (None: the tokenizer has none). `fingerprint` (hexadecimal
     SHA-256) changes with anything that changes a sample: vocabulary, merges, normalisation, added
-    tokens, templates and their variables, `train_on`, and the rules of these modules. Travels
-    between processes as the text of the tokenizer and the template.
+    tokens, templates and their variables, `train_on`, and the rules of these modules. Pickled as
+    the text of the tokenizer and the template.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class ChatTokenizer:
         train_on: str = "assistant",
         use_fast: bool = True,
     ) -> None:
-        """`template` is Jinja text in place of the tokenizer's own, `variables` what it is given.
+        """`template` is Jinja text that replaces the tokenizer's own; it reads `variables`.
 
-        `train_on` is as `data.train_on`. `use_fast`: with `fast/`, which changes no sample. Raise
-        `DataError` if `tokenizer` reports no character offsets.
+        `train_on` is as `data.train_on`. `use_fast`: use the modules of `fast/`, which change no
+        sample. Raises `DataError` if `tokenizer` reports no character offsets.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
@@ -160,7 +160,7 @@ class ChatTokenizer:
         plans = [self._planned(row) for row in rows]
         self._sample_by_ids(_select(plans, by_ids=True))
         for index, plan in enumerate(plans):
-            # An answer whose header is not there as expected: say where it is, or why not.
+            # The ids did not show every answer: find the places in the text, or the reason.
             if isinstance(plan, list) and any(
                 each.planned.by_ids and each.result is None for each in plan
             ):
@@ -204,7 +204,7 @@ class ChatTokenizer:
         return TokenizedSample(whole, label_mask)
 
     def _sample_by_ids(self, plans: Sequence[_Plan]) -> None:
-        # The template writes what begins a text; adding it again would double it.
+        # The template writes the first tokens of a text itself.
         encoded = self._encoder.encode([plan.planned.text.text for plan in plans])
         chats: dict[PreparedTemplate, list[tuple[_Plan, NDArray[np.int32]]]] = {}
         for plan, ids in zip(plans, encoded, strict=True):
@@ -215,7 +215,7 @@ class ChatTokenizer:
         for template, group in chats.items():
             from roll_sft.data.chat.fast.answer_markers import masks_by_markers
 
-            assert template.markers is not None, "nothing is planned by ids without an markers"
+            assert template.markers is not None, "a text is planned by ids only with markers"
             samples = masks_by_markers(
                 [plan.planned.text for plan, _ in group],
                 [ids for _, ids in group],
@@ -284,7 +284,7 @@ class ChatTokenizer:
 
     @cached_property
     def _others(self) -> dict[str, "ChatTokenizer"]:
-        """By name, what this would be with each named template that fits the tokenizer."""
+        """Tokenizers like this one, by the name of the template of ours that they use."""
         from roll_sft.data.chat.templates import fitting_templates
 
         facts, others = self._recipe.encoder, {}

@@ -1,10 +1,10 @@
-"""Rows that spell control tokens: their text stays text.
+"""Rows that spell control tokens, encoded so that their text stays text.
 
-In a conversation only the template may write control tokens. A message that holds the text of one
-is rendered with two marks around it, and encoded by a second backend in which each control token
-has another, unlikely name: the template's own are renamed in the rendered text, those of the
-message keep the name that this backend does not know. Everything else about the two backends is
-equal, so the text around is encoded as ever.
+In a conversation only the template may write control tokens. So a control token that a message
+spells is rendered with two marks around it. A second backend encodes the text. In it each control
+token has another, unlikely name. The tokens that the template wrote are renamed in the rendered
+text; those of the message keep their name, which this backend does not know. All else is equal in
+the two backends, so the other text is encoded as usual.
 """
 
 import json
@@ -27,7 +27,7 @@ from roll_sft.data.chat.encoder import (
 from roll_sft.data.chat.sample import UnusableRow
 from roll_sft.data.rows.conversation import Conversation, ToolCall
 
-# Around the new name of a control token; Unicode keeps these characters out of every text too.
+# Set around the new name of a control token. Unicode forbids these characters in any text too.
 _NAME_OPEN, _NAME_CLOSE = "\ufdd2", "\ufdd3"
 _MARKS = (MARK_OPEN, MARK_CLOSE, _NAME_OPEN, _NAME_CLOSE)
 
@@ -43,7 +43,7 @@ class ControlText:
     def marked(self, row: Conversation) -> Conversation:
         """Return `row` with marks around each control token that it spells.
 
-        Raises `UnusableRow` if the row itself holds the characters that are used as marks.
+        Raises `UnusableRow` if the row holds one of the marks.
         """
         for text in texts_of(row):
             _check_no_marks(text)
@@ -64,7 +64,7 @@ class ControlText:
         return replace(row, messages=messages, tools=self._mark(row.tools))
 
     def renamed(self, text: str) -> str:
-        """Return a rendered text without marks, in which the template's own tokens are renamed."""
+        """Return a rendered text without marks, with the template's control tokens renamed."""
         return "".join(
             part.strip(MARK_OPEN + MARK_CLOSE) if index % 2 else self._rename(part)
             for index, part in enumerate(
@@ -73,12 +73,13 @@ class ControlText:
         )
 
     def encode_renamed(self, text: str) -> Encoded:
-        """Encode what `renamed` gives. Raises `UnusableRow` if ordinary text gives a control token.
+        """Encode a text that `renamed` returned.
 
-        Some tokenizers have their control tokens among the pieces that text is made of.
+        Raises `UnusableRow` if ordinary text gives a control token: some tokenizers have their
+        control tokens among the pieces of ordinary text.
         """
         encoded = placed(self._renaming.encode(text, add_special_tokens=False))
-        # Less the ids of this backend's own added tokens, which may be the same numbers.
+        # Without the ids of this backend's added tokens, which may be equal to these.
         for found in self._control_ids.intersection(encoded.ids) - self._real_ids.keys():
             raise UnusableRow(
                 f"the text holds '{self._backend.id_to_token(found)}', which this tokenizer cannot "

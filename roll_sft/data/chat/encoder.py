@@ -1,7 +1,7 @@
-"""Text -> token ids, with one tokenizer and without what it may add around a text.
+"""Text -> token ids with one tokenizer, which adds no tokens around the text.
 
-A tokenizer finds its control tokens wherever their text stands. A row that spells one is found here
-and encoded by `control_text`.
+A tokenizer reads the text of a control token as that token, wherever it stands. Rows that spell one
+are found here, and `control_text` encodes them.
 """
 
 import re
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from roll_sft.data.chat.control_text import ControlText
     from roll_sft.data.chat.fast.piece_table import PieceTable
 
-# How tokenizers name the end of a text, where `eos_token` may be the end of a turn.
+# Names of the token that ends a text; `eos_token` may be the end of a turn instead.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-# Around a control token that a row spells; Unicode keeps these characters out of every text.
+# Set around a control token that a row spells. Unicode forbids these characters in any text.
 MARK_OPEN, MARK_CLOSE = "\ufdd0", "\ufdd1"
 
 
@@ -32,8 +32,8 @@ MARK_OPEN, MARK_CLOSE = "\ufdd0", "\ufdd1"
 class Encoded:
     """Token ids of a text, and the characters `starts[t]:ends[t]` that token t stands for.
 
-    The tokens of one character share its place, so a border between two characters lies inside a
-    token only if that token covers a part of both.
+    Tokens of parts of one character share the place of that character. So a border between two
+    characters lies inside a token only if the token covers a part of both.
     """
 
     ids: list[int]
@@ -43,12 +43,12 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncoderFacts:
-    """All that an encoder needs of a tokenizer, as plain values that travel between processes.
+    """The data of a tokenizer that an encoder needs, as plain values that can be pickled.
 
-    `backend` is the tokenizer's JSON. `control` has the tokens that steer a model and never come
-    from ordinary text; `protected` has these and the unknown token, which ordinary text may come
-    to but may not spell. `absorbing` are the added tokens that take the spaces after them.
-    `first_ids` begin every text, `end_of_text` ends one (None: unknown).
+    `backend` is the tokenizer's JSON. `control` has the tokens that steer a model; ordinary text
+    never gives one. `protected` has these and the unknown token, which ordinary text may give but
+    must not spell. `absorbing` are the added tokens that take the spaces after them. `first_ids`
+    begin every text; `end_of_text` ends one (None: unknown).
     """
 
     backend: str
@@ -69,7 +69,7 @@ class EncoderFacts:
         if tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token):
             control.pop(tokenizer.unk_token, None)
         first = tokenizer("", add_special_tokens=True).input_ids[:1]
-        # Not of `control`: transformers' class for Qwen calls its end of a text the unknown token.
+        # Not from `control`: transformers' class for Qwen uses the end of a text as unknown token.
         named = (protected[text] for text in _END_OF_TEXT if text in protected)
         return cls(
             backend=_plain_backend(tokenizer),
@@ -82,14 +82,14 @@ class EncoderFacts:
 
 
 class Encoder:
-    """Encodes texts with one tokenizer; adds nothing, since a template writes what begins a text.
+    """Encodes texts with one tokenizer. Adds no tokens: a template writes the first ones itself.
 
-    `backend` is the tokenizer's own, `control_ids` the ids of its control tokens, and `absorbing`
+    `backend` is the tokenizer's own. `control_ids` are the ids of its control tokens, `absorbing`
     those of added tokens that take the spaces after them.
     """
 
     def __init__(self, facts: EncoderFacts, *, use_fast: bool = True) -> None:
-        """`use_fast`: with what `fast/` has."""
+        """`use_fast`: use the modules of `fast/`."""
         self._facts, self._use_fast = facts, use_fast
         self.backend: Tokenizer = Tokenizer.from_str(facts.backend)
         self.control_ids = frozenset(facts.control.values())
@@ -97,11 +97,11 @@ class Encoder:
         # The longest first: one control token may begin with another.
         by_length = sorted(facts.protected, key=lambda text: (-len(text), text))
         self._protected = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-        # Looked for first, since a search for one short text is much faster than for many.
+        # Searched first: a search for a short text is much faster than one for many texts.
         self._beginnings = tuple({text[:2] for text in facts.protected})
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """The ids of each text, from the tokenizer or, the same, from a table of its pieces."""
+        """The ids of each text: from a table of pieces where it has them, else from the backend."""
         found = [None] * len(texts) if self._table is None else self._table.encode(texts)
         left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
         encodings = iter(self.backend.encode_batch_fast(left, add_special_tokens=False))
@@ -127,7 +127,7 @@ class Encoder:
 
     @cached_property
     def control_text(self) -> "ControlText":
-        """What encodes the rows that spell control tokens."""
+        """The encoder of rows that spell control tokens."""
         from roll_sft.data.chat.control_text import ControlText
 
         return ControlText(self._facts, self.backend, self._protected)
@@ -135,8 +135,8 @@ class Encoder:
     def encode_cut(self, text: str, places: Sequence[int], *, is_renamed: bool) -> Encoded | None:
         """Encode a text cut at `places`, so that no token lies across one of them.
 
-        None where the cut would change the text (spaces that are put before each piece, a letter
-        that is one with its accent).
+        None where the cut would change the text: some tokenizers put a space before each piece,
+        and others join a letter with its accent.
         """
         ids: list[int] = []
         starts: list[int] = []
@@ -201,11 +201,11 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the tokenizer's backend, as JSON, that only encodes.
+    """Return the JSON of the tokenizer's backend, reduced to plain encoding.
 
-    Without the padding and truncation that calls of the original leave behind, and without a
-    post-processor: it could add tokens, and the byte-level one can trim spaces from the offsets, so
-    that a token that holds a space would not cover it.
+    Padding and truncation, which calls of the original leave set, are removed. So is the
+    post-processor: it may add tokens, and the byte-level one trims spaces from the offsets, so that
+    a token with a space would not cover that space.
     """
     backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()

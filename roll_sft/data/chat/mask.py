@@ -1,11 +1,11 @@
-"""The supervised tokens of a chat, as a mask over token ids, from places in the text.
+"""The loss mask of a chat, computed from the places of its answers in the text.
 
-Promised, or refused: trained on are the tokens of each answer after its header, up to and with its
-end-of-turn token, once; no token is partly inside. A token across the border between header and
-answer would be one that no model is ever asked for, since at inference the header comes as tokens
-of its own. The shift happens here: the mask lies on the token that predicts.
+Supervised are the tokens of each answer, from the first one after its header to its end-of-turn
+token. No token lies partly inside an answer: at inference the header is encoded by itself, so a
+token across the border never occurs there. A chat for which this cannot be done is refused.
 
-The tokenizer must report character offsets.
+The labels are shifted here: the mask is set on the token that predicts. The tokenizer must report
+character offsets.
 """
 
 from bisect import bisect_left
@@ -28,9 +28,10 @@ def mask_by_places(
     end_ids: frozenset[int] = frozenset(),
     train_on_all: bool,
 ) -> TokenizedSample:
-    """Return the sample of a text whose `turns` are known. Raises `UnusableRow` and `DataError`.
+    """Return the sample of a text whose `turns` are known.
 
-    `end_ids` are those of `control_ids` that are known to end an answer.
+    `end_ids` are the control tokens that are known to end an answer. Raises `UnusableRow` for a row
+    whose answer has no exact border, and `DataError` for a template that does not end an answer.
     """
     assert text.turns is not None, "places are found before they are used"
     if any(left > right for left, right in pairwise(encoded.starts)):
@@ -43,7 +44,7 @@ def mask_by_places(
     atomic: list[tuple[int, int]] = []
     calls = [call for call, answer in zip(text.calls, text.answers, strict=True) if answer]
     for turn, is_call in zip(text.turns, calls, strict=True):
-        # First, since a template without an end is at fault whatever the row holds.
+        # First: a template that writes no end is wrong for every row.
         trailing = _trailing_control(text.text, turn, encoded, control_ids=control_ids)
         final = _end_of_turn(trailing, turn, encoded, end_ids=end_ids, is_call=is_call)
         for start, end in turn.spans:
@@ -51,7 +52,7 @@ def mask_by_places(
             stop = final + 1
             if end < encoded.starts[final]:
                 stop = _first_token(text.text, end, turn.message, encoded)
-            # The token before is the one that predicts. Nothing predicts the first.
+            # The token before predicts. Nothing predicts the first token of a text.
             label_mask[max(first, 1) - 1 : stop - 1] = not train_on_all
         label_mask[final - 1] = not train_on_all
         if is_call and not train_on_all:
@@ -62,9 +63,10 @@ def mask_by_places(
 def cut_at_headers(
     text: RenderedChat, encoded: Encoded, encoder: Encoder, *, is_renamed: bool = False
 ) -> Encoded:
-    """Return `encoded` with no token across the end of a header, where it can be cut there.
+    """Return `encoded` without tokens that lie across the end of a header.
 
-    A prompt comes as tokens of its own at inference, so an answer's first token holds none of it.
+    At inference the prompt is encoded by itself, so the first token of an answer holds none of it.
+    Where a cut would change the text, `encoded` is returned as it is.
     """
     places = []
     for turn in text.turns or ():
@@ -117,9 +119,9 @@ def _end_of_turn(
 ) -> int:
     """Return which of the `trailing` control tokens, last first, ends the turn.
 
-    Before it may stand markup that is a control token (the end of a tool call), after it another
-    one: a template may close the whole text. So it is the first that is known to end an answer,
-    else the last after a call, and the first after plain text, which has no markup.
+    Markup may stand before it (the end of a tool call), and the end of the whole text after it. So
+    it is the first one that is known to end an answer. If none is known, it is the last one after a
+    tool call, and the first one after plain text, which has no markup.
     """
     known = [token for token in trailing if encoded.ids[token] in end_ids]
     if known:

@@ -1,7 +1,7 @@
-"""Tokens of a sample -> pieces of text, for people to look at.
+"""Tokens of a sample -> pieces of text, to be shown to people.
 
-A piece is the fewest tokens in a row that stand for whole characters; a control token is one alone.
-Joined, the texts are what the tokenizer decodes.
+A piece is the shortest run of tokens that stands for whole characters. A control token is a piece
+of its own. The texts, joined, equal the decoded sample.
 """
 
 import unicodedata
@@ -26,8 +26,8 @@ _INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 class TextPiece:
     """Tokens `start:start + len(ids)` of a sample as text.
 
-    `is_supervised`: the model is trained to write them (of a character whose first bytes begin a
-    text, and are predicted by nothing, the rest). `is_control`: a token that steers the model.
+    `is_supervised`: the model is trained to write the last of them; nothing predicts the first
+    token of a text. `is_control`: a token that steers the model.
     """
 
     text: str
@@ -65,7 +65,7 @@ def pieces_of(sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast) -> It
 
 
 def visible(text: str) -> str:
-    """Return `text` with every character that shows nothing, or steers a screen, named.
+    """Return `text` with a name in place of each character that is invisible or steers a terminal.
 
     Line breaks stay, with a sign before them.
     """

@@ -1,8 +1,8 @@
-"""One chat template with its variables, and what is found out about it once for all rows.
+"""One chat template with its variables, and its properties that hold for all rows.
 
-A conversation becomes texts with their turns (`turns`), and it is decided for each text
-whether its mask can be read off the token ids. What that needs (how the template treats reasoning,
-which tokens stand around an answer) is found on probes when it is first asked for.
+`turns` renders a conversation to texts. For each text this module decides whether its mask follows
+from the token ids alone. The properties that this needs (how the template treats reasoning, which
+tokens stand around an answer) are measured on probe conversations when they are first needed.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from roll_sft.data.rows.conversation import Conversation, Message
 if TYPE_CHECKING:
     from roll_sft.data.chat.fast.answer_markers import AnswerMarkers
 
-# No two say the same, so that only the template repeats itself.
+# All texts differ, so whatever repeats itself comes from the template.
 _PROBES = (
     (("user", "What is two and two?"), ("assistant", "Four.")),
     (
@@ -35,7 +35,7 @@ _PROBES = (
 
 
 class Probe(NamedTuple):
-    """A conversation of ours, as text, as tokens, and with the mask that places give."""
+    """A conversation of ours as text, as tokens, and as the sample that `mask_by_places` makes."""
 
     text: RenderedChat
     encoded: Encoded
@@ -43,7 +43,7 @@ class Probe(NamedTuple):
 
 
 def prove_probes(renderer: Renderer, encoder: Encoder) -> list[Probe]:
-    """Return what a template makes of the probes, those left out that it cannot be used with."""
+    """Return the probes that the template can render and that have an exact mask."""
     finder, probes = TurnFinder(renderer, train_on="assistant"), []
     for turns in _PROBES:
         messages = tuple(Message(role, content) for role, content in turns)
@@ -82,7 +82,7 @@ class PreparedTemplate:
     def __init__(
         self, renderer: Renderer, encoder: Encoder, *, train_on: str, use_fast: bool
     ) -> None:
-        """`train_on` is as in the configuration. `use_fast`: with what `fast/` has."""
+        """`train_on` is as in the configuration. `use_fast`: use the modules of `fast/`."""
         self._renderer, self._encoder, self._train_on = renderer, encoder, train_on
         self._use_fast = use_fast
         self._finder = TurnFinder(renderer, train_on=train_on)
@@ -93,7 +93,7 @@ class PreparedTemplate:
 
     @cached_property
     def markers(self) -> "AnswerMarkers | None":
-        """The tokens around every answer, if they are always the same."""
+        """The tokens around every answer; None if they differ between answers."""
         if not self._use_fast:
             return None
         from roll_sft.data.chat.fast.answer_markers import find_markers
@@ -112,9 +112,10 @@ class PreparedTemplate:
         return end_of_turn(self._probes)
 
     def plan(self, row: Conversation, *, by_ids: bool) -> list[PlannedText]:
-        """Return the texts of `row`, or raise `UnusableRow`; nothing goes by ids unless asked for.
+        """Return the texts of `row`; those whose mask follows from the ids only with `by_ids`.
 
-        Raises `DataError` if the template cannot be used with any conversation.
+        Raises `UnusableRow` for the row, and `DataError` if the template cannot be used with any
+        conversation.
         """
         if self._encoder.spells_control(row):
             return self._plan_marked(row, self._encoder.control_text.marked(row))
@@ -172,7 +173,7 @@ class PreparedTemplate:
 
 
 def _moved(text: RenderedChat, encoder: Encoder) -> RenderedChat:
-    """Return a text with marks as the renaming backend reads it, and the places of its turns."""
+    """Return a marked text as the renaming backend reads it, with the places of its turns moved."""
 
     def at(place: int) -> int:
         return len(encoder.control_text.renamed(text.text[:place]))

@@ -1,19 +1,19 @@
-"""Reasoning in an answer: in what form a template must be given it to train as it is asked.
+"""Reasoning in an answer, in the form that the template trains and later asks for.
 
-A model that reasons writes `<think>`, what it thinks, `</think>` and the answer. Many templates
-have the generation prompt write the `<think>` (or, to keep the model from thinking, a whole empty
-block), so a supervised answer must go on from there. Rows keep reasoning in a field of its own,
-or in the content, or hold none. What the template makes of each is found on probes:
+A model that reasons writes `<think>`, its reasoning, `</think>` and the answer. In many templates
+the generation prompt already writes `<think>`, or a whole empty block that keeps the model from
+reasoning. A supervised answer must continue from there. Rows hold reasoning in a field of its own,
+in the content, or not at all. Probes show how the template treats each:
 
-- reasoning in a field goes to the template as a field, or if it knows none and does write think
-  blocks, into the content;
-- an answer without reasoning, after a prompt that has begun a block, has an empty block: from the
-  template itself, or if it writes none, from here;
-- an answer whose content begins inside the block (recorded from such a prompt) is given its
-  beginning back.
+- Reasoning in a field is given to the template as a field. If the template has no such field but
+  writes think blocks, the reasoning goes into the content.
+- An answer without reasoning, after a prompt that opened a block, gets an empty block. If the
+  template does not write it, this module does.
+- An answer whose content begins inside the block, as recorded from such a prompt, gets the
+  beginning of the block back.
 
-This is for answers that are trained on. Earlier ones stay as they are, since that is how a
-conversation comes back to the template at inference.
+This holds for answers that are trained on. Earlier answers stay as they are: at inference the
+template gets them in that form.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ _THOUGHT = "probe reasoning"
 
 @dataclass(frozen=True, slots=True)
 class ThinkStyle:
-    """What a template does with reasoning.
+    """How a template treats reasoning.
 
-    `prompt_tail` is what the generation prompt adds to a question, `lead` that of it from "<think>"
-    on (empty: it writes none). `has_field`: the template writes reasoning that is kept apart.
-    `is_inline`: it does not, and writes a think block in the content as it stands. `fills`: it
-    leaves the empty block after its `lead` to us.
+    `prompt_tail` is the text that the generation prompt adds to a question. `lead` is the part of
+    it from "<think>" on; empty if there is none. `has_field`: the template writes reasoning that is
+    given in a field. `is_inline`: it does not, but keeps a think block in the content. `fills`: it
+    does not close the block that its `lead` opens, so an empty block must be given to it.
     """
 
     prompt_tail: str
@@ -51,7 +51,10 @@ class ThinkStyle:
         has_field: bool,
         written: Callable[[Message], str],
     ) -> "ThinkStyle":
-        """Judge a template by a question: alone, as a prompt, and `written` with an answer."""
+        """The style of a template, from a question alone, with the generation prompt, and answered.
+
+        `written` renders the question with a given answer.
+        """
         tail = prompt[len(question) :] if prompt.startswith(question) else ""
         lead = tail[tail.rfind(_OPEN) :] if _OPEN in tail else ""
         style = cls(tail, lead, has_field=has_field, is_inline=False, fills=False)
@@ -73,16 +76,16 @@ class ThinkStyle:
 
     @property
     def has_place(self) -> bool:
-        """Whether reasoning that a row keeps apart can be written."""
+        """Whether the template writes reasoning that a row has in a field."""
         return self.has_field or self.is_inline
 
     @property
     def is_closed(self) -> bool:
-        """Whether the generation prompt ends the thinking, which it may have begun."""
+        """Whether the generation prompt closes a think block."""
         return _CLOSE in self.prompt_tail
 
     def block(self, reasoning: str) -> str:
-        """A think block in the spaces of the generation prompt."""
+        """A think block with the spaces that the generation prompt uses."""
         if self.is_closed and not reasoning:
             return self.lead
         opening = self.lead if self.lead and not self.is_closed else f"{_OPEN}\n"
@@ -91,7 +94,7 @@ class ThinkStyle:
 
 
 def written_inline(message: Message, style: ThinkStyle) -> Message | None:
-    """Return an answer with its think block in the content; None where it stays as it is."""
+    """Return an answer with its think block in the content; None if it needs no change."""
     if message.reasoning:
         if style.has_field or not style.is_inline:
             return None

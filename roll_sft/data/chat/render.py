@@ -1,14 +1,14 @@
-"""Conversations as text: a chat template, compiled once, given what `apply_chat_template` gives.
+"""Conversations -> text, by a chat template that is compiled once.
 
-The context of a rendering is that of transformers (messages as dicts, tools as JSON schemas, the
-special tokens by name, `documents=None`, the variables that are given), so the text is the same to
-the character; calling the compiled template spares its checks, which take longer than a small
-template.
+The template gets the context that `apply_chat_template` gives it: messages as dicts, tools as JSON
+schemas, the special tokens by name, `documents=None`, and the given variables. So the text is equal
+to the character. The compiled template is called directly, because the checks of transformers take
+longer than a small template.
 
-Three things differ on purpose. `strftime_now` gives the fixed day `PINNED_DAY`, since a template
-that writes today's date would make other samples tomorrow. Tool arguments are handed over in the
-form, an object or its JSON text, in which the template writes them as JSON. A supervised answer
-holds its reasoning in the form that begins as the generation prompt says: see `reasoning`.
+Three things differ on purpose. `strftime_now` returns the fixed day `PINNED_DAY`: a template that
+writes the date would give other samples tomorrow. Tool arguments are given as an object or as its
+JSON text, whichever the template writes as JSON. The reasoning of a supervised answer is given in
+the form that continues the generation prompt: see `reasoning`.
 """
 
 import json
@@ -37,7 +37,7 @@ PINNED_DAY = datetime(2024, 7, 26)
 
 _log = logging.getLogger(__name__)
 
-# What a template raises over a row: its own words, or an operation on a value of another type.
+# Errors of a template over a row: raised by itself, or by an operation on a value of another type.
 _ROW_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -48,7 +48,7 @@ _ROW_ERRORS = (
     RecursionError,
     MemoryError,
 )
-# What `apply_chat_template` is told beside a template's own variables, and training decides.
+# Arguments of `apply_chat_template` that are no variables of a template; training sets them.
 RESERVED = (
     "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
@@ -72,16 +72,16 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A conversation as text, and the characters that the template marks as generated."""
+    """A conversation as text, and the spans of characters that the template marks as generated."""
 
     text: str
     marks: tuple[Span, ...] = ()
 
 
 class Renderer:
-    """One chat template, the text `template`, with its variables.
+    """One chat template with its variables.
 
-    `has_marks`: it has generation marks.
+    `template` is its text. `has_marks`: it has `{% generation %}` marks.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class Renderer:
         }
 
     def turns(self, messages: Sequence[Message]) -> Turns:
-        """Return messages as templates know them."""
+        """Return messages as the dicts that templates read."""
         return [self._turn(message) for message in messages]
 
     def answer(self, message: Message) -> dict[str, Any]:
-        """Return an answer that is trained on, as `turns` do, and begun as it will be asked for."""
+        """Return the dict of an answer that is trained on, in the form that inference asks for."""
         inline = written_inline(message, self.think)
         return self._turn(message if inline is None else inline)
 
@@ -158,7 +158,7 @@ class Renderer:
         environment: Any = self._compiled.environment
         with environment.activate_tracker(blocks, marks):
             for block in self._compiled.generate(context):
-                blocks.append(block)  # one by one: marks are measured in what is there
+                blocks.append(block)  # one by one: a mark begins where the blocks end
                 if not len(blocks) % _BLOCKS_COUNTED:
                     self._budget.spend(sum(map(len, blocks[-_BLOCKS_COUNTED:])))
         return Rendering("".join(blocks), tuple(marks))
@@ -200,7 +200,7 @@ class Renderer:
 
     @cached_property
     def think(self) -> ThinkStyle:
-        """What the template does with reasoning."""
+        """How the template treats reasoning."""
         question = {"role": "user", "content": "question"}
 
         def written(*answers: dict[str, Any]) -> str:
@@ -222,7 +222,7 @@ class Renderer:
         for style in ("object", "text"):
             call = _call(_PROBE_CALL, as_text=style == "text")
             text = self._probe({"role": "assistant", "content": "", "tool_calls": [call]})
-            # Python's own quotes, or a JSON text inside a JSON text: the other form is meant.
+            # Python's quotes, or a JSON text inside a JSON text, show that the other form is meant.
             is_bent = f"'{name}'" in text or f'\\"{name}\\"' in text
             if _PROBE_CALL.name in text and name in text and value in text and not is_bent:
                 return style
@@ -240,7 +240,7 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = False,
     ) -> str:
-        """What `render` writes, empty if the template objects."""
+        """The text that `render` returns; empty if the template refuses the conversation."""
         try:
             return self.render(turns, tools=tools, add_generation_prompt=add_generation_prompt).text
         except UnusableRow:

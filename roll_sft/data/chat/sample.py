@@ -1,4 +1,4 @@
-"""What a row becomes once it is tokenised: samples, or the reason why there are none."""
+"""The result of tokenising a row: samples, or the reason why there are none."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 class TokenizedSample:
     """One sample of a row: `token_ids` int32 [T] and `label_mask` uint8 [T].
 
-    `label_mask[t]` is 1 where token t predicts token t + 1 and that is trained on; 0 at the end.
-    `atomic`: spans of tokens (start, stop) that may not be cut through: supervised tool calls.
+    `label_mask[t]` is 1 where the prediction of token t + 1 from token t is trained on. It is 0 for
+    the last token. `atomic`: spans of tokens (start, stop) that truncation must keep whole, which
+    are the supervised tool calls.
     """
 
     token_ids: NDArray[np.int32]
@@ -20,11 +21,11 @@ class TokenizedSample:
     atomic: tuple[tuple[int, int], ...] = ()
 
 
-class UnusableRow(Exception):  # noqa: N818 - it says what the row is, not that something failed
+class UnusableRow(Exception):  # noqa: N818 - a description of the row, not a failure
     """A row that this tokenizer and template cannot turn into an exact sample.
 
-    `is_of_template`: another template may do. Which one is found by trying, so `remedy`, given once
-    the row is known, is called only where the reason is shown.
+    `is_of_template`: another template may work. To find one, templates are tried on the row, which
+    takes time: so `remedy` is a function, and is called only where the reason is shown.
     """
 
     def __init__(self, reason: str, *, is_of_template: bool = False) -> None:

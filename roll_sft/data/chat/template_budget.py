@@ -166,7 +166,7 @@ def _counters(budget: Budget) -> dict[str, Any]:
             values = list(values)
         try:
             number = len(values)
-        except TypeError:  # of what is no collection, which the loop says in its own words
+        except TypeError:  # no collection: the loop raises its own error
             return values
         budget.spend(STEP * number)
         return values

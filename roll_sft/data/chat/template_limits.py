@@ -1,12 +1,11 @@
-"""Chat templates compiled so that no rendering runs for ever or fills the memory.
+"""Chat templates, compiled so that no rendering runs for ever or fills the memory.
 
-A template comes with a model, from anybody. transformers renders it in Jinja's sandbox, which keeps
-it from files and from Python's insides, but not from loops in loops or from texts that double. A
-template that walks through the conversation once can do no harm and is compiled as it is; in any
-other the work is counted (`template_budget`). It is a count and not a clock, so a row is refused on
-every machine or on none.
+A template comes with a model and may be hostile. transformers renders it in Jinja's sandbox, which
+denies it files and the internals of Python, but not nested loops or texts that double. A template
+that walks through the conversation once is harmless and is compiled as it is. In any other
+`template_budget` counts the work. A count is the same on every machine, unlike a time limit.
 
-Promised: the text is the one that transformers gives, or `OverBudgetError`.
+Promise: the text equals that of transformers, or `OverBudgetError` is raised.
 """
 
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.utils import chat_template_utils
 # name several times over.
 BUDGET = 2**27
 STEP = 256  # characters that a step of a loop counts for
-# Filters whose text is hardly longer than what they are given.
+# Filters whose result is hardly longer than their input.
 _SHORT_FILTERS = frozenset(
     ("trim", "length", "count", "default", "d", "first", "last", "upper", "lower", "capitalize",
      "title", "string", "int", "list", "selectattr", "rejectattr", "tojson")
@@ -46,7 +45,7 @@ class OverBudgetError(Exception):
 
 
 class Budget:
-    """What is left to a rendering; `renew` before each."""
+    """The characters that a rendering may still spend; call `renew` before each rendering."""
 
     __slots__ = ("left",)
 
@@ -82,10 +81,10 @@ def compile_bounded(template: str) -> tuple[jinja2.Template, Budget]:
 
 
 def _is_linear(tree: nodes.Template) -> bool:
-    """Whether a template walks through what it is given once: it cannot do too much work.
+    """Whether a template walks through its input once, so that its work is bounded.
 
-    No loop in a loop, nothing that is built upon itself, no call but of the marks and
-    `raise_exception`.
+    It has no loop in a loop, builds no value from itself, and calls nothing but the generation
+    marks and `raise_exception`.
     """
     loops = list(tree.find_all(nodes.For))
     heavy = (nodes.For, nodes.Assign, nodes.AssignBlock)
@@ -140,7 +139,7 @@ def has_marks(template: str) -> bool:
 def variables_of(template: str) -> frozenset[str]:
     """The names that a template reads and does not set itself; it must be a valid template."""
     environment = SandboxedEnvironment(extensions=[GenerationMarks, loopcontrols])
-    # The names are found by compiling, where jinja2 would work out what is said of constants.
+    # jinja2 finds the names by compiling, and would compute constant expressions meanwhile.
     environment.intercepted_binops = frozenset(environment.binop_table)
     environment.filters = dict.fromkeys(environment.filters, _not_applied)
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))

@@ -34,7 +34,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "zephyr": (),
 }
 _ENDS_WITH_EOS = ("alpaca", "deepseek_r1", "mistral", "simple_chat", "tulu", "vicuna", "zephyr")
-# What every template may read and nobody sets by hand.
+# Functions that every template may call and that no user sets.
 _GIVEN = ("raise_exception", "strftime_now", "namespace", "range", "dict")
 _MOST_ADVISED = 3
 _LONGEST_SHOWN = 100

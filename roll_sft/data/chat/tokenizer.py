@@ -1,4 +1,4 @@
-"""A folder -> its tokenizer, whatever lies there: one that fits the model, or one line why not."""
+"""A folder -> its tokenizer, checked against the model, or an error of one line."""
 
 import json
 import re
@@ -33,9 +33,9 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        tokenizer("a", add_special_tokens=True)  # some bad values are met by the first text
+        tokenizer("a", add_special_tokens=True)  # some bad values show only at the first text
         largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
-    # Of files with other values than a tokenizer has, transformers raises whatever comes first.
+    # transformers raises errors of many kinds for a malformed file.
     except Exception as error:
         if not any(file for pattern in _FILES for file in Path(path).glob(pattern)):
             raise _none_in(path) from error
@@ -43,7 +43,7 @@ def load_tokenizer(
         raise ConfigError(
             f"{_KEY}: transformers cannot load a tokenizer from {shown(path)} ({reason}); {_REMEDY}"
         ) from error
-    # Without the files, transformers makes one that knows a special token or two and no text.
+    # Without the files transformers makes a tokenizer of one or two special tokens and no text.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise _none_in(path)
     # The largest id and not their number: a vocabulary may have gaps.
@@ -62,7 +62,7 @@ def _none_in(path: str) -> NoTokenizerError:
 
 
 def _damage(folder: Path) -> str | None:
-    """Which file of a tokenizer is no JSON object, if one is not."""
+    """What is wrong with the first file of a tokenizer that is no JSON object."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():  # a pipe would be waited for
             continue

@@ -1,15 +1,15 @@
-"""A conversation -> texts, and where in them the supervised turns begin and end, proved.
+"""A conversation -> texts, and the places where the supervised turns begin and end in them.
 
-A turn begins where the rendering of what comes before it, with the generation prompt, ends; it ends
-where the rendering up to it ends. Both must be beginnings of the whole text. A template that
-rewrites earlier turns once the conversation goes on (reasoning is dropped from history) breaks
-this: such a conversation becomes one text for each supervised turn, the conversation up to it,
-in which that turn alone is trained on. That is what a model is asked at inference, and each turn is
-still trained on once.
+A turn begins where the rendering of the earlier messages, with the generation prompt, ends. It ends
+where the rendering up to and with the turn ends. The whole text must begin with both renderings.
 
-What is promised, or the row is refused with a reason: every message is in the text, with its
-reasoning, tools and tool calls, and the header of a supervised turn is what
-the generation prompt says.
+Some templates rewrite earlier turns once the conversation goes on: they drop reasoning from the
+history. Then each supervised turn gets a text of its own, the conversation up to that turn, in
+which that turn alone is trained on. This is the prompt that the model gets at inference, and each
+turn is trained on once.
+
+Promises, for a row that is not refused: every message is in the text, with its reasoning, tools and
+tool calls, and the header of a supervised turn equals the generation prompt.
 """
 
 import json
@@ -28,8 +28,8 @@ from roll_sft.data.rows.conversation import Conversation, Message
 class AnswerSpan:
     """The characters `start:end` of the text that assistant message `message` adds to its header.
 
-    `spans` are those of them to be trained on, with the end-of-turn token in any case. `is_blank`:
-    the message says nothing but spaces.
+    `spans` are the parts of them that are trained on; the end-of-turn token always is. `is_blank`:
+    the message holds nothing but spaces.
     """
 
     start: int
@@ -41,11 +41,11 @@ class AnswerSpan:
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """One sample to be: a text and what is to be found in it.
+    """The text of one sample, and the answers in it.
 
-    `answers` has for each of its assistant messages whether it is singled out: to be trained on, or
-    with `train_on=all` to be left out. `calls` has whether it is a tool call. `turns` has the
-    places of those singled out, None if they were not looked for.
+    `answers` says for each assistant message whether it is marked: trained on or, with
+    `train_on=all`, left out. `calls` says for each whether it is a tool call. `turns` has the
+    places of the marked ones; None if they were not looked for.
     """
 
     text: str
@@ -55,7 +55,7 @@ class RenderedChat:
 
 
 class _RewrittenError(Exception):
-    """The text does not begin with the rendering of fewer messages."""
+    """The whole text does not begin with the rendering of its first messages."""
 
 
 class TurnFinder:
@@ -99,7 +99,7 @@ class TurnFinder:
             elif index not in wanted:
                 _check_context(message, index=index, text=rendering.text)
         _check_tools(row.tools, text=rendering.text)
-        # An earlier answer stands here as history, not in the form in which it would be asked for.
+        # Earlier answers are rendered as history, which may differ from the form of a new answer.
         if self._train_on != "all" and any(
             renderer.answer(messages[index]) != turns[index] for index in wanted
         ):
@@ -154,8 +154,8 @@ class TurnFinder:
             message, index=index, text=written, before=tail if before.endswith(tail) else ""
         )
         spans = _supervised(start, end, marks=whole.marks)
-        # Some templates (a think block) write more before the answer, after the generation prompt.
-        # Without such a prompt it is the header they write there, unless a mark says otherwise.
+        # After the generation prompt some templates write more before the answer (a think block).
+        # Without a generation prompt that text is the header, unless a mark says otherwise.
         if not self._has_prompt and not written.lstrip().startswith(_first_words(message)):
             plain = render(turns[:index], tools=row.tools, add_generation_prompt=False).text
             self._has_prompt = before != plain
@@ -196,10 +196,10 @@ def _first_words(message: Message) -> str:
 
 
 def _check_present(message: Message, *, index: int, text: str, before: str = "") -> None:
-    """Raise `UnusableRow` if the template left out or changed what the message says.
+    """Raise `UnusableRow` if the template left out or changed the content of the message.
 
-    Spaces may differ, and it may be written as JSON. `before` is what the generation prompt wrote
-    of an answer before `text`: the message may begin there, but not end there.
+    Spaces may differ, and the content may be written as JSON. `before` is the end of the generation
+    prompt, which stands before `text`: the message may begin there, but must not end there.
     """
     content = message.content
     if _holds(text, content):

@@ -1,9 +1,10 @@
-"""The tokens around every answer of a template: how answers are found in the ids of many chats.
+"""Finds the answers of many chats in their token ids, by the tokens around every answer.
 
-Each answer begins after the same header tokens, the first of which only a template can write, and
-ends with one of a few control tokens: then the mask follows from the ids alone. The markers are
-found and proved on probes: on each, the mask is the one that places in the text give. A chat that
-does not show them once for each of its answers has no sample here; it goes by places.
+With most templates each answer begins after the same header tokens, the first of which only a
+template can write, and ends with one of a few control tokens. Then the mask follows from the ids
+alone. The markers are found on probes, and used only if on each probe they give the mask that the
+places in the text give. A chat that does not show one header for each of its answers gets no sample
+here; `mask` makes it from the places.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ _MAX_HEADER_CONTROL = 3
 
 @dataclass(frozen=True, slots=True)
 class AnswerMarkers:
-    """The token ids that come before every answer, and those of which one ends it; as text too."""
+    """The token ids before every answer, and those of which one ends it; both as text too."""
 
     header: tuple[int, ...]
     ends: tuple[int, ...]
@@ -59,7 +60,7 @@ def find_markers(probes: Sequence[Probe], encoder: Encoder) -> AnswerMarkers | N
         markers = _common(probes, control_ids=encoder.control_ids, num_control=num_control)
         if markers is None or not all(markers.fits(text) for text in texts):
             continue
-        # Such a token could hold the first spaces of an answer and look no different.
+        # Such a token takes the first spaces of an answer, and its id does not show that.
         if markers.header[-1] in encoder.absorbing:
             continue
         samples = masks_by_markers(texts, token_ids, markers=markers, train_on_all=False)
@@ -150,7 +151,7 @@ def masks_by_markers(
     begins = _after_headers(joined, markers.header)
     ends = np.append(np.isin(joined, markers.ends).nonzero()[0], joined.size)
     answers = np.stack((begins, ends[np.searchsorted(ends, begins)]), axis=1)
-    # Of a header that reaches into the next text, only the answer lies there.
+    # A header must lie within one text: joined texts may show one across their border.
     is_whole = (
         begins - len(markers.header)
         >= np.append(0, stops)[np.searchsorted(stops, begins, side="right")]

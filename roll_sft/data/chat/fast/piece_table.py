@@ -1,9 +1,9 @@
 """Texts -> token ids by a table of pieces, several times as fast as the tokenizer itself.
 
-A byte-level tokenizer cuts a text at its added tokens, cuts the rest into pieces (`splits`),
-and merges the bytes of each piece by itself. Most pieces come again and again: here the tokenizer's
-own model is asked once for each, and a text's ids are looked up. So the ids are the tokenizer's to
-the last one; a text that could be cut in another way is not encoded here.
+A byte-level tokenizer cuts a text at its added tokens, cuts the rest into pieces (`splits`), and
+merges the bytes of each piece separately. Most pieces occur many times. So the tokenizer's own
+model encodes each piece once, and the ids of a text are looked up: they equal the tokenizer's. A
+text that might be cut in another way is not encoded here.
 """
 
 import json
@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 
 from roll_sft.data.chat.fast.splits import Split, byte_letters, split_of
 
-# Pieces kept, some 50 MB; then it begins anew, since what a text brings is mostly in the next one.
+# Pieces kept, some 50 MB. Then the table begins anew: the next texts fill it quickly.
 _MOST_PIECES = 1 << 18
-_LONGEST_PIECE = 256  # a longer one will not come again
+_LONGEST_PIECE = 256  # a longer one hardly occurs again
 
-# What an added token may say that makes it more, or less, than its text.
+# Properties of an added token that make it match more, or less, than its text.
 _TAKES_MORE = ("lstrip", "rstrip", "single_word")
 
 
@@ -35,7 +35,7 @@ class PieceTable(dict[str, int]):
     def __init__(self, backend: Tokenizer, split: Split, added: Mapping[str, int]) -> None:
         self._tokenize, self._split, self._added = backend.model.tokenize, split, added
         self._is_normalized = backend.normalizer is None
-        # The longest first, which tokenizers prefers too.
+        # The longest first, as in tokenizers.
         by_length = sorted(added, key=lambda text: (-len(text), text))
         self._cut = re.compile(f"({'|'.join(map(re.escape, by_length)) or '(?!)'})").split
         self._agreed, self._refused = set[str](), set[str]()
@@ -44,7 +44,7 @@ class PieceTable(dict[str, int]):
 
     @classmethod
     def of(cls, backend: Tokenizer) -> "PieceTable | None":
-        """The table of a tokenizer; None if it is not of a kind that is known to be cut so."""
+        """The table of a tokenizer; None for one that is not known to cut texts like this."""
         described = json.loads(backend.to_str())
         split, model = split_of(described), described["model"]
         if (
@@ -55,7 +55,7 @@ class PieceTable(dict[str, int]):
         ):
             return None
         added = described["added_tokens"]
-        # Normalized ones are looked for after the others, in what these leave.
+        # tokenizers searches normalized ones after the others, in the rest of the text.
         if any(token[key] for token in added for key in ("normalized", *_TAKES_MORE)):
             return None
         table = cls(backend, split, {token["content"]: token["id"] for token in added})

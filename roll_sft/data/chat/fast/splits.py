@@ -1,8 +1,8 @@
-"""How a byte-level tokenizer cuts a text into the pieces within which it merges bytes.
+"""How a byte-level tokenizer cuts a text into pieces, within which it merges bytes.
 
-A split is known by the pattern in tokenizer.json. Those listed here cut alike in `regex` and in the
-engine that tokenizers uses (Oniguruma), but for characters that the two class by other versions of
-Unicode: `Split.agrees_on` finds these by asking both.
+The pattern in tokenizer.json names the split. The patterns listed here cut alike in `regex` and in
+Oniguruma, the engine of tokenizers, except at characters that the two classify by different
+versions of Unicode. `Split.agrees_on` finds these by asking both.
 """
 
 import re
@@ -28,7 +28,7 @@ _ASCII = {
     **dict.fromkeys((r"\p{Lt}", r"\p{Lm}", r"\p{Lo}", r"\p{M}"), ""),
 }
 
-# What `ByteLevel` cuts by unless told not to: GPT-2's.
+# The default pattern of `ByteLevel`, which is GPT-2's.
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 KNOWN_PATTERNS = {
     "GPT-4, Llama 3, OLMo 2": rf"{_WORDS}\p{{L}}+|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}",

@@ -1,14 +1,14 @@
-"""Whether a chat template writes a conversation from left to right, decided by reading it.
+"""Whether a chat template writes a conversation from left to right, decided from its syntax.
 
-A template writes in order if its text for a message depends on that message and earlier ones alone,
-and the generation prompt comes after all of them. Then the rendering of the first messages begins
-the rendering of them all, whatever the messages say, and nothing has to be proved row by row.
+A template writes in order if the text of a message depends on that message and earlier ones alone,
+and the generation prompt comes last. Then the rendering of all messages begins with the rendering
+of the first ones, for any messages, and no row needs a check of its own.
 
-Judged are conversations without tool messages: a template often looks ahead to close a group of
-them, in a branch of their own.
+This holds for conversations without tool messages: a template often looks ahead to close a group of
+them, in a branch of its own.
 
-Promised: True only where this follows from the syntax. A template may write in order and be
-judged not to; each row is then proved, which is slower and gives the same samples.
+Promise: True only where this follows from the syntax. A template that writes in order may be judged
+not to. Then each row is checked, which is slower and gives the same samples.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def is_written_in_order(template: str) -> bool:
     if any(name.name == _MESSAGES and name.ctx == "store" for name in tree.find_all(nodes.Name)):
         return False
     loops = [loop for loop in tree.find_all(nodes.For) if _is_messages(loop.iter, aliases)]
-    # A second loop could tell a later one what lies ahead, through a namespace.
+    # A first loop could store what lies ahead in a namespace, for a second one to read.
     if len(loops) != 1 or any(True for _ in tree.find_all(_BLOCKS)):
         return False
     allowed = {id(name) for name in _backward_uses(tree, aliases)}
@@ -105,10 +105,10 @@ def _named(node: nodes.Node, aliases: set[str]) -> list[nodes.Node]:
 
 
 def _looks_back(loop: nodes.For) -> bool:
-    """Whether the loop over messages asks for nothing that lies ahead of a message.
+    """Whether the loop over messages reads nothing that lies ahead of a message.
 
-    Ahead are the generation prompt, and what `loop` knows of later messages. Inside of a loop
-    within this one, `loop` is the inner one's.
+    Ahead are the generation prompt and the attributes of `loop` about later messages. Inside an
+    inner loop, `loop` means that one.
     """
     own_parts = [*loop.body, *([loop.test] if loop.test else [])]
     inner_parts = [part for inner in loop.find_all(nodes.For) for part in inner.body]
