@@ -47,6 +47,7 @@ BY_NEED = {
     "roll_sft/data/tokens/dropped_rows.py": "rows that are dropped",
     "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
+    "roll_sft/engine/recompute.py": "norms that are recomputed",
     "roll_sft/models/hub.py": "a model of the hub",
     "roll_sft/models/random_weights.py": "a model that starts from random weights",
     "roll_sft/runtime/failures.py": "workers that fail",

@@ -13,7 +13,13 @@ from typing import Any, get_args, get_origin
 
 from roll_sft.base.errors import refuse
 from roll_sft.base.text import shown
-from roll_sft.config.fields import all_names, choices_of, section_of, without_null
+from roll_sft.config.fields import (
+    all_names,
+    choices_of,
+    one_or_list,
+    section_of,
+    without_null,
+)
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import value_problems
 
@@ -167,6 +173,10 @@ def _value(kind: Any, value: Any, *, name: str) -> Any:
 
 def _converted(kind: Any, value: Any, *, name: str) -> Any:
     """`value` as the type `kind`, which is not optional; raises where it is none."""
+    if (either := one_or_list(kind)) is not None:
+        kind = either[isinstance(value, list)]
+        if value in choices_of(either[1]):
+            raise _UnfitError(f"{shown(value)} is one of a list; write [{value}]")
     origin = get_origin(kind) or kind
     if origin in (list, dict) and not isinstance(value, origin):
         raise TypeError(f"{type(value).__name__} is not {origin.__name__}")
@@ -228,6 +238,8 @@ def _text(value: Any) -> str:
 
 def _in_words(kind: Any) -> str:
     """What the type `kind` takes, in words that follow "is not"."""
+    if (either := one_or_list(kind)) is not None:
+        return " or ".join(map(_in_words, either))
     if get_origin(kind) is list:
         return f"a list of {_in_words(get_args(kind)[0])}"
     if choices := choices_of(kind):

@@ -5,7 +5,6 @@ here, so that no key is listed twice.
 """
 
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -69,14 +68,23 @@ def section_of(kind: Any) -> Any:
 
 def without_null(kind: Any) -> tuple[Any, bool]:
     """`kind` without `None`, and whether it allows `None`."""
-    if not isinstance(kind, types.UnionType):
+    if type(None) not in get_args(kind):
         return kind, False
     (inner,) = (each for each in get_args(kind) if each is not type(None))
     return inner, True
 
 
+def one_or_list(kind: Any) -> tuple[Any, Any] | None:
+    """(type of one value, list type) where `kind` takes either, such as `str | list[int]`."""
+    args = get_args(kind)
+    is_either = len(args) == 2 and get_origin(args[1]) is list
+    return args if is_either else None
+
+
 def choices_of(kind: Any) -> tuple[str, ...]:
     """The texts of a `Literal`, also of one that is optional or in a list; empty for others."""
+    if (either := one_or_list(kind)) is not None:
+        kind = either[0]
     inner = _item_type(kind)
     return get_args(inner) if get_origin(inner) is Literal else ()
 

@@ -10,7 +10,14 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
-from roll_sft.config.fields import Key, all_keys, section_of, without_null
+from roll_sft.config.fields import (
+    Key,
+    all_keys,
+    choices_of,
+    one_or_list,
+    section_of,
+    without_null,
+)
 from roll_sft.config.schema import RunConfig, SourceConfig
 
 _INTRODUCTION = """\
@@ -69,7 +76,10 @@ def _about(section: type) -> str:
 def _takes(each: Key) -> str:
     """What the key takes: its choices, or its type, unit and range."""
     inner, is_optional = without_null(each.kind)
-    if each.choices:
+    if (either := one_or_list(inner)) is not None:
+        one, many = (", ".join(choices_of(part)) for part in either)
+        words = f"one of {one}, or list of {many}"
+    elif each.choices:
         words = ", ".join(each.choices)
         words = f"list of {words}" if get_origin(inner) is list else f"one of {words}"
     elif section_of(inner) is not None:

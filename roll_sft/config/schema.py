@@ -16,6 +16,7 @@ from roll_sft.base.text import redacted
 from roll_sft.config.keys import key
 
 ScheduleKind: TypeAlias = Literal["cosine", "linear", "constant", "wsd"]
+RecomputeModule: TypeAlias = Literal["core_attn", "mlp", "layernorm"]  # of Megatron's
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 ResumeChange: TypeAlias = Literal[
     "data", "tokenizer", "chat_template", "template_kwargs", "sequence_length",
@@ -31,9 +32,7 @@ class ModelConfig:
     path: str | None = key(
         None, "Local folder with config.json, safetensors and a tokenizer, or a hub id; required."
     )
-    tokenizer_path: str | None = key(
-        None, "Local folder or hub id of the tokenizer; null takes model.path."
-    )
+    tokenizer_path: str | None = key(None, "Folder or hub id of the tokenizer; null: model.path.")
     dtype: Literal["auto", "fp32", "bf16"] = key(
         "auto",
         "Type of weights and activations: auto is bf16 on GPUs and fp32 on CPUs; gradients and"
@@ -140,12 +139,8 @@ class ParallelConfig:
     num_workers: int = key(
         1, "World size; each worker has one GPU or a CPU share.", unit="workers", at_least=1
     )
-    tensor_model_parallel_size: int = key(
-        1, "Ranks that share each matrix.", unit="ranks", at_least=1
-    )
-    pipeline_model_parallel_size: int = key(
-        1, "Stages that share the layers.", unit="stages", at_least=1
-    )
+    tensor_model_parallel_size: int = key(1, "Ranks that share a matrix.", unit="ranks", at_least=1)
+    pipeline_model_parallel_size: int = key(1, "Stages of the layers.", unit="stages", at_least=1)
     virtual_pipeline_model_parallel_size: int | None = key(
         None,
         "Interleaved chunks of layers on each stage; null does not interleave.",
@@ -216,9 +211,7 @@ class TrainConfig:
         unit="steps",
         at_least=0,
     )
-    wsd_decay_ratio: float = key(
-        0.1, "Share of all steps that wsd decays over.", at_least=0, at_most=1
-    )
+    wsd_decay_ratio: float = key(0.1, "Share of steps that wsd decays over.", at_least=0, at_most=1)
     weight_decay: float = key(
         0.0,
         "AdamW's weight decay, on parameters of two or more dimensions.",
@@ -227,16 +220,14 @@ class TrainConfig:
     )
     adam_beta1: float = key(0.9, "Decay of AdamW's first moment; below 1.", at_least=0)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment; below 1.", at_least=0)
-    adam_eps: float = key(
-        1e-8, "Term that AdamW adds to its denominator.", at_least=1e-30, at_most=1
-    )
+    adam_eps: float = key(1e-8, "Term added to AdamW's denominator.", at_least=1e-30, at_most=1)
     max_grad_norm: float = key(
         1.0, "Gradients are scaled down to this norm; 0 does not clip.", at_least=0, at_most=1e30
     )
-    recompute: Literal["none", "selective", "full"] = key(
+    recompute: Literal["none", "selective", "full"] | list[RecomputeModule] = key(
         "none",
-        "Activations to recompute in the backward pass: those of attention's core, or of whole"
-        " layers.",
+        "Activations to recompute in the backward pass: of parts of a layer (selective is"
+        " [core_attn]), or of whole layers.",
     )
     eval_steps: int | None = key(
         None,

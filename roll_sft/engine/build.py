@@ -43,6 +43,11 @@ def transformer_config(
 ) -> LayerConfig:
     """Megatron's configuration of `shape` on `layout`; comments give the cost of a flag."""
     dtype, recompute = DTYPES[config.model.dtype], config.train.recompute
+    granularity = "selective" if isinstance(recompute, list) and recompute else recompute
+    if "layernorm" in recompute:
+        from roll_sft.engine.recompute import use_norm_recomputation
+
+        use_norm_recomputation()
     return LayerConfig(
         is_compiled=is_compiled,
         num_layers=shape.num_layers,
@@ -79,8 +84,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Selective recomputes attention's core, full every layer from its input.
-        recompute_granularity=None if recompute == "none" else recompute,
+        # Selective recomputes parts of a layer, full every layer from its input.
+        recompute_granularity=None if granularity in ("none", []) else granularity,
+        recompute_modules=[*recompute] if isinstance(recompute, list) else ["core_attn"],
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         deterministic_mode=config.deterministic,

@@ -57,7 +57,7 @@ def estimate(config: RunConfig, shape: ModelShape) -> MemoryEstimate:
 
 def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> MemoryEstimate:
     """Of a rank of pipeline stage `stage`, under the assumptions of `estimate`."""
-    layout, train = layout_of(config.parallel), config.train
+    layout = layout_of(config.parallel)
     run = _Run(config, layout, shape, micro_batch_tokens(config, layout))
     weight_bytes, master_bytes = _weight_bytes(run)
     parameters = _parameters(run, stage)
@@ -67,10 +67,8 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
     state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
 
     tokens = run.pack_tokens // layout.context_size
-    hidden, kept = _kept_per_layer(run)
-    layers = _layers_in_flight(run, stage)
-    # Full recomputation keeps what enters a layer, and in the backward all of the layer it is in.
-    numbers = tokens * (layers * hidden + kept if train.recompute == "full" else layers * kept)
+    kept, recomputed = _kept_per_layer(run)
+    numbers = tokens * (_layers_in_flight(run, stage) * kept + recomputed)
     numbers += _gradients_of_layer(run, tokens)
     is_last = stage == layout.pipeline_size - 1
     update_bytes = UPDATE_BYTES if config.parallel.device == "cpu" else 0
@@ -119,19 +117,34 @@ def _layers_in_flight(run: _Run, stage: int) -> int:
 
 
 def _kept_per_layer(run: _Run) -> tuple[float, float]:
-    """Numbers that a layer keeps for each token: of what enters it, and in all."""
-    shape, layout = run.shape, run.layout
+    """Numbers that a layer keeps for each token, and those that its backward computes again."""
+    shape, layout, recompute = run.shape, run.layout, run.config.train.recompute
     q, k = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
     hidden = shape.hidden_size / (layout.tensor_size if layout.sequence_parallel else 1)
-    # What enters each norm and what leaves it; queries, keys and values as projected, queries and
-    # keys normed and rotated, the attention's output; of the MLP what is projected and the product,
-    # and op by op also the gates activated and what they gate once more.
-    attention = 3 * (q + k) + (0 if shape.qk_norm == "none" else q + k)
+    # What enters each norm; queries, keys and values as projected, the attention's output.
+    rest = (
+        2 * hidden + (2 * (q + k) + (0 if shape.qk_norm == "none" else q + k)) / layout.tensor_size
+    )
+    # What leaves each norm; queries and keys rotated, keys and values of the whole pack; of the MLP
+    # what is projected and the product, and op by op also the gates activated and what they gate
+    # once more.
+    core = q + k + (2 * k * layout.context_size if layout.context_size > 1 else 0)
     mlp = (3 if _is_compiled(run) else 5) * shape.ffn_hidden_size
-    kept = 4 * hidden + (attention + mlp) / layout.tensor_size
-    if layout.context_size > 1:  # keys and values of the whole pack
-        kept += 2 * k * layout.context_size / layout.tensor_size
-    return hidden, kept
+    parts = {
+        "layernorm": 2 * hidden if shape.norm_placement == "pre" else 0,
+        "core_attn": core / layout.tensor_size,
+        "mlp": mlp / layout.tensor_size,
+    }
+    kept = rest + sum(parts.values())
+    if recompute == "full":
+        return hidden, kept
+    modules = recompute if isinstance(recompute, list) else ["core_attn"] * (recompute != "none")
+    # At the widest moment of the backward the MLP is there again, and the norm before it.
+    recomputed = {"mlp": parts["mlp"], "layernorm": parts["layernorm"] / 2}
+    return (
+        kept - sum(parts[name] for name in set(modules)),
+        sum(recomputed.get(name, 0) for name in set(modules)),
+    )
 
 
 def _gradients_of_layer(run: _Run, tokens: int) -> float:

@@ -260,6 +260,8 @@ def model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             f"parallel.pipeline_model_parallel_size: {chunks} exceed the model's"
             f" {shape.num_layers} layers; choose at most {shape.num_layers} in all"
         )
+    if shape.norm_placement == "post" and "layernorm" in config.train.recompute:
+        yield "train.recompute: layernorm is of norms before a part of a layer; this model has none"
     if shape.sliding_window is not None and length > shape.sliding_window:
         yield (
             f"data.sequence_length: {length} exceeds the model's sliding_window"

@@ -291,6 +291,15 @@ def test_every_value_that_cannot_run_is_listed_at_once() -> None:
     ("overrides", "problem"),
     [
         ({"seed": 2**32}, "seed: 4294967296 must be at most 4294967295"),
+        (
+            {"train.recompute": ["mpl"]},
+            "train.recompute: 'mpl' is not one of core_attn, mlp, layer",
+        ),
+        ({"train.recompute": "mlp"}, "train.recompute: 'mlp' is one of a list; write [mlp]"),
+        (
+            {"train.recompute": 3},
+            "train.recompute: 3 is not one of none, selective, full or a list",
+        ),
         ({"model.dtype": "fp8"}, "model.dtype: 'fp8' is not one of auto, fp32, bf16"),
         ({"train.max_steps": 0}, "train.max_steps: 0 must be at least 1"),
         ({"train.learning_rate": 0}, "train.learning_rate: 0.0 must be above 0"),

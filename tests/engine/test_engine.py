@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.demo.demo import make_assets
 from roll_sft.job.in_process import prepare_job
@@ -144,7 +145,7 @@ def test_bf16_stays_within_one_percent_of_fp32_on_a_larger_layout(
 def test_recompute_and_deterministic_change_nothing_to_the_last_bit(
     layout: dict[str, Any], folder: Path, pool: RankPool
 ) -> None:
-    def steps(recompute: str, deterministic: bool) -> list[dict[str, float]]:
+    def steps(recompute: str | list[str], deterministic: bool) -> list[dict[str, float]]:
         config = parity.parity_config(
             folder,
             parallel=layout,
@@ -158,6 +159,19 @@ def test_recompute_and_deterministic_change_nothing_to_the_last_bit(
     plain = steps("none", False)
     assert steps("selective", False) == plain
     assert steps("full", True) == plain
+    assert steps(["core_attn", "mlp"], False) == plain
+    # Op by op a norm reads what enters it twice; the two gradients and the residual's are then
+    # added in another order.
+    for found, wanted in zip(steps(["mlp", "layernorm"], False), plain, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_norms_that_stand_behind_a_part_are_not_recomputed_in_silence(tmp_path: Path) -> None:
+    parity.write_model(tmp_path / "model", kind="olmo2", num_layers=1)
+    parity.write_rows(tmp_path / "rows.jsonl")
+    config = parity.parity_config(tmp_path, train={"recompute": ["mlp", "layernorm"]})
+    with pytest.raises(ConfigError, match=r"train\.recompute: layernorm "):
+        prepare_job(config)
 
 
 def test_stages_hold_every_layer_once_and_spare_the_ends() -> None:

@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 def plan_of(
-    recompute: str = "none",
+    recompute: str | list[str] = "none",
     dtype: str = "bf16",
     is_compiled: bool | None = None,
     **parallel: Any,
@@ -81,6 +81,21 @@ def test_full_recomputation_keeps_what_enters_a_layer_and_one_layer() -> None:
     assert found.activations_gib == pytest.approx(numbers * 2 / GIB)
     in_fp32 = estimate(*plan_of("full", dtype="fp32"))
     assert in_fp32.activations_gib == pytest.approx(numbers * 4 / GIB)
+
+
+def test_a_part_that_is_recomputed_is_kept_once_where_the_backward_is() -> None:
+    once = {"core_attn": 0, "mlp": 3 * 4864, "layernorm": 896}  # there again beside the MLP's
+    dropped = {"core_attn": 896 + 128, "mlp": 3 * 4864, "layernorm": 2 * 896}
+    for modules in (["core_attn"], ["mlp"], ["layernorm"], ["layernorm", "mlp"]):
+        less, again = (sum(table[name] for name in modules) for table in (dropped, once))
+        numbers = TOKENS * (24 * (KEPT - less) + again) + GRADIENTS
+        assert estimate(*plan_of(modules)).activations_gib == pytest.approx(numbers * 2 / GIB)
+    assert estimate(*plan_of("selective")) == estimate(*plan_of(["core_attn"]))
+    assert estimate(*plan_of([])) == estimate(*plan_of())
+    context = {"num_workers": 2, "context_parallel_size": 2}
+    whole, kept = (estimate(*plan_of(how, **context)) for how in ("none", "selective"))
+    gathered = 24 * TOKENS // 2 * (896 + 128 + 2 * 128 * 2)
+    assert whole.activations_gib - kept.activations_gib == pytest.approx(gathered * 2 / GIB)
 
 
 def test_op_by_op_more_is_kept_of_the_mlp_and_of_the_head() -> None:
@@ -175,6 +190,7 @@ def _kept_by_layer(engine: Any, pack: Any, held: dict[int, Any]) -> int:
     import torch
 
     kept: dict[int, torch.Tensor] = {}
+    num_bytes = 0
     layer = engine.chunks[0].decoder.layers[1]
     forward = layer.forward
 
@@ -184,30 +200,38 @@ def _kept_by_layer(engine: Any, pack: Any, held: dict[int, Any]) -> int:
         return tensor
 
     def watched(*args: Any, **options: Any) -> Any:
+        nonlocal num_bytes
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            return forward(*args, **options)
+            output = forward(*args, **options)
+        # Now: what is freed until the backward has its size again behind it.
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return output
 
     layer.forward = watched
     engine.accumulate_gradients(pack)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return num_bytes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "parallel"),
+    ("dtype", "parallel", "recompute"),
     [
-        ("fp32", {}),
-        ("bf16", {"num_workers": 2}),
-        ("bf16", {"use_distributed_optimizer": False, **TP2}),
-        ("fp32", {"num_workers": 2, "pipeline_model_parallel_size": 2}),
+        ("fp32", {}, []),
+        ("bf16", {"num_workers": 2}, []),
+        ("bf16", {"use_distributed_optimizer": False, **TP2}, []),
+        ("fp32", {"num_workers": 2, "pipeline_model_parallel_size": 2}, []),
+        ("fp32", {}, ["mlp", "layernorm"]),
     ],
-    ids=["1 fp32", "DP2 bf16", "TP2+SP bf16", "PP2 fp32"],
+    ids=["1 fp32", "DP2 bf16", "TP2+SP bf16", "PP2 fp32", "mlp and layernorm recomputed"],
 )
 def test_an_engine_holds_what_was_estimated(
-    dtype: str, parallel: dict[str, Any], folder: Path, pool: RankPool
+    dtype: str, parallel: dict[str, Any], recompute: list[str], folder: Path, pool: RankPool
 ) -> None:
     config = parity.parity_config(
-        folder, model={"dtype": dtype}, parallel={"num_workers": 1, **parallel}
+        folder,
+        model={"dtype": dtype},
+        parallel={"num_workers": 1, **parallel},
+        train={"recompute": recompute},
     )
     plan = Run(config, prepare_job(config).source.shape)
     found = pool.run(bytes_held, layout_of(config.parallel), config)
@@ -217,6 +241,8 @@ def test_an_engine_holds_what_was_estimated(
         shape = plan.shape
         # On a CPU a norm is two steps, and attention is joined from its samples'.
         least = kept_of(shape, of_mlp=5) + 2 * shape.hidden_size + shape.hidden_size
+        if recompute:  # nothing of the MLP, and of norms what enters them
+            least = kept_of(shape, of_mlp=0) - 2 * shape.hidden_size + shape.hidden_size
         angles, scales = 4 * shape.head_dim, 2 + shape.num_attention_heads
         for _, kept, tokens in found:
             assert least <= kept / tokens / 4 <= least + angles + scales
