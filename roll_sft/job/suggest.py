@@ -117,7 +117,7 @@ def _table(best: Sequence[Candidate]) -> Table:
         exchanges_s = time.tensor_s + time.context_s + time.pipeline_s + time.data_s
         table.add_row(
             *(str(number), each.degrees, str(each.layout.virtual_size)),
-            *(each.config.train.recompute, str(each.micro_batches)),
+            *(str(each.config.train.recompute), str(each.micro_batches)),
             f"{each.memory.total_gib:.1f}",
             *(f"{time.bubble_s / total_s:.0%}", f"{exchanges_s / total_s:.0%}"),
             f"{total_s / best[0].time.total_s:.2f}",
