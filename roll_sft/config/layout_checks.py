@@ -6,7 +6,7 @@ from roll_sft.config.schema import ParallelConfig, RunConfig
 
 
 def layout_problems(parallel: ParallelConfig) -> Iterator[str]:
-    """What is wrong with the degrees of `parallel` by themselves."""
+    """One line for each problem of the degrees of `parallel`, whatever the model."""
     degrees = {
         "tp": parallel.tensor_model_parallel_size,
         "pp": parallel.pipeline_model_parallel_size,
@@ -36,7 +36,7 @@ def layout_problems(parallel: ParallelConfig) -> Iterator[str]:
 
 
 def backend_problems(config: RunConfig) -> Iterator[str]:
-    """What stands in the way of `model.attention_backend`, as far as it is decided by now."""
+    """Why `model.attention_backend` cannot run; a device or dtype of `auto` is not judged."""
     backend = config.model.attention_backend
     if backend not in ("te", "flash", "varlen"):
         return

@@ -1,4 +1,4 @@
-"""Checks of configuration values, alone and together, that need no machine.
+"""Checks of configuration values, each alone and some together, which need neither GPU nor model.
 
 All problems are reported at once, one line each: value, rule, remedy. The bounds of a single value
 stand beside its key in `schema`.
@@ -28,7 +28,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def value_problems(section: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with single values, by the bounds of their keys."""
+    """One line for each single value that breaks a bound of its key."""
     for item in dataclasses.fields(section):
         value, where = getattr(section, item.name), f"{prefix}{item.name}"
         for index, each in enumerate(value if isinstance(value, list) else [value]):
@@ -58,7 +58,7 @@ def _bound(value: float, about: Mapping[str, Any]) -> str | None:
 
 
 def _text_problem(text: str) -> str | None:
-    """Why `text` can be neither a name nor a path, if it cannot."""
+    """Why `text` can be neither a name nor a path; None if it can."""
     if any(letter == "\t" or is_hostile(letter) for letter in text):
         return f"{shown(text)} has control characters or bytes that are not UTF-8; rename it"
     if "://" not in text and any(len(part.encode()) > LONGEST_NAME for part in text.split("/")):
@@ -124,7 +124,7 @@ def _source_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _share_problems(source: SourceConfig, *, where: str, is_trained: bool) -> Iterator[str]:
-    """What is wrong with how much of a source an epoch draws."""
+    """Problems of the keys that say how many samples an epoch draws from a source."""
     if source.weight != 1.0 and source.samples is not None:
         yield (
             f"{where}: weight={source.weight} and samples={source.samples} both say how much an"

@@ -140,8 +140,8 @@ def _complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", output: Path) -> N
     missing = [name for name in (TOKENIZER_CONFIG, _BACKEND) if not (output / name).is_file()]
     if backend is not None and _BACKEND not in missing and not _encodes_alike(tokenizer, output):
         LOG.warning(
-            "%s of the source splits text in another way than transformers does, which trained"
-            " with its own rules for %s; the export has the latter",
+            "%s of the source splits text differently from transformers' rules for %s, with which"
+            " the model was trained; the export gets the latter",
             _BACKEND,
             type(tokenizer).__name__,
         )

@@ -97,7 +97,7 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
 
 
 def value_problems(content: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of `content`, the object of a config.json: value and rule."""
+    """Key, value and rule of each bad value in `content`, the object of a config.json."""
     found = [*_broken(content, _RULES)]
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(content.get(key), Mapping):

@@ -1,9 +1,9 @@
-"""How a HuggingFace configuration becomes a shape, for the decoders that families build.
+"""Makes a shape of a HuggingFace configuration, for the decoders that families build.
 
-Promise: a setting that no family builds is refused by name, never ignored: other activations,
-attention dropout, quantized weights, layers that differ from each other, and rotary scalings other
-than Llama 3's. transformers' own functions compute the rotary frequencies: Megatron derives them
-from a base and fixes parts of Llama 3's scaling, its original length among them.
+Promise: a setting that no family builds is refused by name, never ignored. These are other
+activations, attention dropout, quantized weights, layers that differ from each other, and rotary
+scalings other than Llama 3's. transformers' own functions compute the rotary frequencies: Megatron
+derives them from a base, and fixes parts of Llama 3's scaling, its original length among them.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def own_config(
     config: "PreTrainedConfig", expected: "type[Config]", *, architecture: str
 ) -> "Config":
-    """`config` as transformers' own class: a class out of the model's folder may mean anything."""
+    """`config` as transformers' own class; a class from the model's folder is refused."""
     if not isinstance(config, expected):
         raise ConfigError(
             f"model.path: {architecture} comes with configuration class {type(config).__name__}; "
@@ -49,8 +49,8 @@ def decoder_shape(
 ) -> ModelShape:
     """The shape of a decoder with norms before attention and MLP, and without biases.
 
-    Raises `ConfigError` with the family's own `problems`, each a value and its rule, and all others
-    that `config` has.
+    Raises `ConfigError` that lists the family's own `problems`, each a value and its rule, and
+    those that this function finds.
     """
     problems = [
         *problems,
@@ -59,7 +59,7 @@ def decoder_shape(
     ]
     if problems:
         raise ConfigError(
-            f"model.path: config.json of {architecture} asks for what this version does not "
+            f"model.path: config.json of {architecture} has settings that this version does not "
             f"implement: {'; '.join(problems)}; choose another model or correct config.json"
         )
     return ModelShape(
@@ -93,7 +93,7 @@ def _head_dim(config: "DecoderConfig") -> int:
 
 
 def _problems(config: "DecoderConfig") -> list[str]:
-    """What no family builds: value and rule of each."""
+    """Value and rule of each setting that no family builds."""
     problems = []
     layer_types = getattr(config, "layer_types", None) or []
     if any(each != "full_attention" for each in layer_types):
@@ -123,7 +123,7 @@ def _problems(config: "DecoderConfig") -> list[str]:
 
 
 def _rotary_problems(rope: dict[str, Any]) -> list[str]:
-    """What in a configuration's `rope_parameters` cannot be built: value and rule of each.
+    """Value and rule of each setting in `rope_parameters` that cannot be built.
 
     transformers 5 moves the `rope_theta` and `rope_scaling` of older files in there at load.
     """
@@ -154,14 +154,14 @@ def _rotary_inv_freq(config: "PreTrainedConfig") -> tuple[float, ...]:
         frequencies, factor = default(cast("LlamaConfig", config))
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    # Megatron has no place for a factor on cos and sin: one other than 1 would be lost in silence.
+    # Megatron has no factor on cos and sin, so one other than 1 would be ignored.
     assert factor == 1.0, f"rotary attention factor {factor} of {rope_type} is not 1"
     assert frequencies.dtype == torch.float32, f"rotary frequencies are {frequencies.dtype}"
     return tuple(frequencies.tolist())
 
 
 def _llama3_problems(rope: dict[str, Any]) -> list[str]:
-    """Values that transformers only warns of, and then fails on or divides by."""
+    """Bad values for which transformers only warns, and which then make it fail or divide by 0."""
     problems = [
         f"{key} {rope.get(key)} (must be a positive number)"
         for key in _LLAMA3_KEYS

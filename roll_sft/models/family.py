@@ -60,9 +60,9 @@ class Family:
     def check_source(self, shape: ModelShape, *, source: TensorSource) -> None:
         """Raise `ConfigError` for a source that is not exactly this model.
 
-        Reads headers only, except where a tied model stores its head as well: then both are
-        compared, because transformers unties two that differ, and we would train another model
-        than it serves.
+        Reads headers only. If a tied model stores its head as well, both tensors are compared:
+        transformers unties a head that differs, and would serve another model than the trained
+        one.
         """
         expected = self.hf_shapes(shape)
         heads = [

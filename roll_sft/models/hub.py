@@ -83,7 +83,7 @@ def _snapshot(
         raise ConfigError(_refused(repo_id, error)) from error
     except OSError as error:  # every huggingface_hub error derives from OSError
         raise ResourceError(
-            f"model.path: {repo_id!r} is no folder here, and the hub does not give it"
+            f"model.path: {repo_id!r} is no folder here, and the hub cannot be reached or lacks it"
             f" ({first_line(error)}); check the network and HF_ENDPOINT, or give a local folder"
         ) from error
     return Path(folder)

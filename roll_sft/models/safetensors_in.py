@@ -47,8 +47,8 @@ class SafetensorsSource:
     """The safetensors files of a model folder: one, or shards with an index.
 
     Files are mapped when first needed. A missing folder or format is a `ConfigError`; a missing or
-    damaged file, or a tensor it does not hold, a `CheckpointError`. Travels between processes as
-    the path of its folder.
+    damaged file, or a tensor it does not hold, a `CheckpointError`. Pickled as the path of its
+    folder.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -1,7 +1,7 @@
 """`ModelSource`: the shape of the model to train, and the place of its weights.
 
-Travels from the driver to the workers; the weights are opened where they are read, so the driver
-needs neither torch nor the files.
+The driver sends it to the workers, which open the weights where they read them. So the driver needs
+neither torch nor the files.
 """
 
 from dataclasses import dataclass
