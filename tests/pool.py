@@ -17,6 +17,7 @@ from typing import Any
 
 from roll_sft.base.gc_pauses import imports_kept
 from roll_sft.base.layout import ParallelLayout
+from roll_sft.engine.environment import compiler_left_out
 
 TIMEOUT_S = 120.0
 
@@ -81,8 +82,9 @@ def _serve(pipe: Connection) -> None:
         import torch
         import torch.distributed as dist
 
-        from roll_sft.engine.process_groups import Rendezvous, process_groups
-        from tests import parity  # noqa: F401 -- what most tests run
+        with compiler_left_out():
+            from roll_sft.engine.process_groups import Rendezvous, process_groups
+            from tests import parity  # noqa: F401 -- what most tests run
     torch.set_num_threads(1)
 
     while True:

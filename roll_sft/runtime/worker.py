@@ -28,7 +28,7 @@ from roll_sft.base.files import writing
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.base.text import printable
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.engine.environment import set_variables, silence_warnings
+from roll_sft.engine.environment import compiler_left_out, set_variables, silence_warnings
 
 if TYPE_CHECKING:
     from roll_sft.data.steps.plan import RankWork
@@ -126,7 +126,9 @@ class Worker:
         with self._phase("rendezvous", cluster.setup_timeout_s):
             gc.disable()  # a search through what is being imported takes a sixth of the time
             # Takes most of the start, so all ranks do it at once.
-            import roll_sft.engine.engine  # noqa: F401
+            on_cpu = self._spec.device == "cpu"
+            with compiler_left_out() if on_cpu else contextlib.nullcontext():
+                import roll_sft.engine.engine  # noqa: F401
             from roll_sft.engine.process_groups import serve_store
 
             gc.enable()

@@ -1,6 +1,8 @@
 """What both doors set for the libraries of a rank."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -26,3 +28,22 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     set_variables(deterministic=False)
     assert "PYTORCH_ALLOC_CONF" not in os.environ
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.slow
+def test_the_engine_is_imported_without_the_compiler_which_stays_usable() -> None:
+    script = (
+        "import sys, torch\n"
+        "from roll_sft.engine.environment import compiler_left_out\n"
+        "before = torch.compile\n"
+        "with compiler_left_out():\n"
+        "    import roll_sft.engine.engine\n"
+        "assert torch.compile is before\n"
+        "assert 'torch._inductor' not in sys.modules\n"
+        "ones = torch.compile(torch.neg, backend='eager')(torch.ones(2))\n"
+        "assert ones.tolist() == [-1, -1]\n"
+        "assert 'torch._dynamo' in sys.modules\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
