@@ -174,11 +174,12 @@ class Rank:
         meter.live.begin_peak()
         state_bytes = meter.live.now
         engine.train_step(work)
+        update, meter.counts = meter.counts, Counts()
         return Measured(
             num_packs=len(work.micro_batches),
             num_layers=sum(len(chunk.decoder.layers) for chunk in engine.chunks),
             passes=passes,
-            update=meter.counts,
+            update=update,
             waits=tuple(meter.waits),
             misplaced=(*sorted(meter.misplaced), *sorted(meter.wide)),
             state_bytes=state_bytes,

@@ -5,6 +5,7 @@ from roll_sft.models.source import family_of
 from tools.fake_gpu.cases import Case
 from tools.fake_gpu.checks import findings
 from tools.fake_gpu.step import Measured, Rank
+from tools.fake_gpu.waits import raiser
 
 HEADER = (
     f"{'':45s} {'a layer and pack':>18s} {'a step':>16s} {'collectives':>17s} {'waits':>5s}"
@@ -21,7 +22,8 @@ def checked(rank: Rank, case: Case, *, verbose: bool) -> tuple[str, list[str]]:
     # What fake tensors refuse: devices that differ, shapes that do not fit, sizes by value.
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        return f"{case.name:45s} stopped", [f"{type(error).__name__}: {reason}"]
+        fault = f"{type(error).__name__}: {reason} (in {raiser(error)})"
+        return f"{case.name:45s} stopped", [fault]
     estimate = stage_estimate(config, shape, stage=case.stage)
     faults = findings(case, measured, estimate)
     kernels, num_bytes = _of_layer(measured, small)

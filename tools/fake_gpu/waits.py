@@ -6,6 +6,7 @@ the backward as in the forward.
 
 import functools
 import sys
+import traceback
 from dataclasses import dataclass
 from types import FrameType
 
@@ -36,6 +37,15 @@ def caller() -> str:
             return f"{owner}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "unknown"
+
+
+def raiser(error: BaseException) -> str:
+    """File, line and function of the innermost such frame that `error` went through."""
+    found = "unknown"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if owner := _owner(frame.filename):
+            found = f"{owner}:{frame.lineno}:{frame.name}"
+    return found
 
 
 @functools.cache
