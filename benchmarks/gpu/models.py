@@ -41,11 +41,11 @@ class Tokens:
 
 
 class Weights:
-    """Random weights, made quickly: one block of numbers again and again."""
+    """Random weights, drawn on the device in bf16, which a host would take minutes for."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self._block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+        self._like = {"device": torch.cuda.current_device(), "dtype": torch.bfloat16}
 
     def names(self) -> frozenset[str]:
         """All of the family's."""
@@ -56,12 +56,9 @@ class Weights:
         return self._shapes[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, float32."""
-        shape = self._shapes[name]
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        count = int(np.prod(shape))
-        return self._block.repeat(-(-count // len(self._block)))[:count].view(shape).clone()
+        """The tensor `name`, bf16 on the device."""
+        tensor = torch.empty(self._shapes[name], **self._like)
+        return tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(0, 0.02)
 
     def read_slice(self, name: str, *, dim: int, start: int, stop: int) -> torch.Tensor:
         """Part of the tensor `name`."""
@@ -74,13 +71,13 @@ def log_normal(longest: int) -> NDArray[np.int32]:
     return np.clip(draws, 16, longest).astype(np.int32)
 
 
-def run_of(device: str, *, pack_tokens: int) -> RunConfig:
-    """A run in bf16 with packs of `pack_tokens`."""
+def run_of(device: str, *, longest: int, pack_tokens: int) -> RunConfig:
+    """A run in bf16 of samples of `longest` tokens at most, in packs of `pack_tokens`."""
     return build_config(
         {
             "model": {"dtype": "bf16"},
             "parallel": {"device": device},
-            "data": {"sequence_length": pack_tokens},
+            "data": {"sequence_length": longest},
             "train": {"micro_batch_tokens": pack_tokens},
         }
     )

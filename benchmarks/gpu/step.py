@@ -41,9 +41,9 @@ from roll_sft.engine.process_groups import Rendezvous, process_groups
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_of
 
-PACK_TOKENS, PACKS, WARM_UP, STEPS = 8192, 4, 3, 5
+LONGEST, PACK_TOKENS, PACKS, WARM_UP, STEPS = 8192, 8192, 4, 2, 4
 # Seconds that each may take on a GPU, so that none is begun that would be cut off.
-NEEDED_S = {"shape": 75, "profile": 15, "bare": 75}
+NEEDED_S = {"shape": 45, "profile": 10, "bare": 40}
 
 
 class Bench:
@@ -52,7 +52,6 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.out = options.device, options.out
         self.is_gpu = options.device == "cuda"
-        self.pack_tokens = options.pack_tokens if self.is_gpu else 256
         self.lacked_room = False
         self._ends = time.monotonic() + options.minutes * 60
         self.name = torch.cuda.get_device_name() if self.is_gpu else "cpu"
@@ -112,8 +111,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--pack-tokens", type=int, default=PACK_TOKENS)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--shapes", nargs="+", default=list(SHAPES), help="NAME, or NAME:TOKENS of a pack"
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave bare torch out")
     parser.add_argument("--out", type=Path, help="folder for the table of kernels")
     options = parser.parse_args()
@@ -124,11 +124,12 @@ def main() -> int:
         bench = Bench(options)
         # Ours first, of all shapes: a peer has meaning only beside it.
         measured = []
-        shapes = {name: SHAPES[name] for name in options.shapes} if bench.is_gpu else TINY
-        for name, numbers in shapes.items():
-            with bench.part(name, "shape") as begins:
+        for wanted in options.shapes if bench.is_gpu else TINY:
+            name, _, pack_tokens = wanted.partition(":")
+            with bench.part(wanted, "shape") as begins:
                 if begins:
-                    measured.append(_measure(bench, name, numbers))
+                    tokens = int(pack_tokens or (PACK_TOKENS if bench.is_gpu else 256))
+                    measured.append(_measure(bench, name, tokens))
         for ours in [] if options.no_peer else measured:
             with bench.part(f"{ours.facts['shape']} bare", "bare") as begins:
                 if begins:
@@ -136,26 +137,27 @@ def main() -> int:
     return 1 if bench.lacked_room else 0
 
 
-def _measure(bench: Bench, name: str, numbers: tuple[Any, ...]) -> Measured:
+def _measure(bench: Bench, name: str, pack_tokens: int) -> Measured:
     """Prints the measures of our step of one shape."""
-    run = run_of(bench.device, pack_tokens=bench.pack_tokens)
+    numbers, longest = (SHAPES | TINY)[name], min(pack_tokens, LONGEST)
+    run = run_of(bench.device, longest=longest, pack_tokens=pack_tokens)
     config = config_of(numbers, run, memory_bytes=bench.memory_bytes)
     family = family_of(config)
     shape = family.shape(config)
-    packed = Tokens(log_normal(bench.pack_tokens), shape.vocab_size)
-    even = Tokens(np.full(64, bench.pack_tokens, np.int32), shape.vocab_size)
+    packed = Tokens(log_normal(longest), shape.vocab_size)
+    even = Tokens(np.full(256, longest, np.int32), shape.vocab_size)
     weights: Any = Weights(dict(family.hf_shapes(shape)))
     data: Any = TokenData(packed, {})  # type: ignore[arg-type]
     engine = Engine(run, source=ModelSource(shape, opened=weights), data=data)
     plans = {
         kind: _planner(tokens, shape, run, batch=batch)
         for kind, tokens, batch in (
-            ("packed", packed, PACKS * bench.pack_tokens // 560),
-            ("even", even, PACKS),
+            ("packed", packed, PACKS * pack_tokens // 560),
+            ("even", even, PACKS * pack_tokens // longest),
         )
     }
     facts: dict[str, object] = {"shape": name, "layers": shape.num_layers, "of_layers": numbers[2]}
-    facts["pack_tokens"] = bench.pack_tokens
+    facts["pack_tokens"] = pack_tokens
     flops_per_s, memory_gib = {}, 0.0
     for kind, tokens in (("even", even), ("packed", packed)):
         engine._data = TokenData(tokens, {})  # type: ignore[arg-type]
@@ -247,15 +249,17 @@ def _profile(bench: Bench, engine: Engine, planner: Planner, name: str) -> None:
     The kernels' time is of a profiled run, and the steps' of one before it: a profiler slows the
     host, not the kernels.
     """
-    steps = range(20, 23)
+    steps = range(20, 22)
     _wait()
     started = time.perf_counter()
     _run_steps(engine, planner, steps)
     _wait()
     seconds = time.perf_counter() - started
-    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities = {torch.profiler.ProfilerActivity.CPU}
     if bench.is_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        activities.add(torch.profiler.ProfilerActivity.CUDA)
+        if bench.out is None:  # the host's calls take long to read, and only tables show them
+            activities.remove(torch.profiler.ProfilerActivity.CPU)
     with torch.profiler.profile(activities=activities) as profile:
         _run_steps(engine, planner, steps)
         _wait()
