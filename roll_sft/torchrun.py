@@ -109,6 +109,10 @@ def _run(job: Job, steps: range, *, loads: Path | None, saves: Path | None) -> N
     torch.set_num_threads(parallel.cpus_per_worker)
     layout = layout_of(parallel)
     with process_groups(rendezvous, layout, device=parallel.device, store=store):
+        if parallel.device == "cuda":
+            from roll_sft.job.memory import warn_of_memory
+
+            warn_of_memory(job.config, job.source.shape, torch.cuda.mem_get_info()[0] / 2**30)
         engine = Engine(job.config, source=job.source, data=job.data, checkpoint=loads)
         data_rank = layout.coordinate(rank).data_rank
         last = steps.stop - 1

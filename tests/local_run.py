@@ -38,7 +38,7 @@ class Fault:
 class LocalGroup:
     """The verbs of a `WorkerGroup`, done at once."""
 
-    device_name = None
+    gpus = ()
 
     def __init__(self, engine: Engine, fault: Fault) -> None:
         self._engine, self._fault = engine, fault

@@ -4,6 +4,7 @@ Legend: h hidden size, q and k width of the queries and of the keys, f width of 
 token in one layer; all in numbers, which are turned into bytes at the end.
 """
 
+import logging
 from dataclasses import dataclass
 
 from roll_sft.base.layout import ParallelLayout
@@ -12,6 +13,7 @@ from roll_sft.engine.fused import chunk_rows
 from roll_sft.job.job import micro_batch_tokens
 from roll_sft.models.shape import ModelShape
 
+LOG = logging.getLogger(__name__)
 GIB = 2**30
 # Of a parameter on a CPU: torch's AdamW makes the root of all second moments at once. On a GPU the
 # update is one kernel, in place.
@@ -79,6 +81,19 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
         update_gib=parameters * update_bytes / replicas / GIB,
         save_host_gib=_save_host_bytes(run, parameters) / GIB,
     )
+
+
+def warn_of_memory(config: RunConfig, shape: ModelShape, free_gib: float) -> None:
+    """Warn if the run is estimated to need more than `free_gib` of a GPU, before it fails there."""
+    needed = estimate(config, shape).total_gib
+    if needed > free_gib:
+        LOG.warning(
+            "%.1f GiB per GPU (estimate), and %.1f GiB are free: the run is likely to end without"
+            " memory; give fewer tokens to train.micro_batch_tokens, set train.recompute=full, or"
+            " cut the model over more GPUs (`roll-sft plan --suggest` names layouts that fit)",
+            needed,
+            free_gib,
+        )
 
 
 def _weight_bytes(run: _Run) -> tuple[int, int]:

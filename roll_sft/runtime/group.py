@@ -27,7 +27,14 @@ from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.cache import TokenData
 from roll_sft.models.source import ModelSource
 from roll_sft.runtime.placement import Slots
-from roll_sft.runtime.worker import Worker, WorkerAddress, WorkerSpec, nonce_path, setup_deadline_s
+from roll_sft.runtime.worker import (
+    Gpu,
+    Worker,
+    WorkerAddress,
+    WorkerSpec,
+    nonce_path,
+    setup_deadline_s,
+)
 
 LOG = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 3.0  # time for a worker to write its stacks after the deadline
@@ -72,7 +79,7 @@ class WorkerGroup:
             for rank, bundle in enumerate(slots.bundle_of_rank)
         ]
         self.addresses: tuple[WorkerAddress, ...] = ()
-        self.device_name: str | None = None
+        self.gpus: tuple[Gpu, ...] = ()  # in order of rank; none on CPUs
 
     def start(self, source: ModelSource, data: TokenData) -> None:
         """Build process groups and engines on all ranks."""
@@ -88,7 +95,7 @@ class WorkerGroup:
         inputs = ray.put((source, data))
         ready = [actor.setup.remote(store_address, inputs) for actor in self._actors]
         setup_s = setup_deadline_s(self._config, self._checkpoint)
-        self.device_name = self._collect(Pending("setup", setup_s, ready))[0]
+        self.gpus = tuple(filter(None, self._collect(Pending("setup", setup_s, ready))))
 
     def train_step(
         self, plan: StepPlan, *, learning_rate: float, following: StepPlan | None = None

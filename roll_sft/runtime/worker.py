@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 # Gloo reports a lost peer by text alone; other libraries by type, see `_is_collateral`.
 PEER_IS_GONE = re.compile(r"gloo/|connection (closed|reset) by peer", re.IGNORECASE)
+LACKS_MEMORY = (
+    "the GPU has too little memory for this run; give fewer tokens to train.micro_batch_tokens, set"
+    " train.recompute=full, or cut the model over more GPUs (`roll-sft plan --suggest` names"
+    " layouts that fit)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,14 @@ class WorkerAddress:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} ({self.ip}, pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The device of a rank, and what was free there before the model was built."""
+
+    name: str
+    free_gib: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +160,8 @@ class Worker:
             if model is not None:
                 model.fetch()
 
-    def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> str | None:
-        """Join the process groups and build the engine; returns the GPU's name, if there is one."""
+    def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> Gpu | None:
+        """Join the process groups and build the engine; returns the GPU, if there is one."""
         cluster = self._spec.config.cluster
         with self._phase("setup", setup_deadline_s(self._spec.config, self._spec.checkpoint)):
             import torch
@@ -171,6 +184,10 @@ class Worker:
             self._resources.enter_context(
                 process_groups(rendezvous, layout, device=self._spec.device, store=self._store)
             )
+            gpu = None
+            if self._spec.device == "cuda":
+                free_bytes, _ = torch.cuda.mem_get_info()
+                gpu = Gpu(torch.cuda.get_device_name(), free_bytes / 2**30)
             self._engine = Engine(
                 self._spec.config, source=source, data=data, checkpoint=self._spec.checkpoint
             )
@@ -178,7 +195,7 @@ class Worker:
             # step is everybody's.
             gc.collect()
             gc.freeze()
-            return torch.cuda.get_device_name() if self._spec.device == "cuda" else None
+            return gpu
 
     def train_step(self, work: "RankWork") -> StepMetrics | None:
         """One optimizer step."""
@@ -280,11 +297,15 @@ def started_line(address: WorkerAddress) -> str:
 
 def _fault_of(error: Exception, address: WorkerAddress, *, phase: str) -> RankFault:
     """Describe `error`, which is being handled on the rank at `address`."""
-    code = error.exit_code if isinstance(error, RollSftError) else None
+    code, summary = None, f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, RollSftError):
+        code, summary = error.exit_code, str(error)
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
+        code, summary = ResourceError.exit_code, f"{LACKS_MEMORY}: {first_line(error)}"
     return RankFault(
         address,
         phase=phase,
-        summary=str(error) if code is not None else f"{type(error).__name__}: {first_line(error)}",
+        summary=summary,
         is_collateral=_is_collateral(error),
         exit_code=code,
         details=traceback.format_exc(),

@@ -29,13 +29,14 @@ class NotedRun(NamedTuple):
 def pages(config: RunConfig, folder: Path, *, database: str) -> Iterator[str]:
     """The command that serves the curves of a run, where no server does, and the run's page.
 
-    `database` is how a user writes the path of the default SQLite file.
+    Nothing where MLflow has no run, as where it is not installed. `database` is how a user writes
+    the path of the default SQLite file.
     """
     uri = config.tracking.mlflow_uri or f"{SQLITE}{database}"
     server = redacted(uri) if uri.startswith(("http://", "https://")) else None
-    if server is None:
-        yield f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     noted = noted_run(folder)
+    if server is None and noted is not None:
+        yield f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     if noted is not None:
         yield f"curves: {noted.page(server or LOCAL_SERVER)}"
     elif server is not None:

@@ -76,10 +76,10 @@ def train_from(
             run_folder.write_text(folder / "config.yaml", composed_yaml)
             run_folder.write_json(folder / "data_report.json", job.data_report())
             records.begin()
+            records.device_name = _device(job, group)
             for tracker in trackers:
-                tracker.begin(device=f"{job.layout.world_size} x {group.device_name or 'CPU'}")
+                tracker.begin(device=f"{job.layout.world_size} x {records.device_name or 'CPU'}")
             LOG.info("step %d begins %s", first_step, clock)
-            records.device_name = group.device_name
             train(job, group, records, folder=folder, first_step=first_step)
 
 
@@ -174,6 +174,16 @@ def workers(
         group.kill()
         raise
     group.close()
+
+
+def _device(job: Job, group: WorkerGroup) -> str | None:
+    """Name of the GPUs, None on CPUs; warns where a run is estimated to need more memory."""
+    if not group.gpus:
+        return None
+    from roll_sft.job.memory import warn_of_memory
+
+    warn_of_memory(job.config, job.source.shape, min(gpu.free_gib for gpu in group.gpus))
+    return group.gpus[0].name
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -10,7 +10,7 @@ from transformers import Qwen2Config
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.in_process import prepare_job
-from roll_sft.job.memory import GIB, estimate
+from roll_sft.job.memory import GIB, estimate, warn_of_memory
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from tests import parity
@@ -246,3 +246,16 @@ def test_an_engine_holds_what_was_estimated(
         angles, scales = 4 * shape.head_dim, 2 + shape.num_attention_heads
         for _, kept, tokens in found:
             assert least <= kept / tokens / 4 <= least + angles + scales
+
+
+def test_a_run_that_needs_more_than_is_free_is_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = parity.parity_config(folder)
+    shape = prepare_job(config).source.shape
+    needed = estimate(config, shape).total_gib
+    warn_of_memory(config, shape, needed * 1.01)
+    assert not caplog.records
+    warn_of_memory(config, shape, needed * 0.99)
+    assert f"{needed:.1f} GiB" in caplog.text
+    assert "train.micro_batch_tokens" in caplog.text

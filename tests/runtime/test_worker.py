@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from roll_sft.base.errors import CheckpointError, DataError
@@ -43,6 +44,15 @@ def test_error_about_a_peer_is_collateral(error):
 )
 def test_error_of_the_rank_itself_is_not_collateral(error):
     assert not fault_of(error).is_collateral
+
+
+def test_a_gpu_without_memory_is_said_with_what_helps():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+    fault = fault_of(error)
+    assert fault.exit_code == 4
+    assert "train.micro_batch_tokens" in fault.summary
+    assert fault.summary.endswith("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "\n" not in fault.summary
 
 
 def test_error_crosses_the_wire_with_rank_host_phase_and_traceback():
