@@ -30,6 +30,7 @@ from tests import parity, waits
 from tests.gpu.compiled_checks import check_compiled
 from tests.gpu.repeat_checks import check_repeats
 
+CHECKS = ("kernels", "engine", "waits", "repeats", "compiled")
 BACKENDS = ("te", "flash", "varlen", "sdpa")
 Results = Iterator[tuple[str, float, float]]  # of each: its name, its value, the largest allowed
 
@@ -37,7 +38,9 @@ Results = Iterator[tuple[str, float, float]]  # of each: its name, its value, th
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--no-compile", action="store_true", help="leave compiled code out")
+    parser.add_argument(
+        "--only", nargs="+", metavar="CHECK", choices=CHECKS, help=", ".join(CHECKS)
+    )
     options = parser.parse_args()
     set_variables(deterministic=True)  # as some of the runs are
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -46,15 +49,16 @@ def main() -> int:
         process_groups(rendezvous, ParallelLayout(1), device=options.device, store=store),
         tempfile.TemporaryDirectory() as folder,
     ):
-        checks: list[Callable[[], Results]] = [
-            lambda: check_kernels(options.device),
-            lambda: check_engine(options.device, Path(folder)),
-            lambda: check_waits(options.device, Path(folder)),
-            lambda: check_repeats(options.device, Path(folder), backends=available(options.device)),
-        ]
-        if not options.no_compile:
-            checks.append(lambda: check_compiled(options.device, Path(folder)))
-        failures = sum(_failures(check) for check in checks)
+        inputs, device = Path(folder), options.device
+        checks: dict[str, Callable[[], Results]] = {
+            "kernels": lambda: check_kernels(device),
+            "engine": lambda: check_engine(device, inputs),
+            "waits": lambda: check_waits(device, inputs),
+            "repeats": lambda: check_repeats(device, inputs, backends=available(device)),
+            "compiled": lambda: check_compiled(device, inputs),
+        }
+        write_inputs(inputs)
+        failures = sum(_failures(checks[name]) for name in options.only or checks)
     return 1 if failures else 0
 
 
@@ -70,6 +74,12 @@ def _failures(check: Callable[[], Results]) -> int:
         print(f"FAIL {traceback.format_exc()}", flush=True)
         failures += 1
     return failures
+
+
+def write_inputs(folder: Path) -> None:
+    """The model and the rows of all checks that train."""
+    parity.write_model(folder / "model")
+    parity.write_rows(folder / "rows.jsonl")
 
 
 def available(device: str) -> list[str]:
@@ -123,8 +133,6 @@ def _outputs(
 
 def check_engine(device: str, folder: Path) -> Results:
     """Eight steps against transformers in fp32, bf16 against fp32, and the exported model."""
-    parity.write_model(folder / "model")
-    parity.write_rows(folder / "rows.jsonl")
     config = parity.parity_config(folder, parallel={"device": device})
     job = prepare_job(config)
     wanted, logits = parity.reference_run(job)
@@ -148,7 +156,7 @@ def check_engine(device: str, folder: Path) -> Results:
 def check_waits(device: str, folder: Path) -> Results:
     """Waits for the device that are ours, before a step's end; Megatron's are listed alone.
 
-    `folder` is that of `check_engine`.
+    `folder` holds what `write_inputs` writes.
     """
     config = parity.parity_config(folder, model={"dtype": "bf16"}, parallel={"device": device})
     job = prepare_job(config)

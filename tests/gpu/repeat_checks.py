@@ -20,7 +20,7 @@ def check_repeats(
 ) -> Iterator[tuple[str, float, float]]:
     """Steps that differ in loss or norm with `deterministic`, in bf16, with each kernel.
 
-    `folder` is that of `check_engine`.
+    `folder` holds what `check.write_inputs` writes.
     """
     for name in backends:
         config = parity.parity_config(
