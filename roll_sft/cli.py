@@ -83,7 +83,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument(
         "--suggest", action="store_true", help="layouts for --gpus GPUs of --memory GiB each"
     )
-    parser.add_argument("--gpus", type=_count, metavar="N")
+    parser.add_argument("--gpus", type=_count, metavar="N", help="in all")
     parser.add_argument("--memory", type=_gib, metavar="GIB", help="of a GPU, such as 80")
     parser.add_argument("--gpus-per-node", type=_count, metavar="N", help="default: 8")
     options, rest = parser.parse_known_args(arguments)

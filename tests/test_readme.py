@@ -98,6 +98,10 @@ def test_every_key_of_the_gpu_page_exists() -> None:
 
 # What a setting of the page's table is in a configuration.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "`train.recompute=[core_attn,layernorm]`": {"train.recompute": ["core_attn", "layernorm"]},
+    "`train.recompute=[core_attn,mlp,layernorm]`": {
+        "train.recompute": ["core_attn", "mlp", "layernorm"]
+    },
     "`train.recompute=full`": {"train.recompute": "full"},
     "`model.compile=false`": {"model.compile": False},
     "`model.dtype=fp32`": {"model.dtype": "fp32"},

@@ -4,12 +4,13 @@ Each layout appears once, with the recomputation and the virtual stages that sui
 estimated by `job.memory`, time by `job.step_time`.
 """
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.config.schema import ParallelConfig, RunConfig, layout_of
+from roll_sft.config.schema import ParallelConfig, RecomputeModule, RunConfig, layout_of
 from roll_sft.job.job import micro_batch_tokens
 from roll_sft.job.memory import MemoryEstimate, estimate
 from roll_sft.job.prepare import model_problems
@@ -21,7 +22,13 @@ LEAST_CONTEXT_TOKENS = 4096  # that the longest sample leaves to each context ra
 TIE = 1.05  # the estimate tells no two times apart that are closer
 OVERHEAD_GIB = 5.0  # of CUDA's context, NCCL's buffers and fragments, which no estimate counts
 MOST_AXES = 5
-RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
+# From what costs least to what frees most.
+RECOMPUTE: tuple[Literal["none", "full"] | list[RecomputeModule], ...] = (
+    "none",
+    ["core_attn", "layernorm"],
+    ["core_attn", "mlp", "layernorm"],
+    "full",
+)
 DEGREES = (
     "num_workers",
     "tensor_model_parallel_size",
@@ -88,10 +95,17 @@ class Candidate:
             "train.recompute": (self.config.train.recompute, given.train.recompute),
         }
         return " ".join(
-            f"{name}={'null' if value is None else str(value).lower()}"
+            shlex.quote(f"{name}={shown_value(value)}")
             for name, (value, before) in values.items()
             if value != before
         )
+
+
+def shown_value(value: object) -> str:
+    """`value` as a command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower()
 
 
 def _pair(name: str, config: RunConfig, given: RunConfig) -> tuple[object, object]:
@@ -106,8 +120,8 @@ def candidates(
     First those that fit: of those within `TIE` of the quickest the one of the fewest axes, the
     others by time. Then the rest, by memory.
     """
-    variants = list(_variants(config, shape, work, gpus))
-    quickest_s = min((each.time.total_s for each in variants if fits(each, gpus)), default=0.0)
+    every = list(variants(config, shape, work, gpus))
+    quickest_s = min((each.time.total_s for each in every if fits(each, gpus)), default=0.0)
 
     def order(each: Candidate) -> tuple[bool, int, float]:
         if not fits(each, gpus):
@@ -116,7 +130,7 @@ def candidates(
         return False, len(each.axes) if is_tie else MOST_AXES + 1, each.time.total_s
 
     best: dict[str, Candidate] = {}
-    for each in sorted(variants, key=order):
+    for each in sorted(every, key=order):
         best.setdefault(each.degrees, each)
     return tuple(best.values())
 
@@ -127,18 +141,20 @@ def fits(candidate: Candidate, gpus: Gpus) -> bool:
 
 
 def refusals(config: RunConfig, shape: ModelShape, gpus: Gpus) -> list[str]:
-    """Why some degrees cannot run at all, each reason once."""
+    """Why the model cannot have some of the degrees at all, each reason once."""
     problems = (
         problem
-        for parallel in _layouts(config, gpus)
+        for parallel in splits(config, gpus)
+        if parallel.virtual_pipeline_model_parallel_size is None
         for problem in model_problems(replace(config, parallel=parallel), shape)
     )
     return list(dict.fromkeys(problems))
 
 
-def _variants(config: RunConfig, shape: ModelShape, work: Work, gpus: Gpus) -> Iterator[Candidate]:
+def variants(config: RunConfig, shape: ModelShape, work: Work, gpus: Gpus) -> Iterator[Candidate]:
+    """Every layout that can run, with and without recomputation and virtual stages."""
     machine = Machine(gpus_per_node=gpus.per_node)
-    for parallel in _layouts(config, gpus):
+    for parallel in splits(config, gpus):
         layout = layout_of(parallel)
         for recompute in RECOMPUTE:
             train = replace(config.train, recompute=recompute)
@@ -146,17 +162,16 @@ def _variants(config: RunConfig, shape: ModelShape, work: Work, gpus: Gpus) -> I
             if any(model_problems(asked, shape)):
                 continue
             packed = replace(work, pack_tokens=micro_batch_tokens(asked, layout))
-            recomputes = recompute == "full"
             yield Candidate(
                 config=asked,
                 layout=layout,
                 memory=estimate(asked, shape),
-                time=step_time(shape, layout, packed, recomputes=recomputes, machine=machine),
+                time=step_time(shape, layout, packed, recompute=recompute, machine=machine),
                 micro_batches=micro_batches(packed, layout),
             )
 
 
-def _layouts(config: RunConfig, gpus: Gpus) -> Iterator[ParallelConfig]:
+def splits(config: RunConfig, gpus: Gpus) -> Iterator[ParallelConfig]:
     """Degrees that divide the GPUs; tensor ranks share a node, as Ray places them.
 
     Sequence parallelism is on: it exchanges no more, and cuts what tensor ranks else hold alike.

@@ -10,12 +10,14 @@ through each rank, to gather or to reduce-scatter it.
 
 - compute: 6NT FLOPs and the attention's (`base.metrics.flops_per_step`), over t p c, and over the
   layers of the fullest stage.
-- recompute: one more forward, a third of forward and backward (Korthikanti et al. 2022,
-  arXiv:2205.05198).
+- recompute: one more forward of what is recomputed, half of its backward's FLOPs (Korthikanti et
+  al. 2022, arXiv:2205.05198): the layers, or of each its MLP or its attention's scores. Norms cost
+  no product.
 - bubble: (p-1) / (v m) of all that a stage does in a step (Narayanan et al. 2021,
   arXiv:2104.04473, section 2.2).
 - tensor: 8 T h (t-1)/t numbers for each layer and micro-batch (the same, section 3.2); sequence
-  parallelism exchanges as many (arXiv:2205.05198, section 4.2.2). Recomputation adds half.
+  parallelism exchanges as many (arXiv:2205.05198, section 4.2.2). A layer that is recomputed adds
+  half, an MLP a quarter.
 - context: keys and values of the pack gathered in the forward, their gradients reduce-scattered in
   the backward (Llama Team 2024, arXiv:2407.21783, section 3.3.2): 4 T k (c-1) / t numbers.
 - pipeline: T h / t numbers each way, for each virtual stage and micro-batch (arXiv:2104.04473,
@@ -25,6 +27,7 @@ through each rank, to gather or to reduce-scatter it.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import astuple, dataclass
 
 from roll_sft.base.layout import ParallelLayout, round_up
@@ -84,22 +87,36 @@ def micro_batches(work: Work, layout: ParallelLayout) -> int:
 
 
 def step_time(
-    shape: ModelShape, layout: ParallelLayout, work: Work, *, recomputes: bool, machine: Machine
+    shape: ModelShape,
+    layout: ParallelLayout,
+    work: Work,
+    *,
+    recompute: Collection[str],
+    machine: Machine,
 ) -> StepTime:
-    """Seconds of one step of `work`; `recomputes` runs each layer's forward twice."""
+    """Seconds of one step of `work`; `recompute` is the value of `train.recompute`."""
     tensor, stages, context = layout.tensor_size, layout.pipeline_size, layout.context_size
     chunks = stages * layout.virtual_size
     chunk_layers = -(-shape.num_layers // chunks)
-    compute = _compute_s(shape, layout, work, machine) * chunk_layers * chunks / shape.num_layers
+    uneven = chunk_layers * chunks / shape.num_layers
+    compute = _rank_s(_step_flops(shape, work), layout, work, machine) * uneven
+    again = _rank_s(_recomputed_flops(shape, work, recompute), layout, work, machine) * uneven
     rank_tokens = work.tokens / _busy_ranks(work, layout) / context
     number = micro_batches(work, layout)
     passes = chunk_layers * layout.virtual_size * number  # of a micro-batch through a layer
     hidden = rank_tokens / number * shape.hidden_size * ACTIVATION_BYTES
     keys = 2 * rank_tokens / number * shape.num_key_value_heads * shape.head_dim * ACTIVATION_BYTES
-    more = 1.5 if recomputes else 1.0
+    is_full = _has(recompute, "full")
+    tensor_times = 1.5 if is_full else 1.25 if _has(recompute, "mlp") else 1.0
+    context_times = 1.5 if is_full or _has(recompute, "core_attn") else 1.0
     exchange = _Exchange(machine)
-    tensor_s = passes * COLLECTIVES_PER_LAYER * more * exchange.seconds(hidden, tensor, span=tensor)
-    context_s = (passes * 2 * more) * exchange.seconds(
+    tensor_s = (
+        passes
+        * COLLECTIVES_PER_LAYER
+        * tensor_times
+        * exchange.seconds(hidden, tensor, span=tensor)
+    )
+    context_s = (passes * 2 * context_times) * exchange.seconds(
         keys * context / tensor, context, span=tensor * context
     )
     sends = 2 * layout.virtual_size * number if stages > 1 else 0
@@ -110,10 +127,9 @@ def step_time(
         exchange.seconds(parameters * each, replicas, span=replicas * tensor)
         for each in (GRADIENT_BYTES, WEIGHT_BYTES)
     )
-    recompute_s = compute / 3 if recomputes else 0.0
-    busy_s = compute + recompute_s + tensor_s + context_s + pipeline_s
+    busy_s = compute + again + tensor_s + context_s + pipeline_s
     bubble_s = (stages - 1) / (layout.virtual_size * number) * busy_s
-    return StepTime(compute, recompute_s, bubble_s, tensor_s, context_s, pipeline_s, data_s)
+    return StepTime(compute, again, bubble_s, tensor_s, context_s, pipeline_s, data_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +149,44 @@ class _Exchange:
         return self.machine.collective_s + size / rate
 
 
-def _compute_s(shape: ModelShape, layout: ParallelLayout, work: Work, machine: Machine) -> float:
-    """Of forward and backward of the fullest data rank, if its layers were dealt evenly."""
-    length = max(1, round(work.tokens / work.samples))
+def _has(recompute: Collection[str], name: str) -> bool:
+    """Whether `train.recompute` names `name`; selective is a name of core_attn's."""
+    names = [recompute] if isinstance(recompute, str) else recompute
+    return name in names or (name == "core_attn" and "selective" in names)
+
+
+def _mean_length(work: Work) -> int:
+    return max(1, round(work.tokens / work.samples))
+
+
+def _step_flops(shape: ModelShape, work: Work) -> float:
+    """Of forward and backward of all samples, each of the mean length."""
+    length = _mean_length(work)
     flops = flops_per_step(
         num_matmul_parameters=shape.num_matmul_parameters,
         num_layers=shape.num_layers,
         attention_width=shape.attention_width,
         lengths=[length],
     )
-    flops *= work.tokens / length / _busy_ranks(work, layout)
+    return flops * work.tokens / length
+
+
+def _recomputed_flops(shape: ModelShape, work: Work, recompute: Collection[str]) -> float:
+    """Of the forward of what is recomputed: two for each weight and token, and its scores."""
+    head = shape.vocab_size * shape.hidden_size
+    mlp = 3 * shape.ffn_hidden_size * shape.hidden_size * shape.num_layers
+    scores = shape.attention_width * _mean_length(work) * shape.num_layers
+    is_full = _has(recompute, "full")
+    numbers = shape.num_matmul_parameters - head if is_full else 0
+    numbers += mlp if _has(recompute, "mlp") else 0
+    numbers += scores if is_full or _has(recompute, "core_attn") else 0
+    return 2.0 * numbers * work.tokens
+
+
+def _rank_s(flops: float, layout: ParallelLayout, work: Work, machine: Machine) -> float:
+    """Seconds of `flops` of a step on each rank, if the layers are dealt evenly."""
     degrees = layout.tensor_size * layout.pipeline_size * layout.context_size
-    return flops / degrees / machine.flops_per_s
+    return flops / _busy_ranks(work, layout) / degrees / machine.flops_per_s
 
 
 def _busy_ranks(work: Work, layout: ParallelLayout) -> float:

@@ -24,6 +24,7 @@ from roll_sft.job.layouts import (
     candidates,
     fits,
     refusals,
+    shown_value,
 )
 from roll_sft.job.overview import drawn_tokens
 from roll_sft.job.step_time import StepTime, Work
@@ -39,7 +40,7 @@ ASSUMED = (
 )
 TIMES = {  # what a step's time goes to, in the words of the reasons
     "compute_s": "computation: stages of unequal layers, or data ranks without samples",
-    "recompute_s": "every layer recomputed",
+    "recompute_s": "recomputation",
     "bubble_s": "the pipeline's bubble",
     "tensor_s": "exchanges of tensor ranks",
     "context_s": "keys and values gathered over context ranks",
@@ -117,7 +118,7 @@ def _table(best: Sequence[Candidate]) -> Table:
         exchanges_s = time.tensor_s + time.context_s + time.pipeline_s + time.data_s
         table.add_row(
             *(str(number), each.degrees, str(each.layout.virtual_size)),
-            *(str(each.config.train.recompute), str(each.micro_batches)),
+            *(shown_value(each.config.train.recompute), str(each.micro_batches)),
             f"{each.memory.total_gib:.1f}",
             *(f"{time.bubble_s / total_s:.0%}", f"{exchanges_s / total_s:.0%}"),
             f"{total_s / best[0].time.total_s:.2f}",
@@ -142,7 +143,7 @@ def _losers(found: Sequence[Candidate], best: Sequence[Candidate], gpus: Gpus) -
             largest = max(parts, key=parts.__getitem__)
             yield (
                 f"{each.degrees}: {memory.total_gib:.1f} GiB do not fit in {gpus.room_gib:g} with"
-                f" train.recompute={each.config.train.recompute}; {largest} take"
+                f" train.recompute={shown_value(each.config.train.recompute)}; {largest} take"
                 f" {parts[largest]:.1f}"
             )
 
@@ -173,8 +174,8 @@ def _nothing_fits(config: RunConfig, shape: ModelShape, work: Work, gpus: Gpus) 
     return (
         f"--memory: {gpus.memory_gib:g} GiB on each of {gpus.number} GPUs hold no layout; the least"
         f" is {needed:.1f}, for {least.degrees} with train.recompute="
-        f"{least.config.train.recompute} and {OVERHEAD_GIB:g} for CUDA and NCCL. What fits:"
-        f" {', or '.join(remedies)}"
+        f"{shown_value(least.config.train.recompute)} and {OVERHEAD_GIB:g} for CUDA and NCCL. What"
+        f" fits: {', or '.join(remedies)}"
     )
 
 

@@ -1,5 +1,6 @@
 """The time of a step: formulas beside a schedule that is played through, and their properties."""
 
+from collections.abc import Collection
 from dataclasses import astuple, replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_sft.base.layout import ParallelLayout
+from roll_sft.job.layouts import RECOMPUTE
 from roll_sft.job.step_time import Machine, StepTime, Work, micro_batches, step_time
 from roll_sft.models.shape import ModelShape
 
@@ -33,10 +35,10 @@ def time_of(
     layout: ParallelLayout,
     work: Work,
     *,
-    recomputes: bool = False,
+    recompute: Collection[str] = "none",
     machine: Machine = Machine(),  # noqa: B008 -- frozen
 ) -> StepTime:
-    return step_time(SHAPE, layout, work, recomputes=recomputes, machine=machine)
+    return step_time(SHAPE, layout, work, recompute=recompute, machine=machine)
 
 
 def played_through(stages: int, chunks: int, number: int) -> float:
@@ -121,9 +123,20 @@ def test_a_step_of_a_layer_is_the_sum_done_by_hand() -> None:
     flops = 6 * SHAPE.num_matmul_parameters + 6 * 32 * 4096 * 4096  # of a token of such a sample
     assert time.compute_s == pytest.approx(work.tokens * flops / 64 / machine.flops_per_s)
     assert time.recompute_s == 0
-    again = time_of(layout, work, recomputes=True, machine=machine)
-    assert again.recompute_s == pytest.approx(time.compute_s / 3)
+    again = time_of(layout, work, recompute="full", machine=machine)
+    of_head = 6 * work.tokens * 128_256 * 4096 / 64 / machine.flops_per_s
+    assert again.recompute_s == pytest.approx((time.compute_s - of_head) / 3)
     assert again.tensor_s == pytest.approx(1.5 * time.tensor_s)
+    assert again.context_s == pytest.approx(1.5 * time.context_s)
+    mlp = time_of(layout, work, recompute=["mlp"], machine=machine)
+    of_mlps = 2 * work.tokens * 32 * 3 * 14336 * 4096 / 64 / machine.flops_per_s
+    assert mlp.recompute_s == pytest.approx(of_mlps)
+    assert (mlp.tensor_s, mlp.context_s) == (pytest.approx(1.25 * time.tensor_s), time.context_s)
+    core = time_of(layout, work, recompute="selective", machine=machine)
+    assert core == time_of(layout, work, recompute=["core_attn", "layernorm"], machine=machine)
+    scores = 2 * work.tokens * 32 * 4096 * 4096 / 64 / machine.flops_per_s
+    assert core.recompute_s == pytest.approx(scores)
+    assert (core.tensor_s, core.context_s) == (time.tensor_s, pytest.approx(1.5 * time.context_s))
 
 
 def layouts() -> st.SearchStrategy[ParallelLayout]:
@@ -149,33 +162,37 @@ WORK = st.builds(
 )
 
 
-@given(layout=layouts(), work=WORK, recomputes=st.booleans())
+@given(layout=layouts(), work=WORK, recompute=st.sampled_from(RECOMPUTE))
 @settings(deadline=None, max_examples=200)
 def test_an_axis_of_one_costs_nothing_and_every_part_has_its_cause(
-    layout: ParallelLayout, work: Work, recomputes: bool
+    layout: ParallelLayout, work: Work, recompute: Collection[str]
 ) -> None:
-    time = time_of(layout, work, recomputes=recomputes)
+    time = time_of(layout, work, recompute=recompute)
     assert all(part >= 0 for part in astuple(time))
     assert (time.tensor_s > 0) == (layout.tensor_size > 1)
     assert (time.context_s > 0) == (layout.context_size > 1)
     assert (time.pipeline_s > 0) == (time.bubble_s > 0) == (layout.pipeline_size > 1)
     assert (time.data_s > 0) == (layout.data_size * layout.context_size > 1)
-    assert (time.recompute_s > 0) == recomputes
+    assert (time.recompute_s > 0) == (recompute != "none")
     assert time.total_s == pytest.approx(sum(astuple(time)))
 
 
-@given(layout=layouts(), work=WORK, recomputes=st.booleans())
+@given(layout=layouts(), work=WORK, recompute=st.sampled_from(RECOMPUTE))
 @settings(deadline=None, max_examples=200)
 def test_a_quicker_machine_or_less_to_do_is_never_slower(
-    layout: ParallelLayout, work: Work, recomputes: bool
+    layout: ParallelLayout, work: Work, recompute: Collection[str]
 ) -> None:
-    time = time_of(layout, work, recomputes=recomputes)
+    time = time_of(layout, work, recompute=recompute)
     for name in ("flops_per_s", "node_bytes_per_s", "network_bytes_per_s"):
         quicker = replace(Machine(), **{name: 2 * getattr(Machine(), name)})
-        assert time_of(layout, work, recomputes=recomputes, machine=quicker).total_s <= time.total_s
-    assert time_of(layout, work, recomputes=False).total_s <= time.total_s
+        assert time_of(layout, work, recompute=recompute, machine=quicker).total_s <= time.total_s
+    assert (
+        time_of(layout, work).total_s
+        <= time.total_s
+        <= time_of(layout, work, recompute="full").total_s
+    )
     more = replace(work, tokens=2 * work.tokens, samples=2 * work.samples)
-    assert time_of(layout, more, recomputes=recomputes).compute_s >= time.compute_s
+    assert time_of(layout, more, recompute=recompute).compute_s >= time.compute_s
     # No layout computes quicker than all GPUs together.
     alone = time_of(ParallelLayout(1), work).compute_s
     assert time.compute_s >= alone / layout.world_size * (1 - 1e-9)

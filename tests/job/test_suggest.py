@@ -14,7 +14,7 @@ from roll_sft import cli
 from roll_sft.config.build import build_config
 from roll_sft.config.layout_checks import layout_problems
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.job.layouts import TIE, Gpus, _layouts, _variants, candidates, fits
+from roll_sft.job.layouts import TIE, Gpus, candidates, fits, splits, variants
 from roll_sft.job.prepare import model_problems
 from roll_sft.job.step_time import Work
 from tests import doors
@@ -64,7 +64,7 @@ def test_candidates_can_run_are_complete_and_begin_with_the_quickest(
         assert each.layout.tensor_size <= gpus.per_node
         assert [*layout_problems(each.config.parallel), *model_problems(each.config, shape)] == []
     # Each way to split the GPUs is there, or the model refuses it.
-    for parallel in _layouts(config, gpus):
+    for parallel in splits(config, gpus):
         layout, asked = layout_of(parallel), replace(config, parallel=parallel)
         name = (
             f"TP{layout.tensor_size} PP{layout.pipeline_size} CP{layout.context_size}"
@@ -74,7 +74,7 @@ def test_candidates_can_run_are_complete_and_begin_with_the_quickest(
     # What fits comes first, and nothing that fits is quicker than the first by more than a tie.
     fitting = [fits(each, gpus) for each in found]
     assert fitting == sorted(fitting, reverse=True)
-    everything = list(_variants(config, shape, work, gpus))
+    everything = list(variants(config, shape, work, gpus))
     times = [each.time.total_s for each in everything if fits(each, gpus)]
     assert bool(times) == any(fitting)
     if times:
@@ -132,7 +132,7 @@ def test_three_layouts_are_proposed_and_each_other_one_has_its_reason(plan: Door
     proposed = {cells(outcome.stdout, number)[1] for number in "123"}
     # The splits of eight GPUs over tensor, pipeline and data ranks, but tensor 8 with 28 heads.
     assert len({*lines, *proposed}) == len(lines) + len(proposed) == 9
-    assert "recomputed" in lines["TP1 PP1 CP1 DP8"]
+    assert "recomputation" in lines["TP1 PP1 CP1 DP8"]
     assert "bubble" in lines["TP1 PP8 CP1 DP1"]
     assert "8 does not divide the model's num_attention_heads 28" in reasons
     assert "data.sequence_length is 4,096" in reasons
