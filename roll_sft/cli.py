@@ -178,6 +178,12 @@ def _convert(arguments: list[str]) -> int:
     return command.main(arguments, program="roll-sft convert")
 
 
+def _merge_lora(arguments: list[str]) -> int:
+    from roll_sft.convert import merge_lora
+
+    return merge_lora.main(arguments, program="roll-sft merge-lora")
+
+
 def _rows(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers of rows, from 0, such as 3,17")
@@ -212,6 +218,7 @@ COMMANDS = {
     "preview": Command("rows as they are trained on, token by token", _preview),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
     "convert": Command("a checkpoint to a folder that transformers loads, or back", _convert),
+    "merge-lora": Command("an adapter merged into its base model", _merge_lora),
 }
 
 

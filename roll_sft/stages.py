@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 JOB = "job"  # the folder of a run that joins the stages
+MODEL, ADAPTER = "hf", "adapter"  # folders of a run with what is exported
 
 
 def run(config: RunConfig, *, composed_yaml: str) -> None:
@@ -33,6 +35,9 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
 
     Raises errors of `roll_sft.base.errors`, each with the exit code that the doors end with.
     """
+    if config.lora.adapter_path is not None:  # workers have another current folder
+        path = str(Path(config.lora.adapter_path).absolute())
+        config = replace(config, lora=replace(config.lora, adapter_path=path))
     if config.dry_run:
         from roll_sft.job.dry_run import dry_overview
         from roll_sft.job.overview import show_overview
@@ -84,9 +89,9 @@ def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp)
             train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
         if not config.checkpoint.save and config.checkpoint.hf_export != "none":
             LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
-        elif config.checkpoint.hf_export == "final" and not _is_exported(folder, start, job):
+        elif config.checkpoint.hf_export != "none" and not _is_exported(folder, start, job):
             own = step_folders(checkpoints)
-            _convert(own[-1] if own else start.checkpoint, folder / "hf")
+            _export(job.config, own[-1] if own else start.checkpoint, folder)
         if start.step < job.total_steps or not (folder / CURVE).exists():
             draw_losses(folder)
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
@@ -112,19 +117,33 @@ def _on_cluster(config: RunConfig) -> RunConfig:
 
 def _is_exported(folder: Path, start: Start, job: Job) -> bool:
     """Whether a run that was finished before has its model already."""
-    return start.step >= job.total_steps and (folder / "hf").exists()
+    wanted = ADAPTER if job.config.checkpoint.hf_export == "adapter" else MODEL
+    return start.step >= job.total_steps and (folder / wanted).exists()
 
 
-def _convert(checkpoint: Path | None, output: Path) -> None:
-    """Convert a checkpoint in a process of its own: it needs neither workers nor Ray."""
+def _export(config: RunConfig, checkpoint: Path | None, folder: Path) -> None:
+    """Make of a checkpoint what `checkpoint.hf_export` asks for."""
     assert checkpoint is not None, "a run that is finished has a checkpoint"
-    LOG.info("exporting %s", checkpoint)
-    command = [sys.executable, "-m", "roll_sft.convert.command"]
-    command += ["--checkpoint", str(checkpoint), "--output", str(output), "--replace"]
+    convert = ["roll_sft.convert.command", "--checkpoint", str(checkpoint)]
+    if not config.lora.rank:
+        _convert(convert, folder / MODEL)
+        return
+    wanted = config.checkpoint.hf_export
+    if wanted in ("adapter", "final"):
+        _convert(convert, folder / ADAPTER)
+    if wanted in ("merged", "final"):
+        merge = ["roll_sft.convert.merge_lora", "--adapter", str(checkpoint)]
+        _convert([*merge, "--base", str(config.model.path)], folder / MODEL)
+
+
+def _convert(command: list[str], output: Path) -> None:
+    """Run a module and its arguments, as a process of its own: no workers and no Ray are needed."""
+    LOG.info("exporting %s", command[2])
+    command = [sys.executable, "-m", *command, "--output", str(output), "--replace"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
         kind = DivergedError if result.returncode == DivergedError.exit_code else CheckpointError
-        raise kind(f"the export of {checkpoint} failed: {lines[-1]}")
+        raise kind(f"the export to {output} failed: {lines[-1]}")
     told = "; ".join(result.stdout.strip().splitlines()[:-1])  # the last is the folder
-    LOG.info("HuggingFace model %s (%s)", output, told)
+    LOG.info("Hugging Face folder %s (%s)", output, told)

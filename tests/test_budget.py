@@ -29,6 +29,7 @@ OF_PREPARE = ("roll_sft/models/decoder_shape.py",)
 BY_NEED = {
     "roll_sft/checkpoint/background.py": "checkpoint.async_save",
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
+    "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
     "roll_sft/data/chat/fast/": "what only makes rendering quicker",
     "roll_sft/data/chat/template_budget.py": "templates that may build texts upon themselves",
@@ -47,15 +48,25 @@ BY_NEED = {
     "roll_sft/data/tokens/dropped_rows.py": "rows that are dropped",
     "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
+    "roll_sft/engine/lora.py": "lora.rank above 0",
+    "roll_sft/engine/lora_dropout.py": "lora.dropout above 0",
     "roll_sft/engine/recompute.py": "norms that are recomputed",
+    "roll_sft/job/lora.py": "lora.rank above 0",
+    "roll_sft/models/adapter.py": "lora.rank above 0",
     "roll_sft/models/hub.py": "a model of the hub",
+    "roll_sft/models/peft_folder.py": "lora.adapter_path",
     "roll_sft/models/random_weights.py": "a model that starts from random weights",
     "roll_sft/runtime/failures.py": "workers that fail",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/tracking/": "trackers",
 }
-# A small source is encoded quickly, too; without these the ids are the same.
-ALLOWED = ("roll_sft/engine/cpu_backend.py", "roll_sft/data/chat/fast/")
+# A small source is encoded quickly, too; without these the ids are the same. The section `lora` is
+# loaded for its defaults, which say that it is off.
+ALLOWED = (
+    "roll_sft/config/lora.py",
+    "roll_sft/data/chat/fast/",
+    "roll_sft/engine/cpu_backend.py",
+)
 
 # Notes every module of ours that a process imports, in a file of its own.
 SITE = """

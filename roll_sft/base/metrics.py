@@ -79,7 +79,7 @@ class EvalRecord:
 
 
 def flops_per_step(
-    *, num_matmul_parameters: int, num_layers: int, attention_width: int, lengths: list[int]
+    *, num_matmul_parameters: float, num_layers: int, attention_width: int, lengths: list[int]
 ) -> float:
     """Model FLOPs of forward and backward over samples of `lengths` real tokens.
 

@@ -20,13 +20,15 @@ _KEYS = {"kind": "lr_scheduler_type", "peak": "learning_rate", "minimum": "min_l
 def changes(current: RunState, stored: RunState) -> dict[str, str]:
     """Name of each change since the checkpoint of `stored` -> what was and what is.
 
-    Raises `ConfigError` for another dtype, which no flag allows.
+    Raises `ConfigError` for another dtype, other adapters or another base model of them, which no
+    flag allows.
     """
     if stored.dtype != current.dtype:
         raise ConfigError(
             f"model.dtype: {current.dtype!r}, and the checkpoint's is {stored.dtype!r};"
             f" set model.dtype={stored.dtype}, or start a new run from an export of it"
         )
+    _check_lora(current.facts.get("lora"), stored.facts.get("lora"))
     was, now = _by_name(stored), _by_name(current)
     found = {
         name: "; ".join(_differences(was[name], now[name]))
@@ -36,6 +38,34 @@ def changes(current: RunState, stored: RunState) -> dict[str, str]:
     if any(name in found for name in _BEHIND_THE_DATA):
         found.pop("data", None)
     return found
+
+
+def _check_lora(current: Any, stored: Any) -> None:
+    """Raise `ConfigError` where one has adapters and the other none, or they are not alike."""
+    if not isinstance(current, Mapping) and not isinstance(stored, Mapping):
+        return
+    if not isinstance(current, Mapping):
+        raise ConfigError(
+            f"lora.rank: 0, and the checkpoint holds adapters of rank {stored.get('rank')}; set"
+            f" lora.rank={stored.get('rank')}, or train the whole model that merge-lora makes of it"
+        )
+    if not isinstance(stored, Mapping):
+        raise ConfigError(
+            f"lora.rank: {current['rank']}, and the checkpoint holds a whole model; set"
+            " lora.rank=0, or convert the checkpoint and give that folder as model.path"
+        )
+    for name, value in current.items():
+        if name == "base_path" or _plain(value) == stored.get(name):
+            continue  # the same model may lie elsewhere
+        if name == "base_model":
+            raise ConfigError(
+                f"model.path: the base model is {value}, and the adapters of the checkpoint were"
+                f" trained on {stored.get(name)}; give that model, or start in another output_dir"
+            )
+        raise ConfigError(
+            f"lora.{name}: {value}, and the checkpoint has {stored.get(name)}; take the change"
+            " back, or start in another output_dir"
+        )
 
 
 def _by_name(state: RunState) -> dict[str, Any]:

@@ -34,7 +34,7 @@ ABBREVIATIONS = {
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
-    {"lora", "evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
+    {"lora.quantize_base", "evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
     | {"cluster.grace_s", "parallel.expert_model_parallel_size"}
     | {"parallel.expert_tensor_parallel_size", "train.loss", "train.loss_reduction"}
     | {"train.freeze", "train.num_layers_unfrozen", "train.neftune_noise_alpha"}
@@ -44,8 +44,7 @@ RESERVED = frozenset(
 RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",
     ("checkpoint.hf_export", "every_save"): "final, and `roll-sft convert` for other checkpoints",
-    ("checkpoint.hf_export", "adapter"): "final",
-    ("checkpoint.hf_export", "merged"): "final",
+    ("lora.init", "pissa"): "default or gaussian",
     ("tracking.backends", "tensorboard"): "mlflow",
     ("tracking.backends", "wandb"): "mlflow",
 }
@@ -178,6 +177,8 @@ def _converted(kind: Any, value: Any, *, name: str) -> Any:
         if value in choices_of(either[1]):
             raise _UnfitError(f"{shown(value)} is one of a list; write [{value}]")
     origin = get_origin(kind) or kind
+    if kind == list[str] and isinstance(value, str):  # one text for a list of one
+        value = [value]
     if origin in (list, dict) and not isinstance(value, origin):
         raise TypeError(f"{type(value).__name__} is not {origin.__name__}")
     if origin is list:

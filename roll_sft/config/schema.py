@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import redacted
 from roll_sft.config.keys import key
+from roll_sft.config.lora import LoraConfig
 
 ScheduleKind: TypeAlias = Literal["cosine", "linear", "constant", "wsd"]
 RecomputeModule: TypeAlias = Literal["core_attn", "mlp", "layernorm"]  # of Megatron's
@@ -87,9 +88,7 @@ class DataConfig:
     train: list[SourceConfig] = key([], "Sources to train on; required.")
     validation: list[SourceConfig] = key([], "Sources to evaluate on, each with its own loss.")
     prompt_key: str | None = key(None, "Column of the user's prompt; null detects it.")
-    query_key: str | None = key(
-        None, "Column that follows the prompt after a newline; null detects it."
-    )
+    query_key: str | None = key(None, "Column that follows it on a new line; null detects it.")
     response_key: str | None = key(None, "Column of the answer; null detects it.")
     system_key: str | None = key(None, "Column of the system message; null detects it.")
     messages_key: str | None = key(None, "Column of whole conversations; null detects it.")
@@ -196,9 +195,7 @@ class TrainConfig:
         at_least=1,
     )
     learning_rate: float = key(1e-5, "Highest learning rate, after warmup.", above=0, at_most=1e30)
-    min_learning_rate: float = key(
-        0.0, "Learning rate at the end of the decay.", at_least=0, at_most=1e30
-    )
+    min_learning_rate: float = key(0.0, "Learning rate at the end.", at_least=0, at_most=1e30)
     lr_scheduler_type: ScheduleKind = key(
         "cosine", "Schedule after warmup; wsd is constant with a decay at the end."
     )
@@ -280,8 +277,9 @@ class CheckpointConfig:
     save_optimizer: bool = key(
         True, "Keep optimizer state in checkpoints; a run cannot resume exactly without it."
     )
-    hf_export: Literal["none", "final"] = key(
-        "final", "Export the final model as a Hugging Face folder, or do not."
+    hf_export: Literal["none", "final", "adapter", "merged"] = key(
+        "final",
+        "Export of the final model; of LoRA the adapter, the merged model, or (final) both.",
     )
 
 
@@ -342,6 +340,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -365,8 +364,8 @@ def cluster_address(config: RunConfig) -> str | None:
 def token_cache_folder(config: RunConfig) -> Path:
     """Where prepared tokens are kept: by default where every node of the run sees them."""
     shared = Path(config.output_dir or f"outputs/{config.run_name}").parent / ".token_cache"
-    default = shared if cluster_address(config) else Path.home() / ".cache" / "roll_sft"
-    return Path(config.data.cache_dir or default)
+    home = Path.home() / ".cache" / "roll_sft"
+    return Path(config.data.cache_dir or (shared if cluster_address(config) else home))
 
 
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:

@@ -13,6 +13,7 @@ from typing import Any
 from roll_sft.base.errors import refuse
 from roll_sft.base.text import is_hostile, shown
 from roll_sft.config.layout_checks import backend_problems
+from roll_sft.config.lora import lora_problems
 from roll_sft.config.schema import DataConfig, RunConfig, SourceConfig, source_name
 
 LARGEST_INTEGER = 2**31 - 1  # of every key without a bound of its own
@@ -90,6 +91,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
         yield f"run_name: {name} must be letters, digits, dot, dash and underscore"
     yield from _checkpoint_problems(config)
     yield from backend_problems(config)
+    yield from lora_problems(config)
     yield from _source_problems(data)
 
 

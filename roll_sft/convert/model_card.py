@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ _TRAIN_KEYS = (
     "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm",
 )  # fmt: skip
 _DATA_KEYS = ("sequence_length", "packing", "train_on", "shuffle")
+_LORA_KEYS = ("rank", "alpha", "dropout", "use_rslora", "init")
 _COUNTS = ("rows", "kept", "tokens", "supervised_tokens")
 _TEMPLATE = """\
 ---
@@ -92,9 +93,12 @@ class _Run:
     sources: tuple[Mapping[str, Any], ...] = ()
     losses: tuple[tuple[int, float], ...] = ()  # (step, train loss)
     validation: tuple[tuple[str, int, float], ...] = ()  # (set, step, loss), the newest of each
+    is_adapter: bool = False  # the folder holds one, and no whole model
 
 
-def write_card(checkpoint: Path, folder: Path, *, manifest: Manifest, dtype: str) -> None:
+def write_card(
+    checkpoint: Path, folder: Path, *, manifest: Manifest, dtype: str, is_adapter: bool = False
+) -> None:
     """Put README.md and the loss's curve into the model `folder`, which is in `dtype`.
 
     A checkpoint of step 0 is a model that was converted and not trained: it keeps its own.
@@ -102,14 +106,19 @@ def write_card(checkpoint: Path, folder: Path, *, manifest: Manifest, dtype: str
     if manifest.state.step == 0:
         return
     home = checkpoint.resolve().parents[1]
-    run = _read_run(home, until=manifest.state.step)
+    run = replace(_read_run(home, until=manifest.state.step), is_adapter=is_adapter)
     source = _metadata_of(checkpoint / ASSETS / CARD)
     try:
         text = _render(run, home, folder=folder, manifest=manifest, source=source, dtype=dtype)
     except DAMAGE as error:
         LOG.warning("the model card has no details of the run: %s: %s", type(error).__name__, error)
         text = _render(
-            _Run(home.name), home, folder=folder, manifest=manifest, source={}, dtype=dtype
+            _Run(home.name, is_adapter=is_adapter),
+            home,
+            folder=folder,
+            manifest=manifest,
+            source={},
+            dtype=dtype,
         )
     (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -212,15 +221,15 @@ def _metadata(run: _Run, home: Path, *, source: Mapping[str, Any], hub_id: str |
     ]
     data = ModelCardData(
         base_model=hub_id,
-        base_model_relation="finetune" if hub_id else None,
+        base_model_relation=("adapter" if run.is_adapter else "finetune") if hub_id else None,
         datasets=_datasets(run.config, home) or None,
         eval_results=results or None,
         metrics=["perplexity"] if results else None,
         model_name=run.name if results else None,
         language=[*filter(_text, languages)] or None,
-        library_name="transformers",
+        library_name="peft" if run.is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["sft", "roll_sft", "megatron-core"],
+        tags=["sft", "roll_sft", "megatron-core", *(["lora"] if run.is_adapter else [])],
         **{key: source[key] for key in LICENCE if _text(source.get(key))},
     )
     return str(data.to_yaml()).strip()
@@ -261,7 +270,9 @@ def _datasets(config: Mapping[str, Any], home: Path) -> list[str]:
 def _settings(config: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
     """Every hyper-parameter of the run that was set, and how it was laid out."""
     values: dict[str, Any] = {"seed": manifest.state.seed, "model.dtype": manifest.state.dtype}
-    for section, keys in (("data", _DATA_KEYS), ("train", _TRAIN_KEYS)):
+    is_lora = "lora" in manifest.state.facts
+    lora = [("lora", _LORA_KEYS)] if is_lora else []
+    for section, keys in (("data", _DATA_KEYS), ("train", _TRAIN_KEYS), *lora):
         given = _mapping(config.get(section))
         values.update((f"{section}.{key}", given.get(key)) for key in keys)
     layout = manifest.state.layout

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from roll_sft.base.errors import CheckpointError, DivergedError, RollSftError
+from roll_sft.base.errors import CheckpointError, ConfigError, DivergedError, RollSftError
 from roll_sft.checkpoint.manifest import ASSETS, Manifest, StoredFile, check_complete, verify_hashes
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.checkpoint.resume import step_folders
@@ -52,6 +52,8 @@ def export(
 ) -> str:
     """Write `checkpoint` as a model folder that transformers loads; returns lines for the user.
 
+    Of adapters it becomes a folder that PEFT loads, in fp32 unless `dtype` says otherwise.
+
     `dtype` is fp32, bf16 or fp16; None keeps that of the source model. With `verified` the logits
     of both are compared before the folder gets its name. Raises `CheckpointError` for a folder that
     is no complete checkpoint, an `output` that is in the way, or logits that differ, and
@@ -66,6 +68,13 @@ def export(
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
     family = family_of(config)
     source = _Source(checkpoint, manifest, family, family.shape(config))
+    if "lora" in manifest.state.facts:
+        if verified:
+            raise ConfigError(
+                f"--verify: compares whole models, and {checkpoint} holds an adapter; leave it out,"
+                " or merge it with roll-sft merge-lora"
+            )
+        return _export_adapter(source, output, dtype=dtype, replace=replace)
     chosen, reason = _choose_dtype(config, dtype, manifest=manifest)
     with new_folder(output, kind="model", marker="config.json", replace=replace) as folder:
         _write_weights(source, folder, dtype=chosen)
@@ -75,6 +84,16 @@ def export(
         from roll_sft.convert.verify import verify  # slow to import
 
         return f"dtype {reason}\n{verify(folder, checkpoint, dtype=chosen)}"
+
+
+def _export_adapter(source: _Source, output: Path, *, dtype: str | None, replace: bool) -> str:
+    """Write the adapters of a checkpoint that holds no whole model."""
+    from roll_sft.convert.adapter import export_adapter
+    from roll_sft.models.peft_folder import CONFIG
+
+    with new_folder(output, kind="adapter", marker=CONFIG, replace=replace) as folder:
+        model = (source.family, source.shape)
+        return export_adapter(source.folder, folder, model, dtype=dtype)
 
 
 def _check_assets(checkpoint: Path, manifest: Manifest) -> None:

@@ -35,6 +35,7 @@ class PackDescription(PackedSeqParams):
 
     segments: Segments | None = None
     angles: torch.Tensor | None = None  # float32 [T, 1, E]: cosines, then sines
+    token_keys: torch.Tensor | None = None  # int32 [T], for dropout
 
 
 def describe_pack(

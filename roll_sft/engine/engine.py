@@ -8,12 +8,14 @@ a step nothing of ours waits for the device before its end, which reads the norm
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
@@ -42,6 +44,7 @@ from roll_sft.models.source import ModelSource
 
 if TYPE_CHECKING:
     from roll_sft.checkpoint.background import BackgroundWriter
+    from roll_sft.engine.lora import Adapters
 
 
 class Readout:
@@ -103,10 +106,11 @@ class Engine:
             ),
         )
         self.chunks = build.build_model(source.shape, self._transformer, kernel=kernel)
-        if checkpoint is None:
+        if checkpoint is None or config.lora.rank:
             build.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
         else:
             build.clear_weights(self.chunks)
+        self._adapters = self._adapt(source, is_new=checkpoint is None)
         self._wrapped = build.wrap_model(
             self.chunks,
             self._transformer,
@@ -120,6 +124,14 @@ class Engine:
         if checkpoint is not None:
             self._load(checkpoint)
 
+    def _adapt(self, source: ModelSource, *, is_new: bool) -> "Adapters | None":
+        """Freeze the model and add adapters, if that is what is trained."""
+        if not self._config.lora.rank:
+            return None
+        from roll_sft.engine.lora import adapted
+
+        return adapted(self.chunks, source, self._config, layers=self._transformer, is_new=is_new)
+
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step; `work` is this rank's share of the global batch.
 
@@ -127,6 +139,8 @@ class Engine:
         """
         started = time.perf_counter()
         seed_step(self._config.seed, step=work.step)
+        if self._adapters is not None:
+            self._adapters.begin_step(work.step)
         batches = self._ahead.take(work.micro_batches)
         if work.next_micro_batches is not None:
             self._ahead.begin(work.next_micro_batches)
@@ -201,7 +215,7 @@ class Engine:
         index, step = read_index(folder), read_manifest(folder).state.optimizer_step
         make_optimizer_state(self.optimizer, step=step or 0)
         has_optimizer = step is not None
-        load_state(index, rank_state(self.chunks, self.optimizer if has_optimizer else None))
+        load_state(index, self._rank_state(self.optimizer if has_optimizer else None))
         check_loaded(self.chunks, folder)
         if not has_optimizer:
             self.optimizer.reload_model_params()
@@ -209,11 +223,15 @@ class Engine:
     def _state(self) -> tuple[RankState, int | None]:
         """The state to save, and Adam's count if the optimizer is part of it."""
         if not self._config.checkpoint.save_optimizer:
-            return rank_state(self.chunks, None), None
+            return self._rank_state(None), None
         step = optimizer_step(self.optimizer)
         if step == 0:  # there are no moments yet
             make_optimizer_state(self.optimizer, step=0)
-        return rank_state(self.chunks, self.optimizer), step
+        return self._rank_state(self.optimizer), step
+
+    def _rank_state(self, optimizer: MegatronOptimizer | None) -> RankState:
+        trained = None if self._adapters is None else self._adapters.places()
+        return rank_state(self.chunks, optimizer, trained)
 
     def build(self, tokens: TokenSet, indices: Indices) -> list[MicroBatch]:
         """This rank's micro-batches of the samples `indices` of `tokens`, on the host."""
@@ -224,6 +242,8 @@ class Engine:
             rank=self._rank,
             vocab_size=self._shape.vocab_size,
         )
+        if self._adapters is not None:
+            batches = self._adapters.keyed(batches, indices, self._layout, self._rank)
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:
@@ -291,8 +311,9 @@ class Engine:
             pack.tokens_T,
             pack.positions_T,
             None,
-            packed_seq_params=describe_pack(
-                batch.segments, pack.positions_T, frequencies=self._frequencies
+            packed_seq_params=replace(
+                describe_pack(batch.segments, pack.positions_T, frequencies=self._frequencies),
+                token_keys=batch.token_keys,
             ),
             **loss_arguments(batch.rows),
         )

@@ -133,8 +133,8 @@ class _HeadLoss(torch.autograd.Function):
         adds_to_buffer: bool,
     ) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden)
-        if adds_to_buffer:
-            grad_weight = weight.main_grad
+        if not ctx.needs_input_grad[1] or adds_to_buffer:
+            grad_weight = weight.main_grad if ctx.needs_input_grad[1] else None  # if frozen
             ctx.save_for_backward(grad_hidden)
         else:
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -151,7 +151,7 @@ class _HeadLoss(torch.autograd.Function):
             "the loss must be a sum over rows: their gradients are formed with one factor for all"
         )
         grad_hidden, *grad_weight = ctx.saved_tensors
-        if not grad_weight:
+        if ctx.needs_input_grad[1] and not grad_weight:
             # On a GPU this would wait for the device.
             assert grad_losses.is_cuda or (grad_losses == 1).all(), (
                 "the loss must be the plain sum of rows: the weight's gradient has been added"
@@ -160,7 +160,8 @@ class _HeadLoss(torch.autograd.Function):
         factor = grad_losses[:1].sum()  # 0 where there are no rows
         # In place: a copy of the weight's gradient may be a gigabyte, and a graph runs once.
         grad_hidden.mul_(factor)
-        return grad_hidden, grad_weight[0].mul_(factor).to(ctx.weight.dtype), None, None, None
+        of_weight = grad_weight[0].mul_(factor).to(ctx.weight.dtype) if grad_weight else None
+        return grad_hidden, of_weight, None, None, None
 
 
 def _added(weight: Any) -> torch.Tensor | None:
@@ -182,9 +183,12 @@ def _forward(
     labels: torch.Tensor,
     *,
     softmax: Any,
-    gradients: tuple[torch.Tensor, torch.Tensor] | None,
+    gradients: tuple[torch.Tensor, torch.Tensor | None] | None,
 ) -> torch.Tensor:
-    """The losses; adds the gradients of their sum to `gradients` (of hidden and of weight)."""
+    """The losses; adds the gradients of their sum to `gradients` (of hidden and of weight).
+
+    That of a frozen weight is None.
+    """
     width = weight.shape[0]
     first = parallel_state.get_tensor_model_parallel_rank() * width
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -202,7 +206,8 @@ def _forward(
         )
         if gradients is not None:
             torch.mm(gradient, weight, out=gradients[0][rows])
-            add_product(gradients[1], gradient.t(), hidden[rows])
+            if gradients[1] is not None:
+                add_product(gradients[1], gradient.t(), hidden[rows])
         del gradient  # before the next chunk takes as much
     return losses
 

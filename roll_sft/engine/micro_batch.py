@@ -75,6 +75,7 @@ class MicroBatch:
     pack: PackedBatch  # only tokens_T and positions_T leave the host
     segments: Segments
     rows: SupervisedRows
+    token_keys: torch.Tensor | None = None  # int32 [T], where dropout needs them
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory."""
@@ -88,7 +89,8 @@ class MicroBatch:
         pack = replace(
             self.pack, tokens_T=move(self.pack.tokens_T), positions_T=move(self.pack.positions_T)
         )
-        return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move))
+        keys = None if self.token_keys is None else move(self.token_keys)
+        return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move), keys)
 
 
 def build_micro_batches(

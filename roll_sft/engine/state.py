@@ -59,9 +59,16 @@ class RankState:
         return [each.piece for each in self.pieces if each.owner == rank and not each.is_copy]
 
 
-def rank_state(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> RankState:
-    """The pieces of this rank's weights, and of its optimizer if given, whose state must exist."""
-    places = _Places(chunks)
+def rank_state(
+    chunks: list[GPTModel],
+    optimizer: MegatronOptimizer | None,
+    trained: "list[Place] | None" = None,
+) -> RankState:
+    """The pieces of this rank's weights, and of its optimizer if given, whose state must exist.
+
+    `trained` are the places of what is trained, where that is not every weight.
+    """
+    places = _Places(chunks if trained is None else [], also=trained or [])
     shared = [(place.piece, place.is_copy) for place in places.all]
     own: list[tuple[Piece, bool]] = []
     for inner in [] if optimizer is None else inner_optimizers(optimizer):
@@ -123,7 +130,7 @@ def check_written(pieces: Sequence[Piece]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a part of a parameter lies: in this rank's memory and in the whole model."""
 
     address: int
@@ -138,8 +145,8 @@ class _Places:
     as two halves of one tensor, so that the tensor shards of each lie together.
     """
 
-    def __init__(self, chunks: list[GPTModel]) -> None:
-        self.all: list[_Place] = []
+    def __init__(self, chunks: list[GPTModel], *, also: Sequence[Place] = ()) -> None:
+        self.all = [*also]
         self.objects: dict[str, bytes] = {}
         for chunk in chunks:
             state = chunk.sharded_state_dict()
@@ -180,7 +187,7 @@ class _Places:
                 yield state, place.is_copy
         assert num_cut == flat.numel(), f"{num_cut} of {flat.numel()} numbers have a place"
 
-    def _within(self, parameter: torch.Tensor) -> Iterator[_Place]:
+    def _within(self, parameter: torch.Tensor) -> Iterator[Place]:
         """The places in the memory of `parameter`, in order."""
         start = parameter.data_ptr()
         first, stop = (
@@ -190,7 +197,7 @@ class _Places:
         yield from self.all[first:stop]
 
 
-def _place(sharded: ShardedTensor) -> _Place:
+def _place(sharded: ShardedTensor) -> Place:
     data = sharded.data
     assert data is not None, f"{sharded.key} has no data"
     leading = (1,) * sharded.prepend_axis_num
@@ -203,7 +210,7 @@ def _place(sharded: ShardedTensor) -> _Place:
     )
     replica = sharded.replica_id
     assert isinstance(replica, tuple), f"{sharded.key}: replica {replica} names no data rank"
-    return _Place(data.data_ptr(), piece, any(replica[:-1]))  # the last is the data rank
+    return Place(data.data_ptr(), piece, any(replica[:-1]))  # the last is the data rank
 
 
 def _owners(sizes: list[int]) -> list[int]:

@@ -78,6 +78,7 @@ class Job:
                     "schedule": asdict(schedule),
                     "optimizer": {name: getattr(config.train, name) for name in _OPTIMIZER},
                     "shuffle": config.data.shuffle,
+                    **_facts_of_lora(prepared),
                 },
             ),
             save_assets=prepared.save_assets,
@@ -97,6 +98,14 @@ class Job:
             ],
             "validation": [report.to_dict() for report in self.reports["validation"]],
         }
+
+
+def _facts_of_lora(prepared: Prepared) -> dict[str, Any]:
+    if not prepared.config.lora.rank:
+        return {}
+    from roll_sft.job.lora import lora_facts
+
+    return {"lora": lora_facts(prepared.config, prepared.source)}
 
 
 def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:

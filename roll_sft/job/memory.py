@@ -62,11 +62,15 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
     layout = layout_of(config.parallel)
     run = _Run(config, layout, shape, micro_batch_tokens(config, layout))
     weight_bytes, master_bytes = _weight_bytes(run)
-    parameters = _parameters(run, stage)
+    parameters = trained = _parameters(run, stage)
+    if run.config.lora.rank:
+        adapters, saved = _adapter_parameters(run, stage)
+        trained = adapters + saved
+        parameters += adapters
     # The distributed optimizer cuts masters and moments over data x context ranks.
     is_cut = config.parallel.use_distributed_optimizer
     replicas = layout.data_size * layout.context_size if is_cut else 1
-    state = parameters * (weight_bytes + 4 + (master_bytes + 8) / replicas)
+    state = parameters * weight_bytes + trained * (4 + (master_bytes + 8) / replicas)
 
     tokens = run.pack_tokens // layout.context_size
     kept, recomputed = _kept_per_layer(run)
@@ -78,8 +82,8 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
         state_gib=state / GIB,
         activations_gib=numbers * weight_bytes / GIB,
         head_gib=_head_bytes(run, tokens) / GIB if is_last else 0.0,
-        update_gib=parameters * update_bytes / replicas / GIB,
-        save_host_gib=_save_host_bytes(run, parameters) / GIB,
+        update_gib=trained * update_bytes / replicas / GIB,
+        save_host_gib=_save_host_bytes(run, trained) / GIB,
     )
 
 
@@ -120,6 +124,48 @@ def _parameters(run: _Run, stage: int) -> float:
     return (in_layers * share + ends * embedding) / layout.tensor_size
 
 
+def _adapter_parameters(run: _Run, stage: int) -> tuple[float, float]:
+    """What a rank of `stage` trains: of adapters, and of the embedding and head beside them."""
+    from roll_sft.models.adapter import adapted_weights, saved_weights  # a run without needs none
+    from roll_sft.models.source import family_named
+
+    shape, layout, lora = run.shape, run.layout, run.config.lora
+    family, of_model = family_named(shape.architecture), 0.0
+    for weight in adapted_weights(family, shape, lora).values():
+        inputs = len(weight.modules) * weight.num_inputs
+        outputs = sum(map(weight.num_outputs, weight.modules))
+        cut, whole = (inputs, outputs) if weight.is_row_parallel else (outputs, inputs)
+        of_model += lora.rank * (cut / layout.tensor_size + whole)
+    is_first, is_last = stage == 0, stage == layout.pipeline_size - 1
+    ends = sum(
+        is_first if name.startswith("embedding") else is_last
+        for name in saved_weights(family, shape, lora)
+    )
+    embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
+    share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
+    return of_model * share, ends * embedding / layout.tensor_size
+
+
+def _kept_by_adapters(run: _Run) -> float:
+    """Numbers that the adapters of a layer keep for each token, beside what the layer does.
+
+    Inputs that sequence parallelism has gathered; and with dropout each projection's own, with the
+    places that it dropped.
+    """
+    from roll_sft.models.adapter import adapted_weights
+    from roll_sft.models.source import family_named
+
+    shape, layout, lora = run.shape, run.layout, run.config.lora
+    kept = 0.0
+    for weight in adapted_weights(family_named(shape.architecture), shape, lora).values():
+        inputs = weight.num_inputs / (layout.tensor_size if weight.is_row_parallel else 1)
+        if layout.sequence_parallel and not weight.is_row_parallel:
+            kept += inputs
+        if lora.dropout:
+            kept += 1.5 * inputs * len(weight.modules)
+    return kept / shape.num_layers
+
+
 def _layers_in_flight(run: _Run, stage: int) -> int:
     """Layers whose activations a rank of `stage` holds at once, each micro-batch's counted."""
     layout = run.layout
@@ -151,6 +197,8 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
         "mlp": mlp / layout.tensor_size,
     }
     kept = rest + sum(parts.values())
+    if run.config.lora.rank:
+        kept += _kept_by_adapters(run)
     if recompute == "full":
         return hidden, kept
     modules = recompute if isinstance(recompute, list) else ["core_attn"] * (recompute != "none")
@@ -165,7 +213,8 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
 def _gradients_of_layer(run: _Run, tokens: int) -> float:
     """Numbers of the widest moment of a layer's backward: the MLP's, and of its weight."""
     shape, tensor_size = run.shape, run.layout.tensor_size
-    wide = 3 * tokens * shape.ffn_hidden_size + 2 * shape.ffn_hidden_size * shape.hidden_size
+    weights = 0 if run.config.lora.rank else 2 * shape.ffn_hidden_size * shape.hidden_size
+    wide = 3 * tokens * shape.ffn_hidden_size + weights
     return 2 * tokens * shape.hidden_size + wide / tensor_size
 
 
@@ -174,7 +223,7 @@ def _head_bytes(run: _Run, tokens: int) -> float:
 
     Logits exist before the softmax and as gradients; op by op in fp32 between. When they are gone,
     the weight's gradient is there in its own dtype, too. On a GPU that gradient is added to the
-    buffer that the state counts, and takes nothing here.
+    buffer that the state counts, and takes nothing here; a frozen weight has none.
     """
     shape, layout = run.shape, run.layout
     width, _ = _weight_bytes(run)
@@ -184,7 +233,8 @@ def _head_bytes(run: _Run, tokens: int) -> float:
     on_gpu = run.config.parallel.device != "cpu"
     chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
     rows = 2 * tokens * shape.hidden_size * width
-    if on_gpu:
+    is_frozen = run.config.lora.rank > 0 and "lm_head" not in run.config.lora.modules_to_save
+    if on_gpu or is_frozen:
         return chunk + rows
     copy = weight * width if width < 4 else 0
     return max(chunk, copy) + rows + weight * 4
@@ -194,11 +244,14 @@ def _save_host_bytes(run: _Run, parameters: float) -> float:
     """Host memory that a save takes from a rank with `parameters`.
 
     In the background: a copy of what the rank writes, its share of the weights and its own ranges
-    of the optimizer. Else the largest tensor, which leaves the device alone.
+    of the optimizer. Else the largest tensor, which leaves the device alone. `parameters` are those
+    that are trained.
     """
     config, shape, layout = run.config, run.shape, run.layout
     weight, master = _weight_bytes(run)
     if not config.checkpoint.async_save:
+        if config.lora.rank and not config.lora.modules_to_save:
+            return weight * config.lora.rank * max(shape.ffn_hidden_size, shape.hidden_size)
         return weight * shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
     owners = layout.data_size * layout.context_size
     optimizer = 8 + master if config.checkpoint.save_optimizer else 0

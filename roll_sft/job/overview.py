@@ -115,9 +115,16 @@ def _layout_table(overview: Overview) -> Table:
 def _model_table(overview: Overview) -> Table:
     shape = overview.shape
     table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
+    parameters = f"{shape.num_parameters:,}"
+    if overview.config.lora.rank:
+        from roll_sft.models.adapter import num_trained_by
+
+        num_trained = num_trained_by(overview.config.lora, shape)
+        share = num_trained / shape.num_parameters
+        parameters += f", {num_trained:,} trained ({100 * share:.2g} %)"
     table.add_row(
         shape.architecture,
-        f"{shape.num_parameters:,}",
+        parameters,
         str(shape.num_layers),
         str(shape.hidden_size),
         overview.config.model.dtype,

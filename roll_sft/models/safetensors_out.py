@@ -73,7 +73,7 @@ def write_hf_folder(
     `CheckpointError` for a tensor that is missing, extra or misshapen, and what `rounded` raises.
     """
     _copy_assets(assets, folder=folder, dtype=plan.dtype)
-    _write_shards(tensors, plan=plan, folder=folder)
+    write_shards(tensors, plan=plan, folder=folder)
 
 
 def _num_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -91,10 +91,13 @@ def _copy_assets(assets: Path, *, folder: Path, dtype: torch.dtype) -> None:
     widen(folder)
 
 
-def _write_shards(
+def write_shards(
     tensors: Iterable[tuple[str, torch.Tensor]], *, plan: ShardPlan, folder: Path
 ) -> None:
-    """Write every planned tensor exactly once, and the index if there are several files."""
+    """Write every planned tensor exactly once, and the index if there are several files.
+
+    Takes and raises what `write_hf_folder` does.
+    """
     stream = iter(tensors)
     for file_name, names in plan.shards.items():
         with (folder / file_name).open("wb", buffering=0) as file:

@@ -39,6 +39,11 @@ class ParityError(RollSftError):
 
 def run(config: RunConfig, *, samples: int | None) -> None:
     """Compare the first `samples` of the first batch of `config`; `ParityError` if it is red."""
+    if config.lora.rank:
+        raise ConfigError(
+            f"lora.rank: {config.lora.rank}, and parity compares the whole model; leave lora out:"
+            " adapters change nothing before the first step"
+        )
     config = _bounded(config, samples=samples)
     with run_folder.claimed(run_folder.output_folder(config) / "parity") as folder:
         job = prepare_job(with_device_of_cluster(config))

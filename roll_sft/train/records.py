@@ -112,9 +112,10 @@ class Records:
         peak = metrics.peak_flops(self.device_name)
         if peak is None:
             return None
-        shape = self._job.source.shape
+        shape, is_frozen = self._job.source.shape, self._job.config.lora.rank > 0
         flops = metrics.flops_per_step(
-            num_matmul_parameters=shape.num_matmul_parameters,
+            # Frozen weights have no gradients: two products in place of three.
+            num_matmul_parameters=shape.num_matmul_parameters * (2 if is_frozen else 3) / 3,
             num_layers=shape.num_layers,
             attention_width=shape.attention_width,
             lengths=self._job.data.train.lengths[list(plan.sample_ids)].tolist(),

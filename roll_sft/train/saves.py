@@ -227,7 +227,12 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Size of a checkpoint's tensors: weights, and two fp32 moments; masters where not fp32."""
     weight, master = (2, 4) if config.model.dtype == "bf16" else (4, 0)
     optimizer = 8 + master if config.checkpoint.save_optimizer else 0
-    return shape.num_parameters * (weight + optimizer)
+    num_trained = shape.num_parameters
+    if config.lora.rank:
+        from roll_sft.models.adapter import num_trained_by
+
+        num_trained = num_trained_by(config.lora, shape)
+    return num_trained * (weight + optimizer)
 
 
 def free_bytes(folder: Path) -> int:

@@ -98,6 +98,9 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
             "model",
             f"{_shown(model)} ({_size(model)})",
         )
+    adapter = folder / "adapter"
+    if adapter.is_dir():
+        yield "adapter", f"{_shown(adapter)} ({_size(adapter)})"
     steps = sorted(folder.glob(f"{run_folder.CHECKPOINTS}/step_*"))
     if steps:
         yield "newest checkpoint", f"{_shown(steps[-1])} ({_size(steps[-1])})"

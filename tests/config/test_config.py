@@ -49,6 +49,7 @@ KEYS = {
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
     " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
     " save_minutes logging_steps log_samples",
+    "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path",
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
     " hf_export",
     "tracking.": "backends mlflow_uri experiment",
@@ -358,7 +359,7 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
     [
         ("model.dtype", "fp16"),
         ("checkpoint.hf_export", "every_save"),
-        ("checkpoint.hf_export", "adapter"),
+        ("lora.init", "pissa"),
         ("tracking.backends", ["wandb"]),
         ("tracking.backends", ["tensorboard"]),
     ],
@@ -372,8 +373,6 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
 @pytest.mark.parametrize(
     "key",
     [
-        "lora",
-        "lora.rank",
         "lora.quantize_base",
         "moe.aux_loss_coef",
         "moe.dispatcher",

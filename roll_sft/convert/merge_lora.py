@@ -1,0 +1,213 @@
+"""A base model and an adapter of it -> one model folder, as PEFT's `merge_and_unload` makes it.
+
+    python -m roll_sft.convert.merge_lora --adapter FOLDER --base FOLDER --output FOLDER [--replace]
+
+The adapter is a PEFT folder or a checkpoint of a run with `lora.rank`. One tensor is in memory at a
+time. In fp32 the result equals PEFT's byte for byte; in another dtype each number is rounded once.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from roll_sft.base.errors import CheckpointError, ConfigError, report
+from roll_sft.base.gc_pauses import leave_quickly
+from roll_sft.checkpoint.manifest import ASSETS
+from roll_sft.convert.adapter import StoredAdapter, stored_adapter
+from roll_sft.convert.from_hf import DTYPES, one_thread
+from roll_sft.convert.model_card import write_card
+from roll_sft.convert.new_folder import new_folder
+from roll_sft.job.lora import base_shape, check_base, fingerprint
+from roll_sft.models.adapter import peft_name, scaling
+from roll_sft.models.assets import (
+    MODEL_FILES,
+    TEXT_FILES,
+    TOKENIZER_CONFIG,
+    asset_files,
+    check_assets,
+    copy_file,
+)
+from roll_sft.models.family import Family
+from roll_sft.models.finite import NotFiniteError
+from roll_sft.models.random_weights import RandomSource
+from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
+from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
+from roll_sft.models.shape import ModelShape
+
+_BLOCK_NUMBERS = 1 << 20  # of a weight, merged at once: they stay in the cache of a core
+_RANDOM = "random weights of seed "
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def main(arguments: list[str] | None = None, *, program: str | None = None) -> int:
+    """The command line; returns the exit code, the cause as the last line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog=program, description="An adapter merged into its base model.", allow_abbrev=False
+    )
+    parser.add_argument("--adapter", type=Path, required=True, help="a PEFT or a step folder")
+    parser.add_argument("--base", type=Path, required=True, help="the folder of the base model")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: that of the base")
+    parser.add_argument("--replace", action="store_true", help="replace an earlier output")
+    options = parser.parse_args(arguments)
+    leave_quickly()
+    try:
+        told = merge(
+            options.adapter,
+            options.base,
+            options.output,
+            dtype=options.dtype,
+            replace=options.replace,
+        )
+    except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
+        return report(error)
+    sys.stdout.write(f"{told}\n{options.output}\n")
+    return 0
+
+
+@dataclass(slots=True)
+class _Rounding:
+    """Squares of the adapters' parts of all weights, and of what rounding changes of them."""
+
+    added: float = 0.0
+    lost: float = 0.0
+
+
+def merge(
+    adapter: Path, base: Path, output: Path, *, dtype: str | None = None, replace: bool = False
+) -> str:
+    """Write the model of `base` with `adapter` merged into `output`; returns a line for the user.
+
+    Raises `ConfigError` for an adapter of another base, `CheckpointError` for damaged files or an
+    `output` that is in the way.
+    """
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"--base: '{base}' has no config.json; give the folder of the base model")
+    family, shape = base_shape(base)
+    stored = stored_adapter(adapter, family, shape)
+    source = _base_source(stored, base, family, shape)
+    chosen = DTYPES[dtype] if dtype else _dtype_of(source)
+    plan = plan_shards(family.hf_shapes(shape), dtype=chosen)
+    rounding = _Rounding()
+    with (
+        new_folder(output, kind="model", marker="config.json", replace=replace) as folder,
+        tempfile.TemporaryDirectory() as scratch,
+        one_thread(),
+    ):
+        assets = _assets(stored, base, Path(scratch))
+        tensors = _merged(stored, source, list(plan.shapes), chosen, rounding)
+        try:
+            write_hf_folder(tensors, plan=plan, assets=assets, folder=folder)
+        except NotFiniteError as error:
+            raise CheckpointError(
+                f"{adapter}: {error}; the adapter or its base is damaged, take another copy"
+            ) from error
+        if stored.manifest is not None:
+            write_card(adapter, folder, manifest=stored.manifest, dtype=_NAMES[chosen])
+    why = "as asked for" if dtype else "the base's"
+    told = f"dtype {_NAMES[chosen]}, {why}"
+    if chosen == torch.float32 or not rounding.added:
+        return told
+    share = (rounding.lost / rounding.added) ** 0.5
+    return f"{told}; rounding changes what the adapter adds by {100 * share:.2g} %"
+
+
+def _base_source(
+    stored: StoredAdapter, base: Path, family: Family, shape: ModelShape
+) -> TensorSource:
+    """The weights of the base, which must be those that the adapter was trained on."""
+    if stored.manifest is None:
+        check_base(stored.folder, base, key="--adapter")
+    else:
+        facts = stored.manifest.state.facts["lora"]
+        wanted = str(facts["base_model"] if isinstance(facts, dict) else facts)
+        if wanted.startswith(_RANDOM):
+            return RandomSource(
+                family.hf_shapes(shape),
+                seed=int(wanted.removeprefix(_RANDOM)),
+                initializer_range=shape.initializer_range,
+            )
+        if wanted != (found := fingerprint(base)):
+            raise ConfigError(
+                f"--adapter: '{stored.folder}' was trained on the base model {wanted}, and"
+                f" '{base}' is {found}; give the base model that it was trained on"
+            )
+    source = SafetensorsSource(base)
+    family.check_source(shape, source=source)
+    return source
+
+
+def _dtype_of(source: TensorSource) -> torch.dtype:
+    if isinstance(source, SafetensorsSource):
+        return source.dtype("model.norm.weight")
+    return torch.float32
+
+
+def _merged(
+    stored: StoredAdapter,
+    source: TensorSource,
+    names: list[str],
+    dtype: torch.dtype,
+    rounding: _Rounding,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the base, in the order of `names`, with the adapter's part added."""
+    for name in names:
+        module = name.removesuffix(".weight")
+        a_name, b_name = (peft_name(module, part) for part in ("lora_A", "lora_B"))
+        if peft_name(module) in stored.shapes and name.endswith(".weight"):
+            yield name, stored.read(peft_name(module))
+        elif a_name in stored.shapes and name.endswith(".weight"):
+            parts = (stored.read(b_name).float(), stored.read(a_name).float())
+            yield name, _added(source.read(name), parts, scaling(stored.lora), dtype, rounding)
+        else:
+            yield name, source.read(name)
+
+
+def _added(
+    weight: torch.Tensor,
+    parts: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    dtype: torch.dtype,
+    rounding: _Rounding,
+) -> torch.Tensor:
+    """`weight` [O, I] plus scale * B A, computed in fp32 and rounded once to `dtype`."""
+    b, a = parts
+    merged = torch.empty(weight.shape, dtype=dtype)
+    size = max(1, _BLOCK_NUMBERS // weight.shape[1])
+    for start in range(0, weight.shape[0], size):
+        rows = slice(start, start + size)
+        total = (b[rows] @ a).mul_(scale)  # in PEFT's order of operations
+        if dtype != torch.float32:
+            rounding.added += float(total.norm()) ** 2
+        total.add_(weight[rows])
+        merged[rows] = total
+        if dtype != torch.float32:
+            rounding.lost += float(total.sub_(merged[rows]).norm()) ** 2
+    return merged
+
+
+def _assets(stored: StoredAdapter, base: Path, scratch: Path) -> Path:
+    """A folder of the files beside the weights: the base's, and the tokenizer that was trained."""
+    if stored.manifest is not None:
+        assets = stored.folder / ASSETS
+        check_assets(assets)
+        return assets
+    trained = [name for name in asset_files(stored.folder) if name not in TEXT_FILES]
+    has_tokenizer = TOKENIZER_CONFIG in trained
+    for name in asset_files(base):
+        if not has_tokenizer or name in (*MODEL_FILES, *TEXT_FILES):
+            copy_file(base / name, scratch / name)
+    for name in trained if has_tokenizer else ():
+        if name != "config.json":
+            copy_file(stored.folder / name, scratch / name)
+    check_assets(scratch)
+    return scratch
+
+
+if __name__ == "__main__":
+    sys.exit(main())

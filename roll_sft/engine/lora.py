@@ -1,0 +1,390 @@
+"""LoRA on a rank: adapters beside Megatron's linear layers, and what follows for the engine.
+
+Legend: N tokens, r rank, P adapted projections of a fused weight, I inputs and O outputs of the
+weight on this tensor rank, R <= O rows of it that have adapters.
+
+Where the base is cut along its outputs, A is whole on every tensor rank and B is cut; where it is
+cut along its inputs, A is cut, B is whole, and the product is added before the reduction. So the
+forward and the backward need no other collectives than the base. The gradient of the whole half is
+then a part of a sum over the tensor ranks on each of them; `sum_whole_halves` adds it up, once a
+step.
+
+Promises: adapters equal PEFT's on every layout; the base is never changed; only adapters have
+gradients and optimizer state.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from roll_sft.base.layout import Coordinate, ParallelLayout
+from roll_sft.checkpoint.tensors import Piece
+from roll_sft.config.lora import LoraConfig
+from roll_sft.config.schema import RunConfig
+from roll_sft.engine.build import named_parameters
+from roll_sft.engine.layers import LayerConfig
+from roll_sft.engine.lora_dropout import TokenDropout, with_keys
+from roll_sft.engine.micro_batch import Indices, MicroBatch
+from roll_sft.engine.state import Place
+from roll_sft.models.adapter import (
+    AdaptedWeight,
+    adapted_weights,
+    peft_name,
+    saved_weights,
+    scaling,
+)
+from roll_sft.models.peft_folder import AdapterSource
+from roll_sft.models.source import ModelSource
+
+_LINEAR_LAYERS = (  # of a layer of Megatron's
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+class Adapter(torch.nn.Module):
+    """The adapters of the projections that are fused in one weight of Megatron's.
+
+    `lora_A` [P * r, I] and `lora_B` [R, r] hold those of one projection after the other.
+    """
+
+    def __init__(
+        self,
+        weight: AdaptedWeight,
+        *,
+        lora: LoraConfig,
+        like: torch.Tensor,
+        dropout: TokenDropout | None,
+    ) -> None:
+        """`like` is the base weight [O, I], for its shape, dtype and device."""
+        super().__init__()
+        self._dropout = dropout
+        self._weight, self._rank, self._scale = weight, lora.rank, scaling(lora)
+        self._num_outputs, num_inputs = like.shape
+        self.runs, rows = _rows_of(weight)
+        self._rows_per_module = [
+            sum(run.stop - run.start for run in self.runs if run.module == module)
+            for module in weight.modules
+        ]
+        is_whole = len(rows) == self._num_outputs and bool((rows.diff() > 0).all())
+        self.register_buffer("_rows", None if is_whole else rows, persistent=False)
+        self._rows: torch.Tensor | None
+        height = lora.rank * len(weight.modules)
+        self.lora_A = torch.nn.Parameter(like.new_zeros(height, num_inputs))
+        self.lora_B = torch.nn.Parameter(like.new_zeros(len(rows), lora.rank))
+        cut, dim = (self.lora_A, 1) if weight.is_row_parallel else (self.lora_B, 0)
+        # By these marks the gradient norm counts every rank's part, and the whole half once.
+        for mark, value in (
+            ("tensor_model_parallel", True),
+            ("partition_dim", dim),
+            ("partition_stride", 1),
+        ):
+            setattr(cut, mark, value)
+
+    @property
+    def whole_half(self) -> torch.nn.Parameter:
+        """The parameter that all tensor ranks hold alike."""
+        return self.lora_B if self._weight.is_row_parallel else self.lora_A
+
+    def forward(self, product: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """`product` [N, O] of the base, which is overwritten, with B A `inputs` [N, I] added."""
+        return product.addmm_(self._hidden(inputs), self._joint_b().t())
+
+    def _hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+        """A `inputs`, [N, P * r]; each projection drops inputs of its own."""
+        if self._dropout is None or not self.training:
+            return F.linear(inputs, self.lora_A)
+        first = _tensor_rank() * inputs.shape[1] if self._weight.is_row_parallel else 0
+        parts = [
+            F.linear(self._dropout(inputs, module=module, first_column=first), part)
+            for module, part in zip(
+                self._weight.modules, self.lora_A.split(self._rank), strict=True
+            )
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _joint_b(self) -> torch.Tensor:
+        """[O, P * r]: each row of B scaled, in the columns of its projection, in the base's order.
+
+        One product of it is faster than one of each projection, whose rows lie scattered.
+        """
+        joint = torch.block_diag(*self.lora_B.split(self._rows_per_module)) * self._scale
+        if self._rows is None:
+            return joint
+        return joint.new_zeros(self._num_outputs, joint.shape[1]).index_copy(0, self._rows, joint)
+
+    def places(self) -> Iterator[Place]:
+        """Where the adapters lie in the tensors of PEFT's that a checkpoint holds."""
+        weight, rank, is_second = self._weight, self._rank, _tensor_rank() > 0
+        width, start = self.lora_A.shape[1], 0
+        if weight.is_row_parallel:
+            start = _tensor_rank() * width
+        for index, module in enumerate(weight.modules):
+            part = self.lora_A.detach()[index * rank : (index + 1) * rank]
+            shape = (rank, weight.num_inputs)
+            piece = Piece(peft_name(module, "lora_A"), shape, (0, start), part)
+            yield Place(part.data_ptr(), piece, is_second and not weight.is_row_parallel)
+        first = 0
+        for run in self.runs:
+            stop = first + run.stop - run.start
+            part = self.lora_B.detach()[first:stop]
+            shape = (weight.num_outputs(run.module), rank)
+            piece = Piece(peft_name(run.module, "lora_B"), shape, (run.start, 0), part)
+            yield Place(part.data_ptr(), piece, is_second and weight.is_row_parallel)
+            first = stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows [start, stop) of a module's B, which lie one after the other on this rank."""
+
+    module: str
+    start: int
+    stop: int
+
+
+def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor]:
+    """The rows of this tensor rank with adapters: runs of them, and their places int64 [R].
+
+    Both in the order of the modules; a place is a row of the rank's fused weight.
+    """
+    numbers = weight.rows_of_rank(tensor_rank=_tensor_rank(), tensor_size=_tensor_size())
+    firsts, runs, places = weight.first_rows(), [], []
+    for module in weight.modules:
+        first = firsts[f"{module}.weight"]
+        is_here = (numbers >= first) & (numbers < first + weight.num_outputs(module))
+        place = is_here.nonzero()[:, 0]
+        rows, order = (numbers[place] - first).sort()
+        places.append(place[order])
+        ends = [index + 1 for index, gap in enumerate((rows.diff() > 1).tolist()) if gap]
+        for start, stop in itertools.pairwise([0, *ends, len(rows)]):
+            if start < stop:
+                runs.append(_Run(module, int(rows[start]), int(rows[stop - 1]) + 1))
+    return runs, torch.cat(places)
+
+
+class AdaptedLinear(torch.nn.Module):
+    """A linear layer of Megatron's, frozen, and its adapter. Its parameters keep their names."""
+
+    def __init__(self, base: Any, adapter: Adapter, *, config: LayerConfig) -> None:
+        super().__init__()
+        assert base.bias is None or not base.skip_bias_add, "a bias is added here"
+        self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
+        self._is_sharded = config.sequence_parallel
+
+    def _product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[n, 1, I] -> [n, 1, O]."""
+        rows = inputs.flatten(0, 1)
+        product = self.adapter(F.linear(rows, self.weight, self.bias), rows)
+        return product.view(*inputs.shape[:2], -1)
+
+
+class AdaptedColumns(AdaptedLinear):
+    """Cut along its outputs, as queries, keys and values are, and gate and up."""
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[N or N / TP, 1, I] -> [N, 1, O], and no bias that is left to add."""
+        if self._is_sharded:
+            inputs = gather_from_sequence_parallel_region(inputs, tensor_parallel_output_grad=True)
+        else:
+            inputs = copy_to_tensor_model_parallel_region(inputs)
+        return self._product(inputs), None
+
+
+class AdaptedRows(AdaptedLinear):
+    """Cut along its inputs, as the output projections of attention and MLP are."""
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[N, 1, I] -> [N or N / TP, 1, O], and no bias that is left to add."""
+        product = self._product(inputs)
+        if self._is_sharded:
+            return reduce_scatter_to_sequence_parallel_region(product), None
+        return reduce_from_tensor_model_parallel_region(product), None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """All that a rank trains: its adapters, and the weights of `modules_to_save`."""
+
+    adapters: tuple[Adapter, ...]
+    saved: dict[str, torch.nn.Parameter]  # PEFT's name -> [padded V / TP, D]
+    dropout: TokenDropout | None
+
+    def keyed(
+        self,
+        batches: list[MicroBatch],
+        indices: Indices,
+        layout: ParallelLayout,
+        rank: Coordinate,
+    ) -> list[MicroBatch]:
+        """`batches` of the samples `indices`, with the keys of their tokens if dropout needs it."""
+        if self.dropout is None:
+            return batches
+        return with_keys(batches, indices, layout=layout, context_rank=rank.context_rank)
+
+    def begin_step(self, step: int) -> None:
+        """Called before the forward of step `step`."""
+        if self.dropout is not None:
+            self.dropout.begin_step(step)
+
+    def places(self) -> list[Place]:
+        """Where each trained number lies in the tensors that a checkpoint holds."""
+        found = [place for adapter in self.adapters for place in adapter.places()]
+        for name, weight in self.saved.items():
+            rows, width = weight.shape
+            shape, corner = (rows * _tensor_size(), width), (rows * _tensor_rank(), 0)
+            piece = Piece(name, shape, corner, weight.detach(), is_padded=True)
+            found.append(Place(weight.data_ptr(), piece, is_copy=False))
+        return found
+
+
+def adapted(
+    chunks: Sequence[GPTModel],
+    source: ModelSource,
+    config: RunConfig,
+    *,
+    layers: LayerConfig,
+    is_new: bool,
+) -> Adapters:
+    """Freeze the loaded `chunks`, and put adapters where `config.lora` asks for them.
+
+    They begin at their first values, or at those of `lora.adapter_path`, if the run `is_new`; else
+    at zero, for a checkpoint to fill. Raises `CheckpointError` for an adapter that is damaged.
+    """
+    saved = saved_weights(source.family, source.shape, config.lora)
+    trained = {}
+    for name, parameter in named_parameters(list(chunks)):
+        parameter.requires_grad_(name in saved)
+        if name in saved:
+            trained[peft_name(saved[name].name.removesuffix(".weight"))] = parameter
+    weights = adapted_weights(source.family, source.shape, config.lora)
+    dropout = None
+    if config.lora.dropout:
+        dropout = TokenDropout(
+            config.lora.dropout, seed=config.seed, is_compiled=layers.is_compiled
+        )
+    made = _adapters(chunks, weights, config.lora, layers=layers, dropout=dropout)
+    adapters = Adapters(tuple(made), trained, dropout)
+    if layers.recompute_granularity is not None and chunks[0].pre_process:
+        # What is recomputed has a backward only if its input has a gradient.
+        chunks[0].embedding.register_forward_hook(_require_gradient)
+    _sum_halves_at_the_end(layers, [adapter.whole_half for adapter in adapters.adapters])
+    path = config.lora.adapter_path
+    if is_new and path is None:
+        _begin(adapters, lora=config.lora, seed=config.seed)
+    elif is_new and path is not None:
+        _load(adapters, AdapterSource(path))
+    return adapters
+
+
+def _adapters(
+    chunks: Sequence[GPTModel],
+    weights: Mapping[str, AdaptedWeight],
+    lora: LoraConfig,
+    *,
+    layers: LayerConfig,
+    dropout: TokenDropout | None,
+) -> Iterator[Adapter]:
+    """Put an adapter beside each linear layer whose weight is one of `weights`."""
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        if dropout is not None:
+            dropout.follow(layer)
+        for name in _LINEAR_LAYERS:
+            weight = weights.get(f"decoder.layers.{layer.layer_number - 1}.{name}.weight")
+            if weight is None:
+                continue
+            owner, _, leaf = name.partition(".")
+            module = getattr(layer, owner)
+            base = getattr(module, leaf)
+            adapter = Adapter(weight, lora=lora, like=base.weight, dropout=dropout)
+            kind = AdaptedRows if weight.is_row_parallel else AdaptedColumns
+            setattr(module, leaf, kind(base, adapter, config=layers))
+            yield adapter
+
+
+def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+
+
+def _sum_halves_at_the_end(layers: LayerConfig, halves: Sequence[torch.nn.Parameter]) -> None:
+    """Have the gradients of `halves` added up over the tensor ranks at the end of each backward."""
+    if _tensor_size() == 1 or not halves:
+        return
+    finalize: Any = layers.finalize_model_grads_func
+
+    def finalize_and_sum(model: Any, *rest: Any, **named: Any) -> None:
+        finalize(model, *rest, **named)
+        gradients = [half.main_grad.view(-1) for half in halves]  # type: ignore[attr-defined]
+        joint = torch.cat(gradients)
+        dist.all_reduce(joint, group=parallel_state.get_tensor_model_parallel_group())
+        for gradient, part in zip(gradients, joint.split([*map(len, gradients)]), strict=True):
+            gradient.copy_(part)
+
+    layers.finalize_model_grads_func = finalize_and_sum
+
+
+def _begin(adapters: Adapters, *, lora: LoraConfig, seed: int) -> None:
+    """Give every A its first values; B stays zero.
+
+    Each tensor is drawn whole from a generator of its own, seeded by `seed` and its name, so that
+    the values do not depend on the layout.
+    """
+    with torch.no_grad():
+        for place in adapters.places():
+            if place.piece.key.endswith(".lora_A.weight"):
+                whole = _first_values(place.piece, lora=lora, seed=seed)
+                place.piece.tensor.copy_(_rectangle(whole, place.piece))
+
+
+def _first_values(piece: Piece, *, lora: LoraConfig, seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed}:{piece.key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    whole = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
+    if lora.init == "gaussian":
+        return whole.normal_(0.0, 1 / lora.rank, generator=generator)
+    bound = 1 / math.sqrt(piece.shape[1])
+    return whole.uniform_(-bound, bound, generator=generator)
+
+
+def _load(adapters: Adapters, source: AdapterSource) -> None:
+    """Fill what is trained from the tensors of a PEFT folder, whose embedding is not padded."""
+    with torch.no_grad():
+        for place in adapters.places():
+            part = _rectangle(source.read(place.piece.key), place.piece)
+            place.piece.tensor[: len(part)].copy_(part)
+
+
+def _rectangle(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The numbers of `piece` in its whole tensor."""
+    for dim, (start, size) in enumerate(zip(piece.offset, piece.tensor.shape, strict=True)):
+        start = min(start, whole.shape[dim])
+        whole = whole.narrow(dim, start, min(size, whole.shape[dim] - start))
+    return whole
+
+
+def _tensor_rank() -> int:
+    rank: int = parallel_state.get_tensor_model_parallel_rank()
+    return rank
+
+
+def _tensor_size() -> int:
+    size: int = parallel_state.get_tensor_model_parallel_world_size()
+    return size

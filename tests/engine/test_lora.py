@@ -1,0 +1,237 @@
+"""Adapters on our engine against peft on transformers, step by step, at every layout."""
+
+import importlib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from roll_sft.checkpoint.manifest import read_manifest
+from roll_sft.checkpoint.reader import Reader
+from roll_sft.config.schema import layout_of
+from roll_sft.convert.merge_lora import merge
+from roll_sft.convert.to_hf import export
+from roll_sft.job.in_process import prepare_job
+from tests import parity
+from tests.engine.test_parity import LAYOUTS
+from tests.pool import RankPool
+
+peft = pytest.importorskip("peft")
+lora = importlib.import_module("tests.lora")  # which imports peft
+
+pytestmark = pytest.mark.slow
+
+LOSS_TOLERANCE, NORM_TOLERANCE, LOGIT_TOLERANCE = 1e-6, 5e-5, 2e-5
+ADAPTER_TOLERANCE, MERGED_TOLERANCE = 1e-5, 1e-5
+TP2XPP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "num_workers": 4}
+TP2XCP2 = {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "num_workers": 4}
+ALL_LAYOUTS = {**LAYOUTS, "TP2xPP2": TP2XPP2, "TP2xCP2": TP2XCP2}
+KINDS = ("qwen2-tied", "qwen3", "llama", "qwen2-one_kv_head")
+# What the adapters are; of peft's names alpha and targets differ from ours.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all": {"rank": 4, "alpha": 8},
+    "all-16": {"rank": 16, "alpha": 16, "use_rslora": True},
+    "attention": {"rank": 16, "alpha": 32, "target_modules": lora.ATTENTION},
+    "some": {"rank": 4, "alpha": 2, "target_modules": ["v_proj", "q_proj", "up_proj"]},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    adapter: str
+    layout: str
+    packing: bool
+    recompute: str = field(default="none", kw_only=True)  # or modules, joined by "+"
+
+    @property
+    def name(self) -> str:
+        packing = "packed" if self.packing else "single"
+        return f"{self.kind}-{self.adapter}-{self.layout}-{packing}-{self.recompute}"
+
+
+# Full recomputation, and more tensor ranks than key heads, which share a group's rows.
+MORE = [
+    Case("llama", "attention", "TP2xPP2x2+SP", packing=True, recompute="full"),
+    Case("qwen2-one_kv_head", "some", "TP2xPP2+SP", packing=True),
+]
+ALL = [
+    Case(kind, adapter, layout, packing=packing)
+    for kind in KINDS
+    for adapter in ADAPTERS
+    for layout in ALL_LAYOUTS
+    for packing in (True, False)
+]
+SUBSET = [
+    Case("qwen2-tied", "all", "PP2x2", packing=True),
+    Case("qwen3", "all-16", "TP2xCP2+SP", packing=False),
+    Case("llama", "some", "TP2+SP", packing=True, recompute="core_attn+mlp+layernorm"),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    is_full = metafunc.config.getoption("--all-layouts")
+    if "case" in metafunc.fixturenames:
+        cases = [*SUBSET, *MORE, *ALL] if is_full else SUBSET
+        metafunc.parametrize("case", cases, ids=lambda case: case.name)
+    if "dropping" in metafunc.fixturenames:
+        names = ALL_LAYOUTS if is_full else ["TP2xCP2+SP"]
+        metafunc.parametrize("dropping", names)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lora")
+    parity.write_rows(root / "rows.jsonl")
+    return root
+
+
+@cache
+def home_of(root: Path, kind: str) -> Path:
+    home = root / kind
+    home.mkdir()
+    parity.write_model(home / "model", kind=kind)
+    (home / "rows.jsonl").symlink_to(root / "rows.jsonl")
+    return home
+
+
+@cache
+def adapter_of(home: Path, name: str) -> Path:
+    options = dict(ADAPTERS[name])
+    targets = options.pop("target_modules", "all-linear")
+    rank, alpha = options.pop("rank"), options.pop("alpha")
+    return lora.write_adapter(
+        home / "model", home / name, r=rank, lora_alpha=alpha, target_modules=targets, **options
+    )
+
+
+@cache
+def reference(
+    home: Path, name: str
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
+    adapter = adapter_of(home, name)
+    job = prepare_job(lora.lora_config(home, adapter, lora=ADAPTERS[name]))
+    return lora.reference_run(job, adapter)
+
+
+def worst(steps: list[dict[str, float]], wanted: list[dict[str, float]], key: str) -> float:
+    assert len(steps) == len(wanted)
+    return max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
+
+
+def test_every_step_and_the_exported_adapter_equal_peft(
+    case: Case, folder: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    home, modules = home_of(folder, case.kind), case.recompute.split("+")
+    config = lora.lora_config(
+        home,
+        adapter_of(home, case.adapter),
+        lora=ADAPTERS[case.adapter],
+        parallel=ALL_LAYOUTS[case.layout],
+        data={"packing": case.packing},
+        train={"recompute": modules if len(modules) > 1 else case.recompute},
+    )
+    wanted, tensors, logits = reference(home, case.adapter)
+    staging = tmp_path / "checkpoints" / ".staging_00000010"
+    staging.mkdir(parents=True)
+    ranks = pool.run(lora.engine_run, layout_of(config.parallel), config, staging)
+    (steps,) = [rank for rank in ranks if rank is not None]
+    step = lora.published(prepare_job(config), staging, 10)
+    export(step, tmp_path / "adapter", dtype=None, replace=False)
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert exported.keys() == tensors.keys()
+    base = AutoModelForCausalLM.from_pretrained(home / "model", attn_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    found = parity.model_logits(loaded)
+    errors = {
+        "loss": worst(steps, wanted, "loss"),
+        "grad_norm": worst(steps, wanted, "grad_norm"),
+        "adapter": max(float((exported[k] - v).abs().max()) for k, v in tensors.items()),
+        "logits": float((found - logits).abs().max() / logits.abs().max()),
+    }
+    print(f"lora {case.name}", {name: f"{value:.1e}" for name, value in errors.items()})
+    assert errors["loss"] < LOSS_TOLERANCE
+    assert errors["grad_norm"] < NORM_TOLERANCE
+    assert errors["adapter"] < ADAPTER_TOLERANCE
+    assert errors["logits"] < LOGIT_TOLERANCE
+    merge(step, home / "model", tmp_path / "merged")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    unmerged = (parity.model_logits(ours) - found).abs().max() / found.abs().max()
+    assert unmerged < MERGED_TOLERANCE
+    theirs = loaded.merge_and_unload().state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+
+
+def test_dropout_is_the_same_on_every_layout_and_when_layers_are_recomputed(
+    dropping: str, folder: Path, pool: RankPool
+) -> None:
+    home = home_of(folder, "qwen3")
+    wanted, plain = dropped_runs(home, pool)
+    config = dropping_config(home, ALL_LAYOUTS[dropping], recompute="full")
+    (steps,) = filter(None, pool.run(lora.engine_run, layout_of(config.parallel), config, None))
+    assert worst(steps, wanted, "loss") < LOSS_TOLERANCE
+    assert worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
+    assert worst(steps, plain, "loss") > 1e-4
+
+
+def dropping_config(home: Path, layout: dict[str, Any], *, recompute: str = "none") -> Any:
+    values = {"dropout": 0.2}
+    train = {"recompute": recompute, "max_steps": 6}
+    return lora.lora_config(home, None, lora=values, parallel=layout, train=train)
+
+
+@cache
+def dropped_runs(home: Path, pool: RankPool) -> tuple[list[Any], list[Any]]:
+    """The steps of one process, with dropout and without."""
+    found = []
+    for config in (
+        dropping_config(home, LAYOUTS["1"]),
+        lora.lora_config(home, None, train={"max_steps": 6}),
+    ):
+        (steps,) = pool.run(lora.engine_run, layout_of(config.parallel), config, None)
+        found.append(steps)
+    return found[0], found[1]
+
+
+def test_a_run_goes_on_on_other_layouts_from_megabytes(
+    folder: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    """Both ends of modules_to_save are trained too, on padded vocabularies."""
+    home = home_of(folder, "qwen3")
+    options = {"dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head"]}
+    wanted, checkpoint = None, None
+    steps: list[dict[str, float]] = []
+    for last, layout in ((10, "1"), (3, "TP2+SP"), (6, "PP2"), (8, "CP2"), (10, "DP2")):
+        config = lora.lora_config(home, None, lora=options, parallel=LAYOUTS[layout])
+        staging = tmp_path / layout / f".staging_{last:08d}"
+        staging.mkdir(parents=True)
+        loads = None if wanted is None else checkpoint
+        ranks = pool.run(lora.engine_run, layout_of(config.parallel), config, staging, loads, last)
+        (found,) = filter(None, ranks)
+        if wanted is None:
+            wanted = found
+            continue
+        steps += found
+        checkpoint = lora.published(prepare_job(config), staging, last)
+    assert wanted is not None
+    assert worst(steps, wanted, "loss") < LOSS_TOLERANCE
+    assert worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
+    assert checkpoint is not None
+    check_content(checkpoint, wanted=prepare_job(config).state.facts)
+
+
+def check_content(checkpoint: Path, *, wanted: dict[str, Any]) -> None:
+    """Adapters, what is saved beside them and their moments, and nothing of the base."""
+    manifest = read_manifest(checkpoint)
+    assert manifest.state.facts["lora"] == wanted["lora"]
+    reader = Reader(checkpoint)
+    embedding = reader.read("base_model.model.model.embed_tokens.weight")
+    assert embedding.shape == (403, 64)
+    shards = sum(file.size for name, file in manifest.files.items() if name.endswith(".distcp"))
+    num_trained = 2 * 403 * 64 + 4 * 4 * ((64 + 96) + 2 * (64 + 48) + (96 + 64) + 3 * 224)
+    assert shards < 1.6 * 12 * num_trained  # weights and moments, and torch.save's records

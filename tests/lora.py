@@ -1,0 +1,114 @@
+"""The same run with peft on transformers, beside our engine with adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from roll_sft.config.schema import RunConfig
+from roll_sft.job.in_process import prepare_job
+from roll_sft.job.job import Job
+from roll_sft.parity.oracle import token_losses
+from tests import parity
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def write_adapter(model: Path, folder: Path, *, zero: bool = False, **options: Any) -> Path:
+    """An adapter of the model folder as peft makes it, with B away from zero unless `zero`."""
+    torch.manual_seed(11)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name and not zero:
+                parameter.normal_(0, 0.05)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def lora_config(home: Path, adapter: Path | None, **sections: dict[str, Any]) -> RunConfig:
+    """`parity_config` of 10 steps with the adapter in `adapter`.
+
+    Adam divides by the root of a gradient's square, so where a gradient is next to nothing its
+    rounding moves an adapter by a share of the learning rate; at 5e-4 by 5e-6.
+    """
+    lora = {"rank": 4, "alpha": 8, **sections.pop("lora", {})}
+    if adapter is not None:
+        lora["adapter_path"] = str(adapter)
+    train = {"max_steps": 10, **sections.pop("train", {})}
+    return parity.parity_config(home, lora=lora, train=train, **sections)
+
+
+def reference_run(
+    job: Job, adapter: Path
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
+    """(loss and gradient norm of each step, adapter tensors by PEFT's names, logits) of peft."""
+    path, train = job.config.model.path, job.config.train
+    base = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_eps,
+    )
+    steps = []
+    for step in range(1, job.total_steps + 1):
+        plan = job.planner.step(step)
+        optimizer.zero_grad()
+        total = 0.0
+        for index in plan.sample_ids:
+            loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
+            (loss_sum / plan.supervised_tokens).backward()
+            total += loss_sum.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = job.schedule.at(step)
+        optimizer.step()
+        steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
+    return steps, peft_tensors(model), parity.model_logits(model)
+
+
+def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What peft would save, by its names."""
+    from peft import get_peft_model_state_dict
+
+    return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+
+
+def engine_run(
+    config: RunConfig, checkpoint: Path | None, loads: Path | None = None, last: int | None = None
+) -> list[dict[str, float]] | None:
+    """Steps of `config` on this rank, from `loads` on; saves into `checkpoint`. In a pool."""
+    import torch.distributed as dist
+
+    from roll_sft.checkpoint.manifest import read_manifest
+    from roll_sft.engine.engine import Engine
+
+    job = prepare_job(config)
+    engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
+    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    first = 1 if loads is None else read_manifest(loads).state.step + 1
+    steps = []
+    for step in range(first, (last or job.total_steps) + 1):
+        plan = job.planner.step(step)
+        metrics = engine.train_step(plan.work_for(data_rank, learning_rate=job.schedule.at(step)))
+        if metrics is not None:
+            loss = metrics.loss_sum / metrics.supervised_tokens
+            steps.append({"loss": loss, "grad_norm": metrics.grad_norm})
+    if checkpoint is not None:
+        engine.save(checkpoint)
+    return steps or None
+
+
+def published(job: Job, staging: Path, step: int) -> Path:
+    """The step folder of what `engine_run` saved."""
+    from roll_sft.checkpoint.publish import publish_step
+
+    return publish_step(
+        job.state, job.planner.step(step), staging=staging, save_assets=job.save_assets
+    )
