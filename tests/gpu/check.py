@@ -2,12 +2,13 @@
 
 Checks every attention kernel that is installed against torch's SDPA, the engine against
 transformers in fp32, bf16 against fp32, a checkpoint's way back to transformers, that nothing of
-ours waits for the device within a step, that a run repeats itself and resumes to the bit, and
-compiled code against plain. Prints a line for each and ends with 1 if any failed. Speed is
-`benchmarks/gpu/step.py`'s. `--device cpu` runs what a CPU can, to try the script itself.
+ours waits for the device within a step, that a run repeats itself and resumes to the bit, compiled
+code against plain, and adapters against peft. Prints a line for each and ends with 1 if any failed.
+Speed is `benchmarks/gpu/step.py`'s. `--device cpu` runs what a CPU can, to try the script itself.
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 import traceback
@@ -30,7 +31,7 @@ from tests import parity, waits
 from tests.gpu.compiled_checks import check_compiled
 from tests.gpu.repeat_checks import check_repeats
 
-CHECKS = ("kernels", "engine", "waits", "repeats", "compiled")
+CHECKS = ("kernels", "engine", "waits", "repeats", "compiled", "lora")
 BACKENDS = ("te", "flash", "varlen", "sdpa")
 Results = Iterator[tuple[str, float, float]]  # of each: its name, its value, the largest allowed
 
@@ -56,6 +57,7 @@ def main() -> int:
             "waits": lambda: check_waits(device, inputs),
             "repeats": lambda: check_repeats(device, inputs, backends=available(device)),
             "compiled": lambda: check_compiled(device, inputs),
+            "lora": lambda: check_lora(device, inputs),
         }
         write_inputs(inputs)
         failures = sum(_failures(checks[name]) for name in options.only or checks)
@@ -171,6 +173,26 @@ def check_waits(device: str, folder: Path) -> Results:
     for text, count in Counter(map(str, within)).items():
         print(f"     {count} x {text}", flush=True)
     yield "waits of ours within a step", sum(wait.is_ours for wait in within), 0
+
+
+def check_lora(device: str, folder: Path) -> Results:
+    """Ten steps of adapters in fp32 against peft, where it is installed.
+
+    `folder` holds what `write_inputs` writes.
+    """
+    if importlib.util.find_spec("peft") is None:
+        print("not checked: lora (peft is not installed)", flush=True)
+        return
+    from tests import lora
+
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    adapter = lora.write_adapter(folder / "model", folder / "adapter", **shape)
+    config = lora.lora_config(folder, adapter, parallel={"device": device})
+    wanted, _, _ = lora.reference_run(prepare_job(config), adapter)
+    steps = lora.engine_run(config, None) or []
+    for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        worst = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
+        yield f"fp32 {key} of adapters against peft", worst, bound
 
 
 if __name__ == "__main__":
