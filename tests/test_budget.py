@@ -50,6 +50,7 @@ BY_NEED = {
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
     "roll_sft/engine/lora.py": "lora.rank above 0",
     "roll_sft/engine/lora_dropout.py": "lora.dropout above 0",
+    "roll_sft/engine/overlap.py": "weights gathered in the forward pass, on several GPUs",
     "roll_sft/engine/recompute.py": "norms that are recomputed",
     "roll_sft/job/lora.py": "lora.rank above 0",
     "roll_sft/models/adapter.py": "lora.rank above 0",

@@ -27,6 +27,9 @@ def layout_problems(parallel: ParallelConfig) -> Iterator[str]:
             "parallel.sequence_parallel: true needs tensor_model_parallel_size above 1, which is 1;"
             " raise it or set sequence_parallel=false"
         )
+    for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and getattr(parallel, key) is False:
+            yield f"parallel.overlap_param_gather: true needs {key}=true; set it, or leave both out"
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and virtual > 1 and degrees["pp"] == 1:
         yield (

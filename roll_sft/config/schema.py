@@ -153,6 +153,12 @@ class ParallelConfig:
     use_distributed_optimizer: bool = key(
         True, "Split master weights and Adam moments over data-parallel ranks."
     )
+    overlap_grad_reduce: bool | None = key(
+        None, "Reduce gradients during the backward pass; null on GPUs with data parallelism."
+    )
+    overlap_param_gather: bool | None = key(
+        None, "Gather updated weights during the forward pass; null as overlap_grad_reduce."
+    )
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "Device of the workers; auto takes GPUs where the cluster has any."
     )

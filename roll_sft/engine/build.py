@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.config.schema import RunConfig
+from roll_sft.config.schema import ParallelConfig, RunConfig, layout_of
 from roll_sft.engine.attention import packed_attention
 from roll_sft.engine.attention_kernels import Kernel
 from roll_sft.engine.layers import LayerConfig, RMSNorm, layer_spec
@@ -267,20 +267,45 @@ def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Par
             yield name, parameter
 
 
+def overlaps(parallel: ParallelConfig) -> tuple[bool, bool]:
+    """Whether gradients are reduced in the backward, and weights gathered in the forward pass.
+
+    On GPUs both are by default, where there is a replica to exchange with.
+    """
+    layout = layout_of(parallel)
+    has_replicas = layout.data_size * layout.context_size > 1
+    reduces, gathers = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    if reduces is None:
+        reduces = bool(gathers) or (parallel.device == "cuda" and has_replicas)
+    gathers = reduces if gathers is None else gathers
+    return reduces, gathers and parallel.use_distributed_optimizer
+
+
 def wrap_model(
-    chunks: list[GPTModel], config: LayerConfig, *, use_distributed_optimizer: bool
+    chunks: list[GPTModel], config: LayerConfig, *, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
     """The model's chunks with gradient buffers (fp32) and data-parallel reduction."""
+    overlaps_reduce, overlaps_gather = overlaps(parallel)
     buffers = DistributedDataParallelConfig(
-        use_distributed_optimizer=use_distributed_optimizer, grad_reduce_in_fp32=True
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlaps_reduce,
+        overlap_param_gather=overlaps_gather,
     )
     wrapped = [
         DistributedDataParallel(
-            config, buffers, Float16Module(config, chunk) if config.bf16 else chunk
+            config,
+            buffers,
+            Float16Module(config, chunk) if config.bf16 else chunk,
+            # The exchange of a later virtual stage runs beside the computation of another.
+            disable_bucketing=overlaps_reduce and index > 0,
         )
-        for chunk in chunks
+        for index, chunk in enumerate(chunks)
     ]
     # Ranks may run different numbers of micro-batches, so only the last may reduce.
     no_sync = [chunk.no_sync for chunk in wrapped]
     config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if overlaps_reduce:  # all stages of a pipeline at once, so that none waits for another twice
+        starts = [chunk.start_grad_sync for chunk in wrapped]
+        config.grad_sync_func = starts if len(starts) > 1 else starts[0]
     return wrapped

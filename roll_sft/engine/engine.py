@@ -111,11 +111,12 @@ class Engine:
         else:
             build.clear_weights(self.chunks)
         self._adapters = self._adapt(source, is_new=checkpoint is None)
-        self._wrapped = build.wrap_model(
-            self.chunks,
-            self._transformer,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        )
+        self._wrapped = build.wrap_model(self.chunks, self._transformer, parallel=config.parallel)
+        self._gathers_ahead = build.overlaps(config.parallel)[1]
+        if self._gathers_ahead:
+            from roll_sft.engine.overlap import chain_stages
+
+            chain_stages(self._wrapped)
         self.optimizer = build_optimizer(config, self._wrapped)
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._background = _background_writer() if config.checkpoint.async_save else None
@@ -148,6 +149,10 @@ class Engine:
         self.accumulate_gradients(batches)
         report = Readout(self._report())
         grad_norm = update(self.optimizer, learning_rate=work.learning_rate)
+        if self._gathers_ahead:
+            from roll_sft.engine.overlap import begin_gather
+
+            begin_gather(self._wrapped)
         loss_sum, supervised = report.read()
         if not self._is_reporter:
             return None
@@ -175,11 +180,12 @@ class Engine:
         return EvalMetrics(loss_sum, supervised) if self._is_reporter else None
 
     def begin_save(self, folder: Path) -> None:
-        """Write this rank's part into `folder`, which is not yet a checkpoint. Not collective.
+        """Write this rank's part into `folder`, which is not yet a checkpoint. Collective.
 
         With `checkpoint.async_save` this returns while a copy of the state is being written.
         A state that is not finite raises `DivergedError`, here or where the save ends.
         """
+        self._gather_weights()
         state, step = self._state()
         writer = tensors.Writer(dist.get_rank(), dist.get_world_size(), step)
 
@@ -248,6 +254,7 @@ class Engine:
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:
         """Forward alone over `batches`, for their losses; changes no state."""
+        self._gather_weights()
         self._set_training(training=False)
         with torch.no_grad():
             self._run_schedule(batches, forward_only=True)
@@ -268,6 +275,13 @@ class Engine:
     def gradient_norm(self) -> float:
         """Norm of the gradients of `accumulate_gradients`, before clipping; collective."""
         return gradient_norm(self.optimizer)
+
+    def _gather_weights(self) -> None:
+        """Have all weights on every data rank, and no exchange under way; collective."""
+        if self._gathers_ahead:
+            from roll_sft.engine.overlap import gather_weights
+
+            gather_weights(self._wrapped)
 
     def _report(self) -> torch.Tensor:
         """`reduce_losses` as float64 [2] on the device, without waiting for it."""

@@ -84,6 +84,10 @@ def supervised_losses(
         rows = copy_to_tensor_model_parallel_region(rows)
     if context.kept is not None:
         rows = rows[context.kept]
+    # The head is computed here, not by its module, before whose call DistributedDataParallel waits
+    # until the updated weight is gathered (`engine/overlap.py`).
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
     weight = output_layer.weight if output_weight is None else output_weight
     assert isinstance(weight, torch.Tensor), f"the head's weight is a {type(weight).__name__}"
     return cross_entropy_of_rows(

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from roll_sft.config.schema import RunConfig
-from roll_sft.engine.build import DTYPES
+from roll_sft.engine.build import DTYPES, overlaps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,6 +38,7 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
             bf16=config.model.dtype == "bf16",
             params_dtype=DTYPES[config.model.dtype],
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=overlaps(config.parallel)[1],
             clip_grad=train.max_grad_norm or math.inf,
         ),
         wrapped,

@@ -158,8 +158,10 @@ class _Places:
                     buffer = io.BytesIO()
                     torch.save([value.data], buffer)
                     self.objects[value.unique_key] = buffer.getvalue()
-        self.all.sort(key=lambda place: place.address)
-        self._addresses = [place.address for place in self.all]
+        # Data ranks agree on the order of `all`, not on that of addresses: each virtual stage has a
+        # buffer of its own, and these lie anywhere.
+        self._by_address = sorted(self.all, key=lambda place: place.address)
+        self._addresses = [place.address for place in self._by_address]
 
     def cut(
         self, parameter: torch.Tensor, value: torch.Tensor, *, name: str, start: int
@@ -194,7 +196,7 @@ class _Places:
             bisect.bisect_left(self._addresses, address)
             for address in (start, start + parameter.nbytes)
         )
-        yield from self.all[first:stop]
+        yield from self._by_address[first:stop]
 
 
 def _place(sharded: ShardedTensor) -> Place:

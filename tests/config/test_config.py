@@ -44,7 +44,8 @@ KEYS = {
     "data.validation.": "path name split weight samples",
     "parallel.": "num_workers tensor_model_parallel_size pipeline_model_parallel_size"
     " virtual_pipeline_model_parallel_size context_parallel_size"
-    " sequence_parallel use_distributed_optimizer device cpus_per_worker placement_timeout_s",
+    " sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather device"
+    " cpus_per_worker placement_timeout_s",
     "train.": "num_train_epochs max_steps global_batch_size global_batch_tokens micro_batch_tokens"
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
     " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
@@ -489,6 +490,13 @@ def test_degrees_must_divide_the_world(
         sizes = (layout.tensor_size, layout.pipeline_size, layout.context_size)
         assert sizes == degrees
         assert layout.data_size * tensor_size * pipeline_size * context_size == num_workers
+
+
+def test_a_gather_in_the_forward_pass_names_what_it_needs() -> None:
+    for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        (problem,) = layout_problems(ParallelConfig(overlap_param_gather=True, **{key: False}))
+        assert problem.startswith(f"parallel.overlap_param_gather: true needs {key}=true")
+    assert not [*layout_problems(ParallelConfig(overlap_param_gather=True))]
 
 
 def test_sequence_parallelism_needs_tensor_parallelism() -> None:
