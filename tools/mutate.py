@@ -38,7 +38,11 @@ TARGETS = {
     ],
     "roll_sft/data/steps/batch.py": ["tests/data/steps/test_batch.py"],
     "roll_sft/data/steps/learning_rate.py": ["tests/data/steps/test_learning_rate.py"],
-    "roll_sft/data/chat/mask.py": ["tests/data/chat/test_chat.py"],
+    "roll_sft/data/chat/mask.py": ["tests/data/chat/test_mask.py"],
+    "roll_sft/data/chat/fast/answer_markers.py": [
+        "tests/data/chat/test_mask.py",
+        "tests/data/chat/test_chat.py",
+    ],
     "roll_sft/engine/loss.py": ["tests/engine/test_head.py"],
     "roll_sft/engine/micro_batch.py": [
         "tests/engine/test_micro_batch.py",
