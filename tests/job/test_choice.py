@@ -103,7 +103,7 @@ def test_what_stands_in_the_way_of_latest_is_named(job: Job, tmp_path: Path) -> 
     save(job, tmp_path, 2)
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
-    with pytest.raises(ResourceError, match=r"latest: cannot be written: Is a directory"):
+    with pytest.raises(ResourceError, match=r"\blatest: .*Is a directory"):
         make_way(tmp_path, find_start(job, tmp_path))
 
 
@@ -170,7 +170,7 @@ def test_where_none_is_whole_the_run_ends_with_the_code_of_checkpoints(
 ) -> None:
     folder = save(job, tmp_path, 2)
     DAMAGES[damage].do(folder)
-    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match=r"\b1 checkpoints?\b.*output_dir"):
         find_start(job, tmp_path)
     with pytest.raises(CheckpointError, match=DAMAGES[damage].named):
         find_start(changed(job, resume=str(folder)), tmp_path)
@@ -202,7 +202,7 @@ def test_a_step_folder_can_be_named_and_those_after_it_are_set_aside(
     assert len([*own.glob(".set_aside_*")]) == 2
     branch = changed(job, resume=str(other / "step_00000008"))
     assert find_start(branch, tmp_path / "new") == Start(8, other / "step_00000008")
-    with pytest.raises(ConfigError, match=r"is of another run, .* began from its own step 1"):
+    with pytest.raises(ConfigError, match=r"^resume: .*step 1\b.*output_dir"):
         find_start(branch, own)
     # The same command after a crash goes on from what it has made itself.
     make_way(tmp_path / "new", Start(8, other / "step_00000008"))
@@ -210,7 +210,7 @@ def test_a_step_folder_can_be_named_and_those_after_it_are_set_aside(
     assert find_start(branch, tmp_path / "new") == Start(10, tmp_path / "new" / "step_00000010")
     save(job, other, 9)
     again = changed(job, resume=str(other / "step_00000009"))
-    with pytest.raises(ConfigError, match=r"began from .*other/step_00000008; choose another"):
+    with pytest.raises(ConfigError, match=r"^resume: .*other/step_00000008\b.*output_dir"):
         find_start(again, tmp_path / "new")
 
 
@@ -295,12 +295,12 @@ def test_changed_rows_tokenizer_and_template_are_told_apart(job: Job, tmp_path: 
     assert find_start(same, tmp_path / "run").step == 2, "only the place is another"
     rows = moved / "rows.jsonl"
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ConfigError, match=r"differs in data \("):
+    with pytest.raises(ConfigError, match=r"^resume: .*\bdata \("):
         find_start(prepare_job(same.config), tmp_path / "run")
     shutil.copy(root / "rows.jsonl", rows)
     template = moved / "model" / "chat_template.jinja"
     template.write_text(template.read_text().replace("You are a", "You are no"))
-    with pytest.raises(ConfigError, match=r"differs in chat_template \("):
+    with pytest.raises(ConfigError, match=r"^resume: .*\bchat_template \("):
         find_start(prepare_job(same.config), tmp_path / "run")
     template.write_text(template.read_text() + "{%- if enable_thinking %}{%- endif %}")
     save(prepare_job(same.config), tmp_path / "variable", 2)
@@ -313,7 +313,7 @@ def test_changed_rows_tokenizer_and_template_are_told_apart(job: Job, tmp_path: 
     content = json.loads(tokenizer.read_text())
     content["model"]["merges"].pop()
     tokenizer.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"differs in tokenizer \(.*allow_changes=\[tokenizer\]"):
+    with pytest.raises(ConfigError, match=r"\btokenizer \(.*allow_changes=\[tokenizer\]"):
         find_start(prepare_job(same.config), tmp_path / "run")
 
 
@@ -438,7 +438,7 @@ def test_a_rank_that_did_not_finish_is_named_and_nothing_is_published(
 ) -> None:
     staging = staging_folder(tmp_path, 4)
     tensors.write(staging, [], objects={}, writer=Writer(0, 2, optimizer_step=1))
-    with pytest.raises(CheckpointError, match="rank 1 did not finish its part"):
+    with pytest.raises(CheckpointError, match=r"\brank 1\b"):
         publish_step(job.state, job.planner.step(4), staging=staging, save_assets=job.save_assets)
     assert step_folders(tmp_path) == []
 

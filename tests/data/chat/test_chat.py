@@ -195,7 +195,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_sample_for_each_answer
 
 def test_a_template_that_rewrites_what_comes_before_any_answer_is_refused() -> None:
     counting = "{{- messages | length }}" + CHATML_TEMPLATE
-    with pytest.raises(UnusableRow, match=r"rewrites earlier turns, so the answer in message 1"):
+    with pytest.raises(UnusableRow, match=r"rewrites earlier turns.* message 1\b"):
         ChatTokenizer(with_template(counting)).tokenize(conversation("q", "a", "q", "a"))
 
 
@@ -209,24 +209,22 @@ def test_a_closing_token_after_the_end_of_turn_is_not_supervised() -> None:
 
 def test_a_template_that_drops_a_message_is_refused() -> None:
     no_system = CHATML_TEMPLATE.replace("messages[0]['content']", "'You are.'")
-    with pytest.raises(UnusableRow, match=r"drops or rewrites the text of message 0 \(system\)"):
+    with pytest.raises(UnusableRow, match=r"message 0 \(system\)"):
         only(ChatTokenizer(with_template(no_system)), conversation("q", "a", system="Be brief."))
     loud = CHATML_TEMPLATE.replace("message.content +", "message.content | upper +")
-    with pytest.raises(UnusableRow, match=r"the text of message 1 \(assistant\)"):
+    with pytest.raises(UnusableRow, match=r"message 1 \(assistant\)"):
         only(ChatTokenizer(with_template(loud)), conversation("Q", "a"))
 
 
 def test_a_template_without_end_of_turn_is_refused_with_the_remedy() -> None:
     chat = ChatTokenizer(with_template(PLAIN_TEMPLATE))
-    with pytest.raises(
-        DataError, match=r"without an end-of-turn token .*'the answer\\n'.*eos_token"
-    ):
+    with pytest.raises(DataError, match=r"end-of-turn.*'the answer\\n'.*eos_token"):
         only(chat, conversation("q", "the answer"))
 
 
 def test_a_template_without_generation_prompt_is_refused() -> None:
     chat = ChatTokenizer(with_template(CHATML_TEMPLATE.replace("add_generation_prompt", "false")))
-    with pytest.raises(DataError, match=r"ignores add_generation_prompt and writes '<\|im_start"):
+    with pytest.raises(DataError, match=r"add_generation_prompt.*'<\|im_start"):
         only(chat, conversation("q", "a"))
 
 
@@ -241,7 +239,7 @@ def test_a_template_whose_answers_need_no_header_is_accepted() -> None:
 
 def test_a_template_that_objects_refuses_the_row_with_its_words() -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UnusableRow, match=r"refuses the conversation: roles must alternate"):
+    with pytest.raises(UnusableRow, match=r"roles must alternate"):
         only(ChatTokenizer(with_template(strict)), conversation("q", "a"))
 
 
@@ -257,7 +255,7 @@ def test_a_missing_or_broken_template_is_a_data_error(template: str | None, expe
 def test_several_templates_without_a_default_are_listed() -> None:
     tokenizer = with_template(None)
     tokenizer.chat_template = {"rag": CHATML_TEMPLATE, "tool_use": CHATML_TEMPLATE}
-    with pytest.raises(DataError, match=r"found: rag, tool_use"):
+    with pytest.raises(DataError, match=r"\brag, tool_use\b"):
         ChatTokenizer(tokenizer).tokenize(conversation("q", "a"))
     tokenizer.chat_template["default"] = CHATML_TEMPLATE
     assert supervised(only(ChatTokenizer(tokenizer), conversation("q", "a"))) == answers("a")
@@ -333,12 +331,12 @@ def test_a_control_token_that_text_is_made_of_is_refused() -> None:
     )
     chat = ChatTokenizer(tokenizer)
     assert supervised(only(chat, conversation("a", "aa")), tokenizer) == ["aa</s>"]
-    with pytest.raises(UnusableRow, match=r"holds '</s>', which this tokenizer cannot tell"):
+    with pytest.raises(UnusableRow, match=r"'</s>'"):
         chat.tokenize(conversation("a </s>", "a"))
 
 
 def test_a_row_with_control_text_and_the_characters_that_mark_it_is_refused() -> None:
-    with pytest.raises(UnusableRow, match=r"noncharacter U\+FDD0"):
+    with pytest.raises(UnusableRow, match=r"U\+FDD0"):
         ChatTokenizer(tiny_tokenizer()).tokenize(conversation("<|im_end|>\ufdd0", "a"))
 
 
@@ -413,9 +411,7 @@ def test_rows_with_tools_have_the_template_for_tools_if_there_is_one() -> None:
     del tokenizer.chat_template["default"]
     chat = ChatTokenizer(tokenizer)
     assert [supervised(sample) for sample in chat.tokenize(offered)] == [answers("a")]
-    with pytest.raises(
-        DataError, match=r"found: tool_use\); use data.chat_template=chatml or qwen,"
-    ):
+    with pytest.raises(DataError, match=r"\btool_use\b.*data\.chat_template=chatml or qwen\b"):
         chat.tokenize(plain)
 
 
@@ -458,7 +454,7 @@ def test_a_turn_that_ends_in_markup_of_control_tokens_ends_after_it(
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(DataError, match=r"is not a fast one .*tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         ChatTokenizer(object())  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
     assert texts(f"{tmp_path}/*.jsonl") == ["b.jsonl"]
     assert texts(f"{tmp_path}/**/*.json*[lLn]") == texts(f"{tmp_path}/**/*.json*[!z]")
     (tmp_path / "a" / "notes.csv").write_text("x")
-    with pytest.raises(DataError, match=r"a/notes.csv: suffix '.csv' is not accepted; .* pattern"):
+    with pytest.raises(DataError, match=r"a/notes\.csv: .*'\.csv'.*\.jsonl"):
         find_files(str(tmp_path))
 
 
@@ -81,9 +82,9 @@ def test_a_split_is_in_the_names_of_its_files(
     found = find_files(str(tmp_path), split=split)
     assert [str(Path(name).relative_to(tmp_path)) for name in found] == expected
     assert find_files(str(tmp_path / "data" / "test.jsonl"), split="test")
-    with pytest.raises(DataError, match=r"split 'dev' is in the name of no file \(found: data/t"):
+    with pytest.raises(DataError, match=r"'dev'.*\bdata/t"):
         find_files(str(tmp_path), split="dev")
-    with pytest.raises(DataError, match=r"test.jsonl: split 'train' is in the name of no file"):
+    with pytest.raises(DataError, match=r"test\.jsonl: .*'train'"):
         find_files(str(tmp_path / "data" / "test.jsonl"), split="train")
 
 
@@ -109,11 +110,11 @@ def test_of_a_saved_data_set_the_files_it_lists_are_read(tmp_path: Path) -> None
     (cached,) = folder.glob("cache-*.arrow")
     assert texts(cached) == ["xx", "yy"]
     (folder / "state.json").write_text('{"_data_files": [{"filename": "data-7.arrow"}]}')
-    with pytest.raises(DataError, match=r"set/data-7.arrow: no such file, and .*state.json lists"):
+    with pytest.raises(DataError, match=r"set/data-7\.arrow: .*state\.json"):
         find_files(str(folder))
     for broken in ("[", "{}", "[" * 100_000):
         (folder / "state.json").write_text(broken)
-        with pytest.raises(DataError, match=r"state.json: does not list the data files; save the"):
+        with pytest.raises(DataError, match=r"state\.json: "):
             find_files(str(folder))
     (folder / "state.json").unlink()
     assert texts(folder) == ["x", "y"]
@@ -121,7 +122,7 @@ def test_of_a_saved_data_set_the_files_it_lists_are_read(tmp_path: Path) -> None
 
 def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path) -> None:
     folder = saved(tmp_path / "set", sft=["x"], dpo=["y"])
-    with pytest.raises(DataError, match=r"set: its files are of the splits sft and dpo .*choose"):
+    with pytest.raises(DataError, match=r"set: .*\bsft\b.*\bdpo\b"):
         find_files(str(folder))
     for split, text in (("sft", "x"), ("dpo", "y")):
         (name,) = find_files(str(folder), split=split)
@@ -130,7 +131,7 @@ def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path) -> None:
     tree(tmp_path / "b", "data/train-0.jsonl", "data/train-1.jsonl", "other.jsonl")
     assert len(find_files(str(tmp_path / "b"))) == 3
     tree(tmp_path / "b", "data/test-0.jsonl")
-    with pytest.raises(DataError, match=r"splits test and train \(such as data/test-0.jsonl and d"):
+    with pytest.raises(DataError, match=r"\btest\b.*\btrain\b.*data/test-0\.jsonl"):
         find_files(str(tmp_path / "b"))
     assert len(find_files(f"{tmp_path}/b/**/*.jsonl")) == 4
     tree(tmp_path / "c", "train/latest.jsonl", "train/test_cases.jsonl", "developers.jsonl")
@@ -155,16 +156,14 @@ def test_a_split_is_found_in_relative_and_remote_names(
         ):
             found = find_files(before + path, split="train")
             assert [texts(name) for name in found] == [[each] for each in expected]
-        with pytest.raises(
-            DataError, match=r"split 'test' is in the name of no file \(found: trai"
-        ):
+        with pytest.raises(DataError, match=r"'test'.*\btrain\.jsonl"):
             find_files(f"{before}train.jsonl", split="test")
     assert [texts(name) for name in find_files(".", split="test")] == [["test.jsonl"]]
 
 
 @pytest.mark.parametrize("path", ["n" * 300, "a\0b.jsonl", "n" * 5000])
 def test_a_name_that_no_file_can_have_is_a_data_error(path: str) -> None:
-    with pytest.raises(DataError, match=r"cannot be looked up \(.*correct the path") as caught:
+    with pytest.raises(DataError, match=re.escape(repr(path[:8])[1:4])) as caught:
         find_files(path)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 200
@@ -173,14 +172,14 @@ def test_a_name_that_no_file_can_have_is_a_data_error(path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("none.json", "none.json: no such file; check the path"),
-        ("none/", "none/: no such file"),
-        ("*.jsonl", r"\*.jsonl: no file here; give a file ending in .json or .jsonl"),
-        ("rows.csv", "suffix '.csv' is not accepted; give a file ending in .json or .jsonl .*w$"),
-        ("rows.csv.gz", "suffix '.gz' is not accepted"),
-        ("rows.gz", "suffix '.gz' is not accepted"),
-        ("rows", "suffix '' is not accepted"),
-        ("empty", "empty: no file here"),
+        ("none.json", r"^none\.json: "),
+        ("none/", "^none/: "),
+        ("*.jsonl", r"^\*\.jsonl: .*\.parquet"),
+        ("rows.csv", r"^rows\.csv: .*'\.csv'.*\.jsonl.*\.arrow$"),
+        ("rows.csv.gz", r"^rows\.csv\.gz: .*'\.gz'"),
+        ("rows.gz", r"^rows\.gz: .*'\.gz'"),
+        ("rows", "^rows: .*''"),
+        ("empty", "^empty: "),
     ],
 )
 def test_paths_that_name_nothing_are_refused(
@@ -212,9 +211,9 @@ def test_urls_are_read_through_fsspec(tmp_path: Path) -> None:
     assert find_files("memory://bucket", split="train") == ["memory:///bucket/train.parquet"]
     assert texts(f"file://{tmp_path}/t.parquet") == ["t"]
     for path, expected in (
-        ("memory://bucket/none.jsonl", "memory://bucket/none.jsonl: no file here"),
-        ("s3://bucket/rows.jsonl", "s3:// needs a package: Install s3fs"),
-        ("nostore://bucket/rows.jsonl", "Protocol not known: nostore.*; check the beginning"),
+        ("memory://bucket/none.jsonl", "^memory://bucket/none.jsonl: "),
+        ("s3://bucket/rows.jsonl", "s3://.* s3fs"),
+        ("nostore://bucket/rows.jsonl", "nostore"),
     ):
         with pytest.raises(DataError, match=expected):
             read(path)
@@ -228,22 +227,22 @@ BIG = json.dumps({"text": "x" * 10_000_000}).encode()
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"text": "cut', ":2: broken JSON at column 10: Unterminated string"),
-        (b'{"text": "a"} {"text": "b"}', ":2: broken JSON at column 15: Extra data"),
-        (b'{"text": "\xe9"}', ":2: byte 0xe9 at column 11 is not UTF-8; save the file as UTF-8"),
-        (b'\xef\xbb\xbf{"text": "a"}', ":2: broken JSON at column 1: "),
-        (b'{"text": "a\x00b"}', ":2: broken JSON at column 12: Invalid control character"),
-        (b"\x00" * 20, ":2: broken JSON at column 1: Expecting value"),
-        (b'{"text": NaN}', ":2: column 'text' is NaN; it must be a string"),
-        (b'{"text": -Infinity}', ":2: column 'text' is Infinity; it must be a string"),
-        (b'{"text": {"a": "b"}}', ":2: column 'text' is an object; it must be a string"),
-        (b'{"text": "a", "text": "b"}', ":2: an object has the key 'text' twice; keep one"),
-        (b'{"text": "b", "m": {"k": 1, "k": 2}}', ":2: an object has the key 'k' twice"),
-        (b'{"text": "\\ud83d"}', ":2: column 'text' holds the lone surrogate \\ud83d at"),
-        (b'["a list"]', ":2: the row is a list; each row must be a JSON object"),
-        (b'"text"', ":2: the row is a string; each row must be a JSON object"),
-        (b'{"txt": "a"}', ":2: the columns fit no accepted format (columns found: txt)"),
-        (BIG[:-2], ":2: broken JSON at column 10: Unterminated string"),
+        (b'{"text": "cut', r":2: .*column 10\b.*Unterminated string"),
+        (b'{"text": "a"} {"text": "b"}', r":2: .*column 15\b.*Extra data"),
+        (b'{"text": "\xe9"}', r":2: .*0xe9.*column 11\b.*UTF-8"),
+        (b'\xef\xbb\xbf{"text": "a"}', r":2: .*column 1\b"),
+        (b'{"text": "a\x00b"}', r":2: .*column 12\b.*control character"),
+        (b"\x00" * 20, r":2: .*column 1\b.*Expecting value"),
+        (b'{"text": NaN}', ":2: .*'text'.* NaN.* string"),
+        (b'{"text": -Infinity}', ":2: .*'text'.* Infinity.* string"),
+        (b'{"text": {"a": "b"}}', ":2: .*'text'.* object.* string"),
+        (b'{"text": "a", "text": "b"}', ":2: .*'text' twice"),
+        (b'{"text": "b", "m": {"k": 1, "k": 2}}', ":2: .*'k' twice"),
+        (b'{"text": "\\ud83d"}', r":2: .*'text'.*\\ud83d"),
+        (b'["a list"]', ":2: .* list.* object"),
+        (b'"text"', ":2: .* string.* object"),
+        (b'{"txt": "a"}', r":2: .*\btxt\b"),
+        (BIG[:-2], r":2: .*column 10\b.*Unterminated string"),
     ],
     ids=lambda value: value[:30] if isinstance(value, bytes) else "",
 )
@@ -255,7 +254,7 @@ def test_a_broken_line_has_a_place_and_the_next_is_read(
         path.write_bytes(b"\xef\xbb\xbf" + ending.join([GOOD, line, b"", GOOD, b""]))
         first, broken, last = read(path)
         assert isinstance(broken, BadRow)
-        assert expected in f":{broken.line}: {broken.reason}"
+        assert re.match(expected, f":{broken.line}: {broken.reason}")
         assert (first.text, last.text, last.line) == ("good", "good", 4)
 
 
@@ -279,12 +278,13 @@ def test_a_row_that_is_too_long_is_refused(
     content = b"[" + GOOD + b"," + long + b'"}]' if is_array else b"\n".join([GOOD, long, GOOD])
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
     if is_array:
-        with pytest.raises(DataError, match=rf"rows{suffix}:1: the row has more than .* MiB; cut"):
+        with pytest.raises(DataError, match=rf"rows{suffix}:1: .* MiB"):
             read(path)
         return
     first, broken, last = read(path)
     assert (first.text, last.text, last.line) == ("good", "good", 3)
-    assert (broken.line, broken.reason[:23]) == (2, "the row has more than 6")
+    assert broken.line == 2
+    assert " MiB" in broken.reason
 
 
 NUMBERED = b"\n".join(b'{"text": "%d"}' % (number**3) for number in range(40_000))
@@ -295,20 +295,20 @@ ZSTD = pa.compress(NUMBERED, codec="zstd", asbytes=True)
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl", b"", "a.jsonl: the file is empty; it must hold at least one row"),
-        ("a.jsonl", b"\xef\xbb\xbf\n \n", "a.jsonl: the file is empty"),
-        ("a.json", b"[" + GOOD + b', {"text": "b"', r"a.json:1: broken JSON at column \d+: "),
-        ("a.json", b'[{"text":"a","text":"b"}', "a.json:1: broken JSON at column 25: Expecting '"),
-        ("a.jsonl.gz", GZIP[: len(GZIP) // 2], r"gz:\d+: .* cut off .*Truncated compressed stream"),
-        ("a.jsonl.gz", GZIP[:-8] + b"\0" * 8, r"gz:\d+: .* cut off or damaged .*incorrect data ch"),
-        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read .*incorrect header"),
-        ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: the file is empty"),
-        ("a.jsonl.zst", ZSTD[: len(ZSTD) // 2], r"zst:\d+: .* cut off .*Truncated"),
-        ("a.jsonl.zst", GOOD, r"a.jsonl.zst: cannot be read .*ZSTD decompress failed"),
-        ("a.parquet", b"", "a.parquet: cannot be read as a table .*size is 0 bytes"),
-        ("a.parquet", GOOD * 9, "a.parquet: cannot be read as a table .*magic bytes not found"),
-        ("a.arrow", b"", "a.arrow: cannot be read as a table"),
-        ("a.arrow", GOOD * 9, "a.arrow: cannot be read as a table"),
+        ("a.jsonl", b"", r"a\.jsonl: .*empty"),
+        ("a.jsonl", b"\xef\xbb\xbf\n \n", r"a\.jsonl: .*empty"),
+        ("a.json", b"[" + GOOD + b', {"text": "b"', r"a\.json:1: .*column \d+"),
+        ("a.json", b'[{"text":"a","text":"b"}', r"a\.json:1: .*column 25"),
+        ("a.jsonl.gz", GZIP[: len(GZIP) // 2], r"gz:\d+: .*Truncated compressed stream"),
+        ("a.jsonl.gz", GZIP[:-8] + b"\0" * 8, r"gz:\d+: .*incorrect data check"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: .*incorrect header"),
+        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz: .*empty"),
+        ("a.jsonl.zst", ZSTD[: len(ZSTD) // 2], r"zst:\d+: .*Truncated"),
+        ("a.jsonl.zst", GOOD, r"a\.jsonl\.zst: .*ZSTD decompress failed"),
+        ("a.parquet", b"", r"a\.parquet: .*size is 0 bytes"),
+        ("a.parquet", GOOD * 9, r"a\.parquet: .*magic bytes not found"),
+        ("a.arrow", b"", r"a\.arrow: "),
+        ("a.arrow", GOOD * 9, r"a\.arrow: "),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
@@ -326,25 +326,26 @@ def test_tables_that_are_cut_off_or_empty_or_no_text(tmp_path: Path) -> None:
     pq.write_table(table, path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"a.parquet: cannot be read as a table"):
+    with pytest.raises(DataError, match=r"a\.parquet: "):
         read(path)
     path.write_bytes(content[:100] + b"\xff" * 200 + content[300:])
-    with pytest.raises(DataError, match=r"a.parquet: cannot be read as a table"):
+    with pytest.raises(DataError, match=r"a\.parquet: "):
         read(path)
     pq.write_table(table.slice(0, 0), path)
-    with pytest.raises(DataError, match=r"a.parquet: the table is empty; it must hold at least"):
+    with pytest.raises(DataError, match=r"a\.parquet: .*empty"):
         read(path)
     latin = pa.array([b"good", b"caf\xe9", b"good"]).view(pa.utf8())
     pq.write_table(pa.table({"text": latin}), path)
     first, broken, last = read(path)
     assert (first.text, last.text, last.line) == ("good", "good", 3)
-    assert (broken.line, broken.reason[:29]) == (2, "byte 0xe9 of a text is not UT")
+    assert broken.line == 2
+    assert "0xe9" in broken.reason
     stream = tmp_path / "a.arrow"
     with pa.ipc.new_stream(str(stream), table.schema) as writer:
         writer.write_table(table, max_chunksize=100)
     content = stream.read_bytes()
     stream.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"a.arrow: cannot be read as a table"):
+    with pytest.raises(DataError, match=r"a\.arrow: "):
         read(stream)
 
 

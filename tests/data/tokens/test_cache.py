@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -110,7 +111,7 @@ def test_an_index_out_of_range_is_an_error(tmp_path: Path, index: int) -> None:
     cache = TokenCache(make(tmp_path, ["one", "two"]))
     samples = one_source(cache)
     for read in (cache.sample, samples.sample, samples.sample_name):
-        with pytest.raises(IndexError, match=rf"sample {index} of 2"):
+        with pytest.raises(IndexError, match=rf" {index} of 2\b"):
             read(index)
 
 
@@ -131,7 +132,7 @@ def test_a_set_pickles_as_names_and_absolute_paths(
 
 def test_a_folder_is_opened_when_it_is_first_needed(tmp_path: Path) -> None:
     samples = one_source(TokenCache(tmp_path / "not yet"))
-    with pytest.raises(DataError, match=r"not yet: is no complete token cache"):
+    with pytest.raises(DataError, match=r"not yet: "):
         len(samples)
 
 
@@ -140,20 +141,20 @@ def test_a_file_of_the_wrong_size_is_found_on_opening(tmp_path: Path, array: str
     folder = make(tmp_path, ["one", "two"])
     file = folder / f"{array}.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{array}.bin: has \d+ bytes and should have \d+"):
+    with pytest.raises(DataError, match=rf"{array}\.bin: .*\d+ bytes"):
         TokenCache.open(folder)
     file.unlink()
-    with pytest.raises(DataError, match=r"is no complete token cache"):
+    with pytest.raises(DataError, match=re.escape(str(folder))):
         TokenCache.open(folder)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no complete token cache"),
-        ("[]", "is no complete token cache"),
-        ('{"unknown": 1}', "is no complete token cache"),
-        ('{"format": 1}', f"has format 1, this version reads {FORMAT}"),
+        ("", ""),
+        ("[]", ""),
+        ('{"unknown": 1}', ""),
+        ('{"format": 1}', rf".*\b1\b.*\b{FORMAT}\b"),
     ],
 )
 def test_a_report_that_is_not_ours_is_found_on_opening(
@@ -161,7 +162,7 @@ def test_a_report_that_is_not_ours_is_found_on_opening(
 ) -> None:
     folder = make(tmp_path, ["one"])
     (folder / REPORT_FILE).write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=re.escape(str(folder)) + message):
         TokenCache.open(folder)
 
 

@@ -122,7 +122,7 @@ def test_columns_left_aside_are_said_once_for_each_source(
 def test_places_in_an_array_count_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([row("a"), row(""), row("b"), {"output": "r"}, row("")]))
-    with pytest.raises(DataError, match=r"rows.json:1 \(row 4\): no prompt"):
+    with pytest.raises(DataError, match=r"rows\.json:1 \(row 4\): .*\bprompt\b"):
         run(path)
     assert run(path, LENIENT)[1].dropped_places == {
         "empty_response": [f"{path}:1 (row 2)", f"{path}:1 (row 5)"],
@@ -156,10 +156,10 @@ def test_rows_past_one_batch_keep_their_order(
 
 def test_the_first_bad_row_ends_a_strict_run_and_leaves_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, row("a"), {"instruction": "p"}, row("b"))
-    with pytest.raises(DataError, match=r"rows.jsonl:2: no response: "):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*\bresponse\b"):
         run(path)
     refused = write(tmp_path, row("a"), row("<|im_end|>\ufdd0"), name="refused.jsonl")
-    with pytest.raises(DataError, match=r"refused.jsonl:2: .*noncharacter"):
+    with pytest.raises(DataError, match=r"refused\.jsonl:2: .*U\+"):
         run(refused)
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock", ".lock"]
 
@@ -181,7 +181,7 @@ def test_nothing_kept_says_why(tmp_path: Path) -> None:
     shortest = run(path)[1].length["min"]
     with pytest.raises(DataError, match=rf"data.sequence_length=9 .* to at least {shortest}$"):
         run(path, replace(STRICT, sequence_length=9))
-    with pytest.raises(DataError, match=r"none of its 1 rows .*1 malformed.*is a number"):
+    with pytest.raises(DataError, match=r"\b1 malformed\b.*number"):
         run(write(tmp_path, row(5)), LENIENT)
 
 
@@ -214,7 +214,7 @@ def test_an_empty_response_is_dropped_and_counted_and_never_an_error(
 def test_a_source_of_empty_responses_alone_says_so(tmp_path: Path) -> None:
     path = write(tmp_path, row(""), row(" "), row("\n"))
     for options in (STRICT, LENIENT):
-        with pytest.raises(DataError, match=r"none of its 3 rows .* \(3 empty_response\)"):
+        with pytest.raises(DataError, match=r"\b3 empty_response\b"):
             run(path, options)
 
 
@@ -336,17 +336,17 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
         return original(self, conversations)
 
     monkeypatch.setattr(ChatTokenizer, "tokenize_many", grow)
-    with pytest.raises(DataError, match=r"rows.jsonl: changed while it was read"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: .*changed"):
         run(path)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
     path = write(tmp_path, row("a"))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ResourceError, match=r"cannot hold the tokens of .*set\s+data.cache_dir"):
+    with pytest.raises(ResourceError, match=r"data\.cache_dir"):
         run(path)
 
 
 def test_a_missing_source_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: "):
         run(tmp_path / "rows.jsonl")
