@@ -7,6 +7,7 @@ traceback.
 
 import gc
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -30,7 +31,8 @@ class RankPool:
         self._processes: list[BaseProcess] = []
 
     def _grow(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A forked rank has what this process has imported: for a process without threads alone.
+        context = multiprocessing.get_context(os.environ.get("RANKS_START_BY", "spawn"))
         while len(self._pipes) < size:
             ours, theirs = context.Pipe()
             # Not a daemon: Megatron forks writers. It ends when our end of the pipe closes.

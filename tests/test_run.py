@@ -126,7 +126,7 @@ def test_a_number_of_yaml_means_what_it_looks_like(door: Door, tmp_path: Path) -
     shown = door(f"--config-dir={tmp_path}", "--config-name=mine", "--cfg", "job").stdout
     values = yaml.safe_load(shown)["train"]
     assert (values["max_steps"], values["save_steps"]) == ("010", "1:30")
-    with pytest.raises(errors.ConfigError, match=r"train\.save_steps: '1:30' is not an integer"):
+    with pytest.raises(errors.ConfigError, match=r"train\.save_steps: '1:30'"):
         build_config({"train": values})
     assert build_config({"train": {"max_steps": "010"}}).train.max_steps == 10
 

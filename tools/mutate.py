@@ -28,7 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Module -> the fast tests that cover it.
+# Tests of the engine run on ranks and are called slow; most of that is what a rank imports, which
+# forked ranks have. Compiling is slow whatever is imported.
+_WITH_RANKS = ("-m", "slow or not slow", "-k", "not compiled")
+# Module -> the tests that cover it, as arguments of pytest.
 TARGETS = {
     "roll_sft/data/steps/packing.py": ["tests/data/steps/test_packing.py"],
     "roll_sft/data/steps/plan.py": ["tests/data/steps/test_plan.py"],
@@ -43,10 +46,11 @@ TARGETS = {
         "tests/data/chat/test_mask.py",
         "tests/data/chat/test_chat.py",
     ],
-    "roll_sft/engine/loss.py": ["tests/engine/test_head.py"],
+    "roll_sft/engine/loss.py": ["tests/engine/test_head.py", *_WITH_RANKS],
     "roll_sft/engine/micro_batch.py": [
         "tests/engine/test_micro_batch.py",
         "tests/engine/test_attention.py",
+        *_WITH_RANKS,
     ],
     "roll_sft/base/metrics.py": ["tests/base/test_metrics.py"],
 }
@@ -168,7 +172,9 @@ def fork_tests(path: str, folder: Path) -> int:
 def import_what_tests_need() -> None:
     """Once, before any fork; nothing of ours, which each process reads from its copy."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["RANKS_START_BY"] = "fork"
     import hypothesis  # noqa: F401
+    import megatron.core.models.gpt  # noqa: F401
     import numpy as np  # noqa: F401
     import pytest  # noqa: F401
     import torch  # noqa: F401

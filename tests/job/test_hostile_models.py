@@ -98,6 +98,6 @@ def test_a_configuration_that_transformers_fails_on_is_refused(home: Path, text:
 
 def test_a_model_is_not_converted_with_a_file_that_its_export_cannot_read(home: Path) -> None:
     (home / "model" / "tokenizer_config.json").write_text("[")
-    with pytest.raises(ConfigError, match=r"model/tokenizer_config\.json cannot be read as JSON"):
+    with pytest.raises(ConfigError, match=r"model/tokenizer_config\.json\b"):
         import_model(home / "model", home / "out", dtype=None, replace=False)
     assert not (home / "out").exists()

@@ -18,12 +18,12 @@ ON_DISK = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES
 
 @pytest.mark.parametrize("path", ["Qwen/Qwen2.5-7B", "/no/such/folder"])
 def test_a_path_that_is_no_folder_is_refused_with_its_value(path: str):
-    with pytest.raises(ConfigError, match=f"'{path}' is neither a folder nor a hub id"):
+    with pytest.raises(ConfigError, match=f"^model.path: '{path}'"):
         load_hf_config(path, trust_remote_code=False)
 
 
 def test_a_folder_without_configuration_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with pytest.raises(ConfigError, match=r"^model\.path: .*\bconfig\.json\b"):
         load_hf_config(str(tmp_path), trust_remote_code=False)
 
 
@@ -48,7 +48,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, text:
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], None])
 def test_an_unknown_architecture_is_refused_with_what_is_supported(architectures: Any):
     supported = ", ".join(ARCHITECTURES)
-    with pytest.raises(ConfigError, match=f"supports one of: {supported}; choose"):
+    with pytest.raises(ConfigError, match=f"^model.path: .*{supported}"):
         family_of(Qwen2Config(**SIZES, architectures=architectures))
 
 

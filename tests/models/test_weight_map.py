@@ -118,7 +118,7 @@ def test_more_ranks_than_groups_cut_the_same_rows_evenly(columns: tuple[int, ...
 def test_a_tensor_size_that_cannot_share_the_heads_is_our_own_mistake(
     mapping: WeightMapping, tensor_size: int, message: str
 ):
-    with pytest.raises(AssertionError, match=f"tensor parallel size {message}"):
+    with pytest.raises(AssertionError, match=message):
         mapping.local(source_of(mapping), tensor_rank=0, tensor_size=tensor_size)
 
 
@@ -147,7 +147,7 @@ def test_padded_vocabulary_rows_are_zero_on_load_and_trimmed_on_export():
     "mapping", [MAPPINGS[2], MAPPINGS[3], MAPPINGS[5]], ids=lambda w: type(w).__name__
 )
 def test_a_tensor_size_that_does_not_divide_is_our_own_mistake(mapping: WeightMapping):
-    with pytest.raises(AssertionError, match="tensor parallel size 3 does not divide"):
+    with pytest.raises(AssertionError, match=r"\b3\b"):
         mapping.local(source_of(mapping), tensor_rank=0, tensor_size=3)
 
 

@@ -95,9 +95,9 @@ def test_rows_by_number_in_the_order_that_was_asked_for(seen: Callable[..., Prev
     assert names(preview) == ["rows:6", "rows:2"]
     (dropped,) = preview.dropped
     assert (dropped.row, dropped.kind) == (1, "empty_response")
-    with pytest.raises(ConfigError, match=r"--index: source 'rows' has no row 8; rows count from"):
+    with pytest.raises(ConfigError, match=r"^--index: .*'rows'.*\b8\b"):
         seen(rows=(0, 8))
-    with pytest.raises(ConfigError, match=r"--source: there is no source 'x'; there are rows, hel"):
+    with pytest.raises(ConfigError, match=r"^--source: .*'x'.*\brows\b"):
         seen(source="x")
 
 

@@ -54,7 +54,7 @@ def test_output_folder_is_named_after_the_run_unless_told():
 
 def test_relative_folder_is_refused_under_a_ray_job(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(ConfigError, match="output_dir: 'outputs/sft' is relative"):
+    with pytest.raises(ConfigError, match="output_dir: 'outputs/sft'"):
         output_folder(run_of())
     assert str(output_folder(run_of(output_dir="/data/x"))) == "/data/x"
 
@@ -228,7 +228,7 @@ def test_lines_of_a_folder_that_is_gone_are_an_error_and_not_written_to_nobody(h
     else:
         (folder / "steps.jsonl").rename(folder / "old")
         (folder / "steps.jsonl").touch()
-    with pytest.raises(ResourceError, match=r"steps.jsonl: cannot be written: "):
+    with pytest.raises(ResourceError, match=r"steps\.jsonl: "):
         lines.write({"step": 2})
     lines.close()
 

@@ -60,9 +60,9 @@ def test_what_is_written_is_the_state_when_the_save_began(tmp_path: Path) -> Non
     corner = Piece("weight", (4, 6), (1, 2), torch.zeros(2, 3))
     index.fill(corner)
     assert torch.equal(corner.tensor, torch.arange(24.0).view(4, 6)[1:3, 2:5])
-    with pytest.raises(CheckpointError, match=r"weight has shape \(4, 6\), and this model's is"):
+    with pytest.raises(CheckpointError, match=r"weight\b.*\(4, 6\)"):
         index.fill(Piece("weight", (4, 8), (0, 0), torch.zeros(4, 8)))
-    with pytest.raises(CheckpointError, match="bias is not in this checkpoint"):
+    with pytest.raises(CheckpointError, match=r"\bbias\b"):
         index.fill(Piece("bias", (4,), (0,), torch.zeros(4)))
 
 

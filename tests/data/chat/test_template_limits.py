@@ -111,7 +111,7 @@ def test_a_template_without_an_end_is_refused(name: str) -> None:
         assert isinstance(result, UnusableRow)
         assert "use data.chat_template=" in str(result)
         return
-    with pytest.raises(DataError, match=r"the chat template does not come to an end: .* steps"):
+    with pytest.raises(DataError, match=r"chat template.*\b524,288\b"):
         chat.tokenize(row)
 
 
@@ -205,6 +205,6 @@ def test_what_is_written_as_json_counts_as_written() -> None:
         )
         assert sample.token_ids.tolist() == ids
     dropped = mistral.replace("message['content'] | tojson", "'done' | tojson")
-    with pytest.raises(UnusableRow, match=r"drops or rewrites the text of message 2 \(tool\)"):
+    with pytest.raises(UnusableRow, match=r"message 2 \(tool\)"):
         ChatTokenizer(golden_tokenizer(), template=dropped).tokenize(row)
     assert json.loads(result)["sum"] == 3

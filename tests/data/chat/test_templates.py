@@ -44,14 +44,14 @@ def test_what_the_tokenizer_lacks_or_nobody_knows_is_refused(value: str, expecte
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"cannot be read .* give a UTF-8 file"):
+    with pytest.raises(ConfigError, match=r"^data\.chat_template: .*UTF-8"):
         chat_template(str(path), tiny_tokenizer())
 
 
 def test_a_tokenizer_without_eos_token_cannot_end_an_answer_with_it() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"'tulu' needs an eos_token .* use chatml or qwen"):
+    with pytest.raises(ConfigError, match=r"'tulu'.*\beos_token\b.*\bchatml or qwen\b"):
         chat_template("tulu", tokenizer)
 
 

@@ -184,7 +184,7 @@ def test_all_tokens_but_those_of_turns_that_are_not_to_be_supervised(name: str) 
     if name == "qwen3":  # the answer is written without its think block once others follow
         with pytest.raises(UnusableRow, match="rewrites earlier turns"):
             chat.tokenize(cases()["untrained"])
-        with pytest.raises(UnusableRow, match="drops or rewrites the reasoning of message 1"):
+        with pytest.raises(UnusableRow, match=r"\breasoning of message 1\b"):
             chat.tokenize(cases()["reasoning"])
         return
     (sample,) = chat.tokenize(cases()["untrained"])
@@ -256,11 +256,11 @@ def test_a_template_that_leaves_out_tools_or_reasoning_refuses_such_rows() -> No
     chat = ChatTokenizer(golden_tokenizer(), template=silent)
     row = cases()["single"]
     offered = Conversation(row.messages, row=0, line=1, tools=cases()["tools"].tools)
-    with pytest.raises(UnusableRow, match=r"offers the tool 'add', and the chat template does not"):
+    with pytest.raises(UnusableRow, match=r"\btool 'add'"):
         chat.tokenize(offered)
-    with pytest.raises(UnusableRow, match=r"keeps reasoning apart .* has no place for it"):
+    with pytest.raises(UnusableRow, match=r"\breasoning\b"):
         chat.tokenize(cases()["reasoning"])
-    with pytest.raises(UnusableRow, match=r"holds tool calls, and the chat template has no place"):
+    with pytest.raises(UnusableRow, match=r"\btool calls\b"):
         chat.tokenize(cases()["tools"])
 
 

@@ -44,7 +44,7 @@ def test_damaged_files_are_named_in_one_line(
     folder: Path, name: str, content: str, expected: str
 ) -> None:
     (folder / name).write_text(content)
-    with pytest.raises(ConfigError, match=rf"cannot load a tokenizer from .* \({expected}") as info:
+    with pytest.raises(ConfigError, match=rf"^model\.tokenizer_path: .* \({expected}") as info:
         load(folder)
     assert "\n" not in str(info.value)
 
@@ -64,17 +64,17 @@ def test_a_chat_template_that_is_no_text_is_refused(
 
 
 def test_a_folder_without_tokenizer_and_no_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match=r"^model\.tokenizer_path: .*none"):
         load(tmp_path / "none")
     for kind in ("qwen2", "llama"):  # transformers makes an empty tokenizer, or raises
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        with pytest.raises(NoTokenizerError, match=r"holds no tokenizer"):
+        with pytest.raises(NoTokenizerError, match=r"^model\.tokenizer_path: .*tokenizer\.json"):
             load(tmp_path)
 
 
 def test_the_largest_id_must_have_a_row_in_the_embedding(folder: Path) -> None:
     assert len(load(folder, rows=400)) == 400
-    with pytest.raises(ConfigError, match=r"the id 399, and the model's embedding has 399 rows"):
+    with pytest.raises(ConfigError, match=r"\bid 399\b.*\b399 rows\b"):
         load(folder, rows=399)
     path = folder / "tokenizer.json"
     content: dict[str, Any] = json.loads(path.read_text())
@@ -83,5 +83,5 @@ def test_the_largest_id_must_have_a_row_in_the_embedding(folder: Path) -> None:
     vocabulary[last] = 900
     path.write_text(json.dumps(content))
     assert len(load(folder, rows=901)) == 400
-    with pytest.raises(ConfigError, match=r"gives '.*' the id 900, .* has 500 rows"):
+    with pytest.raises(ConfigError, match=r"\bid 900\b.*\b500 rows\b"):
         load(folder, rows=500)

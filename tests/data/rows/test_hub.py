@@ -115,9 +115,9 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for path in ("data/rows.jsonl", "data/rows.parquet", "data/rows.json.gz"):
-        with pytest.raises(DataError, match=f"{path}: no such file; check the path"):
+        with pytest.raises(DataError, match=f"^{path}: "):
             find_files(path)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").mkdir()
-    with pytest.raises(DataError, match="org/name: no file here"):
+    with pytest.raises(DataError, match=r"^org/name: "):
         find_files("org/name")

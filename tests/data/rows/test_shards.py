@@ -156,7 +156,7 @@ def test_a_shard_is_held_to_the_format_of_its_file(tmp_path: Path) -> None:
     assert formats == {"mixed": "text", "pairs": "alpaca", "none": None}
     last = shards["mixed"][-1]
     assert all(isinstance(row, Conversation) for row in ShardRows(last, AUTO))
-    with pytest.raises(DataError, match=r"mixed.jsonl:\d\d: .* alpaca .* text .*found: prompt"):
+    with pytest.raises(DataError, match=r"mixed\.jsonl:\d\d: .*\balpaca\b.*\btext\b.*\bprompt\b"):
         list(ShardRows(last, AUTO, row_format="text"))
 
 

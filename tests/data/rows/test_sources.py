@@ -124,7 +124,7 @@ def test_keys_of_two_formats_at_once_are_a_configuration_error() -> None:
 
 def test_a_file_that_mixes_formats_is_refused_with_row_and_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "\n".join(map(json.dumps, (ALPACA, ALPACA, CHAT))))
-    with pytest.raises(DataError, match=r"rows.jsonl:3: .* messages .* alpaca .*found: messages"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*\bmessages\b.*\balpaca\b.*\bmessages\b"):
         read(path)
 
 
@@ -278,13 +278,13 @@ def test_a_broken_array_ends_the_reading_with_its_place(
 
 
 def test_an_array_that_is_not_utf8_names_the_byte(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.json:2: byte 0xe9 at column 3 is not UTF-8"):
+    with pytest.raises(DataError, match=r"rows\.json:2: .*0xe9.*column 3\b"):
         read(write(tmp_path, b'[\n{"\xe9": 1}]', "rows.json"))
 
 
 @pytest.mark.parametrize("content", ["", " \n\r\n\t", "\ufeff", "[]", " [ \n]"])
 def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
-    with pytest.raises(DataError, match=r"must hold at least one row"):
+    with pytest.raises(DataError, match=r": .*empty"):
         read(write(tmp_path, content, "rows.json"))
 
 
