@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from roll_sft.config.schema import layout_of, on_device
+from roll_sft import stages
+from roll_sft.config.schema import RunConfig, layout_of, on_device
 from roll_sft.job.layouts import Gpus, candidates, variants
+from roll_sft.job.memory import estimate
 from roll_sft.job.step_time import Work
 from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from roll_sft.run import compose, shipped_configurations
-from tests import doors
-from tests.doors import Door, cells, write_rows
-
-door = doors.door
+from tests.doors import cells, write_rows
 
 
 def qwen(hidden: int, ffn: int, layers: int, heads: int, groups: int) -> dict[str, Any]:
@@ -87,20 +87,20 @@ PRESETS = {
 MEAN_TOKENS, MEAN_LONG_TOKENS = 400, 8000
 
 
-def plan_of(door: Door, folder: Path, name: str, *given: str) -> str:
-    """The dry run of configuration `name`."""
+def config_of(folder: Path, name: str, *given: str) -> RunConfig:
+    """Configuration `name` with a row of data and its model's config.json in `folder`."""
     (folder / "config.json").write_text(json.dumps(PRESETS[name].model))
     rows = write_rows(folder / "rows.jsonl", [{"instruction": "Add 2 and 3.", "output": "5"}])
     data = (f"model.path={folder}", f"data.train=[{{path: {rows}}}]")
-    outcome = door("--config-name", name, *data, "dry_run=true", *given)
-    assert outcome.code == 0, outcome.stderr
-    return outcome.stdout
+    composed = compose([f"--config-name={name}", *data, "dry_run=true", *given])
+    assert composed is not None
+    return on_device(composed[0], "cuda")
 
 
-def memory_gib(plan: str) -> float:
-    size, unit = cells(plan, "in all (estimate)")[1].split()[:2]
-    assert unit == "GiB"
-    return float(size)
+def shape_of(config: RunConfig) -> ModelShape:
+    assert config.model.path is not None
+    hf_config = load_hf_config(config.model.path, trust_remote_code=False)
+    return family_of(hf_config).shape(hf_config)
 
 
 def test_every_configuration_but_the_small_ones_is_here() -> None:
@@ -110,21 +110,20 @@ def test_every_configuration_but_the_small_ones_is_here() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_fits_its_gpus_and_no_layout_that_fits_is_much_quicker(
-    name: str, door: Door, tmp_path: Path
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, parameters, gpus = PRESETS[name]
-    plan = plan_of(door, tmp_path, name)
+    _, parameters, gpus = PRESETS[name]
+    config = config_of(tmp_path, name)
+    stages.run(config, composed_yaml="")
+    plan = capsys.readouterr().out
     assert parameters in plan
-    assert memory_gib(plan) < gpus.room_gib, plan
-    composed = compose([f"--config-name={name}", "data.train=[{path: rows.jsonl}]"])
-    assert composed is not None
-    config = on_device(composed[0], "cuda")
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    hf_config = load_hf_config(str(tmp_path), trust_remote_code=False)
-    shape = family_of(hf_config).shape(hf_config)
+    size, unit = cells(plan, "in all (estimate)")[1].split()[:2]
+    assert unit == "GiB"
+    assert float(size) < gpus.room_gib, plan
     samples = config.train.global_batch_size
     mean = MEAN_LONG_TOKENS if name == "qwen7b_long_sft" else MEAN_TOKENS
     work = Work(tokens=mean * samples, samples=samples, pack_tokens=0)
+    shape = shape_of(config)
     first = candidates(config, shape, work, gpus)[0]
     (ours,) = [
         each
@@ -147,7 +146,8 @@ def test_a_preset_fits_its_gpus_and_no_layout_that_fits_is_much_quicker(
     ],
 )
 def test_what_a_comment_offers_fits_and_what_it_rules_out_does_not(
-    name: str, given: list[str], fits: bool, door: Door, tmp_path: Path
+    name: str, given: list[str], fits: bool, tmp_path: Path
 ) -> None:
-    found = memory_gib(plan_of(door, tmp_path, name, *given))
+    config = config_of(tmp_path, name, *given)
+    found = estimate(config, shape_of(config)).total_gib
     assert (found < PRESETS[name].gpus.room_gib) == fits, found
