@@ -139,6 +139,29 @@ def test_a_step_of_a_layer_is_the_sum_done_by_hand() -> None:
     assert (core.tensor_s, core.context_s) == (time.tensor_s, pytest.approx(1.5 * time.context_s))
 
 
+def test_ranks_that_lie_further_apart_than_a_node_exchange_over_the_network() -> None:
+    work = Work(tokens=8192, samples=8, pack_tokens=8192)
+    machine = Machine(collective_s=0.0)
+    for tensor, rate in ((2, machine.node_bytes_per_s), (4, machine.network_bytes_per_s)):
+        layout = ParallelLayout(4 * tensor, tensor_size=tensor, context_size=4)
+        gathered = 2 * 8192 * 1024 * 2 / tensor * 3 / 4
+        time = time_of(layout, work, machine=machine)
+        assert time.context_s == pytest.approx(32 * 2 * gathered / rate)
+
+
+def test_data_ranks_without_a_sample_do_no_work() -> None:
+    work = Work(tokens=2 * 4096, samples=2, pack_tokens=4096)
+    two, eight = (time_of(ParallelLayout(number), work) for number in (2, 8))
+    assert two.compute_s == eight.compute_s
+
+
+def test_interleaved_stages_take_turns_so_micro_batches_divide_by_them() -> None:
+    work = Work(tokens=3 * 4096, samples=3, pack_tokens=4096)
+    layout = ParallelLayout(2, pipeline_size=2)
+    assert micro_batches(work, layout) == 3
+    assert micro_batches(work, replace(layout, virtual_size=2)) == 4
+
+
 def layouts() -> st.SearchStrategy[ParallelLayout]:
     degree = st.sampled_from([1, 2, 4, 8])
 
