@@ -25,15 +25,21 @@ class MemoryEstimate:
     """Peak memory of one rank; the parts are of device memory but the last."""
 
     state_gib: float  # weights, fp32 gradients, master weights and Adam moments
-    activations_gib: float  # kept for the backward, and the gradients of one layer's
-    head_gib: float
+    activations_gib: float  # kept for the backward
+    backward_gib: float  # beside these where a layer's backward needs the most
+    head_gib: float  # beside these in the head
     update_gib: float  # of the optimizer, when activations are gone
     save_host_gib: float
 
     @property
+    def moment_gib(self) -> float:
+        """Beside activations at the widest moment: they are whole when the head runs, and after."""
+        return max(self.backward_gib, self.head_gib)
+
+    @property
     def total_gib(self) -> float:
         """Device memory in all."""
-        return self.state_gib + max(self.activations_gib + self.head_gib, self.update_gib)
+        return self.state_gib + max(self.activations_gib + self.moment_gib, self.update_gib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +80,14 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
 
     tokens = run.pack_tokens // layout.context_size
     kept, recomputed = _kept_per_layer(run)
-    numbers = tokens * (_layers_in_flight(run, stage) * kept + recomputed)
-    numbers += _gradients_of_layer(run, tokens)
+    numbers = tokens * _layers_in_flight(run, stage) * kept
+    backward = tokens * recomputed + _gradients_of_layer(run, tokens)
     is_last = stage == layout.pipeline_size - 1
     update_bytes = UPDATE_BYTES if config.parallel.device == "cpu" else 0
     return MemoryEstimate(
         state_gib=state / GIB,
         activations_gib=numbers * weight_bytes / GIB,
+        backward_gib=backward * weight_bytes / GIB,
         head_gib=_head_bytes(run, tokens) / GIB if is_last else 0.0,
         update_gib=trained * update_bytes / replicas / GIB,
         save_host_gib=_save_host_bytes(run, trained) / GIB,
@@ -181,7 +188,7 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     """Numbers that a layer keeps for each token, and those that its backward computes again."""
     shape, layout, recompute = run.shape, run.layout, run.config.train.recompute
     q, k = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
-    hidden = shape.hidden_size / (layout.tensor_size if layout.sequence_parallel else 1)
+    hidden = _hidden(run)
     # What enters each norm; queries, keys and values as projected, the attention's output.
     rest = (
         2 * hidden + (2 * (q + k) + (0 if shape.qk_norm == "none" else q + k)) / layout.tensor_size
@@ -210,17 +217,28 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     )
 
 
+def _hidden(run: _Run) -> float:
+    """Numbers of a token between two layers."""
+    layout = run.layout
+    return run.shape.hidden_size / (layout.tensor_size if layout.sequence_parallel else 1)
+
+
 def _gradients_of_layer(run: _Run, tokens: int) -> float:
-    """Numbers of the widest moment of a layer's backward: the MLP's, and of its weight."""
+    """Numbers of the widest moment of a layer's backward: the MLP's, and on a CPU of its weight.
+
+    On a GPU the weight's gradient is added to the buffer that the state counts.
+    """
     shape, tensor_size = run.shape, run.layout.tensor_size
-    weights = 0 if run.config.lora.rank else 2 * shape.ffn_hidden_size * shape.hidden_size
-    wide = 3 * tokens * shape.ffn_hidden_size + weights
+    wide = 3 * tokens * shape.ffn_hidden_size
+    if run.config.parallel.device == "cpu" and not run.config.lora.rank:
+        wide += 2 * shape.ffn_hidden_size * shape.hidden_size
     return 2 * tokens * shape.hidden_size + wide / tensor_size
 
 
 def _head_bytes(run: _Run, tokens: int) -> float:
     """A chunk's logits, and what the head keeps: its rows, their gradient, and its weight's, fp32.
 
+    The last norm keeps what enters it, and what leaves it is there until the head is done.
     Logits exist before the softmax and as gradients; op by op in fp32 between. When they are gone,
     the weight's gradient is there in its own dtype, too. On a GPU that gradient is added to the
     buffer that the state counts, and takes nothing here; a frozen weight has none.
@@ -232,7 +250,8 @@ def _head_bytes(run: _Run, tokens: int) -> float:
     logits = 2 * width if _is_compiled(run) else max(2 * width, width + 4)
     on_gpu = run.config.parallel.device != "cpu"
     chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
-    rows = 2 * tokens * shape.hidden_size * width
+    norm = 2 * tokens * _hidden(run) * width
+    rows = 2 * tokens * shape.hidden_size * width + norm
     is_frozen = run.config.lora.rank > 0 and "lm_head" not in run.config.lora.modules_to_save
     if on_gpu or is_frozen:
         return chunk + rows

@@ -216,7 +216,7 @@ def _steps_table(overview: Overview) -> Table:
         f"tokens in the run{guessed}": f"{round(tokens * epochs):,}",
         "weights, gradients, optimizer": f"{_size(memory.state_gib)} per {device}",
         "activations (estimate)": f"{_size(memory.activations_gib)} per {device}",
-        "head and loss (estimate)": f"{_size(memory.head_gib)} per {device}",
+        "head, or a layer's backward (estimate)": f"{_size(memory.moment_gib)} per {device}",
         "in all (estimate)": f"{_size(memory.total_gib)} per {device}",
         "host memory of a save": f"{_size(memory.save_host_gib)} per worker",
     }

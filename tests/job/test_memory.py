@@ -30,8 +30,7 @@ HALF_B = Qwen2Config(
 )
 TP2 = {"num_workers": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 KEPT = 4 * 896 + 3 * (896 + 128) + 3 * 4864  # numbers that a layer keeps of a token
-# Of the widest moment of its backward: the MLP's and its weight's.
-GRADIENTS = TOKENS * (2 * 896 + 3 * 4864) + 2 * 896 * 4864
+GRADIENTS = TOKENS * (2 * 896 + 3 * 4864)  # at the widest moment of its backward, the MLP's
 
 
 class Run(NamedTuple):
@@ -67,20 +66,24 @@ def test_the_memory_of_a_small_model_on_one_gpu_is_the_sum_done_by_hand() -> Non
     assert kept_of(plan.shape, of_mlp=3) == KEPT
     found = estimate(*plan)
     assert found.state_gib == pytest.approx(494_032_768 * (2 + 4 + 4 + 8) / GIB, rel=1e-3)
-    assert found.activations_gib == pytest.approx((24 * TOKENS * KEPT + GRADIENTS) * 2 / GIB)
-    # 2048 rows of logits and their gradient, rows and theirs; the weight's is in the buffer.
-    head = 2048 * WORDS * (2 + 2) + 2 * TOKENS * 896 * 2
+    assert found.activations_gib == pytest.approx(24 * TOKENS * KEPT * 2 / GIB)
+    assert found.backward_gib == pytest.approx(GRADIENTS * 2 / GIB)
+    # 2048 rows of logits and their gradient, rows and theirs, what enters and leaves the last norm;
+    # the weight's gradient is in the buffer.
+    head = 2048 * WORDS * (2 + 2) + 4 * TOKENS * 896 * 2
     assert found.head_gib == pytest.approx(head / GIB)
     assert found.update_gib == 0.0  # one kernel, in place
+    assert found.backward_gib < found.head_gib  # of the two moments the wider counts
     assert found.total_gib == found.state_gib + found.activations_gib + found.head_gib
 
 
 def test_full_recomputation_keeps_what_enters_a_layer_and_one_layer() -> None:
     found = estimate(*plan_of("full"))
-    numbers = TOKENS * (24 * 896 + KEPT) + GRADIENTS
-    assert found.activations_gib == pytest.approx(numbers * 2 / GIB)
     in_fp32 = estimate(*plan_of("full", dtype="fp32"))
-    assert in_fp32.activations_gib == pytest.approx(numbers * 4 / GIB)
+    for half, width in ((found, 2), (in_fp32, 4)):
+        assert half.activations_gib == pytest.approx(TOKENS * 24 * 896 * width / GIB)
+        again = TOKENS * KEPT + GRADIENTS
+        assert half.backward_gib == pytest.approx(again * width / GIB)
 
 
 def test_a_part_that_is_recomputed_is_kept_once_where_the_backward_is() -> None:
@@ -88,8 +91,10 @@ def test_a_part_that_is_recomputed_is_kept_once_where_the_backward_is() -> None:
     dropped = {"core_attn": 896 + 128, "mlp": 3 * 4864, "layernorm": 2 * 896}
     for modules in (["core_attn"], ["mlp"], ["layernorm"], ["layernorm", "mlp"]):
         less, again = (sum(table[name] for name in modules) for table in (dropped, once))
-        numbers = TOKENS * (24 * (KEPT - less) + again) + GRADIENTS
-        assert estimate(*plan_of(modules)).activations_gib == pytest.approx(numbers * 2 / GIB)
+        found = estimate(*plan_of(modules))
+        numbers = 24 * TOKENS * (KEPT - less)
+        assert found.activations_gib == pytest.approx(numbers * 2 / GIB)
+        assert found.backward_gib == pytest.approx((TOKENS * again + GRADIENTS) * 2 / GIB)
     assert estimate(*plan_of("selective")) == estimate(*plan_of(["core_attn"]))
     assert estimate(*plan_of([])) == estimate(*plan_of())
     context = {"num_workers": 2, "context_parallel_size": 2}
@@ -105,7 +110,9 @@ def test_op_by_op_more_is_kept_of_the_mlp_and_of_the_head() -> None:
     assert plain.head_gib - compiled.head_gib == pytest.approx(2048 * WORDS * (6 - 4) / GIB)
     on_cpu = estimate(*plan_of(device="cpu"))
     assert on_cpu.activations_gib == plain.activations_gib
-    rows = 2 * TOKENS * 896 * 2  # chunks are small, and the weight's gradient is there twice
+    of_weight = 2 * 896 * 4864 * 2 / GIB  # which a GPU adds to the buffer at once
+    assert on_cpu.backward_gib == pytest.approx(plain.backward_gib + of_weight)
+    rows = 4 * TOKENS * 896 * 2  # chunks are small, and the weight's gradient is there twice
     assert on_cpu.head_gib == pytest.approx((512 * WORDS * 6 + rows + WORDS * 896 * 4) / GIB)
 
 
@@ -113,7 +120,8 @@ def test_each_axis_cuts_its_part() -> None:
     one = estimate(*plan_of())
     tensor = estimate(*plan_of(**TP2))
     assert tensor.state_gib == pytest.approx(one.state_gib / 2, rel=1e-3)
-    assert one.activations_gib / 2 < tensor.activations_gib < 0.51 * one.activations_gib
+    assert tensor.activations_gib == one.activations_gib / 2
+    assert one.backward_gib / 2 < tensor.backward_gib < 0.6 * one.backward_gib
     data = estimate(*plan_of(num_workers=4))
     assert data.state_gib == pytest.approx(one.state_gib * (2 + 4 + 12 / 4) / 18)
     assert data.activations_gib == one.activations_gib
@@ -137,7 +145,7 @@ def test_the_first_stage_holds_a_micro_batch_for_every_stage_and_the_last_the_he
         )
     )
     chunks = 2 + 2 + 1  # of six layers: on the way to the last stage, one more turn, and its own
-    numbers = chunks * 6 * TOKENS * KEPT + GRADIENTS
+    numbers = chunks * 6 * TOKENS * KEPT
     assert interleaved.activations_gib == pytest.approx(numbers * 2 / GIB)
     full = estimate(*plan_of("full", num_workers=2, pipeline_model_parallel_size=2))
     assert full.head_gib == one.head_gib  # with little else in flight, the last is the fuller

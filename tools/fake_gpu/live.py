@@ -26,7 +26,7 @@ class LiveBytes:
 
     def add(self, tensor: torch.Tensor, operation: str) -> None:
         """Count the storage of `tensor`, the result of `operation`, if it is on the device."""
-        if not tensor.is_cuda:
+        if not tensor.is_cuda or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -9,11 +9,13 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+DRIVER = "libcuda.so.1"
 BUILT = HERE.parents[1] / "build" / "fake_gpu"
 
 
@@ -26,6 +28,9 @@ def why_not() -> str | None:
         return f"torch {importlib.metadata.version('torch')} is no CUDA build"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    for compiler in ("cc", "c++"):
+        if shutil.which(compiler) is None:
+            return f"there is no compiler {compiler}"
     return None
 
 
@@ -33,8 +38,8 @@ def load() -> None:
     """Load the driver, then torch with a device guard for CUDA. Raises `SystemExit` in one line."""
     if reason := why_not():
         raise SystemExit(
-            f"fake-gpu: {reason}; install torch's CUDA build, pip's default on Linux, and name its"
-            " interpreter: make fake-gpu FAKE_GPU_PYTHON=..."
+            f"fake-gpu: {reason}; it needs a C and a C++ compiler and torch's CUDA build, pip's"
+            " default on Linux: make fake-gpu PYTHON=python3.12, or FAKE_GPU_PYTHON=<interpreter>"
         )
     if "torch" in sys.modules:
         raise SystemExit("fake-gpu: torch is imported already; load the driver before it")
@@ -42,33 +47,36 @@ def load() -> None:
     triton = importlib.util.find_spec("triton")
     assert triton is not None, "why_not looks for it"
     headers = Path(str(triton.origin)).parent / "backends" / "nvidia" / "include"
-    driver = _built("driver.c", ["cc", "-Wl,-soname,libcuda.so.1", f"-I{headers}"])
+    options = ["cc", f"-Wl,-soname,{DRIVER}", f"-I{headers}"]
+    driver = _built("driver.c", options, name=DRIVER)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(driver.parent)
     ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL)
     import torch
 
     folder = Path(torch.__file__).parent
     where = [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}"]
-    ctypes.CDLL(str(_built("guard.cpp", ["c++", "-std=c++20", *where], ["-lc10"]))).register_guard()
+    guard = _built("guard.cpp", ["c++", "-std=c++20", *where, "-Wl,--no-as-needed", "-lc10"])
+    ctypes.CDLL(str(guard)).register_guard()
 
 
-def _built(source: str, compiler: list[str], libraries: list[str] | None = None) -> Path:
-    """The shared library of `source`. Raises `SystemExit` if it does not compile."""
+def _built(source: str, compiler: list[str], *, name: str = "library.so") -> Path:
+    """The shared library `name` of `source`. Raises `SystemExit` if it does not compile."""
     path = HERE / source
     version = importlib.metadata.version("torch")
-    name = hashlib.sha256(path.read_bytes() + version.encode()).hexdigest()[:16]
-    library = BUILT / f"{path.stem}-{name}.so"
+    key = hashlib.sha256(path.read_bytes() + version.encode()).hexdigest()[:16]
+    library = BUILT / f"{path.stem}-{key}" / name
     if library.is_file():
         return library
-    BUILT.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}")
     command = [*compiler, "-O1", "-shared", "-fPIC", str(path), "-o", str(partial)]
     try:
-        subprocess.run([*command, *(libraries or [])], check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         raise SystemExit(
-            f"fake-gpu: {compiler[0]} does not build {source} ({detail.splitlines()[0]}); install"
-            " a C and a C++ compiler"
+            f"fake-gpu: {compiler[0]} does not build {source} ({detail.strip().splitlines()[-1]});"
+            " it needs a C and a C++ compiler"
         ) from error
     partial.replace(library)
     return library
