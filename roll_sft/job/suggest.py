@@ -138,6 +138,7 @@ def _losers(found: Sequence[Candidate], best: Sequence[Candidate], gpus: Gpus) -
             parts = {
                 "weights, gradients and optimizer": memory.state_gib,
                 "activations": memory.activations_gib,
+                "a layer's backward": memory.backward_gib,
                 "the head": memory.head_gib,
             }
             largest = max(parts, key=parts.__getitem__)

@@ -19,6 +19,7 @@ LAYOUTS = {
     "TP2 PP2 CP2": ((2, 2, 2, 1), (0, 7)),
 }
 RECOMPUTE = ("none", "full")
+PARTS = ("core_attn", "mlp", "core_attn+mlp+layernorm")  # on one GPU, beside these
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,12 @@ class Case:
                     "sequence_parallel": tensor > 1,
                 },
                 "data": {"sequence_length": PACK_TOKENS},
-                "train": {"micro_batch_tokens": PACK_TOKENS, "recompute": self.recompute},
+                "train": {
+                    "micro_batch_tokens": PACK_TOKENS,
+                    "recompute": self.recompute.split("+")
+                    if self.recompute not in RECOMPUTE
+                    else self.recompute,
+                },
             }
         )
 
@@ -121,6 +127,6 @@ def all_cases() -> list[Case]:
         for shape in ("0.5B", "1.5B", "7B")
         for layout, ((_, pipeline, *_), ranks) in LAYOUTS.items()
         for rank in ranks
-        for recompute in RECOMPUTE
+        for recompute in (*RECOMPUTE, *(PARTS if layout == "TP1" else ()))
         for is_even in ((True, False) if pipeline > 1 and recompute == "none" else (True,))
     ]
