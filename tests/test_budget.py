@@ -55,6 +55,7 @@ BY_NEED = {
     "roll_sft/engine/overlap.py": "weights gathered in the forward pass, on several GPUs",
     "roll_sft/engine/recompute.py": "norms that are recomputed",
     "roll_sft/job/lora.py": "lora.rank above 0",
+    "roll_sft/job/lora_memory.py": "lora.rank above 0",
     "roll_sft/models/adapter.py": "lora.rank above 0",
     "roll_sft/models/hub.py": "a model of the hub",
     "roll_sft/models/peft_folder.py": "lora.adapter_path",

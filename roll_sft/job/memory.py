@@ -70,7 +70,9 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
     weight_bytes, master_bytes = _weight_bytes(run)
     parameters = trained = _parameters(run, stage)
     if run.config.lora.rank:
-        adapters, saved = _adapter_parameters(run, stage)
+        from roll_sft.job.lora_memory import adapter_parameters
+
+        adapters, saved = adapter_parameters(config, shape, stage=stage)
         trained = adapters + saved
         parameters += adapters
     # The distributed optimizer cuts masters and moments over data x context ranks.
@@ -131,48 +133,6 @@ def _parameters(run: _Run, stage: int) -> float:
     return (in_layers * share + ends * embedding) / layout.tensor_size
 
 
-def _adapter_parameters(run: _Run, stage: int) -> tuple[float, float]:
-    """What a rank of `stage` trains: of adapters, and of the embedding and head beside them."""
-    from roll_sft.models.adapter import adapted_weights, saved_weights  # a run without needs none
-    from roll_sft.models.source import family_named
-
-    shape, layout, lora = run.shape, run.layout, run.config.lora
-    family, of_model = family_named(shape.architecture), 0.0
-    for weight in adapted_weights(family, shape, lora).values():
-        inputs = len(weight.modules) * weight.num_inputs
-        outputs = sum(map(weight.num_outputs, weight.modules))
-        cut, whole = (inputs, outputs) if weight.is_row_parallel else (outputs, inputs)
-        of_model += lora.rank * (cut / layout.tensor_size + whole)
-    is_first, is_last = stage == 0, stage == layout.pipeline_size - 1
-    ends = sum(
-        is_first if name.startswith("embedding") else is_last
-        for name in saved_weights(family, shape, lora)
-    )
-    embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
-    share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
-    return of_model * share, ends * embedding / layout.tensor_size
-
-
-def _kept_by_adapters(run: _Run) -> float:
-    """Numbers that the adapters of a layer keep for each token, beside what the layer does.
-
-    Inputs that sequence parallelism has gathered; and with dropout each projection's own, with the
-    places that it dropped.
-    """
-    from roll_sft.models.adapter import adapted_weights
-    from roll_sft.models.source import family_named
-
-    shape, layout, lora = run.shape, run.layout, run.config.lora
-    kept = 0.0
-    for weight in adapted_weights(family_named(shape.architecture), shape, lora).values():
-        inputs = weight.num_inputs / (layout.tensor_size if weight.is_row_parallel else 1)
-        if layout.sequence_parallel and not weight.is_row_parallel:
-            kept += inputs
-        if lora.dropout:
-            kept += 1.5 * inputs * len(weight.modules)
-    return kept / shape.num_layers
-
-
 def _layers_in_flight(run: _Run, stage: int) -> int:
     """Layers whose activations a rank of `stage` holds at once, each micro-batch's counted."""
     layout = run.layout
@@ -205,7 +165,9 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     }
     kept = rest + sum(parts.values())
     if run.config.lora.rank:
-        kept += _kept_by_adapters(run)
+        from roll_sft.job.lora_memory import kept_by_adapters
+
+        kept += kept_by_adapters(run.config, shape)
     if recompute == "full":
         return hidden, kept
     modules = recompute if isinstance(recompute, list) else ["core_attn"] * (recompute != "none")

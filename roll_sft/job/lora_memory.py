@@ -1,0 +1,41 @@
+"""What adapters add to a rank's memory, in numbers; `memory` turns them into bytes."""
+
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.models.adapter import adapted_weights, saved_weights
+from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import family_named
+
+
+def adapter_parameters(config: RunConfig, shape: ModelShape, *, stage: int) -> tuple[float, float]:
+    """What a rank of `stage` trains: of adapters, and of the embedding and head beside them."""
+    layout, lora = layout_of(config.parallel), config.lora
+    family, of_model = family_named(shape.architecture), 0.0
+    for weight in adapted_weights(family, shape, lora).values():
+        inputs = len(weight.modules) * weight.num_inputs
+        outputs = sum(map(weight.num_outputs, weight.modules))
+        cut, whole = (inputs, outputs) if weight.is_row_parallel else (outputs, inputs)
+        of_model += lora.rank * (cut / layout.tensor_size + whole)
+    is_first, is_last = stage == 0, stage == layout.pipeline_size - 1
+    ends = sum(
+        is_first if name.startswith("embedding") else is_last
+        for name in saved_weights(family, shape, lora)
+    )
+    embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
+    share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
+    return of_model * share, ends * embedding / layout.tensor_size
+
+
+def kept_by_adapters(config: RunConfig, shape: ModelShape) -> float:
+    """Numbers that the adapters of a layer keep for each token, beside what the layer does.
+
+    Inputs that sequence parallelism has gathered; and with dropout each projection's own, with the
+    places that it dropped.
+    """
+    layout, lora, kept = layout_of(config.parallel), config.lora, 0.0
+    for weight in adapted_weights(family_named(shape.architecture), shape, lora).values():
+        inputs = weight.num_inputs / (layout.tensor_size if weight.is_row_parallel else 1)
+        if layout.sequence_parallel and not weight.is_row_parallel:
+            kept += inputs
+        if lora.dropout:
+            kept += 1.5 * inputs * len(weight.modules)
+    return kept / shape.num_layers
