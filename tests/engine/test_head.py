@@ -183,6 +183,23 @@ def test_a_head_adds_to_the_buffer_and_makes_nothing_of_its_size(
         assert found["error"] < 0.95 * found["error otherwise"]
 
 
+@pytest.mark.parametrize("num_real", [8, 6])
+def test_the_compiled_parts_of_the_softmax_are_a_softmax(num_real: int) -> None:
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    logits[:, 6:] += 9.0  # padding that would be noticed
+    local = torch.tensor([[0], [3], [-1], [5], [2]])
+    wanted = logits[:, :num_real].softmax(dim=1)
+    for row, column in enumerate(local[:, 0].tolist()):
+        wanted[row, column] -= float(column >= 0)
+    largest, total = loss.exponential_sums(logits, num_real)
+    assert torch.equal(largest, logits[:, :num_real].amax(dim=1, keepdim=True))
+    sums = largest + total.log()
+    close(sums[:, 0], torch.logsumexp(logits[:, :num_real], dim=1), 1e-6)
+    gradient = loss.logit_gradient(logits, largest, total, local, num_real)
+    close(gradient[:, :num_real], wanted, 1e-6)
+    assert not gradient[:, num_real:].any()
+
+
 def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
     weights = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(AssertionError, match="one factor for all"):
