@@ -84,7 +84,7 @@ class Adapter(torch.nn.Module):
             for module in weight.modules
         ]
         is_whole = len(rows) == self._num_outputs and bool((rows.diff() > 0).all())
-        self.register_buffer("_rows", None if is_whole else rows, persistent=False)
+        self.register_buffer("_rows", None if is_whole else rows.to(like.device), persistent=False)
         self._rows: torch.Tensor | None
         height = lora.rank * len(weight.modules)
         self.lora_A = torch.nn.Parameter(like.new_zeros(height, num_inputs))

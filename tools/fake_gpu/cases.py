@@ -32,13 +32,15 @@ class Case:
     recompute: str = "none"
     is_even: bool = True  # packs of one length, whose every token is trained on
     num_layers: int | None = None  # None: the model's
+    has_adapters: bool = False  # of every linear layer
 
     @property
     def name(self) -> str:
         """For a line of the table."""
         rank = f" rank {self.rank}" if self.rank else ""
         packs = "" if self.is_even else ", unequal packs"
-        return f"{self.shape} {self.layout}{rank}, recompute {self.recompute}{packs}"
+        adapters = ", adapters" if self.has_adapters else ""
+        return f"{self.shape} {self.layout}{rank}, recompute {self.recompute}{packs}{adapters}"
 
     @property
     def degrees(self) -> tuple[int, int, int, int]:
@@ -70,6 +72,7 @@ class Case:
                     "sequence_parallel": tensor > 1,
                 },
                 "data": {"sequence_length": PACK_TOKENS},
+                "lora": {"rank": 16} if self.has_adapters else {},
                 "train": {
                     "micro_batch_tokens": PACK_TOKENS,
                     "recompute": self.recompute.split("+")
@@ -121,8 +124,13 @@ class Tokens:
 
 
 def all_cases() -> list[Case]:
-    """Every shape on every layout; pipelines also with packs that differ in length."""
-    return [
+    """Every shape on every layout; pipelines also with packs of all lengths; some with adapters."""
+    adapted = [
+        Case("1.5B", layout, rank, has_adapters=True)
+        for layout in ("TP1", "TP2 CP2 DP2")
+        for rank in LAYOUTS[layout][1]
+    ]
+    return adapted + [
         Case(shape, layout, rank, recompute, is_even)
         for shape in ("0.5B", "1.5B", "7B")
         for layout, ((_, pipeline, *_), ranks) in LAYOUTS.items()

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from roll_sft.config.schema import layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
 from roll_sft.data.tokens.cache import TokenData
-from roll_sft.engine import fused
+from roll_sft.engine import fused, lora
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
 from roll_sft.engine.optimizer import make_optimizer_state
@@ -105,6 +106,7 @@ class Rank:
         device.install(self._meter, lambda tensor: self._wire.read(tensor, self._meter.waits))
         device.fake_groups()
         self._feed_shapes()
+        _find_rows_of_adapters()
         compiler: Any = FakeCompiler(self._meter)
         fused._compiled = compiler
 
@@ -198,3 +200,14 @@ class Rank:
             return exchange(self, send_next, send_prev, recv_prev, recv_next)
 
         P2PCommunicator._communicate_shapes = communicate
+
+
+def _find_rows_of_adapters() -> None:
+    """Which rows of a weight have adapters is read from tensors on the host, so these are real."""
+    find = lora._rows_of
+
+    def found(weight: Any) -> Any:
+        with unset_fake_temporarily():
+            return find(weight)
+
+    lora._rows_of = found
