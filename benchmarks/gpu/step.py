@@ -175,12 +175,16 @@ def _measure(bench: Bench, name: str, pack_tokens: int) -> Measured:
     bench.show("packed_over_unpadded", ratio, goal=">= 0.95", **facts)
     estimated = estimate_of(shape, run, shape.num_layers)
     if bench.is_gpu:
-        parts = {"gib": round(memory_gib, 1), "estimate_gib": round(estimated.total_gib, 1)}
+        parts: dict[str, object] = {
+            "gib": round(memory_gib, 1),
+            "estimate_gib": round(estimated.total_gib, 1),
+        }
         ratio = memory_gib / estimated.total_gib
-        bench.show("gpu_memory_over_estimate", ratio, goal="<= 1.05", shape=name, **parts)
+        parts |= {"shape": name, "pack_tokens": pack_tokens}
+        bench.show("gpu_memory_over_estimate", ratio, goal="<= 1.05", **parts)
     with bench.part(f"{name} profile", "profile") as begins:
         if begins:
-            _profile(bench, engine, plans["packed"], name)
+            _profile(bench, engine, plans["packed"], facts)
     return Measured(config, shape, packed, plans["packed"], flops_per_s["packed"], facts)
 
 
@@ -243,7 +247,7 @@ def _timed(engine: Engine, planner: Planner) -> tuple[float, list[StepPlan], flo
     return time.perf_counter() - started, plans, peak_gib
 
 
-def _profile(bench: Bench, engine: Engine, planner: Planner, name: str) -> None:
+def _profile(bench: Bench, engine: Engine, planner: Planner, of: dict[str, object]) -> None:
     """The share of some steps in which no kernel runs; their kernels and host calls in files.
 
     The kernels' time is of a profiled run, and the steps' of one before it: a profiler slows the
@@ -269,16 +273,21 @@ def _profile(bench: Bench, engine: Engine, planner: Planner, name: str) -> None:
             table = averages.table(
                 sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=80
             )
-            (bench.out / f"{kind}_{name}.txt").write_text(table, encoding="utf-8")
+            (bench.out / f"{kind}_{of['shape']}.txt").write_text(table, encoding="utf-8")
     if bench.is_gpu:
         spans = sorted(_kernel_spans(profile))
         busy, end = 0.0, spans[0][0]  # microseconds
         for first, last in spans:
             busy += max(0.0, last - max(first, end))
             end = max(end, last)
-        facts = {"kernels": len(spans), "busy_s": round(busy / 1e6, 3), "s": round(seconds, 3)}
+        facts: dict[str, object] = {
+            "kernels": len(spans),
+            "busy_s": round(busy / 1e6, 3),
+            "s": round(seconds, 3),
+        }
+        facts |= {"shape": of["shape"], "pack_tokens": of["pack_tokens"]}
         idle = 1 - busy / 1e6 / seconds
-        bench.show("gpu_idle", idle, goal="<= 0.02", shape=name, **facts)
+        bench.show("gpu_idle", idle, goal="<= 0.02", **facts)
 
 
 def _kernel_spans(profile: Any) -> Iterator[tuple[float, float]]:

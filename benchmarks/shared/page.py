@@ -99,11 +99,16 @@ def _gpu() -> list[str]:
     lines = _gpu_lines()
     if not lines:
         return ["Unmeasured so far: no figure of a GPU is in this page."]
-    rows = ["| measure | shape | figure | goal | holds | device |", "|---|---|---|---|---|---|"]
+    columns = ("measure", "shape", "tokens a pack", "figure", "goal", "holds", "tokens/s", "device")
+    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for line in lines:
-        holds = {True: "yes", False: "**no**", None: ""}[line["holds"]]
-        cells = (line["name"], line.get("shape", ""), line["ratio"], line["goal"] or "", holds)
-        rows.append("| " + " | ".join(map(str, (*cells, line["device"]))) + " |")
+        speed = line["packed_tokens_per_s"] if line["name"] == "mfu" else ""
+        cells = (
+            *(line["name"], line.get("shape", ""), line.get("pack_tokens", "")),
+            *(f"{line['ratio']:.4g}", line["goal"] or ""),
+            *({True: "yes", False: "**no**", None: ""}[line["holds"]], speed, line["device"]),
+        )
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
     return rows
 
 
