@@ -149,21 +149,25 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     shape, layout, recompute = run.shape, run.layout, run.config.train.recompute
     q, k = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
     hidden = _hidden(run)
-    # What enters each norm; queries, keys and values as projected, the attention's output.
-    rest = (
-        2 * hidden + (2 * (q + k) + (0 if shape.qk_norm == "none" else q + k)) / layout.tensor_size
-    )
-    # What leaves each norm; queries and keys rotated, keys and values of the whole pack; of the MLP
-    # what is projected and the product, and op by op also the gates activated and what they gate
-    # once more.
-    core = q + k + (2 * k * layout.context_size if layout.context_size > 1 else 0)
+    # What enters each norm; queries, keys and values as projected, whose memory the values are part
+    # of unless context ranks gather them; what enters the norms of queries and keys; the
+    # attention's output.
+    is_gathered, is_normed = layout.context_size > 1, shape.qk_norm != "none"
+    projected = 0 if is_gathered and not is_normed else q + 2 * k
+    rest = 2 * hidden + (projected + is_normed * (q + k) + q) / layout.tensor_size
+    # What leaves each norm; queries and keys rotated, or in place of the keys those that the rank's
+    # two chunks of a sample see, and their values; of the MLP what is projected and the product,
+    # and op by op also the gates activated and what they gate once more.
+    core = q + (k * (2 * layout.context_size + 1) if is_gathered else k)
+    # Where that is recomputed, what enters it stays: the queries in a copy of their own.
+    entering = q + is_normed * k + (0 if projected else q + 2 * k)
     mlp = (3 if _is_compiled(run) else 5) * shape.ffn_hidden_size
     parts = {
         "layernorm": 2 * hidden if shape.norm_placement == "pre" else 0,
-        "core_attn": core / layout.tensor_size,
+        "core_attn": (core - entering) / layout.tensor_size,
         "mlp": mlp / layout.tensor_size,
     }
-    kept = rest + sum(parts.values())
+    kept = rest + sum(parts.values()) + entering / layout.tensor_size
     if run.config.lora.rank:
         from roll_sft.job.lora_memory import kept_by_adapters
 
