@@ -154,9 +154,14 @@ def test_the_layout_of_the_configuration_does_not_matter(plan: Door) -> None:
 
 
 def test_where_nothing_fits_the_last_line_names_what_would(plan: Door) -> None:
-    given = ("--suggest", "model.path=large")
-    outcome = plan(*given, "--gpus=16", "--memory=79")
-    refused(outcome, 2, "--memory: 79", "16 GPUs", "TP8 PP2 CP1 DP1", "train.recompute=full")
+    given = (
+        "--suggest",
+        "model.path=large",
+        "data.sequence_length=16384",
+        "train.micro_batch_tokens=16384",
+    )
+    outcome = plan(*given, "--gpus=16", "--memory=80")
+    refused(outcome, 2, "--memory: 80", "16 GPUs", "TP8 PP2 CP1 DP1", "train.recompute=full")
     (gpus,) = re.findall(r"--gpus (\d+)", outcome.last_line)
     (memory,) = re.findall(r"--memory (\d+)", outcome.last_line)
     (shorter,) = re.findall(
