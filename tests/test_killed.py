@@ -31,7 +31,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def sections(root: Path, layout: str, **checkpoint: Any) -> dict[str, dict[str, Any]]:
+    is_lora = (root / "lora").exists()
     return {
+        "lora": {"rank": 4, "dropout": 0.1} if is_lora else {},
         "parallel": LAYOUTS[layout],
         "train": {"max_steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": 3},
         "data": {"validation": [{"path": str(root / "rows.jsonl"), "name": "held_out"}]},
@@ -44,7 +46,7 @@ def command(root: Path, layout: str, **checkpoint: Any) -> list[str]:
     cluster = two_nodes()
     config = parity.parity_config(root, **sections(root, layout, **checkpoint))
     keys = {"output_dir": str(root / "runs" / "killed"), "cluster.address": cluster.address}
-    for name in ("model", "data", "train", "checkpoint", "tracking", "parallel"):
+    for name in ("model", "data", "train", "lora", "checkpoint", "tracking", "parallel"):
         section = getattr(config, name)
         for key in type(section).__slots__:
             value = getattr(section, key)
@@ -64,10 +66,18 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "trained" in metafunc.fixturenames:
+        is_full = metafunc.config.getoption("--all-layouts")
+        metafunc.parametrize("trained", ["model", *(["adapters"] if is_full else [])])
+
+
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
-    pool: RankPool, tmp_path: Path, request: pytest.FixtureRequest
+    trained: str, pool: RankPool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """With --all-layouts three kills, each goes on on another layout; else one."""
+    """With --all-layouts three kills, each goes on on another layout, of adapters too; else one."""
+    if trained == "adapters":
+        (tmp_path / "lora").touch()
     parity.write_model(tmp_path / "model", kind="qwen2-tied")
     parity.write_rows(tmp_path / "rows.jsonl")
     layouts = [*LAYOUTS] if request.config.getoption("--all-layouts") else ["DP2", "PP2xVPP2"]
