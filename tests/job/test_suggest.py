@@ -153,6 +153,11 @@ def test_the_layout_of_the_configuration_does_not_matter(plan: Door) -> None:
     assert "\n1: as it is configured\n" in pasted.stdout
 
 
+def test_a_part_of_a_node_has_layouts_too(plan: Door) -> None:
+    for overrides in suggested(plan("--suggest", "--gpus=4", "--memory=141")):
+        assert "parallel.num_workers=4" in overrides
+
+
 def test_where_nothing_fits_the_last_line_names_what_would(plan: Door) -> None:
     given = (
         "--suggest",
