@@ -71,7 +71,9 @@ def _smallest_parts(file: BinaryIO, *, kind: str) -> Iterator[TablePart]:
         reader = pa.ipc.open_file(file)
         for index in range(reader.num_record_batches):
             batch = reader.get_batch(index)
-            yield TablePart(index, index + 1, batch.num_rows, batch.nbytes)
+            # Not `nbytes`, which follows offsets that nobody has checked yet.
+            num_bytes = batch.get_total_buffer_size()
+            yield TablePart(index, index + 1, batch.num_rows, num_bytes)
     else:
         for message in stream_messages(file):
             if message.num_rows is not None:

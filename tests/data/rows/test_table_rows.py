@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from roll_sft.base.errors import DataError
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows.files import opened
@@ -286,3 +287,19 @@ def test_the_parts_of_a_stream_are_found_in_its_heads(tmp_path: Path) -> None:
         parts = table_parts(counted, kind="arrow", name="x", part_bytes=1)  # type: ignore[arg-type]
     assert [part.num_rows for part in parts] == [10] * 10
     assert counted.num_bytes < 10_000
+
+
+@pytest.mark.parametrize("make", [pa.ipc.new_file, pa.ipc.new_stream], ids=["file", "stream"])
+def test_offsets_beyond_the_table_are_refused(tmp_path: Path, make: Any) -> None:
+    """Followed before they are checked, they end the process without a word."""
+    table = pa.table({"messages": [CHAT, CHAT + CHAT]})
+    path = tmp_path / "rows.arrow"
+    with make(path, table.schema) as writer:
+        writer.write_table(table)
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 2, 6))
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    beyond = offsets[:8] + (0x7FFF_FF00).to_bytes(4, "little")
+    path.write_bytes(content.replace(offsets, beyond))
+    with pytest.raises(DataError, match=r"rows\.arrow: cannot be read as a table"):
+        read(path)
