@@ -53,9 +53,8 @@ class TokenDropout:
         assert self.keys is not None, "the keys of a pack come with its layer's arguments"
         digest = hashlib.sha256(f"{self._seed}:{self._step}:{module}".encode()).digest()
         salt = int.from_bytes(digest[:4], "little", signed=True)
-        tokens = _mixed(self.keys ^ salt)
-        last = first_column + inputs.shape[1]
-        columns = _mixed(torch.arange(first_column, last, dtype=torch.int32, device=tokens.device))
+        tokens, last = self.keys ^ salt, first_column + inputs.shape[1]
+        columns = torch.arange(first_column, last, dtype=torch.int32, device=tokens.device)
         limit, scale = int(self.share * _HIGH), 1 / (1 - self.share)
         if self._is_compiled:
             dropped: torch.Tensor = run_compiled(
@@ -69,7 +68,8 @@ def dropped_inputs(
     inputs: torch.Tensor, tokens: torch.Tensor, columns: torch.Tensor, limit: int, scale: float
 ) -> torch.Tensor:
     """`inputs` [N, I], 0 where the hash of `tokens` int32 [N] and `columns` int32 [I] is small."""
-    numbers = _mixed(tokens[:, None] ^ columns) & (_HIGH - 1)
+    # All of the hash is here, so that compiled code is one kernel of it.
+    numbers = _mixed(_mixed(tokens)[:, None] ^ _mixed(columns)) & (_HIGH - 1)
     return torch.where(numbers >= limit, inputs * scale, 0.0)
 
 

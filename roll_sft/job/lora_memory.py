@@ -25,17 +25,23 @@ def adapter_parameters(config: RunConfig, shape: ModelShape, *, stage: int) -> t
     return of_model * share, ends * embedding / layout.tensor_size
 
 
-def kept_by_adapters(config: RunConfig, shape: ModelShape) -> float:
+def kept_by_adapters(config: RunConfig, shape: ModelShape, *, is_compiled: bool) -> float:
     """Numbers that the adapters of a layer keep for each token, beside what the layer does.
 
-    Inputs that sequence parallelism has gathered; and with dropout each projection's own, with the
-    places that it dropped.
+    Inputs that sequence parallelism has gathered, in place of the rank's share of them. With
+    dropout each projection's own, op by op with the places that it dropped, in place of what left a
+    norm and of the MLP's product: the base is frozen and keeps neither. What attention gave is kept
+    by attention.
     """
     layout, lora, kept = layout_of(config.parallel), config.lora, 0.0
-    for weight in adapted_weights(family_named(shape.architecture), shape, lora).values():
+    for name, weight in adapted_weights(family_named(shape.architecture), shape, lora).items():
         inputs = weight.num_inputs / (layout.tensor_size if weight.is_row_parallel else 1)
-        if layout.sequence_parallel and not weight.is_row_parallel:
-            kept += inputs
+        is_gathered = layout.sequence_parallel and not weight.is_row_parallel
+        is_of_attention = name.endswith("self_attention.linear_proj.weight")
+        if is_gathered or (lora.dropout and not is_of_attention):
+            kept -= inputs / (layout.tensor_size if is_gathered else 1)
         if lora.dropout:
-            kept += 1.5 * inputs * len(weight.modules)
+            kept += (1.0 if is_compiled else 1.5) * inputs * len(weight.modules)
+        elif is_gathered:
+            kept += inputs
     return kept / shape.num_layers

@@ -171,7 +171,7 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     if run.config.lora.rank:
         from roll_sft.job.lora_memory import kept_by_adapters
 
-        kept += kept_by_adapters(run.config, shape)
+        kept += kept_by_adapters(run.config, shape, is_compiled=_is_compiled(run))
     if recompute == "full":
         return hidden, kept
     modules = recompute if isinstance(recompute, list) else ["core_attn"] * (recompute != "none")

@@ -35,6 +35,7 @@ class Case:
     is_even: bool = True  # packs of one length, whose every token is trained on
     num_layers: int | None = None  # None: the model's
     has_adapters: bool = False  # of every linear layer
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
@@ -42,6 +43,7 @@ class Case:
         rank = f" rank {self.rank}" if self.rank else ""
         packs = "" if self.is_even else ", unequal packs"
         adapters = ", adapters" if self.has_adapters else ""
+        adapters += " with dropout" if self.dropout else ""
         return f"{self.shape} {self.layout}{rank}, recompute {self.recompute}{packs}{adapters}"
 
     @property
@@ -74,7 +76,7 @@ class Case:
                     "sequence_parallel": tensor > 1,
                 },
                 "data": {"sequence_length": PACK_TOKENS},
-                "lora": {"rank": 16} if self.has_adapters else {},
+                "lora": {"rank": 16, "dropout": self.dropout} if self.has_adapters else {},
                 "train": {
                     "micro_batch_tokens": PACK_TOKENS,
                     "recompute": self.recompute.split("+")
@@ -128,9 +130,9 @@ class Tokens:
 def all_cases() -> list[Case]:
     """Every shape on every layout; pipelines also with packs of all lengths; some with adapters."""
     adapted = [
-        Case("1.5B", layout, rank, has_adapters=True)
+        Case("1.5B", layout, 0, has_adapters=True, dropout=dropout)
         for layout in ("TP1", "TP2 CP2 DP2")
-        for rank in LAYOUTS[layout][1]
+        for dropout in (0.0, 0.05)
     ]
     return adapted + [
         Case(shape, layout, rank, recompute, is_even)
