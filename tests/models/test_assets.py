@@ -135,7 +135,7 @@ def test_the_rules_that_trained_replace_a_file_that_has_others(
     (source / "tokenizer.json").write_text(json.dumps(content))
     trained = TrainedTokenizer(tiny_tokenizer(), folder=source, end_of_turn_id=6)
     save_assets(source, trained=trained, output=tmp_path / "out")
-    assert "splits text in another way" in caplog.text
+    assert "tokenizer.json of the source splits text differently" in caplog.text
     exported = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer.json"))
     text = "two words, 1234 and\n\n more"
     assert exported(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
