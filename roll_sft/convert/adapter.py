@@ -35,13 +35,11 @@ class StoredAdapter:
     lora: LoraConfig
     shapes: dict[str, Shape]  # by PEFT's names
     manifest: Manifest | None  # of a step folder
+    tensors: Reader | AdapterSource
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor; of a step folder in fp32 if that was trained."""
-        if self.manifest is None:
-            return AdapterSource(self.folder, key="--adapter").read(name)
-        tensor = Reader(self.folder, dtype=torch.float32).read(name)
-        return tensor[: self.shapes[name][0]]  # an embedding may be stored with padding
+        return self.tensors.read(name)[: self.shapes[name][0]]  # an embedding may be padded
 
 
 def stored_adapter(folder: Path, family: Family, shape: ModelShape) -> StoredAdapter:
@@ -58,9 +56,11 @@ def stored_adapter(folder: Path, family: Family, shape: ModelShape) -> StoredAda
                 " exports it, and there is nothing to merge"
             )
         verify_hashes(folder, manifest.files)
-        return StoredAdapter(folder, lora, adapter_shapes(family, shape, lora), manifest)
+        reader = Reader(folder, dtype=torch.float32)
+        return StoredAdapter(folder, lora, adapter_shapes(family, shape, lora), manifest, reader)
     lora = read_lora(folder, key="--adapter")
-    found = AdapterSource(folder, key="--adapter").shapes()
+    tensors = AdapterSource(folder, key="--adapter")
+    found = tensors.shapes()
     targets = sorted({name.split(".")[-3] for name in found if name.endswith(".lora_A.weight")})
     lora = LoraConfig(
         rank=lora.rank,
@@ -74,7 +74,7 @@ def stored_adapter(folder: Path, family: Family, shape: ModelShape) -> StoredAda
         raise ConfigError(
             f"--adapter: '{folder}' {problem}; give an adapter of the model in --base"
         )
-    return StoredAdapter(folder, lora, wanted, None)
+    return StoredAdapter(folder, lora, wanted, None, tensors)
 
 
 def lora_of(manifest: Manifest) -> LoraConfig | None:

@@ -22,7 +22,7 @@ from roll_sft.convert.adapter import StoredAdapter, stored_adapter
 from roll_sft.convert.from_hf import DTYPES, one_thread
 from roll_sft.convert.model_card import write_card
 from roll_sft.convert.new_folder import new_folder
-from roll_sft.job.lora import base_shape, check_base, fingerprint
+from roll_sft.job.lora import base_shape, check_base, check_fingerprint
 from roll_sft.models.adapter import peft_name, scaling
 from roll_sft.models.assets import (
     MODEL_FILES,
@@ -132,11 +132,7 @@ def _base_source(
                 seed=int(wanted.removeprefix(_RANDOM)),
                 initializer_range=shape.initializer_range,
             )
-        if wanted != (found := fingerprint(base)):
-            raise ConfigError(
-                f"--adapter: '{stored.folder}' was trained on the base model {wanted}, and"
-                f" '{base}' is {found}; give the base model that it was trained on"
-            )
+        check_fingerprint(wanted, stored.folder, base, key="--adapter")
     source = SafetensorsSource(base)
     family.check_source(shape, source=source)
     return source

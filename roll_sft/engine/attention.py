@@ -39,7 +39,11 @@ class PackDescription(PackedSeqParams):
 
 
 def describe_pack(
-    segments: Segments, positions_T: torch.Tensor, *, frequencies: torch.Tensor
+    segments: Segments,
+    positions_T: torch.Tensor,
+    *,
+    frequencies: torch.Tensor,
+    token_keys: torch.Tensor | None = None,
 ) -> PackDescription:
     """The `packed_seq_params` of the model's forward.
 
@@ -54,6 +58,7 @@ def describe_pack(
         max_seqlen_kv=max(segments.key_lengths),
         segments=segments,
         angles=rotary_angles(positions_T[0], frequencies),
+        token_keys=token_keys,
     )
 
 

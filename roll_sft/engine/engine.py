@@ -8,7 +8,6 @@ a step nothing of ours waits for the device before its end, which reads the norm
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -325,8 +324,10 @@ class Engine:
             pack.tokens_T,
             pack.positions_T,
             None,
-            packed_seq_params=replace(
-                describe_pack(batch.segments, pack.positions_T, frequencies=self._frequencies),
+            packed_seq_params=describe_pack(
+                batch.segments,
+                pack.positions_T,
+                frequencies=self._frequencies,
                 token_keys=batch.token_keys,
             ),
             **loss_arguments(batch.rows),

@@ -203,7 +203,7 @@ class AdaptedColumns(AdaptedLinear):
         """[N or N / TP, 1, I] -> [N, 1, O], and no bias that is left to add."""
         if self._is_sharded:
             inputs = gather_from_sequence_parallel_region(inputs, tensor_parallel_output_grad=True)
-        else:
+        elif _tensor_size() > 1:
             inputs = copy_to_tensor_model_parallel_region(inputs)
         return self._product(inputs), None
 
@@ -215,8 +215,10 @@ class AdaptedRows(AdaptedLinear):
         """[N, 1, I] -> [N or N / TP, 1, O], and no bias that is left to add."""
         product = self._product(inputs)
         if self._is_sharded:
-            return reduce_scatter_to_sequence_parallel_region(product), None
-        return reduce_from_tensor_model_parallel_region(product), None
+            product = reduce_scatter_to_sequence_parallel_region(product)
+        elif _tensor_size() > 1:
+            product = reduce_from_tensor_model_parallel_region(product)
+        return product, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,10 +105,13 @@ def check_base(adapter: Path, base: Path, *, key: str) -> None:
 
     Folders that PEFT has written name none.
     """
-    if not (adapter / BASE).is_file():
-        return
-    wanted, found = read_json(adapter / BASE).get("fingerprint"), fingerprint(base)
-    if wanted != found:
+    if (adapter / BASE).is_file():
+        check_fingerprint(read_json(adapter / BASE).get("fingerprint"), adapter, base, key=key)
+
+
+def check_fingerprint(wanted: object, adapter: Path, base: Path, *, key: str) -> None:
+    """Raise `ConfigError` where the fingerprint of `base` is not `wanted`, the adapter's."""
+    if wanted != (found := fingerprint(base)):
         raise ConfigError(
             f"{key}: '{adapter}' was trained on the base model {wanted}, and '{base}' is {found};"
             " give the base model that it was trained on"
