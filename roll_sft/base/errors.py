@@ -11,6 +11,10 @@ from typing import ClassVar
 from roll_sft.base.text import printable
 
 FAULT = 1
+LESS_MEMORY = (  # what helps where a GPU has too little
+    "give fewer tokens to train.micro_batch_tokens, set train.recompute=full, or cut the model over"
+    " more GPUs (`roll-sft plan --suggest` names layouts that fit)"
+)
 
 
 class RollSftError(Exception):
@@ -67,6 +71,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def of_user(error: BaseException) -> BaseException:
+    """`error`, or where a GPU ran out of memory a `ResourceError` that says what helps."""
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported here
+        return error
+    return ResourceError(
+        f"the GPU has too little memory for this run; {LESS_MEMORY}: {first_line(error)}"
+    )
+
+
 def refuse(problems: list[str]) -> None:
     """Raise all `problems` as one `ConfigError`, if there are any."""
     if problems:
@@ -79,6 +92,7 @@ def report(error: BaseException) -> int:
     An error that is not a `RollSftError` is a fault of ours: its traceback comes first.
     """
     sys.stdout.flush()
+    error = of_user(error)
     text, code = str(error), FAULT
     if isinstance(error, RollSftError):
         code = error.exit_code

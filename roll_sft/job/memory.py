@@ -7,6 +7,7 @@ token in one layer; all in numbers, which are turned into bytes at the end.
 import logging
 from dataclasses import dataclass
 
+from roll_sft.base.errors import LESS_MEMORY
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.engine.fused import chunk_rows
@@ -102,10 +103,10 @@ def warn_of_memory(config: RunConfig, shape: ModelShape, free_gib: float) -> Non
     if needed > free_gib:
         LOG.warning(
             "%.1f GiB per GPU (estimate), and %.1f GiB are free: the run is likely to end without"
-            " memory; give fewer tokens to train.micro_batch_tokens, set train.recompute=full, or"
-            " cut the model over more GPUs (`roll-sft plan --suggest` names layouts that fit)",
+            " memory; %s",
             needed,
             free_gib,
+            LESS_MEMORY,
         )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 import ray.util
 
-from roll_sft.base.errors import ConfigError, ResourceError, RollSftError, first_line
+from roll_sft.base.errors import ConfigError, ResourceError, RollSftError, first_line, of_user
 from roll_sft.base.files import writing
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.base.text import printable
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 # Gloo reports a lost peer by text alone; other libraries by type, see `_is_collateral`.
 PEER_IS_GONE = re.compile(r"gloo/|connection (closed|reset) by peer", re.IGNORECASE)
-LACKS_MEMORY = (
-    "the GPU has too little memory for this run; give fewer tokens to train.micro_batch_tokens, set"
-    " train.recompute=full, or cut the model over more GPUs (`roll-sft plan --suggest` names"
-    " layouts that fit)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,24 +290,21 @@ def started_line(address: WorkerAddress) -> str:
     return f"{address} started"
 
 
-def _fault_of(error: Exception, address: WorkerAddress, *, phase: str) -> RankFault:
+def _fault_of(error: BaseException, address: WorkerAddress, *, phase: str) -> RankFault:
     """Describe `error`, which is being handled on the rank at `address`."""
-    code, summary = None, f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, RollSftError):
-        code, summary = error.exit_code, str(error)
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
-        code, summary = ResourceError.exit_code, f"{LACKS_MEMORY}: {first_line(error)}"
+    error = of_user(error)
+    code = error.exit_code if isinstance(error, RollSftError) else None
     return RankFault(
         address,
         phase=phase,
-        summary=summary,
+        summary=str(error) if code is not None else f"{type(error).__name__}: {first_line(error)}",
         is_collateral=_is_collateral(error),
         exit_code=code,
         details=traceback.format_exc(),
     )
 
 
-def _is_collateral(error: Exception) -> bool:
+def _is_collateral(error: BaseException) -> bool:
     # By name, because torch may be what could not be imported. All errors of torch.distributed
     # derive from DistError, NCCL's too; those of gloo are bare RuntimeErrors.
     kinds = {kind.__name__ for kind in type(error).__mro__}
