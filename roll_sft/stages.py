@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 JOB = "job"  # the folder of a run that joins the stages
-MODEL, ADAPTER = "hf", "adapter"  # folders of a run with what is exported
 
 
 def run(config: RunConfig, *, composed_yaml: str) -> None:
@@ -117,7 +116,8 @@ def _on_cluster(config: RunConfig) -> RunConfig:
 
 def _is_exported(folder: Path, start: Start, job: Job) -> bool:
     """Whether a run that was finished before has its model already."""
-    wanted = ADAPTER if job.config.checkpoint.hf_export == "adapter" else MODEL
+    is_adapter = job.config.checkpoint.hf_export == "adapter"
+    wanted = run_folder.ADAPTER if is_adapter else run_folder.MODEL
     return start.step >= job.total_steps and (folder / wanted).exists()
 
 
@@ -126,14 +126,14 @@ def _export(config: RunConfig, checkpoint: Path | None, folder: Path) -> None:
     assert checkpoint is not None, "a run that is finished has a checkpoint"
     convert = ["roll_sft.convert.command", "--checkpoint", str(checkpoint)]
     if not config.lora.rank:
-        _convert(convert, folder / MODEL)
+        _convert(convert, folder / run_folder.MODEL)
         return
     wanted = config.checkpoint.hf_export
     if wanted in ("adapter", "final"):
-        _convert(convert, folder / ADAPTER)
+        _convert(convert, folder / run_folder.ADAPTER)
     if wanted in ("merged", "final"):
         merge = ["roll_sft.convert.merge_lora", "--adapter", str(checkpoint)]
-        _convert([*merge, "--base", str(config.model.path)], folder / MODEL)
+        _convert([*merge, "--base", str(config.model.path)], folder / run_folder.MODEL)
 
 
 def _convert(command: list[str], output: Path) -> None:

@@ -92,15 +92,10 @@ def _rows(folder: Path, *, elapsed_s: float) -> Iterator[tuple[str, str]]:
 
 def _files(folder: Path) -> Iterator[tuple[str, str]]:
     """The model, the newest checkpoint, and the names of all files."""
-    model = folder / "hf"
-    if model.is_dir():
-        yield (
-            "model",
-            f"{_shown(model)} ({_size(model)})",
-        )
-    adapter = folder / "adapter"
-    if adapter.is_dir():
-        yield "adapter", f"{_shown(adapter)} ({_size(adapter)})"
+    for what, name in (("model", run_folder.MODEL), ("adapter", run_folder.ADAPTER)):
+        exported = folder / name
+        if exported.is_dir():
+            yield what, f"{_shown(exported)} ({_size(exported)})"
     steps = sorted(folder.glob(f"{run_folder.CHECKPOINTS}/step_*"))
     if steps:
         yield "newest checkpoint", f"{_shown(steps[-1])} ({_size(steps[-1])})"
@@ -115,7 +110,7 @@ def _next_commands(config: RunConfig, folder: Path) -> Iterator[str]:
 
         yield from pages(config, folder, database=_shown(folder.parent / "mlflow.db"))
     steps = sorted(folder.glob(f"{run_folder.CHECKPOINTS}/step_*"))
-    if steps and not (folder / "hf").is_dir():
+    if steps and not (folder / run_folder.MODEL).is_dir():
         yield f"roll-sft convert {shlex.quote(_shown(steps[-1]))} --output my_model"
 
 
