@@ -10,10 +10,9 @@ its bytes on disk, as the copy does. Pairs are interleaved.
 """
 
 import argparse
-import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conversion import _copied, _write_model
-from cpu_throughput import _packs
+from cpu_throughput import bare_steps, our_steps
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from shared import chat_data, measures
@@ -64,22 +63,22 @@ def _measure_steps(folder: Path, only: list[str], *, pairs: int) -> None:
     with engines(folder) as (full, lora, job):
         if "bytes" in only:
             _show_bytes(lora, job)
-        runs = {"lora": _steps_of(lora, job)}
+        runs = {"lora": our_steps(lora, job)}
         if "step" in only:
-            runs["full"] = _steps_of(full, job)
+            runs["full"] = our_steps(full, job)
         if "peft" in only:
-            runs["peft"] = _peft_steps(folder, job)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+            runs["peft"] = bare_steps(_peft_model(folder), job)
+        rates: dict[str, list[float]] = {name: [] for name in runs}  # tokens per CPU second
         for run in runs.values():
             run(range(1, 2))
         for pair in range(pairs):
             first = 2 + pair * STEPS
             for name, run in runs.items():
-                seconds[name].append(run(range(first, first + STEPS)))
+                rates[name].append(run(range(first, first + STEPS)))
     if "step" in only:
         measures.show(
             "lora_step_over_full",
-            [a / b for a, b in zip(seconds["lora"], seconds["full"], strict=True)],
+            [full / lora for full, lora in zip(rates["full"], rates["lora"], strict=True)],
             goal="<= 0.7",
             denominator="our step of the whole model on the same packs",
             packages=PACKAGES,
@@ -87,7 +86,7 @@ def _measure_steps(folder: Path, only: list[str], *, pairs: int) -> None:
     if "peft" in only:
         measures.show(
             "lora_over_peft",
-            [b / a for a, b in zip(seconds["lora"], seconds["peft"], strict=True)],
+            [lora / peft for lora, peft in zip(rates["lora"], rates["peft"], strict=True)],
             goal=">= 1.2",
             denominator="PEFT + transformers + AdamW on the same packs",
             packages=PACKAGES,
@@ -118,44 +117,10 @@ def _show_bytes(engine: Any, job: Job) -> None:
     )
 
 
-def _steps_of(engine: Any, job: Job) -> Callable[[range], float]:
-    """CPU seconds of our optimizer steps."""
-
-    def run(steps: range) -> float:
-        plans = [job.planner.step(step) for step in (*steps, steps[-1] + 1)]
-        works = [
-            plan.work_for(0, learning_rate=1e-4, following=following)
-            for plan, following in itertools.pairwise(plans)
-        ]
-        started = time.process_time()
-        for work in works:
-            engine.train_step(work)
-        return time.process_time() - started
-
-    return run
-
-
-def _peft_steps(folder: Path, job: Job) -> Callable[[range], float]:
-    """CPU seconds of PEFT's on the same packs, which are built beforehand."""
+def _peft_model(folder: Path) -> Any:
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, config).train()
-    trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def run(steps: range) -> float:
-        packs = [_packs(job, step) for step in steps]
-        started = time.process_time()
-        for inputs in packs:
-            supervised = sum(int((pack["labels"] >= 0).sum()) for pack in inputs)
-            for pack in inputs:
-                (model(**pack, num_items_in_batch=supervised, use_cache=False).loss).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.process_time() - started
-
-    return run
+    return get_peft_model(base, config)
 
 
 def write_model(folder: Path) -> None:

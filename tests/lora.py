@@ -8,9 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from roll_sft.config.schema import RunConfig
-from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.parity.oracle import token_losses
 from tests import parity
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -56,20 +54,7 @@ def reference_run(
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
     )
-    steps = []
-    for step in range(1, job.total_steps + 1):
-        plan = job.planner.step(step)
-        optimizer.zero_grad()
-        total = 0.0
-        for index in plan.sample_ids:
-            loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
-            (loss_sum / plan.supervised_tokens).backward()
-            total += loss_sum.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = job.schedule.at(step)
-        optimizer.step()
-        steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
+    steps = parity.reference_steps(job, model, optimizer)
     return steps, peft_tensors(model), parity.model_logits(model)
 
 
@@ -78,37 +63,3 @@ def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-
-
-def engine_run(
-    config: RunConfig, checkpoint: Path | None, loads: Path | None = None, last: int | None = None
-) -> list[dict[str, float]] | None:
-    """Steps of `config` on this rank, from `loads` on; saves into `checkpoint`. In a pool."""
-    import torch.distributed as dist
-
-    from roll_sft.checkpoint.manifest import read_manifest
-    from roll_sft.engine.engine import Engine
-
-    job = prepare_job(config)
-    engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
-    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
-    first = 1 if loads is None else read_manifest(loads).state.step + 1
-    steps = []
-    for step in range(first, (last or job.total_steps) + 1):
-        plan = job.planner.step(step)
-        metrics = engine.train_step(plan.work_for(data_rank, learning_rate=job.schedule.at(step)))
-        if metrics is not None:
-            loss = metrics.loss_sum / metrics.supervised_tokens
-            steps.append({"loss": loss, "grad_norm": metrics.grad_norm})
-    if checkpoint is not None:
-        engine.save(checkpoint)
-    return steps or None
-
-
-def published(job: Job, staging: Path, step: int) -> Path:
-    """The step folder of what `engine_run` saved."""
-    from roll_sft.checkpoint.publish import publish_step
-
-    return publish_step(
-        job.state, job.planner.step(step), staging=staging, save_assets=job.save_assets
-    )

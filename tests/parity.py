@@ -175,6 +175,14 @@ def reference_run(
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
     )
+    return reference_steps(job, model, optimizer), model_logits(model)
+
+
+def reference_steps(
+    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> list[dict[str, float]]:
+    """Loss and gradient norm of each step of `job`; trains what `optimizer` holds of `model`."""
+    trained = [each for group in optimizer.param_groups for each in group["params"]]
     steps = []
     for step in range(1, job.total_steps + 1):
         plan = job.planner.step(step)
@@ -184,12 +192,12 @@ def reference_run(
             loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
             (loss_sum / plan.supervised_tokens).backward()
             total += loss_sum.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, job.config.train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = job.schedule.at(step)
         optimizer.step()
         steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
-    return steps, model_logits(model)
+    return steps
 
 
 def model_logits(model: torch.nn.Module) -> torch.Tensor:
@@ -199,20 +207,27 @@ def model_logits(model: torch.nn.Module) -> torch.Tensor:
         return model(ids).logits[0]
 
 
-def engine_run(config: RunConfig, checkpoint: Path | None) -> list[dict[str, float]] | None:
-    """All steps of `config` on this rank's engine; metrics on the reporting rank. In a pool."""
+def engine_run(
+    config: RunConfig, checkpoint: Path | None, loads: Path | None = None, last: int | None = None
+) -> list[dict[str, float]] | None:
+    """Steps of `config` on this rank's engine, metrics on the reporting rank. In a pool.
+
+    From the checkpoint `loads` on, or from the first; to step `last`, or the end. Then the state is
+    saved into `checkpoint`.
+    """
+    import torch.distributed as dist
+
+    from roll_sft.checkpoint.manifest import read_manifest
     from roll_sft.engine.engine import Engine
 
     job = prepare_job(config)
-    import torch.distributed as dist
-
-    engine = Engine(config, source=job.source, data=job.data)
+    engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    first = 1 if loads is None else read_manifest(loads).state.step + 1
     steps = []
-    for step in range(1, job.total_steps + 1):
+    for step in range(first, (last or job.total_steps) + 1):
         plan = job.planner.step(step)
-        work = plan.work_for(data_rank, learning_rate=job.schedule.at(step))
-        metrics = engine.train_step(work)
+        metrics = engine.train_step(plan.work_for(data_rank, learning_rate=job.schedule.at(step)))
         if metrics is not None:
             loss = metrics.loss_sum / metrics.supervised_tokens
             steps.append({"loss": loss, "grad_norm": metrics.grad_norm})
@@ -221,15 +236,20 @@ def engine_run(config: RunConfig, checkpoint: Path | None) -> list[dict[str, flo
     return steps or None
 
 
+def published(job: Job, staging: Path, step: int) -> Path:
+    """The step folder of what `engine_run` saved in `staging`."""
+    from roll_sft.checkpoint.publish import publish_step
+
+    return publish_step(
+        job.state, job.planner.step(step), staging=staging, save_assets=job.save_assets
+    )
+
+
 def export_run(job: Job, staging: Path, output: Path) -> torch.nn.Module:
     """Publish what `engine_run` saved in `staging`, convert it, load it with transformers."""
-    from roll_sft.checkpoint.publish import publish_step
     from roll_sft.convert.to_hf import export
 
-    checkpoint = publish_step(
-        job.state, job.planner.step(job.total_steps), staging=staging, save_assets=job.save_assets
-    )
-    export(checkpoint, output, dtype=None, replace=False)
+    export(published(job, staging, job.total_steps), output, dtype=None, replace=False)
     return AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")
 
 

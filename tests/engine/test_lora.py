@@ -139,9 +139,9 @@ def test_every_step_and_the_exported_adapter_equal_peft(
     wanted, tensors, logits = reference(home, case.adapter)
     staging = tmp_path / "checkpoints" / ".staging_00000010"
     staging.mkdir(parents=True)
-    ranks = pool.run(lora.engine_run, layout_of(config.parallel), config, staging)
+    ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, staging)
     (steps,) = [rank for rank in ranks if rank is not None]
-    step = lora.published(prepare_job(config), staging, 10)
+    step = parity.published(prepare_job(config), staging, 10)
     export(step, tmp_path / "adapter", dtype=None, replace=False)
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert exported.keys() == tensors.keys()
@@ -173,7 +173,7 @@ def test_dropout_is_the_same_on_every_layout_and_when_layers_are_recomputed(
     home = home_of(folder, "qwen3")
     wanted, plain = dropped_runs(home, pool)
     config = dropping_config(home, ALL_LAYOUTS[dropping], recompute="full")
-    (steps,) = filter(None, pool.run(lora.engine_run, layout_of(config.parallel), config, None))
+    (steps,) = filter(None, pool.run(parity.engine_run, layout_of(config.parallel), config, None))
     assert worst(steps, wanted, "loss") < LOSS_TOLERANCE
     assert worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
     assert worst(steps, plain, "loss") > 1e-4
@@ -193,7 +193,7 @@ def dropped_runs(home: Path, pool: RankPool) -> tuple[list[Any], list[Any]]:
         dropping_config(home, LAYOUTS["1"]),
         lora.lora_config(home, None, train={"max_steps": 6}),
     ):
-        (steps,) = pool.run(lora.engine_run, layout_of(config.parallel), config, None)
+        (steps,) = pool.run(parity.engine_run, layout_of(config.parallel), config, None)
         found.append(steps)
     return found[0], found[1]
 
@@ -211,13 +211,15 @@ def test_a_run_goes_on_on_other_layouts_from_megabytes(
         staging = tmp_path / layout / f".staging_{last:08d}"
         staging.mkdir(parents=True)
         loads = None if wanted is None else checkpoint
-        ranks = pool.run(lora.engine_run, layout_of(config.parallel), config, staging, loads, last)
+        ranks = pool.run(
+            parity.engine_run, layout_of(config.parallel), config, staging, loads, last
+        )
         (found,) = filter(None, ranks)
         if wanted is None:
             wanted = found
             continue
         steps += found
-        checkpoint = lora.published(prepare_job(config), staging, last)
+        checkpoint = parity.published(prepare_job(config), staging, last)
     assert wanted is not None
     assert worst(steps, wanted, "loss") < LOSS_TOLERANCE
     assert worst(steps, wanted, "grad_norm") < NORM_TOLERANCE

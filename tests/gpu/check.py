@@ -189,7 +189,7 @@ def check_lora(device: str, folder: Path) -> Results:
     adapter = lora.write_adapter(folder / "model", folder / "adapter", **shape)
     config = lora.lora_config(folder, adapter, parallel={"device": device})
     wanted, _, _ = lora.reference_run(prepare_job(config), adapter)
-    steps = lora.engine_run(config, None) or []
+    steps = parity.engine_run(config, None) or []
     for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
         worst = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
         yield f"fp32 {key} of adapters against peft", worst, bound
