@@ -1,13 +1,18 @@
 """The same run with peft on transformers, beside our engine with adapters."""
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from roll_sft.config.schema import RunConfig
+from roll_sft.engine.lora_dropout import TokenDropout, token_keys
 from roll_sft.job.job import Job
 from tests import parity
 
@@ -43,7 +48,10 @@ def lora_config(home: Path, adapter: Path | None, **sections: dict[str, Any]) ->
 def reference_run(
     job: Job, adapter: Path
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
-    """(loss and gradient norm of each step, adapter tensors by PEFT's names, logits) of peft."""
+    """(loss and gradient norm of each step, adapter tensors by PEFT's names, logits) of peft.
+
+    Where `job` drops inputs, peft drops those that the engine does.
+    """
     path, train = job.config.model.path, job.config.train
     base = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
@@ -54,8 +62,37 @@ def reference_run(
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
     )
-    steps = parity.reference_steps(job, model, optimizer)
+    with sample_dropout(model, job.config) as begin:
+        steps = parity.reference_steps(job, model, optimizer, before=begin)
     return steps, peft_tensors(model), parity.model_logits(model)
+
+
+@contextlib.contextmanager
+def sample_dropout(model: PeftModel, config: RunConfig) -> Iterator[Callable[[int, int], None]]:
+    """In the block, peft drops what the engine does; yields what to call with step and sample."""
+    dropout = TokenDropout(config.lora.dropout, seed=config.seed, is_compiled=False)
+    samples = []
+
+    def begin(step: int, sample: int) -> None:
+        dropout.begin_step(step)
+        samples.append(sample)
+
+    def dropped(name: str, _module: Any, _inputs: Any, states: torch.Tensor) -> torch.Tensor:
+        # One sample, whose first token is at position 0.
+        positions = torch.arange(states.shape[1], dtype=torch.int32)
+        dropout.keys = token_keys(torch.tensor(samples[-1], dtype=torch.int32), positions)
+        return dropout(states[0], module=name, first_column=0)[None]
+
+    hooks = [
+        layer.lora_dropout["default"].register_forward_hook(
+            functools.partial(dropped, name.removeprefix("base_model.model."))
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and config.lora.dropout
+    ]
+    yield begin
+    for hook in hooks:
+        hook.remove()
 
 
 def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -4,9 +4,13 @@ The model is small but telling: norms and biases away from their initial values,
 enough that attention matters, a RoPE base and an epsilon that are not the defaults.
 """
 
+import contextlib
+import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -179,9 +183,16 @@ def reference_run(
 
 
 def reference_steps(
-    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    before: Callable[[int, int], None] = lambda step, sample: None,
 ) -> list[dict[str, float]]:
-    """Loss and gradient norm of each step of `job`; trains what `optimizer` holds of `model`."""
+    """Loss and gradient norm of each step of `job`; trains what `optimizer` holds of `model`.
+
+    `before` is called with the step and the sample before the forward of each sample.
+    """
     trained = [each for group in optimizer.param_groups for each in group["params"]]
     steps = []
     for step in range(1, job.total_steps + 1):
@@ -189,6 +200,7 @@ def reference_steps(
         optimizer.zero_grad()
         total = 0.0
         for index in plan.sample_ids:
+            before(step, int(index))
             loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
             (loss_sum / plan.supervised_tokens).backward()
             total += loss_sum.item()
@@ -221,7 +233,8 @@ def engine_run(
     from roll_sft.engine.engine import Engine
 
     job = prepare_job(config)
-    engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
+    with small_buckets():
+        engine = Engine(config, source=job.source, data=job.data, checkpoint=loads)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     first = 1 if loads is None else read_manifest(loads).state.step + 1
     steps = []
@@ -234,6 +247,18 @@ def engine_run(
     if checkpoint is not None:
         engine.save(checkpoint)
     return steps or None
+
+
+@contextlib.contextmanager
+def small_buckets() -> Iterator[None]:
+    """Where exchanges overlap, cut the buffers of these small models into several buckets, too."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from roll_sft.engine import build
+
+    small = functools.partial(DistributedDataParallelConfig, bucket_size=10_000)
+    with patch.object(build, "DistributedDataParallelConfig", small):
+        yield
 
 
 def published(job: Job, staging: Path, step: int) -> Path:

@@ -49,6 +49,7 @@ BY_NEED = {
     "roll_sft/data/rows/tool_calls.py": "tools",
     "roll_sft/data/tokens/dropped_rows.py": "rows that are dropped",
     "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
+    "roll_sft/engine/attention_packages.py": "attention kernels that are installed apart",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
     "roll_sft/engine/lora.py": "lora.rank above 0",
     "roll_sft/engine/lora_dropout.py": "lora.dropout above 0",

@@ -41,7 +41,7 @@ def layout_problems(parallel: ParallelConfig) -> Iterator[str]:
 def backend_problems(config: RunConfig) -> Iterator[str]:
     """Why `model.attention_backend` cannot run; a device or dtype of `auto` is not judged."""
     backend = config.model.attention_backend
-    if backend not in ("te", "flash", "varlen"):
+    if backend in ("auto", "sdpa"):
         return
     for key, value, wanted in (
         ("model.dtype", config.model.dtype, "bf16"),

@@ -45,9 +45,9 @@ class ModelConfig:
     trust_remote_code: bool = key(
         False, "Run Python code that the model's folder brings for its tokenizer or configuration."
     )
-    attention_backend: Literal["auto", "te", "flash", "varlen", "sdpa"] = key(
+    attention_backend: Literal["auto", "te", "fa3", "flash", "varlen", "sdpa"] = key(
         "auto",
-        "Attention kernel: Transformer Engine, flash-attn, or torch's varlen or SDPA attention;"
+        "Attention kernel: Transformer Engine, flash-attention 3 or 2, torch's varlen or SDPA;"
         " auto takes the first that works.",
     )
     compile: bool | None = key(

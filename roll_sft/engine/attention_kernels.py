@@ -4,15 +4,14 @@ Legend as in `engine/attention.py`. Each kernel takes query [T, H, E], key and v
 the segments, and returns [T, H, E] in the query's dtype. They are interchangeable: causal with the
 triangle at the bottom right, grouped heads, no dropout, scale 1 / sqrt(E).
 
-`sdpa` runs everywhere and is the reference of the others. They need CUDA and half precision, and
-are written against the documentation of flash-attn 2.7 and Transformer Engine 2.4, and against the
-operators of torch 2.10 to 2.13.
+`sdpa` runs everywhere and is the reference of the others. They need CUDA and half precision.
+`varlen` is written against the operators of torch 2.10 to 2.13; those of other packages are in
+`engine/attention_packages.py`.
 """
 
-import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from roll_sft.engine.micro_batch import Segments
 LOG = logging.getLogger(__name__)
 INSTALL = {
     "te": "Transformer Engine; install roll_sft[cuda]",
+    "fa3": "torch 2.11 or newer and flash-attention 3, built from the folder hopper of its sources",
     "flash": "flash-attn; install roll_sft[cuda]",
     "varlen": "torch 2.10 or newer",
 }
@@ -66,14 +66,17 @@ def choose_kernel(
     `sdpa`: a failing import or an old card shows here, not in the first step. Raises `ConfigError`
     for a backend that was asked for by name and does not work.
     """
-    kernels: dict[str, Kernel] = {"te": te, "flash": flash, "varlen": varlen, "sdpa": sdpa}
+    use_own_kernels()
     if backend == "sdpa" or (
         backend == "auto" and (device.type != "cuda" or dtype == torch.float32)
     ):
         return sdpa
+    from roll_sft.engine.attention_packages import PACKAGES
+
+    kernels: dict[str, Kernel] = {**PACKAGES, "varlen": varlen, "sdpa": sdpa}
     reasons: list[str] = []
     for name in kernels if backend == "auto" else [backend]:
-        reason = None if name == "sdpa" else why_not(kernels[name], device, dtype, heads)
+        reason = why_not(kernels[name], device, dtype, heads)
         if reason is None:
             passed_over = "".join(f"; not {each}" for each in reasons)
             LOG.info("model.attention_backend: %s%s", name, passed_over)
@@ -87,8 +90,10 @@ def choose_kernel(
 
 def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
     """One line on why `kernel` cannot be used for `heads`, or None if it can."""
+    use_own_kernels()
     try:
-        found, wanted = (_trial(each, device, dtype, heads) for each in (kernel, sdpa))
+        # The reference first: a kernel may put itself under torch's operators.
+        wanted, found = (_trial(each, device, dtype, heads) for each in (sdpa, kernel))
     except NOT_FIT as error:
         return f"{type(error).__name__}: {first_line(error)}"
     for ours, right in zip(found, wanted, strict=True):
@@ -96,6 +101,13 @@ def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Hea
         if not difference <= TRIAL_TOLERANCE:  # a NaN is no match
             return f"its output or gradient differs from torch's by {difference:.2g}"
     return None
+
+
+def use_own_kernels() -> None:
+    """Let torch's operators run torch's kernels, if an earlier trial or engine has changed that."""
+    found = torch.nn.attention
+    if hasattr(found, "current_flash_attention_impl") and found.current_flash_attention_impl():
+        found.restore_flash_attention_impl()
 
 
 def _trial(
@@ -140,63 +152,9 @@ def varlen(
     GPU where the model is small.
     """
     output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, *_bounds(segments), 0.0, True, return_debug_mask=False
+        query, key, value, *segments.bounds(), 0.0, True, return_debug_mask=False
     )[0]
     return output
-
-
-def flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-) -> torch.Tensor:
-    """flash-attn; from 2.1 on its causal triangle is aligned to the bottom right."""
-    from flash_attn import flash_attn_varlen_func
-
-    output: torch.Tensor = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        *_bounds(segments),
-        causal=True,
-        # Its backward adds in any order otherwise; torch's own switch does not reach it.
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return output
-
-
-def te(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-) -> torch.Tensor:
-    """Transformer Engine's dot product attention in its THD format."""
-    attention = _te_attention(query.shape[1], key.shape[1], query.shape[2])
-    names = "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"
-    bounds = dict(zip(names, _bounds(segments), strict=True))
-    output: torch.Tensor = attention(query, key, value, **bounds)
-    return output.view_as(query)
-
-
-def _bounds(segments: Segments) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Bounds of queries and keys, int32 [N + 1], and the longest of each, in each API's order."""
-    return (
-        segments.query_bounds,
-        segments.key_bounds,
-        max(segments.query_lengths),
-        max(segments.key_lengths),
-    )
-
-
-@functools.cache
-def _te_attention(num_heads: int, num_groups: int, head_dim: int) -> Any:
-    """Transformer Engine's module, which holds no parameters, so all layers share it."""
-    from transformer_engine.pytorch import DotProductAttention
-
-    return DotProductAttention(
-        num_heads,
-        head_dim,
-        num_gqa_groups=num_groups,
-        attention_dropout=0.0,
-        qkv_format="thd",
-        attn_mask_type="padding_causal_bottom_right",
-    )
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

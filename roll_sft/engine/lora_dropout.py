@@ -73,6 +73,11 @@ def dropped_inputs(
     return torch.where(numbers >= limit, inputs * scale, 0.0)
 
 
+def token_keys(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The key of each token, int32 [N], of its sample and its position in it, int32 [N] each."""
+    return _mixed(_mixed(samples) ^ positions)
+
+
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
     """int32 -> int32, one to one, every bit depending on all: the finalizer of MurmurHash3."""
     numbers = (numbers ^ ((numbers >> 16) & 0xFFFF)) * -2048144789
@@ -91,6 +96,6 @@ def with_keys(
         samples = torch.tensor([*ids, *[_NO_SAMPLE] * (len(lengths) - len(ids))])
         mine = zigzag_indices(bounds, context_size=layout.context_size, context_rank=context_rank)
         sample = samples.repeat_interleave(lengths)[mine].int()
-        keys = _mixed(_mixed(sample) ^ batch.pack.positions_T[0].int())
+        keys = token_keys(sample, batch.pack.positions_T[0].int())
         keyed.append(replace(batch, token_keys=keys))
     return keyed

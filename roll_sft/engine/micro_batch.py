@@ -47,6 +47,10 @@ class Segments:
             key_index=None if self.key_index is None else move(self.key_index),
         )
 
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Bounds of queries and keys, and the longest of each: the order of every kernel's API."""
+        return self.query_bounds, self.key_bounds, max(self.query_lengths), max(self.key_lengths)
+
 
 @dataclass(frozen=True, slots=True)
 class SupervisedRows:

@@ -549,7 +549,7 @@ def test_no_shipped_configuration_names_columns() -> None:
         assert "_key:" not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("backend", ["te", "flash", "varlen"])
+@pytest.mark.parametrize("backend", ["te", "fa3", "flash", "varlen"])
 def test_a_cuda_attention_backend_names_what_stands_in_its_way(backend: str) -> None:
     model = {"path": "m", "attention_backend": backend, "dtype": "fp32"}
     config = build_config(

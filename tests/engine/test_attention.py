@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.data.steps.batch import zigzag_indices
-from roll_sft.engine.attention_kernels import Heads, choose_kernel, flash, sdpa, why_not
+from roll_sft.engine import attention_kernels
+from roll_sft.engine.attention_kernels import Heads, choose_kernel, sdpa, why_not
+from roll_sft.engine.attention_packages import fa3, flash
 from roll_sft.engine.micro_batch import Segments, segments_of
 
 CPU = torch.device("cpu")
@@ -94,8 +97,10 @@ def test_auto_takes_what_runs_here_and_a_missing_backend_is_named() -> None:
     assert choose_kernel("auto", device=CPU, dtype=torch.bfloat16, heads=HEADS) is sdpa
     cuda = torch.device("cuda")
     assert choose_kernel("auto", device=cuda, dtype=torch.float32, heads=HEADS) is sdpa
-    with pytest.raises(ConfigError, match=r"model\.attention_backend: 'flash' .*ModuleNotFound"):
-        choose_kernel("flash", device=CPU, dtype=torch.bfloat16, heads=HEADS)
+    for name in ("fa3", "flash"):
+        reason = rf"model\.attention_backend: '{name}' .*ModuleNotFound"
+        with pytest.raises(ConfigError, match=reason):
+            choose_kernel(name, device=CPU, dtype=torch.bfloat16, heads=HEADS)
 
 
 # What a package may hold: a namesake's folder, a build for another machine, wrong numbers.
@@ -119,11 +124,63 @@ def test_a_package_that_does_not_work_is_passed_over_with_its_reason(
     package.parent.mkdir()
     package.write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     found = why_not(flash, CPU, torch.float32, HEADS)
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    sys.modules.pop("flash_attn", None)
     assert found is not None
     assert reason in found
+
+
+def test_auto_says_which_kernel_it_took_and_why_not_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The line of a machine with torch alone; varlen has a kernel for CUDA only.
+    monkeypatch.setattr(attention_kernels, "varlen", packing_by_documentation)
+    trial = attention_kernels._trial
+
+    def on_cpu(kernel: Any, _: torch.device, dtype: torch.dtype, heads: Heads) -> Any:
+        return trial(kernel, CPU, dtype, heads)
+
+    monkeypatch.setattr(attention_kernels, "_trial", on_cpu)
+    caplog.set_level("INFO")
+    cuda = torch.device("cuda")
+    kernel = choose_kernel("auto", device=cuda, dtype=torch.bfloat16, heads=HEADS)
+    assert kernel is packing_by_documentation
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("model.attention_backend: varlen; not te (ModuleNotFoundError")
+    assert "; not fa3 (ModuleNotFoundError: No module named 'flash_attn_interface')" in line
+    assert "; not flash (ModuleNotFoundError" in line
+
+
+# Stands for the operators that flash-attention 3 registers, and torch's own for CUDA then calls.
+FA3_PACKAGE = """
+import torch
+OPERATORS = torch.library.Library("flash_attn_3", "FRAGMENT")
+for name in ("fwd", "bwd"):
+    if not hasattr(torch.ops.flash_attn_3, name):
+        OPERATORS.define(name + "(Tensor query) -> Tensor")
+"""
+
+
+def test_flash_attention_3_is_left_where_it_does_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = torch.nn.attention.current_flash_attention_impl
+    (tmp_path / "flash_attn_interface.py").write_text(FA3_PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found: list[str | None] = []
+
+    def and_note(*arguments: Any) -> torch.Tensor:
+        try:
+            return fa3(*arguments)
+        finally:
+            found.append(active())
+
+    reason = why_not(and_note, CPU, torch.bfloat16, HEADS)
+    sys.modules.pop("flash_attn_interface", None)
+    assert found == ["FA3"]
+    assert "_flash_attention_forward" in str(reason)  # which has no kernel for a CPU
+    assert why_not(packing_by_documentation, CPU, torch.float32, HEADS) is None
+    assert active() is None
 
 
 def test_a_kernel_that_computes_segments_is_taken() -> None:

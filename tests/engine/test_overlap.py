@@ -1,10 +1,8 @@
 """Exchanges that overlap with computation change no number: training, evaluation, checkpoints."""
 
-import functools
 import operator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,14 +28,11 @@ REPLICATED: dict[str, dict[str, Any]] = {
 def run(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     """Three steps, with an evaluation behind the second and what is saved at the end. In a pool."""
     import torch.distributed as dist
-    from megatron.core.distributed import DistributedDataParallelConfig
 
-    from roll_sft.engine import build
     from roll_sft.engine.engine import Engine
 
     job = prepare_job(config)
-    small = functools.partial(DistributedDataParallelConfig, bucket_size=10_000)
-    with patch.object(build, "DistributedDataParallelConfig", small):
+    with parity.small_buckets():
         engine = Engine(config, source=job.source, data=job.data)
     data_rank = job.layout.coordinate(dist.get_rank()).data_rank
     numbers, evaluated = [], []

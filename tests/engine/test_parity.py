@@ -61,12 +61,37 @@ class Case:
     packing: bool
     capacity: int  # micro_batch_tokens in units of sequence_length
     compiled: bool = False
+    switches: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         packing = "packed" if self.packing else "single"
-        compiled = "-compiled" if self.compiled else ""
-        return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x{compiled}"
+        more = "".join(f"-{each}" for each in (*self.switches, *["compiled"] * self.compiled))
+        return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x{more}"
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """What the case sets of a run."""
+        sections: dict[str, dict[str, Any]] = {
+            "parallel": LAYOUTS[self.layout],
+            "model": {"compile": self.compiled},
+            "data": {"packing": self.packing},
+            "train": {"micro_batch_tokens": 200 * self.capacity},
+        }
+        for section, values in (SWITCHES[name] for name in self.switches):
+            sections[section] = {**sections[section], **values}
+        return sections
+
+
+# What changes when numbers are exchanged or computed again, and no number.
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "overlap_grad_reduce": (
+        "parallel",
+        {"overlap_grad_reduce": True, "overlap_param_gather": False},
+    ),
+    "overlap_param_gather": ("parallel", {"overlap_param_gather": True}),
+    "recompute": ("train", {"recompute": ["core_attn", "mlp", "layernorm"]}),
+    "recompute_full": ("train", {"recompute": "full"}),
+}
 
 
 MAIN_KINDS = ("qwen2", "qwen2-tied")
@@ -74,10 +99,18 @@ OTHER_KINDS = ("qwen2-one_kv_head", "qwen3", "qwen3-tied", "llama", "llama3", "m
 KINDS = (*MAIN_KINDS, *OTHER_KINDS)
 
 
-def in_turns(kinds: tuple[str, ...], layouts: Iterable[str]) -> list[Case]:
-    """Every kind at every layout; packing and capacity take turns."""
+def in_turns(
+    kinds: tuple[str, ...], layouts: Iterable[str], switches: tuple[str, ...] = ()
+) -> list[Case]:
+    """Every kind at every layout with `switches` on; packing and capacity take turns."""
     return [
-        Case(kind, layout, packing=(row + column) % 3 != 0, capacity=1 if (row + column) % 2 else 4)
+        Case(
+            kind,
+            layout,
+            packing=(row + column) % 3 != 0,
+            capacity=1 if (row + column) % 2 else 4,
+            switches=switches,
+        )
         for row, layout in enumerate(layouts)
         for column, kind in enumerate(kinds)
     ]
@@ -91,6 +124,11 @@ ALL = [
         for k, n in (("qwen3", "TP2xCP2+SP"), ("olmo2", "TP2+SP"))
     ),
     *(Case(k, n, True, 4, compiled=True) for k, n in (("olmo2", "TP2xPP2x2+SP"), ("qwen2", "DP2"))),
+    *in_turns(MAIN_KINDS, LAYOUTS, ("overlap_param_gather",)),
+    *in_turns(("qwen3", "qwen2-tied"), LAYOUTS, ("recompute",)),
+    *in_turns(("llama",), LAYOUTS, ("overlap_grad_reduce",)),
+    *in_turns(("qwen2-tied",), LAYOUTS, ("overlap_param_gather", "recompute")),
+    *in_turns(("olmo2",), LAYOUTS, ("overlap_param_gather", "recompute_full")),
 ]
 # Tied and untied by turns; the gradients of both are compared at every layout below.
 SUBSET = [
@@ -101,6 +139,7 @@ SUBSET = [
         if case.layout == name and case.kind == MAIN_KINDS[row % 2]
     ),
     *in_turns(OTHER_KINDS, ["TP2xPP2x2+SP"]),
+    Case("qwen2", "PP2xDP2", False, 1, switches=("overlap_param_gather", "recompute")),
 ]
 LAYOUTS_OF_OTHERS = ("TP2xCP2+SP",)
 
@@ -138,13 +177,7 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     case: Case, folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     home = folder / case.kind
-    config = parity.parity_config(
-        home,
-        parallel=LAYOUTS[case.layout],
-        model={"compile": case.compiled},
-        data={"packing": case.packing},
-        train={"micro_batch_tokens": 200 * case.capacity},
-    )
+    config = parity.parity_config(home, **case.sections())
     wanted, logits = reference(home)
     staging = tmp_path / "checkpoints" / ".staging_00000008"
     staging.mkdir(parents=True)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.engine import attention_kernels
+from roll_sft.engine.attention_packages import PACKAGES
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.environment import set_variables
 from roll_sft.engine.micro_batch import segments_of
@@ -32,7 +33,7 @@ from tests.gpu.compiled_checks import check_compiled
 from tests.gpu.repeat_checks import check_repeats
 
 CHECKS = ("kernels", "engine", "waits", "repeats", "compiled", "lora")
-BACKENDS = ("te", "flash", "varlen", "sdpa")
+KERNELS = {**PACKAGES, "varlen": attention_kernels.varlen, "sdpa": attention_kernels.sdpa}
 Results = Iterator[tuple[str, float, float]]  # of each: its name, its value, the largest allowed
 
 
@@ -89,10 +90,8 @@ def available(device: str) -> list[str]:
         return ["sdpa"]
     where, heads = torch.device(torch.cuda.current_device()), attention_kernels.Heads(8, 2, 64)
     found = {
-        name: attention_kernels.why_not(
-            getattr(attention_kernels, name), where, torch.bfloat16, heads
-        )
-        for name in BACKENDS
+        name: attention_kernels.why_not(kernel, where, torch.bfloat16, heads)
+        for name, kernel in KERNELS.items()
     }
     for name, reason in found.items():
         if reason is not None:
@@ -116,7 +115,8 @@ def check_kernels(device: str) -> Results:
         ]
         reference = _outputs(attention_kernels.sdpa, [x.float() for x in inputs], segments)
         for name in available(device):
-            results = _outputs(getattr(attention_kernels, name), inputs, segments)
+            attention_kernels.use_own_kernels()  # not those of the kernel before
+            results = _outputs(KERNELS[name], inputs, segments)
             worst = max(
                 float((a.float() - b).abs().max() / b.abs().max())
                 for a, b in zip(results, reference, strict=True)

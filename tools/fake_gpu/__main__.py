@@ -30,6 +30,9 @@ def main() -> int:
         "--codegen", action="store_true", help="the machine code of compiled functions, and no step"
     )
     parser.add_argument(
+        "--switches", action="store_true", help="the case, then without each part that saves"
+    )
+    parser.add_argument(
         "--self-test", action="store_true", help="a small step, then one with each planted fault"
     )
     options = parser.parse_args()
@@ -41,6 +44,8 @@ def main() -> int:
 
     if options.self_test:
         return _self_test()
+    if options.switches:
+        return _switches(options.words)
     return _check(options.words, verbose=options.verbose)
 
 
@@ -63,6 +68,22 @@ def _check(words: list[str], *, verbose: bool) -> int:
         num_faults += len(faults)
     print(f"{len(cases)} cases, {num_faults} faults")
     return 1 if num_faults or not cases else 0
+
+
+def _switches(words: list[str]) -> int:
+    """Prints what the first case that has all `words` costs, and without each part that saves."""
+    from tools.fake_gpu import table
+    from tools.fake_gpu.cases import all_cases
+    from tools.fake_gpu.step import Rank
+    from tools.fake_gpu.switches import SWITCHES, left_out
+
+    case = next(case for case in all_cases() if all(word in case.name for word in words))
+    print(f"{case.name}\n{table.COSTS}", flush=True)
+    rank = Rank()
+    for name in (None, *SWITCHES):
+        with left_out(name) if name else contextlib.nullcontext():
+            print(table.costs(name or "as it is", rank.measure(case)), flush=True)
+    return 0
 
 
 def _self_test() -> int:

@@ -19,9 +19,8 @@ LAYOUTS = {
     "TP2 PP2 CP2": ((2, 2, 2, 1), (0, 7)),
 }
 RECOMPUTE = ("none", "full")
-# On one GPU, beside these. Not layernorm: Megatron-Core frees a norm's output by resizing its
-# storage, which no operation shows, so the count would hold it for kept.
-PARTS = ("core_attn", "mlp", "core_attn+mlp")
+# On one GPU, beside these.
+PARTS = ("core_attn", "mlp", "core_attn+mlp", "core_attn+mlp+layernorm")
 
 
 @dataclass(frozen=True, slots=True)

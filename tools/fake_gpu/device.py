@@ -80,6 +80,9 @@ def install(meter: Meter, read: Callable[[torch.Tensor], list[Any]]) -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda *_, **__: None
     random: Any = megatron_random
     random._get_cuda_rng_state, random._set_cuda_rng_state = _random_state, lambda *_, **__: None
+    storage: Any = torch.UntypedStorage
+    storage.resize_ = lambda held, num_bytes: meter.resize(held, num_bytes)
+    storage.copy_ = lambda held, source, *rest: meter.copy(held, source, *rest)
     tensor: Any = torch.Tensor
     tensor.pin_memory = _pinned
     fake: Any = FakeTensor

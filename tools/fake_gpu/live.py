@@ -19,6 +19,7 @@ class LiveBytes:
         self.at_peak: Counter[tuple[str, str]] = Counter()  # by operation and calling function
         self._by_maker: Counter[tuple[str, str]] = Counter()
         self._storages: dict[int, Any] = {}
+        self._held: dict[int, tuple[int, tuple[str, str]]] = {}  # bytes, and who made the storage
 
     def begin_peak(self) -> None:
         """Begin the peak anew."""
@@ -32,15 +33,25 @@ class LiveBytes:
         key = storage._cdata
         if key in self._storages:
             return
-        num_bytes = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
-        maker = operation, caller()
-        self._storages[key] = weakref.ref(storage, lambda _: self._remove(key, num_bytes, maker))
-        self.now += num_bytes
-        self._by_maker[maker] += num_bytes
+        self._storages[key] = weakref.ref(storage, lambda _: self._remove(key))
+        self._held[key] = 0, (operation, caller())
+        self.resized(storage)
+
+    def resized(self, storage: Any) -> bool:
+        """Count `storage` at its present size; whether it is one that was shown."""
+        if storage._cdata not in self._held:
+            return False
+        self._hold(storage._cdata, -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES)
+        return True
+
+    def _hold(self, key: int, num_bytes: int) -> None:
+        before, maker = self._held[key]
+        self._held[key] = num_bytes, maker
+        self.now += num_bytes - before
+        self._by_maker[maker] += num_bytes - before
         if self.now > self.peak:
             self.begin_peak()
 
-    def _remove(self, key: int, num_bytes: int, maker: tuple[str, str]) -> None:
-        self.now -= num_bytes
-        self._by_maker[maker] -= num_bytes
-        del self._storages[key]
+    def _remove(self, key: int) -> None:
+        self._hold(key, 0)
+        del self._storages[key], self._held[key]

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from tools.fake_gpu.live import LiveBytes
 from tools.fake_gpu.waits import Waits, caller
 
+_RESIZE, _COPY = torch.UntypedStorage.resize_, torch.UntypedStorage.copy_
 # Operations that launch nothing: they allocate, or describe the same memory anew.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
 FREE |= {"_unsafe_view", "_reshape_alias", "device", "set_", "is_pinned"}
@@ -36,6 +37,7 @@ class Counts:
     kernel_bytes: int = 0
     collectives: int = 0
     collective_bytes: int = 0
+    largest_collective: int = 0  # bytes
     by_name: dict[str, list[int]] = field(default_factory=dict)  # kernels, bytes
 
     def add(self, name: str, num_bytes: int, *, is_collective: bool) -> None:
@@ -43,6 +45,7 @@ class Counts:
         if is_collective:
             self.collectives += 1
             self.collective_bytes += num_bytes
+            self.largest_collective = max(self.largest_collective, num_bytes)
         else:
             self.kernels += 1
             self.kernel_bytes += num_bytes
@@ -83,6 +86,19 @@ class Meter(TorchDispatchMode):
             self._check(name, (), {}, leaves)
             self._count(name, leaves)
             self._track(results, name)
+
+    def resize(self, storage: Any, num_bytes: int) -> Any:
+        """`storage.resize_`, by which Megatron-Core frees what it will compute again."""
+        _RESIZE(storage, num_bytes)
+        self.live.resized(storage)
+        return storage
+
+    def copy(self, storage: Any, source: Any, *arguments: Any) -> Any:
+        """`storage.copy_`, which is one kernel."""
+        if not self.live.resized(storage):
+            return _COPY(storage, source, *arguments)
+        self.counts.add("storage copy", 2 * source.nbytes(), is_collective=False)
+        return storage
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -12,6 +12,11 @@ HEADER = (
     f" {'peak, estimate GiB':>22s}\n"
     f"{'':45s} {'kernels':>8s} {'GB':>9s} {'kernels':>7s} {'GB':>8s} {'number':>8s} {'GB':>8s}"
 )
+COSTS = (
+    f"{'':36s} {'forward, backward':>18s} {'update':>18s} {'exchanges':>18s}\n"
+    f"{'without':36s} {'kernels':>8s} {'GB':>9s} {'kernels':>8s} {'GB':>9s} {'number':>8s}"
+    f" {'most GB':>9s} {'waits':>6s} {'peak GiB':>9s}"
+)
 
 
 def checked(rank: Rank, case: Case, *, verbose: bool) -> tuple[str, list[str]]:
@@ -40,6 +45,18 @@ def checked(rank: Rank, case: Case, *, verbose: bool) -> tuple[str, list[str]]:
     if verbose:
         line = "\n".join([line, *_details(measured)])
     return line, faults
+
+
+def costs(title: str, measured: Measured) -> str:
+    """A line of what a step costs, in the columns of `COSTS`."""
+    parts = measured.passes, measured.update
+    return (
+        f"{title:36s} {measured.passes.kernels:8d} {measured.passes.kernel_bytes / 1e9:9.1f}"
+        f" {measured.update.kernels:8d} {measured.update.kernel_bytes / 1e9:9.1f}"
+        f" {sum(each.collectives for each in parts):8d}"
+        f" {max(each.largest_collective for each in parts) / 1e9:9.2f}"
+        f" {len(measured.waits):6d} {measured.peak_bytes / GIB:9.2f}"
+    )
 
 
 def _of_layer(measured: Measured, small: Measured) -> tuple[float, float]:
