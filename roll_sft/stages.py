@@ -133,6 +133,7 @@ def _export(config: RunConfig, checkpoint: Path | None, folder: Path) -> None:
         _convert(convert, folder / run_folder.ADAPTER)
     if wanted in ("merged", "final"):
         merge = ["roll_sft.convert.merge_lora", "--adapter", str(checkpoint)]
+        merge += ["--dequantize"] if config.lora.quantize_base != "none" else []
         _convert([*merge, "--base", str(config.model.path)], folder / run_folder.MODEL)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from roll_sft.config.schema import RunConfig
@@ -17,6 +20,10 @@ from roll_sft.job.job import Job
 from tests import parity
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Of vLLM: the linear layers of a dense decoder, by the names before it fuses them, and the ranks
+# that `--max-lora-rank` may be.
+VLLM_MODULES = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def write_adapter(model: Path, folder: Path, *, zero: bool = False, **options: Any) -> Path:
@@ -30,6 +37,29 @@ def write_adapter(model: Path, folder: Path, *, zero: bool = False, **options: A
                 parameter.normal_(0, 0.05)
     adapted.save_pretrained(folder)
     return folder
+
+
+def check_vllm_loads(folder: Path) -> None:
+    """What vLLM asks of an adapter's folder before it loads it.
+
+    https://github.com/vllm-project/vllm/tree/main/vllm/lora: fields in `peft_helper.py`, names of
+    tensors in `utils.py` and `lora_model.py`.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
+    assert config["bias"] == "none"
+    assert not config["use_dora"]
+    assert not config["modules_to_save"], "vLLM has no modules_to_save"
+    assert config["r"] <= VLLM_RANKS[-1]
+    halves: dict[str, dict[str, torch.Size]] = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        parts = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
+        assert parts is not None, name
+        module, half = parts.groups()
+        assert module.rpartition(".")[2] in VLLM_MODULES, name
+        halves.setdefault(module, {})[half] = tensor.shape
+    for module, shapes in halves.items():
+        assert shapes["lora_A"][0] == shapes["lora_B"][1] == config["r"], module
 
 
 def lora_config(home: Path, adapter: Path | None, **sections: dict[str, Any]) -> RunConfig:
@@ -46,14 +76,15 @@ def lora_config(home: Path, adapter: Path | None, **sections: dict[str, Any]) ->
 
 
 def reference_run(
-    job: Job, adapter: Path
+    job: Job, adapter: Path, **options: Any
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
     """(loss and gradient norm of each step, adapter tensors by PEFT's names, logits) of peft.
 
     Where `job` drops inputs, peft drops those that the engine does.
+    `options` are of the base's `from_pretrained`.
     """
     path, train = job.config.model.path, job.config.train
-    base = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -67,6 +67,8 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         }
     if family == "qwen3":
         shared["head_dim"] = 24
+    if variant == "wide":  # inputs of whole blocks of NF4, also where two tensor ranks cut them
+        shared |= {"hidden_size": 128, "intermediate_size": 256}
     if family == "mistral":
         shared["sliding_window"] = None
     classes: dict[str, type[PreTrainedConfig]] = {

@@ -54,6 +54,7 @@ def _check_lora(current: Any, stored: Any) -> None:
             f"lora.rank: {current['rank']}, and the checkpoint holds a whole model; set"
             " lora.rank=0, or convert the checkpoint and give that folder as model.path"
         )
+    stored = {"quantize_base": "none", **stored}  # checkpoints of before that key
     for name, value in current.items():
         if name == "base_path" or _plain(value) == stored.get(name):
             continue  # the same model may lie elsewhere

@@ -34,7 +34,7 @@ ABBREVIATIONS = {
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
-    {"lora.quantize_base", "evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
+    {"evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
     | {"cluster.grace_s", "parallel.expert_model_parallel_size"}
     | {"parallel.expert_tensor_parallel_size", "train.loss", "train.loss_reduction"}
     | {"train.freeze", "train.num_layers_unfrozen", "train.neftune_noise_alpha"}

@@ -46,6 +46,11 @@ class LoraConfig:
     adapter_path: str | None = key(
         None, "PEFT folder to start from; its rank, scale and modules must be those given here."
     )
+    quantize_base: Literal["none", "nf4"] = key(
+        "none",
+        "nf4 holds the weights of the layers' projections in 4 bits with double quantisation, as"
+        " QLoRA does; needs bitsandbytes.",
+    )
 
 
 def lora_problems(config: "RunConfig") -> Iterator[str]:
@@ -70,12 +75,22 @@ def lora_problems(config: "RunConfig") -> Iterator[str]:
         if not lora.target_modules:
             yield f"lora.target_modules: empty; name projections, or {ALL_LINEAR}"
         return
+    yield from _without_adapters(lora, export)
+
+
+def _without_adapters(lora: LoraConfig, export: str) -> Iterator[str]:
+    """What has no meaning with rank 0."""
     if export in ("adapter", "merged"):
         yield (
             f"checkpoint.hf_export: {export} is of adapters, and lora.rank is 0; set lora.rank, or"
             " checkpoint.hf_export=final"
         )
-    default = LoraConfig()
+    if lora.quantize_base != "none":
+        yield (
+            f"lora.quantize_base: {lora.quantize_base} is of a frozen model, and lora.rank=0 trains"
+            " the whole model; set lora.rank, or leave lora.quantize_base out"
+        )
+    default = LoraConfig(quantize_base=lora.quantize_base)
     for item in fields(lora):
         value = getattr(lora, item.name)
         if value != getattr(default, item.name):

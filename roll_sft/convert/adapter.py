@@ -5,13 +5,14 @@ template that were trained with, the fingerprint of the base model, a card.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from roll_sft.base.errors import CheckpointError, ConfigError
+from roll_sft.base.text import shown
 from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, Manifest, check_complete, verify_hashes
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.config.lora import LoraConfig
@@ -22,7 +23,7 @@ from roll_sft.models.adapter import adapter_shapes
 from roll_sft.models.assets import asset_files, copy_file
 from roll_sft.models.family import Family
 from roll_sft.models.peft_folder import BASE, CONFIG, WEIGHTS, AdapterSource, config_of, read_lora
-from roll_sft.models.safetensors_in import Shape, write_json
+from roll_sft.models.safetensors_in import Shape, read_json, write_json
 from roll_sft.models.safetensors_out import ShardPlan, write_shards
 from roll_sft.models.shape import ModelShape
 
@@ -36,6 +37,7 @@ class StoredAdapter:
     shapes: dict[str, Shape]  # by PEFT's names
     manifest: Manifest | None  # of a step folder
     tensors: Reader | AdapterSource
+    base_dtype: str | None  # in which the base was quantised; None if it was not, or nobody knows
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor; of a step folder in fp32 if that was trained."""
@@ -57,7 +59,9 @@ def stored_adapter(folder: Path, family: Family, shape: ModelShape) -> StoredAda
             )
         verify_hashes(folder, manifest.files)
         reader = Reader(folder, dtype=torch.float32)
-        return StoredAdapter(folder, lora, adapter_shapes(family, shape, lora), manifest, reader)
+        shapes = adapter_shapes(family, shape, lora)
+        dtype = None if lora.quantize_base == "none" else manifest.state.dtype
+        return StoredAdapter(folder, lora, shapes, manifest, reader, dtype)
     lora = read_lora(folder, key="--adapter")
     tensors = AdapterSource(folder, key="--adapter")
     found = tensors.shapes()
@@ -74,7 +78,23 @@ def stored_adapter(folder: Path, family: Family, shape: ModelShape) -> StoredAda
         raise ConfigError(
             f"--adapter: '{folder}' {problem}; give an adapter of the model in --base"
         )
-    return StoredAdapter(folder, lora, wanted, None, tensors)
+    dtype = _quantized_dtype(folder)
+    if dtype is not None:
+        lora = replace(lora, quantize_base="nf4")
+    return StoredAdapter(folder, lora, wanted, None, tensors, dtype)
+
+
+def _quantized_dtype(folder: Path) -> str | None:
+    """In which dtype a run of ours quantised the base of the adapter in `folder`, if it did."""
+    if not (folder / BASE).is_file():
+        return None
+    dtype = read_json(folder / BASE).get("quantized_from")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            f"{folder / BASE}: quantized_from {shown(dtype)} is not one of {', '.join(DTYPES)};"
+            " take another copy of the adapter"
+        )
+    return dtype
 
 
 def lora_of(manifest: Manifest) -> LoraConfig | None:
@@ -83,8 +103,9 @@ def lora_of(manifest: Manifest) -> LoraConfig | None:
     if not isinstance(facts, dict):
         return None
     names = ("rank", "alpha", "dropout", "use_rslora", "target_modules", "modules_to_save")
+    quantize_base = facts.get("quantize_base", "none")  # older checkpoints do not say
     try:
-        return LoraConfig(**{name: facts[name] for name in names})
+        return LoraConfig(quantize_base=quantize_base, **{name: facts[name] for name in names})
     except KeyError as error:
         raise CheckpointError(
             f"manifest.json: facts.lora has no {error}; the checkpoint is damaged, take another"
@@ -108,7 +129,10 @@ def export_adapter(
         if name != "config.json":  # PEFT takes a folder with one for a whole model
             copy_file(checkpoint / ASSETS / name, folder / name)
     write_json(folder / CONFIG, config)
-    write_json(folder / BASE, {"fingerprint": facts["base_model"]})
+    base = {"fingerprint": facts["base_model"]}
+    if adapter.base_dtype is not None:
+        base["quantized_from"] = adapter.base_dtype
+    write_json(folder / BASE, base)
     chosen = dtype or "fp32"
     plan = ShardPlan(DTYPES[chosen], adapter.shapes, {WEIGHTS: tuple(adapter.shapes)})
     write_shards(_tensors(adapter), plan=plan, folder=folder)

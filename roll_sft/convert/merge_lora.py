@@ -1,12 +1,14 @@
 """A base model and an adapter of it -> one model folder, as PEFT's `merge_and_unload` makes it.
 
-    python -m roll_sft.convert.merge_lora --adapter FOLDER --base FOLDER --output FOLDER [--replace]
+    python -m roll_sft.convert.merge_lora --adapter FOLDER --base FOLDER --output FOLDER
+        [--dequantize] [--replace]
 
 The adapter is a PEFT folder or a checkpoint of a run with `lora.rank`. One tensor is in memory at a
 time. In fp32 the result equals PEFT's byte for byte; in another dtype each number is rounded once.
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from roll_sft.base.errors import CheckpointError, ConfigError, report
+from roll_sft.base.errors import CheckpointError, ConfigError, refuse, report
 from roll_sft.base.gc_pauses import leave_quickly
 from roll_sft.checkpoint.manifest import ASSETS
 from roll_sft.convert.adapter import StoredAdapter, stored_adapter
@@ -34,6 +36,13 @@ from roll_sft.models.assets import (
 )
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError
+from roll_sft.models.nf4 import (
+    DequantizedSource,
+    block_problems,
+    library_problem,
+    quantized_weights,
+)
+from roll_sft.models.peft_folder import BASE
 from roll_sft.models.random_weights import RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
@@ -53,6 +62,11 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     parser.add_argument("--base", type=Path, required=True, help="the folder of the base model")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: that of the base")
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="merge into the base's weights as NF4 rounds them, for an adapter trained on these",
+    )
     parser.add_argument("--replace", action="store_true", help="replace an earlier output")
     options = parser.parse_args(arguments)
     leave_quickly()
@@ -62,6 +76,7 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
             options.base,
             options.output,
             dtype=options.dtype,
+            dequantize=options.dequantize,
             replace=options.replace,
         )
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
@@ -79,7 +94,13 @@ class _Rounding:
 
 
 def merge(
-    adapter: Path, base: Path, output: Path, *, dtype: str | None = None, replace: bool = False
+    adapter: Path,
+    base: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    replace: bool = False,
 ) -> str:
     """Write the model of `base` with `adapter` merged into `output`; returns a line for the user.
 
@@ -92,6 +113,8 @@ def merge(
     stored = stored_adapter(adapter, family, shape)
     source = _base_source(stored, base, family, shape)
     chosen = DTYPES[dtype] if dtype else _dtype_of(source)
+    if _is_quantized(stored, dequantize=dequantize):
+        source = _dequantized(stored, source, family, shape)
     plan = plan_shards(family.hf_shapes(shape), dtype=chosen)
     rounding = _Rounding()
     with (
@@ -111,6 +134,8 @@ def merge(
             write_card(adapter, folder, manifest=stored.manifest, dtype=_NAMES[chosen])
     why = "as asked for" if dtype else "the base's"
     told = f"dtype {_NAMES[chosen]}, {why}"
+    if dequantize:
+        told += "; merged into the weights of the base as NF4 rounds them"
     if chosen == torch.float32 or not rounding.added:
         return told
     share = (rounding.lost / rounding.added) ** 0.5
@@ -136,6 +161,36 @@ def _base_source(
     source = SafetensorsSource(base)
     family.check_source(shape, source=source)
     return source
+
+
+def _is_quantized(stored: StoredAdapter, *, dequantize: bool) -> bool:
+    """Whether to merge into quantised weights. Raises `ConfigError` if `dequantize` says else."""
+    was = stored.base_dtype is not None
+    if was and not dequantize:
+        raise ConfigError(
+            f"--adapter: '{stored.folder}' was trained on a base in NF4, which holds no merged"
+            " weights; --dequantize merges into that base's values, in the dtype of --base"
+        )
+    is_known = stored.manifest is not None or (stored.folder / BASE).is_file()
+    if dequantize and is_known and not was:
+        raise ConfigError(
+            f"--dequantize: '{stored.folder}' was trained on a base that was not quantised; leave"
+            " it out"
+        )
+    return dequantize
+
+
+def _dequantized(
+    stored: StoredAdapter, source: TensorSource, family: Family, shape: ModelShape
+) -> TensorSource:
+    """The weights of `source` as NF4 rounds them, which the adapter was trained on."""
+    lora = dataclasses.replace(stored.lora, quantize_base="nf4")
+    problem = library_problem()
+    refuse([*([problem] if problem else []), *block_problems(family, shape, lora, tensor_size=1)])
+    weights = quantized_weights(family, shape, lora).values()
+    names = frozenset(name for weight in weights for name in weight.mapping.hf_shapes)
+    dtype = DTYPES[stored.base_dtype] if stored.base_dtype else _dtype_of(source)
+    return DequantizedSource(source, names=names, dtype=dtype)
 
 
 def _dtype_of(source: TensorSource) -> torch.dtype:

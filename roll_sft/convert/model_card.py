@@ -36,7 +36,7 @@ _TRAIN_KEYS = (
     "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm",
 )  # fmt: skip
 _DATA_KEYS = ("sequence_length", "packing", "train_on", "shuffle")
-_LORA_KEYS = ("rank", "alpha", "dropout", "use_rslora", "init")
+_LORA_KEYS = ("rank", "alpha", "dropout", "use_rslora", "init", "quantize_base")
 _COUNTS = ("rows", "kept", "tokens", "supervised_tokens")
 _TEMPLATE = """\
 ---

@@ -50,6 +50,7 @@ def transformer_config(
         use_norm_recomputation()
     return LayerConfig(
         is_compiled=is_compiled,
+        quantizes_base=config.lora.quantize_base != "none",
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -141,6 +142,10 @@ def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
 def build_model(shape: ModelShape, config: LayerConfig, *, kernel: Kernel) -> list[GPTModel]:
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
     layer = layer_spec(shape, core_attention=packed_attention(kernel))
+    if config.quantizes_base:
+        from roll_sft.engine.quantized import use_quantized_linears
+
+        use_quantized_linears(layer)
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual_size is None else range(virtual_size)
     chunks = [_build_chunk(shape, config, layer, stage) for stage in stages]
@@ -216,14 +221,18 @@ def load_weights(
             )
             parameter.copy_(value)
     if found := not_finite(list(named_parameters(chunks))):
-        name, problem = found
+        name, _ = found
         # One parameter may hold several tensors of theirs; name the first that is at fault.
         theirs = ([(hf_name, source.read(hf_name))] for hf_name in mappings[name].hf_shapes)
-        name, problem = next(filter(None, map(not_finite, theirs)), found)
-        raise CheckpointError(
-            f"model.path: {source}: {name} {problem}, so no step can be computed; take another copy"
-            " of the model, or an earlier checkpoint of the run that made it"
-        )
+        raise unusable(source, *next(filter(None, map(not_finite, theirs)), found))
+
+
+def unusable(source: TensorSource, name: str, problem: str) -> CheckpointError:
+    """The error for a tensor of `source` with a `problem`."""
+    return CheckpointError(
+        f"model.path: {source}: {name} {problem}, so no step can be computed; take another copy of"
+        " the model, or an earlier checkpoint of the run that made it"
+    )
 
 
 def not_finite(tensors: list[tuple[str, torch.Tensor]]) -> tuple[str, str] | None:

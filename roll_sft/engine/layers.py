@@ -28,9 +28,10 @@ from roll_sft.models.shape import ModelShape
 
 @dataclass
 class LayerConfig(TransformerConfig):
-    """Megatron's configuration, which every module gets, with a field of ours."""
+    """Megatron's configuration, which every module gets, with fields of ours."""
 
     is_compiled: bool = False  # whether element-wise functions run compiled
+    quantizes_base: bool = False  # whether linear layers are built for NF4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,17 +25,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 
 from roll_sft.base.layout import Coordinate, ParallelLayout
 from roll_sft.checkpoint.tensors import Piece
 from roll_sft.config.lora import LoraConfig
 from roll_sft.config.schema import RunConfig
+from roll_sft.engine.adapted_linear import ROW_PARALLEL, AdaptedColumns, AdaptedRows, linear_layers
 from roll_sft.engine.build import named_parameters
 from roll_sft.engine.layers import LayerConfig
 from roll_sft.engine.lora_dropout import TokenDropout, with_keys
@@ -50,13 +45,6 @@ from roll_sft.models.adapter import (
 )
 from roll_sft.models.peft_folder import AdapterSource
 from roll_sft.models.source import ModelSource
-
-_LINEAR_LAYERS = (  # of a layer of Megatron's
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 
 class Adapter(torch.nn.Module):
@@ -180,47 +168,6 @@ def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor]:
     return runs, torch.cat(places)
 
 
-class AdaptedLinear(torch.nn.Module):
-    """A linear layer of Megatron's, frozen, and its adapter. Its parameters keep their names."""
-
-    def __init__(self, base: Any, adapter: Adapter, *, config: LayerConfig) -> None:
-        super().__init__()
-        assert base.bias is None or not base.skip_bias_add, "a bias is added here"
-        self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
-        self._is_sharded = config.sequence_parallel
-
-    def _product(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[n, 1, I] -> [n, 1, O]."""
-        rows = inputs.flatten(0, 1)
-        product = self.adapter(F.linear(rows, self.weight, self.bias), rows)
-        return product.view(*inputs.shape[:2], -1)
-
-
-class AdaptedColumns(AdaptedLinear):
-    """Cut along its outputs, as queries, keys and values are, and gate and up."""
-
-    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """[N or N / TP, 1, I] -> [N, 1, O], and no bias that is left to add."""
-        if self._is_sharded:
-            inputs = gather_from_sequence_parallel_region(inputs, tensor_parallel_output_grad=True)
-        elif _tensor_size() > 1:
-            inputs = copy_to_tensor_model_parallel_region(inputs)
-        return self._product(inputs), None
-
-
-class AdaptedRows(AdaptedLinear):
-    """Cut along its inputs, as the output projections of attention and MLP are."""
-
-    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """[N, 1, I] -> [N or N / TP, 1, O], and no bias that is left to add."""
-        product = self._product(inputs)
-        if self._is_sharded:
-            product = reduce_scatter_to_sequence_parallel_region(product)
-        elif _tensor_size() > 1:
-            product = reduce_from_tensor_model_parallel_region(product)
-        return product, None
-
-
 @dataclass(frozen=True, slots=True)
 class Adapters:
     """All that a rank trains: its adapters, and the weights of `modules_to_save`."""
@@ -282,6 +229,10 @@ def adapted(
         dropout = TokenDropout(
             config.lora.dropout, seed=config.seed, is_compiled=layers.is_compiled
         )
+    if layers.quantizes_base:
+        from roll_sft.engine.quantized import quantize
+
+        quantize(chunks, source, config.lora)
     made = _adapters(chunks, weights, config.lora, layers=layers, dropout=dropout)
     adapters = Adapters(tuple(made), trained, dropout)
     if layers.recompute_granularity is not None and chunks[0].pre_process:
@@ -305,20 +256,18 @@ def _adapters(
     dropout: TokenDropout | None,
 ) -> Iterator[Adapter]:
     """Put an adapter beside each linear layer whose weight is one of `weights`."""
-    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
-        if dropout is not None:
-            dropout.follow(layer)
-        for name in _LINEAR_LAYERS:
-            weight = weights.get(f"decoder.layers.{layer.layer_number - 1}.{name}.weight")
-            if weight is None:
-                continue
-            owner, _, leaf = name.partition(".")
-            module = getattr(layer, owner)
-            base = getattr(module, leaf)
+    if dropout is not None:
+        for chunk in chunks:
+            for layer in chunk.decoder.layers:
+                dropout.follow(layer)
+    for name, owner, leaf in linear_layers(chunks):
+        weight, base, adapter = weights.get(name), getattr(owner, leaf), None
+        if weight is not None:
             adapter = Adapter(weight, lora=lora, like=base.weight, dropout=dropout)
-            kind = AdaptedRows if weight.is_row_parallel else AdaptedColumns
-            setattr(module, leaf, kind(base, adapter, config=layers))
             yield adapter
+        if adapter is not None or layers.quantizes_base:
+            kind = AdaptedRows if leaf in ROW_PARALLEL else AdaptedColumns
+            setattr(owner, leaf, kind(base, adapter, config=layers))
 
 
 def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> None:

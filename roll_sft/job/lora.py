@@ -29,7 +29,7 @@ def check_lora(config: RunConfig, family: Family, shape: ModelShape) -> None:
     Or an adapter to start from that differs from what `config.lora` says, or is of another model.
     """
     lora = config.lora
-    refuse(list(adapter_problems(family, shape, lora)))
+    refuse([*adapter_problems(family, shape, lora), *_quantization_problems(config, family, shape)])
     if lora.adapter_path is None:
         return
     folder = Path(lora.adapter_path)
@@ -44,6 +44,18 @@ def check_lora(config: RunConfig, family: Family, shape: ModelShape) -> None:
     assert config.model.path is not None, "check_config refuses a missing model.path"
     if not (config.model.random_init or config.dry_run):
         check_base(folder, Path(config.model.path), key=_KEY)
+
+
+def _quantization_problems(config: RunConfig, family: Family, shape: ModelShape) -> Iterator[str]:
+    if config.lora.quantize_base == "none":
+        return
+    from roll_sft.models.nf4 import block_problems, library_problem
+
+    problem = library_problem()
+    if problem and not config.dry_run:  # which may plan for another machine
+        yield problem
+    tensor_size = config.parallel.tensor_model_parallel_size
+    yield from block_problems(family, shape, config.lora, tensor_size=tensor_size)
 
 
 def _differences(lora: LoraConfig, stored: LoraConfig, *, folder: Path) -> Iterator[str]:
@@ -88,6 +100,7 @@ def lora_facts(config: RunConfig, source: ModelSource) -> dict[str, Any]:
         "use_rslora": lora.use_rslora,
         "target_modules": target_names(source.family, source.shape, lora),
         "modules_to_save": sorted(lora.modules_to_save),
+        "quantize_base": lora.quantize_base,
         "base_model": _base_of(config, source),
         "base_path": source.hub.repo_id if source.hub else config.model.path,
     }

@@ -25,6 +25,30 @@ def adapter_parameters(config: RunConfig, shape: ModelShape, *, stage: int) -> t
     return of_model * share, ends * embedding / layout.tensor_size
 
 
+def saved_by_quantization(
+    config: RunConfig, shape: ModelShape, *, weight_bytes: int
+) -> tuple[float, float]:
+    """Bytes that `lora.quantize_base` saves a rank, and numbers of the widest weight dequantised.
+
+    The latter are there while a layer is computed, or its backward.
+    """
+    if config.lora.quantize_base == "none":
+        return 0.0, 0.0
+    from roll_sft.models.nf4 import bytes_of, quantized_weights
+
+    layout = layout_of(config.parallel)
+    saved, widest = 0.0, 0.0
+    for weight in quantized_weights(family_named(shape.architecture), shape, config.lora).values():
+        inputs = weight.num_inputs / (layout.tensor_size if weight.is_row_parallel else 1)
+        outputs = float(sum(map(weight.num_outputs, weight.modules)))
+        outputs /= 1 if weight.is_row_parallel else layout.tensor_size
+        saved += inputs * outputs * weight_bytes - bytes_of(outputs, inputs)
+        widest = max(widest, inputs * outputs)
+    # What the stage with the most layers holds.
+    share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
+    return saved * share, widest
+
+
 def kept_by_adapters(config: RunConfig, shape: ModelShape, *, is_compiled: bool) -> float:
     """Numbers that the adapters of a layer keep for each token, beside what the layer does.
 

@@ -70,21 +70,23 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
     run = _Run(config, layout, shape, micro_batch_tokens(config, layout))
     weight_bytes, master_bytes = _weight_bytes(run)
     parameters = trained = _parameters(run, stage)
+    saved_bytes = widest = 0.0
     if run.config.lora.rank:
-        from roll_sft.job.lora_memory import adapter_parameters
+        from roll_sft.job.lora_memory import adapter_parameters, saved_by_quantization
 
         adapters, saved = adapter_parameters(config, shape, stage=stage)
         trained = adapters + saved
         parameters += adapters
+        saved_bytes, widest = saved_by_quantization(config, shape, weight_bytes=weight_bytes)
     # The distributed optimizer cuts masters and moments over data x context ranks.
     is_cut = config.parallel.use_distributed_optimizer
     replicas = layout.data_size * layout.context_size if is_cut else 1
-    state = parameters * weight_bytes + trained * (4 + (master_bytes + 8) / replicas)
+    state = parameters * weight_bytes + trained * (4 + (master_bytes + 8) / replicas) - saved_bytes
 
     tokens = run.pack_tokens // layout.context_size
     kept, recomputed = _kept_per_layer(run)
     numbers = tokens * _layers_in_flight(run, stage) * kept
-    backward = tokens * recomputed + _gradients_of_layer(run, tokens)
+    backward = tokens * recomputed + _gradients_of_layer(run, tokens) + widest
     is_last = stage == layout.pipeline_size - 1
     update_bytes = UPDATE_BYTES if config.parallel.device == "cpu" else 0
     return MemoryEstimate(

@@ -50,7 +50,8 @@ KEYS = {
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
     " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
     " save_minutes logging_steps log_samples",
-    "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path",
+    "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path"
+    " quantize_base",
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
     " hf_export",
     "tracking.": "backends mlflow_uri experiment",
@@ -374,7 +375,6 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
 @pytest.mark.parametrize(
     "key",
     [
-        "lora.quantize_base",
         "moe.aux_loss_coef",
         "moe.dispatcher",
         "export.push_to_hub",

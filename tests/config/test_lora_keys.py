@@ -37,6 +37,7 @@ def problems(lora: dict[str, Any], **checkpoint: Any) -> list[str]:
         ({"adapter_path": "adapter"}, ["lora.adapter_path: 'adapter'", "set lora.rank"]),
         ({"target_modules": ["q_proj"]}, ["lora.target_modules", "q_proj", "set lora.rank"]),
         ({"alpha": 32}, ["lora.alpha: 32", "set lora.rank"]),
+        ({"quantize_base": "nf4"}, ["lora.quantize_base: nf4", "whole model", "set lora.rank"]),
     ],
 )
 def test_a_wrong_value_is_answered_with_value_rule_and_remedy(

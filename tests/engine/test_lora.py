@@ -170,6 +170,7 @@ def test_every_step_and_the_exported_adapter_equal_peft(
     export(step, tmp_path / "adapter", dtype=None, replace=False)
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert exported.keys() == tensors.keys()
+    lora.check_vllm_loads(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(home / "model", attn_implementation="eager")
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     found = parity.model_logits(loaded)

@@ -1,0 +1,85 @@
+"""Megatron's linear layers, frozen, each with the adapter that `engine/lora.py` puts beside it.
+
+Legend: N tokens, I inputs and O outputs of a layer on this tensor rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from roll_sft.engine.layers import LayerConfig
+
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
+_LINEAR_LAYERS = (
+    ("self_attention", "qkv"),
+    ("self_attention", "proj"),
+    ("mlp", "fc1"),
+    ("mlp", "fc2"),
+)
+
+
+def linear_layers(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Each linear layer of the layers: its weight's name, its owner, its name there."""
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        for owner, name in _LINEAR_LAYERS:
+            leaf = f"linear_{name}"
+            weight = f"decoder.layers.{layer.layer_number - 1}.{owner}.{leaf}.weight"
+            yield weight, getattr(layer, owner), leaf
+
+
+class AdaptedLinear(torch.nn.Module):
+    """A linear layer of Megatron's, frozen, and its adapter. Its parameters keep their names."""
+
+    def __init__(self, base: Any, adapter: torch.nn.Module | None, *, config: LayerConfig) -> None:
+        """`adapter` is None where the base is quantised and not adapted."""
+        super().__init__()
+        assert base.bias is None or not base.skip_bias_add, "a bias is added here"
+        self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
+        self._quantized = base.product if config.quantizes_base else None
+        self._is_sharded = config.sequence_parallel
+
+    def _product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[n, 1, I] -> [n, 1, O]."""
+        rows = inputs.flatten(0, 1)
+        if self._quantized is None:
+            product = F.linear(rows, self.weight, self.bias)
+        else:
+            product = self._quantized(rows)
+        if self.adapter is not None:
+            product = self.adapter(product, rows)
+        return product.view(*inputs.shape[:2], -1)
+
+
+class AdaptedColumns(AdaptedLinear):
+    """Cut along its outputs, as queries, keys and values are, and gate and up."""
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[N or N / TP, 1, I] -> [N, 1, O], and no bias that is left to add."""
+        if self._is_sharded:
+            inputs = gather_from_sequence_parallel_region(inputs, tensor_parallel_output_grad=True)
+        elif parallel_state.get_tensor_model_parallel_world_size() > 1:
+            inputs = copy_to_tensor_model_parallel_region(inputs)
+        return self._product(inputs), None
+
+
+class AdaptedRows(AdaptedLinear):
+    """Cut along its inputs, as the output projections of attention and MLP are."""
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[N, 1, I] -> [N or N / TP, 1, O], and no bias that is left to add."""
+        product = self._product(inputs)
+        if self._is_sharded:
+            product = reduce_scatter_to_sequence_parallel_region(product)
+        elif parallel_state.get_tensor_model_parallel_world_size() > 1:
+            product = reduce_from_tensor_model_parallel_region(product)
+        return product, None
