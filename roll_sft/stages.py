@@ -125,6 +125,8 @@ def _export(config: RunConfig, checkpoint: Path | None, folder: Path) -> None:
     """Make of a checkpoint what `checkpoint.hf_export` asks for."""
     assert checkpoint is not None, "a run that is finished has a checkpoint"
     convert = ["roll_sft.convert.command", "--checkpoint", str(checkpoint)]
+    if config.train.freezes:
+        convert += ["--base", str(config.model.path)]
     if not config.lora.rank:
         _convert(convert, folder / run_folder.MODEL)
         return

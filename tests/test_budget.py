@@ -32,6 +32,7 @@ BY_NEED = {
     "roll_sft/checkpoint/background.py": "checkpoint.async_save",
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
     "roll_sft/config/lora.py": "lora.rank above 0",
+    "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
     "roll_sft/data/chat/fast/": "what only makes rendering quicker",
     "roll_sft/data/chat/template_budget.py": "templates that may build texts upon themselves",
@@ -47,19 +48,24 @@ BY_NEED = {
     "roll_sft/data/rows/table_rows.py": "Parquet and Arrow files",
     "roll_sft/data/rows/template_kwargs.py": "rows that set variables of the template",
     "roll_sft/data/rows/tool_calls.py": "tools",
+    "roll_sft/data/steps/more_schedules.py": "schedules with a parameter of their own",
     "roll_sft/data/tokens/dropped_rows.py": "rows that are dropped",
     "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
     "roll_sft/engine/adapted_linear.py": "lora.rank above 0",
     "roll_sft/engine/attention_packages.py": "attention kernels that are installed apart",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
+    "roll_sft/engine/frozen.py": "train.freeze, and lora.rank above 0",
     "roll_sft/engine/lora.py": "lora.rank above 0",
     "roll_sft/engine/lora_dropout.py": "lora.dropout above 0",
     "roll_sft/engine/overlap.py": "weights gathered in the forward pass, on several GPUs",
     "roll_sft/engine/quantized.py": "lora.quantize_base",
+    "roll_sft/engine/recipe.py": "lora.rank above 0, and train.freeze",
     "roll_sft/engine/recompute.py": "norms that are recomputed",
     "roll_sft/job/lora.py": "lora.rank above 0",
     "roll_sft/job/lora_memory.py": "lora.rank above 0",
+    "roll_sft/job/trained.py": "lora.rank above 0, and train.freeze",
     "roll_sft/models/adapter.py": "lora.rank above 0",
+    "roll_sft/models/frozen.py": "train.freeze",
     "roll_sft/models/hub.py": "a model of the hub",
     "roll_sft/models/nf4.py": "lora.quantize_base",
     "roll_sft/models/peft_folder.py": "lora.adapter_path",
@@ -68,10 +74,11 @@ BY_NEED = {
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/tracking/": "trackers",
 }
-# A small source is encoded quickly, too; without these the ids are the same. The section `lora` is
-# loaded for its defaults, which say that it is off.
+# A small source is encoded quickly, too; without these the ids are the same. The section `lora` and
+# the keys of recipes are loaded for their defaults, which say that they are off.
 ALLOWED = (
     "roll_sft/config/lora.py",
+    "roll_sft/config/recipes.py",
     "roll_sft/data/chat/fast/",
     "roll_sft/engine/cpu_backend.py",
 )

@@ -20,8 +20,8 @@ _KEYS = {"kind": "lr_scheduler_type", "peak": "learning_rate", "minimum": "min_l
 def changes(current: RunState, stored: RunState) -> dict[str, str]:
     """Name of each change since the checkpoint of `stored` -> what was and what is.
 
-    Raises `ConfigError` for another dtype, other adapters or another base model of them, which no
-    flag allows.
+    Raises `ConfigError` for another dtype, other adapters, other frozen weights or another base
+    model of these, which no flag allows.
     """
     if stored.dtype != current.dtype:
         raise ConfigError(
@@ -29,6 +29,7 @@ def changes(current: RunState, stored: RunState) -> dict[str, str]:
             f" set model.dtype={stored.dtype}, or start a new run from an export of it"
         )
     _check_lora(current.facts.get("lora"), stored.facts.get("lora"))
+    _check_frozen(current.facts.get("frozen"), stored.facts.get("frozen"))
     was, now = _by_name(stored), _by_name(current)
     found = {
         name: "; ".join(_differences(was[name], now[name]))
@@ -69,6 +70,28 @@ def _check_lora(current: Any, stored: Any) -> None:
         )
 
 
+def _check_frozen(current: Any, stored: Any) -> None:
+    """Raise `ConfigError` where not the same is frozen, of which checkpoints hold nothing."""
+    now, was = (each if isinstance(each, Mapping) else {} for each in (current, stored))
+    if now.get("modules") != was.get("modules"):
+        shown = [
+            f"train.freeze={each.get('freeze', [])} and"
+            f" train.num_layers_unfrozen={each.get('num_layers_unfrozen', -1)}"
+            for each in (now, was)
+        ]
+        raise ConfigError(
+            f"train.freeze: {shown[0]} do not freeze what the run of the checkpoint froze by"
+            f" {shown[1]}; take the change back, or convert the checkpoint and give that folder as"
+            " model.path"
+        )
+    if now.get("base_model") != was.get("base_model"):
+        raise ConfigError(
+            f"model.path: is the model {now['base_model']}, and the frozen weights of the"
+            f" checkpoint are those of {was['base_model']}; give that model, or start in another"
+            " output_dir"
+        )
+
+
 def _by_name(state: RunState) -> dict[str, Any]:
     """The settings of a run under the names that `checkpoint.allow_changes` has for them."""
     settings: dict[str, Any] = {
@@ -85,7 +108,8 @@ def _by_name(state: RunState) -> dict[str, Any]:
 
 def _schedule(values: Mapping[str, Any]) -> dict[str, Any]:
     """A schedule by the names of its keys, without what its kind does not use."""
-    unused = () if values.get("kind") == "wsd" else ("decay_steps",)
+    unused = {name for name, value in values.items() if value is None}
+    unused |= set() if values.get("kind") == "wsd" else {"decay_steps"}
     return {_KEYS.get(name, name): each for name, each in values.items() if name not in unused}
 
 

@@ -35,12 +35,13 @@ def publish_step(
 
     write_descriptions(staging, parts)
     save_assets(staging / ASSETS)
+    steps = [part.optimizer_step for part in parts]  # 0 of a rank whose weights are all frozen
     state = dataclasses.replace(
         run,
         step=plan.step,
         epoch=plan.epoch,
         samples_seen_in_epoch=plan.samples_seen_in_epoch,
-        optimizer_step=parts[0].optimizer_step,
+        optimizer_step=max((step for step in steps if step is not None), default=None),
     )
     hashes = {part.name: part.sha256 for part in parts}
     return publish(staging, state=state, versions=versions_here(), hashes=hashes)

@@ -1,8 +1,9 @@
 """Reads single parameters of a checkpoint, without Megatron and process groups.
 
 The parameters of equal layers lie in one stored tensor with the layer as its first dim. `Reader`
-reads one layer without the others, so memory follows the parameter, not the model. It counts the
-numbers that it has read: `check_all_read` finds a tensor that was left out.
+reads one layer without the others, so memory follows the parameter, not the model. Where a run
+froze a part of the model, each layer that was trained has stored tensors of its own. The reader
+counts the numbers that it has read: `check_all_read` finds a tensor that was left out.
 """
 
 import math
@@ -46,10 +47,14 @@ class Reader:
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-        self._folder = folder
+        self.folder = folder
         self._index = read_index(folder)
         self._dtype = dtype
         self._num_read: Counter[str] = Counter()
+
+    def has(self, name: str) -> bool:
+        """Whether parameter `name` is stored."""
+        return self._place(name)[0] in self._index.keys
 
     def num_bytes(self, name: str) -> int:
         """Bytes of parameter `name`, in the dtype that `read` returns."""
@@ -68,20 +73,26 @@ class Reader:
             tensor = torch.empty(stored.sizes, dtype=stored.dtype)
         else:
             tensor = scratch[: self.num_bytes(name)].view(stored.dtype).view(stored.sizes)
-        self._num_read[stored_name(name)[0]] += tensor.numel()
+        self._num_read[self._place(name)[0]] += tensor.numel()
         offset = (stored.layer or 0, *(0 for _ in stored.shape[1:]))
         self._index.fill(Piece(stored.key, stored.shape, offset, tensor))
         return tensor if stored.layer is None else tensor[0]
 
     def _stored(self, name: str) -> "_Stored":
-        key, layer = stored_name(name)
+        key, layer = self._place(name)
         dtype, shape = self._index.stored(key)
         if layer is not None and layer >= shape[0]:
-            raise CheckpointError(f"{self._folder}: {name} is not in this checkpoint")
+            raise CheckpointError(f"{self.folder}: {name} is not in this checkpoint")
         if dtype != self._dtype and self._dtype is not None and _MASTERS + key in self._index.keys:
             key = _MASTERS + key
             dtype, shape = self._index.stored(key)
         return _Stored(key, layer, dtype, shape, shape if layer is None else (1, *shape[1:]))
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """The stored tensor of `name`, and the layer in it if it holds all layers."""
+        key, layer = stored_name(name)
+        of_layer = key.replace(_LAYERS, f"{_LAYERS}{layer}.")
+        return (of_layer, None) if of_layer in self._index.keys else (key, layer)
 
     def check_all_read(self) -> None:
         """Raise `CheckpointError` for a tensor of the model that was not read, or not all of it."""
@@ -91,7 +102,7 @@ class Reader:
             num_stored, num_read = math.prod(self._index.stored(key)[1]), self._num_read[key]
             if num_read != num_stored:
                 raise CheckpointError(
-                    f"{self._folder}: {key} has {num_stored} numbers, and the model that"
+                    f"{self.folder}: {key} has {num_stored} numbers, and the model that"
                     f" config.json describes takes {num_read} of them; the checkpoint belongs to"
                     " another model"
                 )

@@ -37,8 +37,7 @@ RESERVED = frozenset(
     {"evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
     | {"cluster.grace_s", "parallel.expert_model_parallel_size"}
     | {"parallel.expert_tensor_parallel_size", "train.loss", "train.loss_reduction"}
-    | {"train.freeze", "train.num_layers_unfrozen", "train.neftune_noise_alpha"}
-    | {"train.label_smoothing", "train.on_nan", "train.max_duration"}
+    | {"train.neftune_noise_alpha", "train.label_smoothing", "train.on_nan", "train.max_duration"}
 )
 # Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from roll_sft.config.fields import (
     Key,
     all_keys,
+    all_names,
     choices_of,
     one_or_list,
     section_of,
@@ -65,6 +66,8 @@ def _groups() -> Iterator[tuple[str, str, list[Key]]]:
     for item in dataclasses.fields(RunConfig):
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
             own = [each for each in keys if re.fullmatch(rf"{item.name}\.\w+", each.name)]
+            inherited = {name for base in item.type.__mro__[1:-1] for name in all_names(base)}
+            own.sort(key=lambda each: each.name.rpartition(".")[2] in inherited)
             yield item.name, _about(item.type), own
     yield "sources", _about(SourceConfig), list(all_keys(SourceConfig))
 

@@ -15,8 +15,8 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import redacted
 from roll_sft.config.keys import key
 from roll_sft.config.lora import LoraConfig
+from roll_sft.config.recipes import RecipeKeys, ScheduleKind
 
-ScheduleKind: TypeAlias = Literal["cosine", "linear", "constant", "wsd"]
 RecomputeModule: TypeAlias = Literal["core_attn", "mlp", "layernorm"]  # of Megatron's
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
 ResumeChange: TypeAlias = Literal[
@@ -175,7 +175,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(RecipeKeys):
     """The optimization, and when to evaluate and save."""
 
     num_train_epochs: int = key(1, "Passes over the training data.", unit="epochs", at_least=1)
@@ -214,7 +214,6 @@ class TrainConfig:
         unit="steps",
         at_least=0,
     )
-    wsd_decay_ratio: float = key(0.1, "Share of steps that wsd decays over.", at_least=0, at_most=1)
     weight_decay: float = key(
         0.0,
         "AdamW's weight decay, on parameters of two or more dimensions.",
@@ -350,6 +349,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def trains_part(self) -> bool:
+        """Whether adapters or a part of the weights are trained, and not all of them."""
+        return self.lora.rank > 0 or self.train.freezes
 
 
 def on_device(config: RunConfig, device: Literal["cpu", "cuda"]) -> RunConfig:

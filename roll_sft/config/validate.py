@@ -14,6 +14,7 @@ from roll_sft.base.errors import refuse
 from roll_sft.base.text import is_hostile, shown
 from roll_sft.config.layout_checks import backend_problems
 from roll_sft.config.lora import lora_problems
+from roll_sft.config.recipes import recipe_problems
 from roll_sft.config.schema import DataConfig, RunConfig, SourceConfig, source_name
 
 LARGEST_INTEGER = 2**31 - 1  # of every key without a bound of its own
@@ -92,6 +93,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
     yield from _checkpoint_problems(config)
     yield from backend_problems(config)
     yield from lora_problems(config)
+    yield from recipe_problems(config)
     yield from _source_problems(data)
 
 

@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the source model's")
     parser.add_argument(
+        "--base", type=Path, help="the model that a run with frozen weights started from, if moved"
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="compare the logits of both at the end"
     )
     parser.add_argument("--replace", action="store_true", help="replace an earlier output")
@@ -62,14 +65,10 @@ def _convert(options: argparse.Namespace) -> str | None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    source, convert = (model, import_model) if checkpoint is None else (checkpoint, export)
-    return convert(
-        source,
-        options.output,
-        dtype=options.dtype,
-        replace=options.replace,
-        verified=options.verify,
-    )
+    how = {"dtype": options.dtype, "replace": options.replace, "verified": options.verify}
+    if checkpoint is None:
+        return import_model(model, options.output, **how)
+    return export(checkpoint, options.output, base=options.base, **how)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,12 @@ from roll_sft.models.nf4 import (
     quantized_weights,
 )
 from roll_sft.models.peft_folder import BASE
-from roll_sft.models.random_weights import RandomSource
+from roll_sft.models.random_weights import SEEDED, RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 
 _BLOCK_NUMBERS = 1 << 20  # of a weight, merged at once: they stay in the cache of a core
-_RANDOM = "random weights of seed "
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -151,10 +150,10 @@ def _base_source(
     else:
         facts = stored.manifest.state.facts["lora"]
         wanted = str(facts["base_model"] if isinstance(facts, dict) else facts)
-        if wanted.startswith(_RANDOM):
+        if wanted.startswith(SEEDED):
             return RandomSource(
                 family.hf_shapes(shape),
-                seed=int(wanted.removeprefix(_RANDOM)),
+                seed=int(wanted.removeprefix(SEEDED)),
                 initializer_range=shape.initializer_range,
             )
         check_fingerprint(wanted, stored.folder, base, key="--adapter")

@@ -1,12 +1,14 @@
 """One checkpoint step folder -> a HuggingFace folder, in one process, tensor by tensor.
 
-Needs the step folder alone, which has `hf_assets/` and `manifest.json`. Memory holds one tensor.
+Needs the step folder alone, which has `hf_assets/` and `manifest.json`; where a part of the model
+was frozen, the base model too. Memory holds one tensor.
 The folder gets its name when it is complete, when every file of the checkpoint has the SHA-256 of
 the manifest, and, if asked for, when the logits of both agree. Every tensor of the checkpoint is
 read and every tensor of the model is written, or an error names it.
 """
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,8 @@ from roll_sft.models.source import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from roll_sft.convert.frozen import WholeModel
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -45,17 +49,25 @@ class _Source:
     manifest: Manifest
     family: Family
     shape: ModelShape
+    base: Path | None  # the folder of the model that the run started from; None: as it was then
 
 
 def export(
-    checkpoint: Path, output: Path, *, dtype: str | None, replace: bool, verified: bool = False
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    replace: bool,
+    verified: bool = False,
+    base: Path | None = None,
 ) -> str:
     """Write `checkpoint` as a model folder that transformers loads; returns lines for the user.
 
     Of adapters it becomes a folder that PEFT loads, in fp32 unless `dtype` says otherwise.
 
     `dtype` is fp32, bf16 or fp16; None keeps that of the source model. With `verified` the logits
-    of both are compared before the folder gets its name. Raises `CheckpointError` for a folder that
+    of both are compared before the folder gets its name. What the run froze is read from `base`, or
+    from the model that it started from. Raises `CheckpointError` for a folder that
     is no complete checkpoint, an `output` that is in the way, or logits that differ, and
     `DivergedError` for weights that are not finite.
     """
@@ -67,7 +79,7 @@ def export(
     check_assets(checkpoint / ASSETS)
     config = load_hf_config(str(checkpoint / ASSETS), trust_remote_code=False)
     family = family_of(config)
-    source = _Source(checkpoint, manifest, family, family.shape(config))
+    source = _Source(checkpoint, manifest, family, family.shape(config), base)
     if "lora" in manifest.state.facts:
         if verified:
             raise ConfigError(
@@ -83,7 +95,7 @@ def export(
             return f"dtype {reason}"
         from roll_sft.convert.verify import verify  # slow to import
 
-        return f"dtype {reason}\n{verify(folder, checkpoint, dtype=chosen)}"
+        return f"dtype {reason}\n{verify(folder, checkpoint, dtype=chosen, reader=_opened(source))}"
 
 
 def _export_adapter(source: _Source, output: Path, *, dtype: str | None, replace: bool) -> str:
@@ -138,7 +150,7 @@ def _is_shard(name: str) -> bool:
 def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None:
     """Write assets and tensors into `folder`, while beside it every file is hashed."""
     plan = plan_shards(source.family.hf_shapes(source.shape), dtype=dtype)
-    reader = Reader(source.folder, dtype=dtype)
+    reader = _opened(source, dtype=dtype)
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
     with _verified_beside(source.folder, shards), one_thread():
         try:
@@ -170,7 +182,19 @@ def _verified_beside(folder: Path, files: Mapping[str, StoredFile]) -> Iterator[
         verified.result()
 
 
-def _hf_tensors(reader: Reader, source: _Source) -> Iterator[tuple[str, torch.Tensor]]:
+def _opened(source: _Source, *, dtype: torch.dtype | None = None) -> "Reader | WholeModel":
+    """Reads the parameters of `source`, those that its run froze too."""
+    reader = Reader(source.folder, dtype=dtype)
+    if "frozen" not in source.manifest.state.facts:
+        return reader
+    from roll_sft.convert.frozen import whole_model
+
+    return whole_model(reader, source.manifest, (source.family, source.shape), base=source.base)
+
+
+def _hf_tensors(
+    reader: "Reader | WholeModel", source: _Source
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every HuggingFace tensor once, in the order of the family's table."""
     # A tied head has no tensors: its embedding is exported.
     table = {n: m for n, m in source.family.weights(source.shape).items() if m.hf_shapes}
@@ -203,7 +227,9 @@ def _last_finite(source: _Source) -> Path | None:
         try:
             if check_complete(folder).state.step >= source.manifest.state.step:
                 continue
-            for name, tensor in _hf_tensors(Reader(folder), source):
+            for name, tensor in _hf_tensors(
+                _opened(dataclasses.replace(source, folder=folder)), source
+            ):
                 check_finite(name, tensor)
         except CheckpointError:
             continue

@@ -8,7 +8,7 @@ its own side, so a tensor in the wrong place shows, and so do rotary embeddings,
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from roll_sft.config.schema import RunConfig, on_device
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
+
+if TYPE_CHECKING:
+    from roll_sft.convert.frozen import WholeModel
 
 # Of the largest logit, at LAYERS layers; rounding adds up over layers. Seen: 1e-6 at 4 layers.
 TOLERANCE, LAYERS = 1e-5, 4
@@ -45,17 +48,24 @@ class Difference:
         )
 
 
-def verify(model: Path, checkpoint: Path, *, dtype: torch.dtype | None) -> Difference:
+def verify(
+    model: Path,
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype | None,
+    reader: "Reader | WholeModel | None" = None,
+) -> Difference:
     """Compare the HuggingFace folder `model` with `checkpoint`, the weights of both in `dtype`.
 
-    None leaves them as they are stored. Raises `CheckpointError` where they differ by more than
+    None leaves them as they are stored. `reader` reads the parameters of `checkpoint`, if a part of
+    them is elsewhere. Raises `CheckpointError` where they differ by more than
     rounding. Lets Megatron-Core run without CUDA, which a process cannot take back.
     """
     config = load_hf_config(str(model), trust_remote_code=False)
     shape = family_of(config).shape(config)
     samples = _samples(model, shape)
     expected = _logits_of_transformers(model, samples, dtype=dtype)
-    found = _logits_of_megatron(checkpoint, shape, samples=samples, dtype=dtype)
+    found = _logits_of_megatron(reader or Reader(checkpoint), shape, samples=samples, dtype=dtype)
     difference = Difference(
         num_logits=expected.numel(),
         largest=float((expected - found).abs().max() / expected.abs().max()),
@@ -101,7 +111,11 @@ def _logits_of_transformers(
 
 
 def _logits_of_megatron(
-    checkpoint: Path, shape: ModelShape, *, samples: list[torch.Tensor], dtype: torch.dtype | None
+    reader: "Reader | WholeModel",
+    shape: ModelShape,
+    *,
+    samples: list[torch.Tensor],
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """Logits float32 [T of all samples, V], all in one pack."""
     # Late, so that a conversion needs no Megatron-Core.
@@ -121,7 +135,6 @@ def _logits_of_megatron(
     ):
         transformer = build.transformer_config(shape, layout, config=on_device(RunConfig(), "cpu"))
         chunks = build.build_model(shape, transformer, kernel=sdpa)
-        reader = Reader(checkpoint)
         for name, parameter in build.named_parameters(chunks):
             rows = parameter.shape[0]  # the stored vocabulary may be padded
             value = reader.read(name)[:rows]

@@ -43,7 +43,7 @@ from roll_sft.models.source import ModelSource
 
 if TYPE_CHECKING:
     from roll_sft.checkpoint.background import BackgroundWriter
-    from roll_sft.engine.lora import Adapters
+    from roll_sft.engine.recipe import Recipe
 
 
 class Readout:
@@ -105,11 +105,11 @@ class Engine:
             ),
         )
         self.chunks = build.build_model(source.shape, self._transformer, kernel=kernel)
-        if checkpoint is None or config.lora.rank:
+        if checkpoint is None or config.trains_part:
             build.load_weights(self.chunks, source.family, source.shape, source=source.tensors)
         else:
             build.clear_weights(self.chunks)
-        self._adapters = self._adapt(source, is_new=checkpoint is None)
+        self._recipe = self._prepare(source, is_new=checkpoint is None)
         self._wrapped = build.wrap_model(self.chunks, self._transformer, parallel=config.parallel)
         self._gathers_ahead = build.overlaps(config.parallel)[1]
         if self._gathers_ahead:
@@ -124,13 +124,13 @@ class Engine:
         if checkpoint is not None:
             self._load(checkpoint)
 
-    def _adapt(self, source: ModelSource, *, is_new: bool) -> "Adapters | None":
-        """Freeze the model and add adapters, if that is what is trained."""
-        if not self._config.lora.rank:
+    def _prepare(self, source: ModelSource, *, is_new: bool) -> "Recipe | None":
+        """Freeze what is not trained and add adapters, if the run has any of that."""
+        if not self._config.trains_part:
             return None
-        from roll_sft.engine.lora import adapted
+        from roll_sft.engine.recipe import prepared
 
-        return adapted(self.chunks, source, self._config, layers=self._transformer, is_new=is_new)
+        return prepared(self.chunks, source, self._config, layers=self._transformer, is_new=is_new)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step; `work` is this rank's share of the global batch.
@@ -139,8 +139,8 @@ class Engine:
         """
         started = time.perf_counter()
         seed_step(self._config.seed, step=work.step)
-        if self._adapters is not None:
-            self._adapters.begin_step(work.step)
+        if self._recipe is not None:
+            self._recipe.begin_step(work.step)
         batches = self._ahead.take(work.micro_batches)
         if work.next_micro_batches is not None:
             self._ahead.begin(work.next_micro_batches)
@@ -235,7 +235,7 @@ class Engine:
         return self._rank_state(self.optimizer), step
 
     def _rank_state(self, optimizer: MegatronOptimizer | None) -> RankState:
-        trained = None if self._adapters is None else self._adapters.places()
+        trained = None if self._recipe is None else self._recipe.places()
         return rank_state(self.chunks, optimizer, trained)
 
     def build(self, tokens: TokenSet, indices: Indices) -> list[MicroBatch]:
@@ -247,8 +247,8 @@ class Engine:
             rank=self._rank,
             vocab_size=self._shape.vocab_size,
         )
-        if self._adapters is not None:
-            batches = self._adapters.keyed(batches, indices, self._layout, self._rank)
+        if self._recipe is not None:
+            batches = self._recipe.keyed(batches, indices, self._layout, self._rank)
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:

@@ -32,6 +32,7 @@ from roll_sft.config.lora import LoraConfig
 from roll_sft.config.schema import RunConfig
 from roll_sft.engine.adapted_linear import ROW_PARALLEL, AdaptedColumns, AdaptedRows, linear_layers
 from roll_sft.engine.build import named_parameters
+from roll_sft.engine.frozen import keep_gradients_of_recomputed
 from roll_sft.engine.layers import LayerConfig
 from roll_sft.engine.lora_dropout import TokenDropout, with_keys
 from roll_sft.engine.micro_batch import Indices, MicroBatch
@@ -235,9 +236,7 @@ def adapted(
         quantize(chunks, source, config.lora)
     made = _adapters(chunks, weights, config.lora, layers=layers, dropout=dropout)
     adapters = Adapters(tuple(made), trained, dropout)
-    if layers.recompute_granularity is not None and chunks[0].pre_process:
-        # What is recomputed has a backward only if its input has a gradient.
-        chunks[0].embedding.register_forward_hook(_require_gradient)
+    keep_gradients_of_recomputed(chunks, layers)
     _sum_halves_at_the_end(layers, [adapter.whole_half for adapter in adapters.adapters])
     path = config.lora.adapter_path
     if is_new and path is None:
@@ -268,11 +267,6 @@ def _adapters(
         if adapter is not None or layers.quantizes_base:
             kind = AdaptedRows if leaf in ROW_PARALLEL else AdaptedColumns
             setattr(owner, leaf, kind(base, adapter, config=layers))
-
-
-def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
 
 
 def _sum_halves_at_the_end(layers: LayerConfig, halves: Sequence[torch.nn.Parameter]) -> None:

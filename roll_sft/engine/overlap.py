@@ -23,9 +23,9 @@ def chain_stages(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 def begin_gather(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Queue the exchange of the bucket that the next forward pass needs first. Collective."""
-    first = _trained(wrapped)[0].bucket_groups[-1]
-    if not first.param_gather_dispatched:
-        first.start_param_sync()
+    for stage in _trained(wrapped)[:1]:
+        if not stage.bucket_groups[-1].param_gather_dispatched:
+            stage.bucket_groups[-1].start_param_sync()
 
 
 def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:

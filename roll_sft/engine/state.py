@@ -68,7 +68,7 @@ def rank_state(
 
     `trained` are the places of what is trained, where that is not every weight.
     """
-    places = _Places(chunks if trained is None else [], also=trained or [])
+    places = Places(chunks if trained is None else [], also=trained or [])
     shared = [(place.piece, place.is_copy) for place in places.all]
     own: list[tuple[Piece, bool]] = []
     for inner in [] if optimizer is None else inner_optimizers(optimizer):
@@ -138,7 +138,7 @@ class Place:
     is_copy: bool
 
 
-class _Places:
+class Places:
     """The parts of this rank's parameters, found by their address.
 
     A parameter may have several: gate and up projection are one parameter, and Megatron stores them
@@ -173,7 +173,7 @@ class _Places:
         """
         flat = value.view(-1)
         num_cut = 0
-        for place in self._within(parameter):
+        for place in self.within(parameter):
             weight = place.piece
             first = (place.address - parameter.data_ptr()) // parameter.element_size()
             begin = max(start - first, 0)
@@ -189,7 +189,7 @@ class _Places:
                 yield state, place.is_copy
         assert num_cut == flat.numel(), f"{num_cut} of {flat.numel()} numbers have a place"
 
-    def _within(self, parameter: torch.Tensor) -> Iterator[Place]:
+    def within(self, parameter: torch.Tensor) -> Iterator[Place]:
         """The places in the memory of `parameter`, in order."""
         start = parameter.data_ptr()
         first, stop = (

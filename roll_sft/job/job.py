@@ -78,7 +78,7 @@ class Job:
                     "schedule": asdict(schedule),
                     "optimizer": {name: getattr(config.train, name) for name in _OPTIMIZER},
                     "shuffle": config.data.shuffle,
-                    **_facts_of_lora(prepared),
+                    **_facts_of_part(prepared),
                 },
             ),
             save_assets=prepared.save_assets,
@@ -100,12 +100,12 @@ class Job:
         }
 
 
-def _facts_of_lora(prepared: Prepared) -> dict[str, Any]:
-    if not prepared.config.lora.rank:
+def _facts_of_part(prepared: Prepared) -> dict[str, Any]:
+    if not prepared.config.trains_part:
         return {}
-    from roll_sft.job.lora import lora_facts
+    from roll_sft.job.trained import trained_facts
 
-    return {"lora": lora_facts(prepared.config, prepared.source)}
+    return trained_facts(prepared.config, prepared.source)
 
 
 def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:

@@ -13,6 +13,7 @@ from roll_sft.models.adapter import adapter_problems, adapter_shapes, target_nam
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.peft_folder import BASE, AdapterSource, read_lora
+from roll_sft.models.random_weights import SEEDED
 from roll_sft.models.safetensors_in import INDEX_FILE, SINGLE_FILE, Shape, read_json
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
@@ -101,14 +102,19 @@ def lora_facts(config: RunConfig, source: ModelSource) -> dict[str, Any]:
         "target_modules": target_names(source.family, source.shape, lora),
         "modules_to_save": sorted(lora.modules_to_save),
         "quantize_base": lora.quantize_base,
-        "base_model": _base_of(config, source),
-        "base_path": source.hub.repo_id if source.hub else config.model.path,
+        **base_facts(config, source),
     }
+
+
+def base_facts(config: RunConfig, source: ModelSource) -> dict[str, Any]:
+    """The model that a run starts from, of which its checkpoints hold a part."""
+    path = source.hub.repo_id if source.hub else config.model.path
+    return {"base_model": _base_of(config, source), "base_path": path}
 
 
 def _base_of(config: RunConfig, source: ModelSource) -> str:
     if source.seed is not None:
-        return f"random weights of seed {source.seed}"
+        return f"{SEEDED}{source.seed}"
     folder = source.hub.folder() if source.hub is not None else Path(config.model.path or "")
     return fingerprint(folder)
 

@@ -71,11 +71,11 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
     weight_bytes, master_bytes = _weight_bytes(run)
     parameters = trained = _parameters(run, stage)
     saved_bytes = widest = 0.0
-    if run.config.lora.rank:
-        from roll_sft.job.lora_memory import adapter_parameters, saved_by_quantization
+    if run.config.trains_part:
+        from roll_sft.job.lora_memory import saved_by_quantization
+        from roll_sft.job.trained import stage_parameters
 
-        adapters, saved = adapter_parameters(config, shape, stage=stage)
-        trained = adapters + saved
+        trained, adapters = stage_parameters(config, shape, stage=stage)
         parameters += adapters
         saved_bytes, widest = saved_by_quantization(config, shape, weight_bytes=weight_bytes)
     # The distributed optimizer cuts masters and moments over data x context ranks.

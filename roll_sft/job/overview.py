@@ -116,12 +116,11 @@ def _model_table(overview: Overview) -> Table:
     shape = overview.shape
     table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
     parameters = f"{shape.num_parameters:,}"
-    if overview.config.lora.rank:
-        from roll_sft.models.adapter import num_trained_by
+    if overview.config.trains_part:
+        from roll_sft.job.trained import num_trained
 
-        num_trained = num_trained_by(overview.config.lora, shape)
-        share = num_trained / shape.num_parameters
-        parameters += f", {num_trained:,} trained ({100 * share:.2g} %)"
+        trained = num_trained(overview.config, shape)
+        parameters += f", {trained:,} trained ({100 * trained / shape.num_parameters:.2g} %)"
     table.add_row(
         shape.architecture,
         parameters,

@@ -213,10 +213,10 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
         refuse([*problems, str(error)])
         raise
     refuse([*problems, *model_problems(config, shape)])
-    if config.lora.rank:
-        from roll_sft.job.lora import check_lora
+    if config.trains_part:
+        from roll_sft.job.trained import check_trained
 
-        check_lora(config, family, shape)
+        check_trained(config, family, shape)
     # A dry run says what a job would need, which may be wanted before the weights are there.
     if config.model.random_init or config.dry_run:
         return ModelSource(shape, seed=config.seed)

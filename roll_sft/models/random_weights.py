@@ -7,6 +7,8 @@ import torch
 
 from roll_sft.models.safetensors_in import Shape
 
+SEEDED = "random weights of seed "  # and the seed: what such a source is called
+
 
 class RandomSource:
     """Fresh float32 weights for `model.random_init`: norms 1, biases 0, the rest normal.
@@ -21,7 +23,7 @@ class RandomSource:
         self._initializer_range = initializer_range
 
     def __str__(self) -> str:
-        return f"random weights of seed {self._seed}"
+        return f"{SEEDED}{self._seed}"
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)

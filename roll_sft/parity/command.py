@@ -44,6 +44,11 @@ def run(config: RunConfig, *, samples: int | None) -> None:
             f"lora.rank: {config.lora.rank}, and parity compares the whole model; leave lora out:"
             " adapters change nothing before the first step"
         )
+    if config.train.freezes:
+        raise ConfigError(
+            "train.freeze: parity compares the gradient of every weight; leave it and"
+            " train.num_layers_unfrozen out: they change no loss before the first step"
+        )
     config = _bounded(config, samples=samples)
     with run_folder.claimed(run_folder.output_folder(config) / "parity") as folder:
         job = prepare_job(with_device_of_cluster(config))

@@ -112,10 +112,13 @@ class Records:
         peak = metrics.peak_flops(self.device_name)
         if peak is None:
             return None
-        shape, is_frozen = self._job.source.shape, self._job.config.lora.rank > 0
+        shape, share = self._job.source.shape, 1.0
+        if self._job.config.trains_part:
+            from roll_sft.job.trained import share_of_flops
+
+            share = share_of_flops(self._job.config, shape)
         flops = metrics.flops_per_step(
-            # Frozen weights have no gradients: two products in place of three.
-            num_matmul_parameters=shape.num_matmul_parameters * (2 if is_frozen else 3) / 3,
+            num_matmul_parameters=shape.num_matmul_parameters * share,
             num_layers=shape.num_layers,
             attention_width=shape.attention_width,
             lengths=self._job.data.train.lengths[list(plan.sample_ids)].tolist(),

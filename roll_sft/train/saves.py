@@ -227,12 +227,12 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Size of a checkpoint's tensors: weights, and two fp32 moments; masters where not fp32."""
     weight, master = (2, 4) if config.model.dtype == "bf16" else (4, 0)
     optimizer = 8 + master if config.checkpoint.save_optimizer else 0
-    num_trained = shape.num_parameters
-    if config.lora.rank:
-        from roll_sft.models.adapter import num_trained_by
+    parameters = shape.num_parameters
+    if config.trains_part:
+        from roll_sft.job.trained import num_trained
 
-        num_trained = num_trained_by(config.lora, shape)
-    return num_trained * (weight + optimizer)
+        parameters = num_trained(config, shape)
+    return parameters * (weight + optimizer)
 
 
 def free_bytes(folder: Path) -> int:

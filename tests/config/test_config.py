@@ -49,7 +49,8 @@ KEYS = {
     "train.": "num_train_epochs max_steps global_batch_size global_batch_tokens micro_batch_tokens"
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
     " weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm recompute eval_steps save_steps"
-    " save_minutes logging_steps log_samples",
+    " save_minutes logging_steps log_samples polynomial_power cosine_cycles inverse_sqrt_timescale"
+    " freeze num_layers_unfrozen",
     "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path"
     " quantize_base",
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
@@ -387,8 +388,6 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
         "parallel.expert_tensor_parallel_size",
         "train.loss",
         "train.loss_reduction",
-        "train.freeze",
-        "train.num_layers_unfrozen",
         "train.neftune_noise_alpha",
         "train.label_smoothing",
         "train.on_nan",

@@ -6,14 +6,15 @@ last. This is the curve of Hugging Face's schedulers, except that their warm-up 
 at rate 0.
 
 Invariants: within `total_steps` the rate is positive if `peak` is, and never above it; it rises
-during the warm-up and never after.
+during the warm-up and never after, but where cosine_with_restarts begins again.
 """
 
 import math
 from dataclasses import dataclass
 from typing import get_args
 
-from roll_sft.config.schema import ScheduleKind, TrainConfig
+from roll_sft.config.recipes import ScheduleKind, schedule_parameter
+from roll_sft.config.schema import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Schedule:
     warmup_steps: int
     total_steps: int
     decay_steps: int = 0
+    parameter: float | None = None  # power, cycles or timescale of the kinds in `more_schedules`
 
     def __post_init__(self) -> None:
         kinds = get_args(ScheduleKind)
@@ -51,6 +53,7 @@ class Schedule:
             warmup_steps=warmup_steps,
             total_steps=total_steps,
             decay_steps=math.ceil(total_steps * train.wsd_decay_ratio),
+            parameter=schedule_parameter(train, warmup_steps=warmup_steps),
         )
 
     def at(self, step: int) -> float:
@@ -67,4 +70,8 @@ class Schedule:
         progress = min(1.0, max(0.0, progress))
         if self.kind == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
+        elif self.parameter is not None:
+            from roll_sft.data.steps.more_schedules import share_decayed
+
+            progress = share_decayed(self, step, progress=progress)
         return self.peak + (self.minimum - self.peak) * progress

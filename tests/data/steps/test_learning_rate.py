@@ -10,10 +10,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from roll_sft.config.schema import ScheduleKind, TrainConfig
+from roll_sft.config.recipes import ScheduleKind
+from roll_sft.config.schema import TrainConfig
 from roll_sft.data.steps.learning_rate import Schedule
 
 PEAK = 3e-4
+PARAMETERS: dict[str, float] = {
+    "polynomial": 2.0,
+    "inverse_sqrt": 40,
+    "cosine_with_restarts": 3,
+}
+SMOOTH = tuple(kind for kind in get_args(ScheduleKind) if kind != "cosine_with_restarts")
 
 
 def train_section(**keys: Any) -> TrainConfig:
@@ -25,13 +32,15 @@ def train_section(**keys: Any) -> TrainConfig:
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     total = draw(st.integers(1, 200))
+    kind = draw(st.sampled_from(SMOOTH))
     return Schedule(
-        kind=draw(st.sampled_from(get_args(ScheduleKind))),
+        kind=kind,
         peak=PEAK,
         minimum=draw(st.sampled_from([0.0, 1e-5, PEAK])),
         warmup_steps=draw(st.integers(0, 220)),
         total_steps=total,
         decay_steps=draw(st.integers(0, total)),
+        parameter=PARAMETERS.get(kind),
     )
 
 
@@ -94,9 +103,10 @@ def test_no_step_is_spent_at_the_minimum_and_the_next_would_be(
     assert schedule.at(101) == pytest.approx(1e-5, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", get_args(ScheduleKind))
+@pytest.mark.parametrize("kind", SMOOTH)
 def test_the_rate_has_no_jump(kind: str) -> None:
-    rates = curve(Schedule(kind, PEAK, 0.0, 50, total_steps=1000, decay_steps=200))
+    parameter = PARAMETERS.get(kind)
+    rates = curve(Schedule(kind, PEAK, 0.0, 50, 1000, decay_steps=200, parameter=parameter))
     assert max(abs(a - b) for a, b in pairwise(rates)) <= PEAK / 50 + 1e-12
 
 
@@ -133,6 +143,41 @@ def test_wsd_is_that_of_transformers_with_a_linear_decay() -> None:
     assert ours[5:] == pytest.approx(theirs[5:], rel=1e-12)
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+@pytest.mark.parametrize(
+    ("keys", "name", "theirs"),
+    [
+        ({}, "inverse_sqrt", {}),
+        ({"inverse_sqrt_timescale": 20}, "inverse_sqrt", {"timescale": 20}),
+        ({"min_learning_rate": 1e-6}, "polynomial", {"lr_end": 1e-6}),
+        ({"polynomial_power": 2.5, "min_learning_rate": 1e-5}, "polynomial",
+         {"power": 2.5, "lr_end": 1e-5}),
+        ({}, "cosine_with_restarts", {}),
+        ({"cosine_cycles": 3}, "cosine_with_restarts", {"num_cycles": 3}),
+    ],
+)  # fmt: skip
+def test_the_other_schedules_are_those_of_transformers_after_warm_up(
+    keys: dict[str, Any], name: str, theirs: dict[str, Any], warmup_steps: int
+) -> None:
+    section = train_section(
+        **{
+            "min_learning_rate": 0.0,
+            "lr_scheduler_type": name,
+            "warmup_steps": warmup_steps,
+            **keys,
+        }
+    )
+    ours = curve(Schedule.of(section, total_steps=60))
+    wanted = hugging_face_curve(name, warmup_steps=warmup_steps, total_steps=60, **theirs)
+    assert ours[warmup_steps:] == pytest.approx(wanted[warmup_steps:], rel=1e-9, abs=1e-18)
+    assert ours[:warmup_steps] == pytest.approx(wanted[1 : warmup_steps + 1], rel=1e-12)
+
+
+def test_inverse_sqrt_stops_at_the_minimum() -> None:
+    rates = curve(Schedule("inverse_sqrt", PEAK, PEAK / 2, 0, total_steps=100, parameter=5))
+    assert min(rates) == rates[-1] == PEAK / 2
+
+
 def test_wsd_stays_at_the_peak_until_its_last_decay_steps() -> None:
     rates = curve(Schedule("wsd", PEAK, 0.0, 0, total_steps=100, decay_steps=10))
     assert rates[:91] == [PEAK] * 91  # the first of the ten decay steps still has the full rate
@@ -164,5 +209,5 @@ def test_steps_count_from_one() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(AssertionError, match="'polynomial'"):
-        Schedule("polynomial", PEAK, 0.0, 0, total_steps=10)
+    with pytest.raises(AssertionError, match="'exponential'"):
+        Schedule("exponential", PEAK, 0.0, 0, total_steps=10)
