@@ -32,6 +32,7 @@ from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import Facts, read_facts, token_losses, write_reference
 from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge
+from tests.families import FAMILIES
 from tests.faults import planted
 from tests.pool import RankPool
 from tests.tiny import tiny_tokenizer
@@ -71,6 +72,8 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         shared |= {"hidden_size": 128, "intermediate_size": 256}
     if family == "mistral":
         shared["sliding_window"] = None
+    if family in FAMILIES:
+        return FAMILIES[family](**shared)
     classes: dict[str, type[PreTrainedConfig]] = {
         "qwen2": Qwen2Config,
         "qwen3": Qwen3Config,
@@ -168,7 +171,10 @@ def parity_config(
 def reference_run(
     job: Job, dtype: torch.dtype = torch.float32
 ) -> tuple[list[dict[str, float]], torch.Tensor]:
-    """Loss and gradient norm of each step, and logits after the last, from transformers alone."""
+    """Loss and gradient norm of each step, and logits after the last, from transformers alone.
+
+    All in `dtype`, float32 or float64.
+    """
     path, train = job.config.model.path, job.config.train
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").to(dtype)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -181,7 +187,18 @@ def reference_run(
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
     )
-    return reference_steps(job, model, optimizer), model_logits(model)
+    with in_float64() if dtype == torch.float64 else contextlib.nullcontext():
+        return reference_steps(job, model, optimizer), model_logits(model)
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """What transformers computes in float32 whatever the dtype of the model, it does in float64."""
+    with contextlib.ExitStack() as stack:
+        for name in ("float32", "float"):
+            stack.enter_context(patch.object(torch, name, torch.float64))
+        stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
+        yield
 
 
 def reference_steps(

@@ -29,6 +29,7 @@ from roll_sft.models.assets import asset_files, check_assets, copy_file
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
+from roll_sft.models.fused_rows import FusedRows
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
@@ -167,13 +168,14 @@ def _parts(
     mapping: WeightMapping, source: TensorSource, read: deque[torch.Tensor]
 ) -> Iterator[torch.Tensor]:
     """Megatron's tensor of one process, one run of rows after the other; `read` gets the files'."""
+    alternates = isinstance(mapping, QKV | FusedRows)  # between query, key and value, or may
     for name in mapping.hf_shapes:
         read.append(source.read(name))
         _advise(read[-1], _MADV_POPULATE_READ)
         check_finite(name, read[-1])
-        if not isinstance(mapping, QKV):
+        if not alternates:
             yield read[-1]
-    if isinstance(mapping, QKV):  # its rows alternate between the three tensors
+    if alternates:
         yield mapping.local(source, tensor_rank=0, tensor_size=1)
 
 

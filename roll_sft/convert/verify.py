@@ -80,7 +80,7 @@ def _samples(model: Path, shape: ModelShape) -> list[torch.Tensor]:
     """Token ids int64 [T]: of a text, if there is a tokenizer, and ids of the whole vocabulary."""
     from transformers import AutoTokenizer  # slow to import
 
-    longest = min(shape.max_position_embeddings, shape.sliding_window or shape.vocab_size)
+    longest = min(shape.max_position_embeddings, shape.vocab_size)
     spread = torch.linspace(0, shape.vocab_size - 1, min(SPREAD_TOKENS, longest)).round().long()
     samples = [spread[torch.randperm(len(spread), generator=torch.Generator().manual_seed(0))]]
     if (model / "tokenizer_config.json").is_file():
@@ -152,4 +152,8 @@ def _logits_of_megatron(
                 frequencies=build.rotary_frequencies(shape),
             ),
         )
-    return logits[0]
+    if shape.variation is None:
+        return logits[0]
+    from roll_sft.engine.logits import changed_logits
+
+    return changed_logits(logits[0], shape.variation.logits_divisor, shape.variation.logits_softcap)

@@ -62,41 +62,43 @@ def describe_pack(
     )
 
 
-def packed_attention(kernel: Kernel) -> type[MegatronModule]:
-    """The module for Megatron's `core_attention` slot, with `kernel` inside."""
+class PackedAttention(MegatronModule):
+    """Causal attention inside each sample of a pack, for Megatron's `core_attention` slot."""
 
-    class PackedAttention(MegatronModule):
-        """Causal attention inside each sample of a pack."""
+    def __init__(self, config: LayerConfig, *, kernel: Kernel, **_: Any) -> None:
+        super().__init__(config=config)
+        self.kernel = kernel
+        self.context_group = parallel_state.get_context_parallel_group()
 
-        def __init__(self, config: LayerConfig, **_: Any) -> None:
-            super().__init__(config=config)
-            self.context_group = parallel_state.get_context_parallel_group()
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackDescription,
+        **_: Any,
+    ) -> torch.Tensor:
+        """`query` [T, H, E], `key` and `value` [T, G, E] -> [T, H * E], same dtype, device."""
+        segments, angles = packed_seq_params.segments, packed_seq_params.angles
+        assert segments is not None, "describe_pack gives the segments"
+        assert angles is not None, "describe_pack gives the angles"
+        query, key = self.rotated(query, key, angles)
+        if segments.key_index is not None:
+            key, value = (
+                gather_from_sequence_parallel_region(states.contiguous(), group=self.context_group)[
+                    segments.key_index
+                ]
+                for states in (key, value)
+            )
+        return self.kernel(query, key, value, segments).flatten(1)
 
-        def forward(
-            self,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None = None,
-            *,
-            packed_seq_params: PackDescription,
-            **_: Any,
-        ) -> torch.Tensor:
-            """`query` [T, H, E], `key` and `value` [T, G, E] -> [T, H * E], same dtype, device."""
-            segments, angles = packed_seq_params.segments, packed_seq_params.angles
-            assert segments is not None, "describe_pack gives the segments"
-            assert angles is not None, "describe_pack gives the angles"
-            query, key = rotate(query, key, angles, is_compiled=self.config.is_compiled)
-            if segments.key_index is not None:
-                key, value = (
-                    gather_from_sequence_parallel_region(
-                        states.contiguous(), group=self.context_group
-                    )[segments.key_index]
-                    for states in (key, value)
-                )
-            return kernel(query, key, value, segments).flatten(1)
-
-    return PackedAttention
+    def rotated(
+        self, query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`query` and `key` by `angles` float32 [T, 1, E]."""
+        return rotate(query, key, angles, is_compiled=self.config.is_compiled)
 
 
 def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:

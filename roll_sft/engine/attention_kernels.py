@@ -11,13 +11,16 @@ triangle at the bottom right, grouped heads, no dropout, scale 1 / sqrt(E).
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from roll_sft.base.errors import ConfigError, first_line
 from roll_sft.engine.micro_batch import Segments
+
+if TYPE_CHECKING:
+    from roll_sft.models.variation import Variation
 
 LOG = logging.getLogger(__name__)
 INSTALL = {
@@ -43,6 +46,8 @@ TRIAL_TOLERANCE = 0.05  # of the largest value; bf16 keeps 8 bits
 class Kernel(Protocol):
     """Attention over segments."""
 
+    __name__: str
+
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, /
     ) -> torch.Tensor: ...
@@ -50,11 +55,12 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The attention heads of one tensor rank."""
+    """The attention heads of one tensor rank, and how they attend if not as a plain decoder's."""
 
     num_heads: int
     num_groups: int  # of keys and values
     head_dim: int
+    variation: "Variation | None" = None
 
 
 def choose_kernel(
@@ -114,6 +120,10 @@ def _trial(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads
 ) -> list[torch.Tensor]:
     """Output [64, H, E] and the gradients of query, key and value, all fp32."""
+    if heads.variation is not None:
+        from roll_sft.engine.varied_kernels import strictest
+
+        kernel = strictest(kernel, heads.variation)
     # A whole sample, and the second chunk of a longer one, as context parallelism makes them.
     query_bounds, key_bounds = (
         torch.tensor(bounds, dtype=torch.int32, device=device)

@@ -4,6 +4,7 @@ Assumes process groups (`engine/process_groups.py`). Load weights before buildin
 distributed optimizer copies them into its own fp32 shards.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron.core.transformer.transformer_block import (
 from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.config.schema import ParallelConfig, RunConfig, layout_of
-from roll_sft.engine.attention import packed_attention
+from roll_sft.engine.attention import PackedAttention
 from roll_sft.engine.attention_kernels import Kernel
 from roll_sft.engine.layers import LayerConfig, RMSNorm, layer_spec
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
@@ -51,6 +52,7 @@ def transformer_config(
     return LayerConfig(
         is_compiled=is_compiled,
         quantizes_base=config.lora.quantize_base != "none",
+        variation=shape.variation,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -141,7 +143,13 @@ def uneven_stages(num_layers: int, num_stages: int) -> list[list[str]] | None:
 
 def build_model(shape: ModelShape, config: LayerConfig, *, kernel: Kernel) -> list[GPTModel]:
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
-    layer = layer_spec(shape, core_attention=packed_attention(kernel))
+    attention: Any = PackedAttention
+    if shape.variation is not None:
+        from roll_sft.engine.variation import VariedAttention, use_activation
+
+        attention = VariedAttention
+        use_activation(config)
+    layer = layer_spec(shape, core_attention=functools.partial(attention, kernel=kernel))
     if config.quantizes_base:
         from roll_sft.engine.quantized import use_quantized_linears
 
@@ -177,6 +185,10 @@ def _build_chunk(
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="none",  # our core attention rotates
     )
+    if shape.variation is not None:
+        from roll_sft.engine.variation import use_multipliers
+
+        use_multipliers(model, shape.variation)
     if config.tensor_model_parallel_size == 1:
         _leave_out_collectives(model)
     return model.to(torch.cuda.current_device())

@@ -102,6 +102,7 @@ class Engine:
                 source.shape.num_attention_heads // self._layout.tensor_size,
                 max(1, source.shape.num_key_value_heads // self._layout.tensor_size),
                 source.shape.head_dim,
+                source.shape.variation,
             ),
         )
         self.chunks = build.build_model(source.shape, self._transformer, kernel=kernel)

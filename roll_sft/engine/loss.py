@@ -90,13 +90,20 @@ def supervised_losses(
         hook(output_layer, ())
     weight = output_layer.weight if output_weight is None else output_weight
     assert isinstance(weight, torch.Tensor), f"the head's weight is a {type(weight).__name__}"
+    config = output_layer.config
+    if config.variation is not None:
+        from roll_sft.engine.logits import changed_softmax
+
+        softmax = _softmax_of(weight, vocab_size=context.vocab_size, is_compiled=config.is_compiled)
+        adds = config.gradient_accumulation_fusion
+        return _losses(rows, weight, context.labels, changed_softmax(softmax, config), adds)
     return cross_entropy_of_rows(
         rows,
         weight,
         context.labels,
         vocab_size=context.vocab_size,
-        is_compiled=output_layer.config.is_compiled,
-        adds_to_buffer=output_layer.config.gradient_accumulation_fusion,
+        is_compiled=config.is_compiled,
+        adds_to_buffer=config.gradient_accumulation_fusion,
     )
 
 
@@ -120,8 +127,14 @@ def cross_entropy_of_rows(
     [W, D], of DistributedDataParallel), and the backward must be of the plain sum of all rows.
     """
     softmax = _softmax_of(weight, vocab_size=vocab_size, is_compiled=is_compiled)
+    return _losses(hidden, weight, labels, softmax, adds_to_buffer)
+
+
+def _losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softmax: Any, adds: bool
+) -> torch.Tensor:
     if torch.is_grad_enabled():
-        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, softmax, adds_to_buffer)
+        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, softmax, adds)
         return losses
     return _forward(hidden, weight, labels, softmax=softmax, gradients=None)
 

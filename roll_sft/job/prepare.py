@@ -266,12 +266,8 @@ def model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         )
     if shape.norm_placement == "post" and "layernorm" in config.train.recompute:
         yield "train.recompute: layernorm is of norms before a part of a layer; this model has none"
-    if shape.sliding_window is not None and length > shape.sliding_window:
-        yield (
-            f"data.sequence_length: {length} exceeds the model's sliding_window"
-            f" {shape.sliding_window}, and attention over a window is not available in this"
-            " version; lower it"
-        )
+    if shape.variation is not None:
+        yield from shape.variation.problems(length)
     if length > shape.max_position_embeddings:
         yield (
             f"data.sequence_length: {length} exceeds the model's max_position_embeddings"

@@ -9,13 +9,14 @@ Legend: r rank, I inputs and O outputs of a projection, D hidden size, V vocab.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from roll_sft.base.text import shown
 from roll_sft.config.lora import ALL_LINEAR, LoraConfig
 from roll_sft.models.family import Family
+from roll_sft.models.fused_rows import FusedRows
 from roll_sft.models.safetensors_in import Shape
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_named
@@ -52,11 +53,8 @@ class AdaptedWeight:
         """
         if isinstance(self.mapping, SingleTensor):  # cut along the inputs
             return torch.arange(self.mapping.shape[0])
-        mapping = self.mapping
-        if isinstance(mapping, QKV):
-            mapping = replace(mapping, columns=())
         source = _RowNumbers(self)
-        return mapping.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
+        return self.mapping.local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
 
     def first_rows(self) -> dict[str, int]:
         """The number of the first row of each Hugging Face tensor."""
@@ -174,7 +172,7 @@ def _linear_names(family: Family, shape: ModelShape) -> list[str]:
 
 def _linear_modules(name: str, mapping: WeightMapping) -> Iterator[str]:
     """The Hugging Face linear modules in the parameter `name`."""
-    is_matrix = isinstance(mapping, QKV | GatedMLP) or (
+    is_matrix = isinstance(mapping, QKV | GatedMLP | FusedRows) or (
         isinstance(mapping, SingleTensor) and len(mapping.shape) == 2
     )
     if is_matrix and name.endswith(".weight"):

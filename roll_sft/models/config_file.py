@@ -102,6 +102,9 @@ def value_problems(content: Mapping[str, Any]) -> list[str]:
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(content.get(key), Mapping):
             found += _broken(content[key], _ROPE_RULES, prefix=f"{key}.")
+            for kind, rope in content[key].items():  # one for each kind of layer
+                if isinstance(rope, Mapping):
+                    found += _broken(rope, _ROPE_RULES, prefix=f"{key}.{kind}.")
     if not found and (problem := not_finite(content)):  # transformers reads it, JSON has none
         found.append(problem)
     return found
@@ -126,6 +129,11 @@ def _text(value: object) -> str | None:
 def _texts(value: object) -> str | None:
     is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
     return None if is_list or value is None else "must be a list of texts"
+
+
+def _switches(value: object) -> str | None:
+    is_list = isinstance(value, list) and all(each in (0, 1) for each in value)
+    return None if is_list or value is None else "must be a list of 0 and 1"
 
 
 def _dtype(value: object) -> str | None:
@@ -158,7 +166,17 @@ _RULES: dict[str, _Rule] = {
     "pretraining_tp": _count(2**10, is_optional=True),
     "rms_norm_eps": _positive(1.0),
     "initializer_range": _positive(10.0),
-    "attention_dropout": _Number(0, 1, is_optional=True),
+    "original_max_position_embeddings": _count(2**30),
+    "no_rope_layers": _switches,
+    "no_rope_layer_interval": _count(2**12),
+    **dict.fromkeys(
+        ("attention_dropout", "resid_pdrop", "embd_pdrop"), _Number(0, 1, is_optional=True)
+    ),
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+        _positive(1e6),
+    ),
+    "partial_rotary_factor": _positive(1.0),
     "rope_theta": _positive(1e15, is_optional=True),
     "rope_parameters": _object,
     "rope_scaling": _object,

@@ -6,10 +6,8 @@ scalings other than Llama 3's. transformers' own functions compute the rotary fr
 derives them from a base, and fixes parts of Llama 3's scaling, its original length among them.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
-
-import torch
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
@@ -17,18 +15,22 @@ from roll_sft.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import (
+        GraniteConfig,
         LlamaConfig,
         MistralConfig,
         Olmo2Config,
+        Phi3Config,
         PreTrainedConfig,
         Qwen2Config,
         Qwen3Config,
+        SmolLM3Config,
     )
 
-    DecoderConfig: TypeAlias = LlamaConfig | MistralConfig | Olmo2Config | Qwen2Config | Qwen3Config
+    DecoderConfig: TypeAlias = (
+        GraniteConfig | LlamaConfig | MistralConfig | Olmo2Config | Phi3Config | Qwen2Config
+        | Qwen3Config | SmolLM3Config
+    )  # fmt: skip
     Config = TypeVar("Config", bound=PreTrainedConfig)
-
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def own_config(
@@ -45,18 +47,20 @@ def own_config(
 
 
 def decoder_shape(
-    config: "DecoderConfig", *, architecture: str, problems: Sequence[str] = ()
+    config: "DecoderConfig",
+    *,
+    architecture: str,
+    problems: Sequence[str] = (),
+    own: Collection[str] = (),
 ) -> ModelShape:
     """The shape of a decoder with norms before attention and MLP, and without biases.
 
+    The family reads the settings in `own` itself: of hidden_act, layer_types, rope_parameters.
     Raises `ConfigError` that lists the family's own `problems`, each a value and its rule, and
     those that this function finds.
     """
-    problems = [
-        *problems,
-        *_problems(config),
-        *_rotary_problems(dict(config.rope_parameters or {})),
-    ]
+    rotary, frequencies = ([], ()) if "rope_parameters" in own else _rotary(config)
+    problems = [*problems, *_problems(config, own), *rotary]
     if problems:
         raise ConfigError(
             f"model.path: config.json of {architecture} has settings that this version does not "
@@ -75,7 +79,7 @@ def decoder_shape(
         rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=False,
-        rotary_inv_freq=_rotary_inv_freq(config),
+        rotary_inv_freq=frequencies,
         initializer_range=config.initializer_range,
     )
 
@@ -92,16 +96,16 @@ def _head_dim(config: "DecoderConfig") -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def _problems(config: "DecoderConfig") -> list[str]:
-    """Value and rule of each setting that no family builds."""
+def _problems(config: "DecoderConfig", own: Collection[str]) -> list[str]:
+    """Value and rule of each setting that no family builds, but for those in `own`."""
     problems = []
     layer_types = getattr(config, "layer_types", None) or []
-    if any(each != "full_attention" for each in layer_types):
+    if "layer_types" not in own and any(each != "full_attention" for each in layer_types):
         problems.append(f"layer_types {shown(layer_types)} (only full_attention)")
     pad = config.pad_token_id
     if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
         problems.append(f"pad_token_id {pad} (must be one of the {config.vocab_size} tokens)")
-    if config.hidden_act != "silu":
+    if "hidden_act" not in own and config.hidden_act != "silu":
         problems.append(f"hidden_act {config.hidden_act} (only silu)")
     if config.attention_dropout:
         problems.append(f"attention_dropout {config.attention_dropout} (only 0)")
@@ -122,58 +126,21 @@ def _problems(config: "DecoderConfig") -> list[str]:
     return problems
 
 
-def _rotary_problems(rope: dict[str, Any]) -> list[str]:
-    """Value and rule of each setting in `rope_parameters` that cannot be built.
+def _rotary(config: "PreTrainedConfig") -> tuple[list[str], tuple[float, ...]]:
+    """Value and rule of each setting that is not built; else K/2 frequencies, exact float32."""
+    rope = dict(config.rope_parameters or {})
+    theta = rope.get("rope_theta")
+    is_default = rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
+    if is_default and isinstance(theta, int | float) and 0 < theta < 1e38:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # slow to import
 
-    transformers 5 moves the `rope_theta` and `rope_scaling` of older files in there at load.
-    """
-    if "rope_type" not in rope:  # or one dictionary for each kind of layer
-        return [f"rope_parameters {rope} (only one flat dictionary with rope_type and rope_theta)"]
-    problems = []
-    if rope["rope_type"] not in ("default", "llama3"):
-        problems.append(f"rope_type {rope['rope_type']} (only default and llama3)")
-    if not _is_positive(rope.get("rope_theta")):
-        problems.append(f"rope_theta {rope.get('rope_theta')} (must be a positive number)")
-    for key in ("partial_rotary_factor", "attention_factor"):
-        if rope.get(key, 1.0) != 1.0:
-            problems.append(f"{key} {rope[key]} (only 1)")
-    if rope["rope_type"] == "llama3":
-        problems += _llama3_problems(rope)
-    return problems
-
-
-def _rotary_inv_freq(config: "PreTrainedConfig") -> tuple[float, ...]:
-    """K/2 inverse frequencies of a `config` without `_rotary_problems`, exact float32 values."""
-    # slow to import
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type == "default":  # in no table, and every family's own copy equals Llama's
         default = LlamaRotaryEmbedding.compute_default_rope_parameters
-        frequencies, factor = default(cast("LlamaConfig", config))
-    else:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    # Megatron has no factor on cos and sin, so one other than 1 would be ignored.
-    assert factor == 1.0, f"rotary attention factor {factor} of {rope_type} is not 1"
-    assert frequencies.dtype == torch.float32, f"rotary frequencies are {frequencies.dtype}"
-    return tuple(frequencies.tolist())
+        return [], tuple(default(cast("LlamaConfig", config))[0].tolist())
+    from roll_sft.models.rotary import rotary_problems, rotary_table  # where it is scaled alone
 
-
-def _llama3_problems(rope: dict[str, Any]) -> list[str]:
-    """Bad values for which transformers only warns, and which then make it fail or divide by 0."""
-    problems = [
-        f"{key} {rope.get(key)} (must be a positive number)"
-        for key in _LLAMA3_KEYS
-        if not _is_positive(rope.get(key))
-    ]
-    if not problems and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        problems.append(
-            f"high_freq_factor {rope['high_freq_factor']} (must exceed low_freq_factor "
-            f"{rope['low_freq_factor']})"
-        )
-    return problems
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < 1e38
+    if problems := rotary_problems(rope):
+        return problems, ()
+    frequencies, factor = rotary_table(config)
+    # A plain decoder has no factor on cos and sin, so one other than 1 would be ignored.
+    assert factor == 1.0, f"rotary attention factor {factor} of {rope['rope_type']} is not 1"
+    return [], frequencies

@@ -1,8 +1,4 @@
-"""Mistral dense text models: Llama's layer, with a sliding window in the first release.
-
-A window that a sample could outgrow is not refused here but stated in the shape: samples within it
-attend to everything, so whoever knows the length of samples decides.
-"""
+"""Mistral dense text models: Llama's layer, with a sliding window in the first release."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -27,7 +23,10 @@ def mistral_shape(config: "PreTrainedConfig") -> ModelShape:
     window = config.sliding_window
     if window is None or window >= shape.max_position_embeddings:
         return shape
-    return replace(shape, sliding_window=window)
+    from roll_sft.models.variation import LayerAttention, Variation  # where there is one alone
+
+    layer = LayerAttention(0, len(shape.rotary_inv_freq), window=window)
+    return replace(shape, variation=Variation((layer,) * shape.num_layers))
 
 
 MISTRAL = Family(architecture=_ARCHITECTURE, shape=mistral_shape, weights=pre_norm_weights)

@@ -1,12 +1,15 @@
 """`ModelShape`: all the numbers of a dense decoder. Imports no torch, so a driver can hold one."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from roll_sft.base.layout import round_up
 
+if TYPE_CHECKING:
+    from roll_sft.models.variation import Variation
+
 QKNorm: TypeAlias = Literal["none", "head", "projection"]
-NormPlacement: TypeAlias = Literal["pre", "post"]
+NormPlacement: TypeAlias = Literal["pre", "post", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +18,9 @@ class ModelShape:
 
     `rotary_inv_freq` holds K/2 frequencies, exact float32 values of transformers' own function, for
     K = `head_dim`. `qk_norm` is an RMSNorm on queries and keys: over each head alone, or over all
-    heads of the projection at once. `norm_placement` says whether a layer's two norms come before
-    attention and MLP, or after them and before the residual addition. `sliding_window` is how many
-    tokens a query sees, itself included; None if never fewer than all.
+    heads of the projection at once. `norm_placement` says whether a layer's norms come before
+    attention and MLP, or after them and before the residual addition, or both. `variation` is what
+    else a family has that is not of a plain decoder.
     """
 
     architecture: str
@@ -36,7 +39,7 @@ class ModelShape:
     initializer_range: float
     qk_norm: QKNorm = "none"
     norm_placement: NormPlacement = "pre"
-    sliding_window: int | None = None
+    variation: "Variation | None" = None
 
     @property
     def attention_width(self) -> int:
@@ -52,7 +55,8 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Every trained number once: embedding, head (unless tied), matrices, biases and norms."""
         num_biases = self._qkv_width if self.qkv_bias else 0
-        num_norms = 2 * self.hidden_size + self._num_qk_norm_parameters
+        num_norms = (4 if self.norm_placement == "both" else 2) * self.hidden_size
+        num_norms += self._num_qk_norm_parameters
         per_layer = self._num_layer_matmul_parameters + num_biases + num_norms
         num_vocab_matrices = 1 if self.tie_word_embeddings else 2
         return (

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 
 _PLACES = {  # architecture -> module of this folder, and the name in it
+    "GraniteForCausalLM": ("granite", "GRANITE"),
     "LlamaForCausalLM": ("llama", "LLAMA"),
     "MistralForCausalLM": ("mistral", "MISTRAL"),
     "Olmo2ForCausalLM": ("olmo2", "OLMO2"),
+    "Phi3ForCausalLM": ("phi3", "PHI3"),
     "Qwen2ForCausalLM": ("qwen", "QWEN2"),
     "Qwen3ForCausalLM": ("qwen", "QWEN3"),
+    "SmolLM3ForCausalLM": ("smollm3", "SMOLLM3"),
 }
 ARCHITECTURES = tuple(_PLACES)
 

@@ -168,7 +168,7 @@ class QKV:
             num_rows = num_groups * rows_per_group
             start = tensor_rank * num_rows
             part = source.read_slice(name, start=start, stop=start + num_rows, dim=0)
-            parts.append(part.reshape(num_groups, rows_per_group, *self.columns))
+            parts.append(part.reshape(num_groups, rows_per_group, *part.shape[1:]))
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:

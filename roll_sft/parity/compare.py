@@ -11,7 +11,7 @@ Legend: T tokens of this context rank (T / TP in a shard of sequence parallelism
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from roll_sft.data.steps.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import build
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
+from roll_sft.models.fused_rows import FusedRows
 from roll_sft.models.safetensors_in import Shape, TensorSource
 from roll_sft.models.weight_map import QKV, GatedMLP, WeightMapping, hf_names
 from roll_sft.parity.measurement import RankParity, TensorError, TokenError, badness
@@ -150,7 +151,6 @@ def _output_errors(
 ) -> Iterator[TensorError]:
     """The error of the output of each module with a weight, at the probed tokens of this rank."""
     largest, probed = rank.reference.facts.largest_output, probed_columns(rank.task)
-    num_columns = sum(len(positions) for _, positions in probed.values())
     columns = [
         _columns_of(batch.pack, ids, probed, rank=rank)
         for batch, ids in zip(batches, rank.micro_batches, strict=True)
@@ -158,7 +158,7 @@ def _output_errors(
     for name, taken in _module_outputs(engine, batches, columns, rank=rank).items():
         mapping = rank.mappings[name]
         found, places = (torch.cat(parts, dim=-1) for parts in zip(*taken, strict=True))
-        wanted = _output_of(mapping, rank, width=len(found), num_columns=num_columns)
+        wanted = _output_of(mapping, rank, width=len(found))
         if wanted is None or places.numel() == 0:
             continue
         error, row = _worst(found - wanted[:, places], largest=largest, names=hf_names(mapping))
@@ -212,17 +212,13 @@ def _module_outputs(
     return outputs
 
 
-def _output_of(
-    mapping: WeightMapping, rank: _Rank, *, width: int, num_columns: int
-) -> torch.Tensor | None:
+def _output_of(mapping: WeightMapping, rank: _Rank, *, width: int) -> torch.Tensor | None:
     """The reference's [width, columns] of the module that has this weight; None if it has none.
 
     Features that a rank holds are cut as the rows of the weight, whose order they follow.
     """
     outputs = rank.reference.outputs
-    if isinstance(mapping, QKV):
-        return rank.local(replace(mapping, columns=(num_columns,)), outputs)
-    if isinstance(mapping, GatedMLP):
+    if isinstance(mapping, QKV | GatedMLP | FusedRows):
         return rank.local(mapping, outputs)
     (name,) = hf_names(mapping)
     num_features = outputs.shape(name)[0]

@@ -13,6 +13,7 @@ from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.convert.verify import verify
 from roll_sft.job.in_process import prepare_job
 from tests import parity
+from tests.families import FAMILIES
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.slow
@@ -32,6 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline_model_parallel_size": 2,
     },
 }
+LAYOUTS_OF_FAMILIES = ("TP2", "PP2")
 KINDS = ("qwen2", "qwen2-tied", "qwen2-one_kv_head", "qwen3", "llama3", "mistral", "olmo2")
 
 
@@ -50,7 +52,8 @@ def save_untrained(config: RunConfig, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tensor_comes_back_as_it_was(layout: str, pool: RankPool, tmp_path: Path) -> None:
-    for kind in KINDS:
+    kinds = [*KINDS, *FAMILIES] if layout in LAYOUTS_OF_FAMILIES else KINDS
+    for kind in kinds:
         parity.write_model(tmp_path / kind / "model", kind=kind)
     parity.write_rows(tmp_path / "rows.jsonl")
     config = parity.parity_config(
@@ -59,7 +62,7 @@ def test_every_tensor_comes_back_as_it_was(layout: str, pool: RankPool, tmp_path
         model={"path": str(tmp_path / KINDS[0] / "model")},
         checkpoint={"save_optimizer": False},
     )
-    folders = {kind: tmp_path / "out" / kind / ".staging_00000008" for kind in KINDS}
+    folders = {kind: tmp_path / "out" / kind / ".staging_00000008" for kind in kinds}
     for staging in folders.values():
         staging.mkdir(parents=True)
     pool.run(save_untrained, layout_of(config.parallel), config, folders)

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from roll_sft.models.family import Family
@@ -24,17 +27,26 @@ from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource,
 ROPE = {"rope_parameters": DEFAULT_ROPE}
 SCALED = {"rope_parameters": LLAMA3_ROPE}
 TIED = {"tie_word_embeddings": True}
+UNTIED = {"tie_word_embeddings": False}
+NO_PAD = {"pad_token_id": None}  # by default outside of so small a vocabulary
+PARTIAL = {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}}
 CONFIGS: dict[str, PreTrainedConfig] = {
+    "granite": GraniteConfig(**SIZES, **SCALED, residual_multiplier=0.5),
+    "granite-tied": GraniteConfig(**SIZES, **ROPE, **TIED, logits_scaling=8.0),
     "llama": LlamaConfig(**SIZES, **SCALED),
     "llama-tied": LlamaConfig(**SIZES, **ROPE, **TIED, head_dim=24),
     "mistral": MistralConfig(**SIZES, **ROPE, head_dim=24),
     "mistral-tied": MistralConfig(**SIZES, **SCALED, **TIED),
     "olmo2": Olmo2Config(**{**SIZES, "num_key_value_heads": 4}, **ROPE),
     "olmo2-tied": Olmo2Config(**SIZES, **SCALED, **TIED),
+    "phi3": Phi3Config(**{**SIZES, "num_key_value_heads": 4}, **ROPE, **NO_PAD),
+    "phi3-tied": Phi3Config(**SIZES, **PARTIAL, **TIED, **NO_PAD),
     "qwen2": Qwen2Config(**SIZES, **ROPE),
     "qwen2-tied": Qwen2Config(**SIZES, **SCALED, **TIED),
     "qwen3": Qwen3Config(**SIZES, **ROPE, head_dim=24),
     "qwen3-tied": Qwen3Config(**SIZES, **SCALED, **TIED, head_dim=16),
+    "smollm3": SmolLM3Config(**SIZES, **SCALED, **UNTIED, **NO_PAD),
+    "smollm3-tied": SmolLM3Config(**SIZES, **ROPE, **TIED, **NO_PAD),
 }
 # A norm over a whole projection has no part for a rank without a key head of its own.
 TENSOR_SIZES = {name: (1, 2, 4) for name in CONFIGS} | {"olmo2-tied": (1, 2)}
@@ -150,7 +162,8 @@ def test_rotary_frequencies_are_those_of_transformers_model(
 ):
     ours, theirs = torch.tensor(shape.rotary_inv_freq), model.model.rotary_emb.inv_freq
     assert torch.equal(ours, theirs)
-    assert len(ours) == shape.head_dim // 2
-    theta = CONFIGS[name].rope_parameters["rope_theta"]
-    is_scaled = CONFIGS[name].rope_parameters["rope_type"] == "llama3"
-    assert (ours[-1] < 0.2 * theta ** (2 / shape.head_dim - 1)) == is_scaled
+    rope = CONFIGS[name].rope_parameters
+    width = int(shape.head_dim * rope.get("partial_rotary_factor", 1.0))
+    assert len(ours) == width // 2
+    is_scaled = rope["rope_type"] == "llama3"
+    assert (ours[-1] < 0.2 * rope["rope_theta"] ** (2 / width - 1)) == is_scaled

@@ -14,18 +14,21 @@ ON_DISK = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **S
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [(None, None), (512, 512), (4095, 4095), (4096, None), (131072, None)],
+    [(None, None), (512, {512: 4}), (4095, {4095: 4}), (4096, None), (131072, None)],
 )
 def test_a_window_is_stated_where_a_sample_could_outgrow_it(
-    tmp_path: Path, written: int | None, expected: int | None
+    tmp_path: Path, written: int | None, expected: dict[int, int] | None
 ):
     config = config_from_disk(tmp_path, {**ON_DISK, "sliding_window": written})
-    assert MISTRAL.shape(config).sliding_window == expected
+    variation = MISTRAL.shape(config).variation
+    assert (None if variation is None else variation.windows) == expected
 
 
 def test_an_absent_window_is_the_one_of_the_first_release(tmp_path: Path):
     config = config_from_disk(tmp_path, {**ON_DISK, "max_position_embeddings": 32768})
-    assert MISTRAL.shape(config).sliding_window == 4096
+    variation = MISTRAL.shape(config).variation
+    assert variation is not None
+    assert variation.windows == {4096: 4}
 
 
 @pytest.mark.parametrize(
