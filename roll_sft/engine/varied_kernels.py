@@ -1,9 +1,9 @@
 """The kernels of packed attention with a scale, a window or a soft-cap; legend as in `attention`.
 
-Each has the name of a kernel of `attention_kernels` or `attention_packages` and takes a `Style` besides. A kernel that
-cannot express a style raises `ValueError`, which the trial before the first step reports. `sdpa` is
-exact for all of them: blocks of queries see the keys of their window alone, so a window costs
-neither a mask of the whole sample nor its products.
+Each has the name of a kernel of `attention_kernels` or `attention_packages` and takes a `Style`
+besides. A kernel that cannot express a style raises `ValueError`, which the trial before the first
+step reports. `sdpa` is exact for all of them: blocks of queries see the keys of their window alone,
+so a window costs neither a mask of the whole sample nor its products.
 """
 
 import functools
