@@ -93,7 +93,7 @@ ALL = [
         kind,
         [*ADAPTERS][(row + column + turn) % 4],
         layout,
-        packing=(row + turn) % 2 == 0,
+        packing=(row // 2 + turn) % 2 == 0,
         **(TURNS[(row + column) % 4] if turn else {}),
     )
     for row, layout in enumerate(ALL_LAYOUTS)
@@ -143,11 +143,17 @@ def adapter_of(home: Path, name: str) -> Path:
 
 @cache
 def reference(
-    home: Path, name: str, dropout: float
+    home: Path, name: str, dropout: float, dtype: torch.dtype = torch.float32
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
     adapter = adapter_of(home, name)
     options = {**ADAPTERS[name], "dropout": dropout}
-    return lora.reference_run(prepare_job(lora.lora_config(home, adapter, lora=options)), adapter)
+    job = prepare_job(lora.lora_config(home, adapter, lora=options))
+    return lora.reference_run(job, adapter, dtype=dtype)
+
+
+def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest difference between tensors of the same names."""
+    return max(float((found[name] - value).abs().max()) for name, value in wanted.items())
 
 
 def worst(steps: list[dict[str, float]], wanted: list[dict[str, float]], key: str) -> float:
@@ -177,13 +183,19 @@ def test_every_step_and_the_exported_adapter_equal_peft(
     errors = {
         "loss": worst(steps, wanted, "loss"),
         "grad_norm": worst(steps, wanted, "grad_norm"),
-        "adapter": max(float((exported[k] - v).abs().max()) for k, v in tensors.items()),
+        "adapter": apart(exported, tensors),
         "logits": float((found - logits).abs().max() / logits.abs().max()),
     }
     print(f"lora {case.name}", {name: f"{value:.1e}" for name, value in errors.items()})
     assert errors["loss"] < LOSS_TOLERANCE
     assert errors["grad_norm"] < NORM_TOLERANCE
-    assert errors["adapter"] < ADAPTER_TOLERANCE
+    if errors["adapter"] >= ADAPTER_TOLERANCE:
+        # Adam divides by the root of a square, so a gradient next to nothing leaves a number to
+        # rounding: peft's own in fp32 are then as far from those in float64.
+        exact = reference(home, case.adapter, case.dropout, torch.float64)[1]
+        ours, theirs = apart(exported, exact), apart(tensors, exact)
+        print(f"lora {case.name} to float64: ours {ours:.1e}, peft's {theirs:.1e}")
+        assert ours < max(ADAPTER_TOLERANCE, 2 * theirs)
     assert errors["logits"] < LOGIT_TOLERANCE
     merge(step, home / "model", tmp_path / "merged")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")

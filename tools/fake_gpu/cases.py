@@ -133,7 +133,7 @@ def all_cases() -> list[Case]:
         for layout in ("TP1", "TP2 CP2 DP2")
         for dropout in (0.0, 0.05)
     ]
-    return adapted + [
+    plain = [
         Case(shape, layout, rank, recompute, is_even)
         for shape in ("0.5B", "1.5B", "7B")
         for layout, ((_, pipeline, *_), ranks) in LAYOUTS.items()
@@ -141,3 +141,4 @@ def all_cases() -> list[Case]:
         for recompute in (*RECOMPUTE, *(PARTS if layout == "TP1" else ()))
         for is_even in ((True, False) if pipeline > 1 and recompute == "none" else (True,))
     ]
+    return plain + adapted
