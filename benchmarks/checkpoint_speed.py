@@ -22,9 +22,10 @@ from shared import measures
 
 from roll_sft.checkpoint import tensors
 from roll_sft.checkpoint.background import BackgroundWriter
+from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.manifest import StoredFile, sha256_of, verify_hashes
+from roll_sft.checkpoint.publish import write_descriptions
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
-from roll_sft.checkpoint.torch_dist import read_index, write_descriptions
 
 PAIRS = measures.pairs(9)
 NUM_LAYERS, HIDDEN, FFN = 4, 1024, 2816  # 0.45 GiB with two moments

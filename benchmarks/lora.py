@@ -32,8 +32,8 @@ from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
 from roll_sft.job.lora import base_shape
 from roll_sft.models.adapter import adapter_shapes, num_trained_by
+from roll_sft.models.json_files import write_json
 from roll_sft.models.peft_folder import CONFIG, WEIGHTS, config_of
-from roll_sft.models.safetensors_in import write_json
 from roll_sft.run import compose
 
 RANK, LENGTH, ROWS = 16, 512, 400

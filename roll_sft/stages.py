@@ -109,7 +109,7 @@ def _on_cluster(config: RunConfig) -> RunConfig:
     """`config` with `auto` decided by the cluster that it joins, if it joins one."""
     if cluster_address(config) is None:
         return config
-    from roll_sft.runtime.placement import with_device_of_cluster
+    from roll_sft.runtime.joining import with_device_of_cluster
 
     return with_device_of_cluster(config)
 

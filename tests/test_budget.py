@@ -30,7 +30,9 @@ OF_PREPARE = ("roll_sft/models/decoder_shape.py",)
 # Loaded where it is needed, which is not in a plain run.
 BY_NEED = {
     "roll_sft/checkpoint/background.py": "checkpoint.async_save",
+    "roll_sft/checkpoint/choice.py": "a run that goes on from a checkpoint",
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
+    "roll_sft/checkpoint/index.py": "a run that goes on from a checkpoint",
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
@@ -55,6 +57,7 @@ BY_NEED = {
     "roll_sft/engine/attention_packages.py": "attention kernels that are installed apart",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
     "roll_sft/engine/frozen.py": "train.freeze, and lora.rank above 0",
+    "roll_sft/engine/load_state.py": "a run that goes on from a checkpoint",
     "roll_sft/engine/lora.py": "lora.rank above 0",
     "roll_sft/engine/lora_dropout.py": "lora.dropout above 0",
     "roll_sft/engine/other_norms.py": "norms behind attention and MLP, or over whole projections",
@@ -78,6 +81,7 @@ BY_NEED = {
     "roll_sft/models/variation.py": "a model that is no plain decoder",
     "roll_sft/models/random_weights.py": "a model that starts from random weights",
     "roll_sft/runtime/failures.py": "workers that fail",
+    "roll_sft/runtime/joining.py": "a cluster that others started",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/tracking/": "trackers",
 }

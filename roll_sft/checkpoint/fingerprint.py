@@ -4,17 +4,45 @@ They are compared by name. What only changes speed (layout, packing, micro-batch
 is not among them.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.checkpoint.manifest import RunState
 from roll_sft.config.schema import RESUME_CHANGES
 
+LOG = logging.getLogger(__name__)
 # A change of these gives every source another address, so the address says nothing more then.
 _BEHIND_THE_DATA = ("tokenizer", "chat_template", "template_kwargs", "sequence_length")
 # Of a schedule: what it calls a value -> the key that sets it.
 _KEYS = {"kind": "lr_scheduler_type", "peak": "learning_rate", "minimum": "min_learning_rate"}
+
+
+def check_same_run(
+    run: RunState, state: RunState, *, checkpoint: Path, allowed: Sequence[str]
+) -> None:
+    """Raise `ConfigError` where `run` differs from the `state` that wrote `checkpoint`.
+
+    `allowed` names the differences that the user accepts.
+    """
+    found = changes(run, state)
+    if state.step == 0:  # a converted model: weights to start from, and no run behind them
+        return
+    if state.optimizer_step is None:
+        found["optimizer"] = "the checkpoint has none, so moments would begin at zero"
+    refused = {name: what for name, what in found.items() if name not in allowed}
+    if refused:
+        lines = "; ".join(f"{name} ({what})" for name, what in refused.items())
+        names = ",".join([*allowed, *refused])
+        raise ConfigError(
+            f"resume: {checkpoint} was written by a run that differs in {lines}; take the change"
+            f" back, or accept it with 'checkpoint.allow_changes=[{names}]', or start in another"
+            " output_dir"
+        )
+    for name, what in found.items():
+        LOG.warning("goes on from %s with another %s: %s", checkpoint.name, name, what)
 
 
 def changes(current: RunState, stored: RunState) -> dict[str, str]:

@@ -1,24 +1,38 @@
-"""How a written folder becomes a checkpoint: manifest last, then one rename, then `latest`.
+"""How a written folder becomes a checkpoint: descriptions, manifest, one rename, then `latest`.
 
-Imports no Megatron, so the driver can publish while the workers go on. Promise: a folder named
-`step_*` is complete; a run killed at any point leaves at most a `.staging_*` folder.
+roll_sft reads `index.json` alone. `.metadata` is a pickle for PyTorch; `common.pt` and
+`metadata.json` are for Megatron-Core, which loads the folder as `torch_dist`.
+
+Imports no Megatron, so the driver can publish while the workers go on. Promises: a folder named
+`step_*` is complete; a run killed at any point leaves at most a `.staging_*` folder; a pickle of a
+checkpoint is written and never loaded, so a folder from elsewhere cannot run code.
 """
 
 import contextlib
 import dataclasses
 import json
+import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from roll_sft.base.files import sync, write_durably
 from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState, sha256_of
-from roll_sft.checkpoint.tensors import take_parts
+from roll_sft.checkpoint.tensors import DTYPES, INDEX, ShardFile, take_parts
 from roll_sft.data.steps.plan import StepPlan
 
 LATEST = "latest"
+METADATA = ".metadata"
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 PACKAGES = ("roll_sft", "torch", "megatron-core", "transformers", "ray")
 
 
@@ -31,8 +45,6 @@ def publish_step(
     export needs beside the weights.
     """
     parts = take_parts(staging)
-    from roll_sft.checkpoint.torch_dist import write_descriptions  # torch, that only a save needs
-
     write_descriptions(staging, parts)
     save_assets(staging / ASSETS)
     steps = [part.optimizer_step for part in parts]  # 0 of a rank whose weights are all frozen
@@ -45,6 +57,43 @@ def publish_step(
     )
     hashes = {part.name: part.sha256 for part in parts}
     return publish(staging, state=state, versions=versions_here(), hashes=hashes)
+
+
+def write_descriptions(folder: Path, parts: Sequence[ShardFile]) -> None:
+    """Describe what the ranks wrote into `folder` to whoever reads it."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for chunk in (chunk for part in parts for chunk in part.chunks):
+        known = {"dtype": chunk.dtype, "shape": chunk.shape, "chunks": []}
+        place = (chunk.file, chunk.start, chunk.length, chunk.data_start)
+        entry = tensors.setdefault(chunk.key, known)
+        entry["chunks"].append([chunk.offset, chunk.sizes, *place])
+    (folder / INDEX).write_text(json.dumps({"tensors": tensors}), encoding="utf-8")
+    (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+    torch.save({}, folder / "common.pt")
+    with (folder / METADATA).open("wb") as file:
+        pickle.dump(_metadata(tensors, parts), file)
+
+
+def _metadata(tensors: dict[str, dict[str, Any]], parts: Sequence[ShardFile]) -> Any:
+    """PyTorch's own description, a `Metadata`."""
+    from torch.distributed.checkpoint import filesystem, metadata  # slow to import
+
+    described: dict[str, Any] = {}
+    places = {}
+    for part in parts:
+        for key, (start, length) in part.objects.items():
+            described[key] = metadata.BytesStorageMetadata()
+            places[metadata.MetadataIndex(key)] = filesystem._StorageInfo(part.name, start, length)
+    for key, entry in tensors.items():
+        chunks = []
+        for offset, sizes, file, start, length, _data_start in entry["chunks"]:
+            chunks.append(metadata.ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)))
+            place = metadata.MetadataIndex(key, torch.Size(offset))
+            places[place] = filesystem._StorageInfo(file, start, length)
+        properties = metadata.TensorProperties(DTYPES[entry["dtype"]])
+        shape = torch.Size(entry["shape"])
+        described[key] = metadata.TensorStorageMetadata(properties, shape, chunks)
+    return metadata.Metadata(described, storage_data=places, version=filesystem.CURRENT_DCP_VERSION)
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:

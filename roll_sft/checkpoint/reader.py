@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from roll_sft.base.errors import CheckpointError
+from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.tensors import Piece, Shape
-from roll_sft.checkpoint.torch_dist import read_index
 
 _LAYERS = "decoder.layers."
 _OPTIMIZER = "optimizer."

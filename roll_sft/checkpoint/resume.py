@@ -12,15 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from roll_sft.base.errors import CheckpointError, ConfigError
+from roll_sft.base.errors import CheckpointError
 from roll_sft.base.files import set_aside, write_durably, writing
-from roll_sft.checkpoint.manifest import (
-    NewerCheckpointError,
-    RunState,
-    check_complete,
-    read_manifest,
-    verify_hashes,
-)
+from roll_sft.checkpoint.manifest import RunState, read_manifest
 from roll_sft.checkpoint.publish import LATEST
 from roll_sft.config.schema import RunConfig
 
@@ -46,46 +40,12 @@ def find_checkpoint(config: RunConfig, checkpoints: Path) -> Path | None:
     `resume` names is damaged, or all of the run's own are; `ConfigError` if that folder is no
     checkpoint, or the run's own checkpoints did not begin from it.
     """
-    resume, verify = config.resume, config.checkpoint.verify
-    if resume == NONE:
-        return None
     folders = step_folders(checkpoints)
-    if resume != AUTO:
-        chosen = _named(resume)
-        if not folders or chosen.parent == checkpoints.resolve():
-            _check_whole(chosen, verify=verify)
-            return chosen
-        _check_origin(checkpoints, chosen=chosen)
-        LOG.info("resuming from this run's own checkpoints, which began from %s", chosen)
-    return _newest_whole(folders, verify=verify) if folders else None
+    if config.resume == NONE or (config.resume == AUTO and not folders):
+        return None
+    from roll_sft.checkpoint.choice import chosen
 
-
-def _named(resume: str) -> Path:
-    """The step folder that the key `resume` names."""
-    chosen, advice = Path(resume).resolve(), "give a step folder, auto or none"
-    if not chosen.is_dir():
-        found = "is a file" if chosen.exists() else "does not exist"
-        raise ConfigError(f"resume: {resume!r} {found}; {advice}")
-    inside = [*step_folders(chosen), *step_folders(chosen / "checkpoints")]
-    if inside:
-        raise ConfigError(
-            f"resume: {resume!r} holds checkpoints and is none; its newest is resume={inside[-1]}"
-        )
-    if not any(chosen.iterdir()):
-        raise ConfigError(f"resume: {resume!r} is an empty folder; {advice}")
-    read_manifest(chosen)
-    return chosen
-
-
-def _check_origin(checkpoints: Path, *, chosen: Path) -> None:
-    """Refuse a step folder of another run, unless the run of `checkpoints` began from it."""
-    found = origin_of(checkpoints) or "its own step 1"
-    if found != chosen:
-        raise ConfigError(
-            f"resume: {str(chosen)!r} is of another run, and the checkpoints in"
-            f" {str(checkpoints)!r} began from {found}; choose another output_dir or run_name, or"
-            " resume=auto to go on from the newest of these"
-        )
+    return chosen(config, checkpoints, folders)
 
 
 def start_from(checkpoint: Path | None, run: RunState, *, allowed: Sequence[str]) -> Start:
@@ -96,8 +56,10 @@ def start_from(checkpoint: Path | None, run: RunState, *, allowed: Sequence[str]
     """
     if checkpoint is None:
         return Start(0, None)
+    from roll_sft.checkpoint.fingerprint import check_same_run
+
     state = read_manifest(checkpoint).state
-    _check_same_run(run, state, checkpoint=checkpoint, allowed=allowed)
+    check_same_run(run, state, checkpoint=checkpoint, allowed=allowed)
     return Start(state.step, checkpoint)
 
 
@@ -153,48 +115,3 @@ def make_way(checkpoints: Path, start: Start) -> None:
     else:
         checkpoints.mkdir(exist_ok=True)
         write_durably(checkpoints / ORIGIN, f"{start.checkpoint}\n")
-
-
-def _check_whole(folder: Path, *, verify: bool) -> None:
-    manifest = check_complete(folder)
-    if verify:
-        verify_hashes(folder, manifest.files)
-
-
-def _newest_whole(folders: list[Path], *, verify: bool) -> Path:
-    for folder in reversed(folders):
-        try:
-            _check_whole(folder, verify=verify)
-        except NewerCheckpointError:
-            raise
-        except CheckpointError as error:
-            LOG.error("NOT resuming from %s: %s", folder.name, error)
-            continue
-        return folder
-    raise CheckpointError(
-        f"{folders[-1].parent}: none of its {len(folders)} checkpoints is whole; restore one, or"
-        " choose another output_dir to start from the beginning"
-    )
-
-
-def _check_same_run(
-    run: RunState, state: RunState, *, checkpoint: Path, allowed: Sequence[str]
-) -> None:
-    from roll_sft.checkpoint.fingerprint import changes  # a run that begins needs it not
-
-    found = changes(run, state)
-    if state.step == 0:  # a converted model: weights to start from, and no run behind them
-        return
-    if state.optimizer_step is None:
-        found["optimizer"] = "the checkpoint has none, so moments would begin at zero"
-    refused = {name: what for name, what in found.items() if name not in allowed}
-    if refused:
-        lines = "; ".join(f"{name} ({what})" for name, what in refused.items())
-        names = ",".join([*allowed, *refused])
-        raise ConfigError(
-            f"resume: {checkpoint} was written by a run that differs in {lines}; take the change"
-            f" back, or accept it with 'checkpoint.allow_changes=[{names}]', or start in another"
-            " output_dir"
-        )
-    for name, what in found.items():
-        LOG.warning("goes on from %s with another %s: %s", checkpoint.name, name, what)

@@ -2,17 +2,14 @@
 
 A `Piece` is a rectangle of a stored tensor in a rank's memory; a `Chunk` is where one lies in a
 file. A rank writes its pieces into one `.distcp` file as torch.save records, so that PyTorch and
-Megatron-Core can load it with the files of `checkpoint/torch_dist.py`. `Index.fill` finds the plain
-bytes by their offset and reads only the numbers that it needs, without a pickle. Imports torch
-alone; nothing here is collective.
+Megatron-Core can load it with the files that `checkpoint/publish.py` adds; `checkpoint/index.py`
+reads it. Imports torch alone; nothing here is collective.
 """
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
-import operator
 import os
 import queue
 import shutil
@@ -188,91 +185,6 @@ def _chunk_of(values: dict[str, Any]) -> Chunk:
     return Chunk(**{**values, **shapes})
 
 
-class Index:
-    """The chunks of each stored tensor of a checkpoint."""
-
-    def __init__(self, folder: Path, chunks: Iterable[Chunk]) -> None:
-        self._folder = folder
-        self._chunks: dict[str, list[Chunk]] = {}
-        for chunk in chunks:
-            self._chunks.setdefault(chunk.key, []).append(chunk)
-        self._room = torch.empty(0, dtype=torch.uint8)
-        self.bytes_read = 0
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The names of all stored tensors."""
-        return frozenset(self._chunks)
-
-    def stored(self, key: str) -> tuple[torch.dtype, Shape]:
-        """dtype and shape of the stored tensor `key`. Raises `CheckpointError` if there is none."""
-        chunks = self._chunks.get(key)
-        if not chunks:
-            raise CheckpointError(f"{self._folder}: {key} is not in this checkpoint")
-        return DTYPES[chunks[0].dtype], chunks[0].shape
-
-    def fill(self, piece: Piece) -> None:
-        """Copy the stored numbers of the rectangle `piece` into its tensor.
-
-        Raises `CheckpointError` where the tensor is missing, has another shape, or is not whole.
-        """
-        _, stored = self.stored(piece.key)
-        if stored != piece.shape and not piece.is_padded:
-            raise CheckpointError(
-                f"{self._folder}: {piece.key} has shape {stored}, and this model's is {piece.shape}"
-            )
-        sides = zip(piece.offset, piece.tensor.shape, stored, strict=True)
-        wanted = math.prod(max(0, min(size, limit - offset)) for offset, size, limit in sides)
-        found = sum(self._copy(chunk, piece) for chunk in self._chunks[piece.key])
-        if found != wanted:
-            raise CheckpointError(
-                f"{self._folder}: {piece.key} at {piece.offset} has {found} of its {wanted} numbers"
-            )
-
-    def _copy(self, chunk: Chunk, piece: Piece) -> int:
-        """Copy the overlap of `chunk` and `piece`; returns how many numbers it has."""
-        low = [max(a, b) for a, b in zip(chunk.offset, piece.offset, strict=True)]
-        sizes = [
-            min(a + n, b + m) - first
-            for a, n, b, m, first in zip(
-                chunk.offset, chunk.sizes, piece.offset, piece.tensor.shape, low, strict=True
-            )
-        ]
-        if min(sizes, default=1) <= 0:
-            return 0
-        target = piece.tensor
-        for dim, (first, offset, size) in enumerate(zip(low, piece.offset, sizes, strict=True)):
-            target = target.narrow(dim, first - offset, size)
-        self._read(chunk, [a - b for a, b in zip(low, chunk.offset, strict=True)], target=target)
-        return math.prod(sizes)
-
-    def _read(self, chunk: Chunk, begin: list[int], *, target: torch.Tensor) -> None:
-        """Fill `target` with the rectangle of its shape that starts at `begin` in `chunk`."""
-        path, dtype, sizes = self._folder / chunk.file, DTYPES[chunk.dtype], list(target.shape)
-        try:
-            is_direct = target.is_contiguous() and target.dtype == dtype and target.is_cpu
-            result = target if is_direct else self._room_for(sizes, dtype)
-            memory = memoryview(cast(Any, result.view(-1).view(torch.uint8).numpy()))
-            with path.open("rb", buffering=0) as file:
-                for start, length in _contiguous_runs(chunk.sizes, begin, sizes):
-                    part = memory[: length * dtype.itemsize]
-                    _read_exactly(file, part, chunk.data_start + start * dtype.itemsize)
-                    self.bytes_read += len(part)
-                    memory = memory[len(part) :]
-        except (OSError, EOFError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{path}: cannot read {chunk.key}: {reason}") from error
-        if not is_direct:
-            target.copy_(result)
-
-    def _room_for(self, sizes: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Scratch memory, kept between reads: allocating costs more than reading into it."""
-        num_bytes = math.prod(sizes) * dtype.itemsize
-        if self._room.numel() < num_bytes:
-            self._room = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._room[:num_bytes].view(dtype).view(sizes)
-
-
 def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[Shape, Shape]]:
     """(offset, sizes) of the rectangles that make up numbers [start, stop) of a flattened tensor.
 
@@ -301,35 +213,6 @@ def _in_row(row: int, start: int, stop: int, shape: Sequence[int]) -> Iterator[t
     """The rectangles of numbers [start, stop) of one row."""
     for offset, sizes in rectangles(start, stop, shape[1:]):
         yield (row, *offset), (1, *sizes)
-
-
-def _contiguous_runs(
-    shape: Sequence[int], offset: Sequence[int], sizes: Sequence[int]
-) -> Iterator[tuple[int, int]]:
-    """(start, length), in numbers, of the runs of a rectangle within a flattened tensor.
-
-    A run covers all dims that the rectangle fills, and its part of the dim before these.
-    """
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    run_dim = max((dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0)
-    length = math.prod(sizes[run_dim:])
-    start_in_run = sum(map(operator.mul, offset[run_dim:], strides[run_dim:]))
-    outer_starts = (
-        range(first * stride, (first + size) * stride, stride)
-        for first, size, stride in zip(
-            offset[:run_dim], sizes[:run_dim], strides[:run_dim], strict=True
-        )
-    )
-    for starts in itertools.product(*outer_starts):
-        yield sum(starts) + start_in_run, length
-
-
-def _read_exactly(file: BinaryIO, memory: memoryview, start: int) -> None:
-    while memory:
-        count = os.preadv(file.fileno(), [memory], start)
-        if count == 0:
-            raise EOFError(f"ends {len(memory)} bytes early")
-        memory, start = memory[count:], start + count
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,16 +20,16 @@ import torch
 from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, RunState
-from roll_sft.checkpoint.publish import versions_here, write_manifest
+from roll_sft.checkpoint.publish import versions_here, write_descriptions, write_manifest
 from roll_sft.checkpoint.reader import stored_name
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts, write
-from roll_sft.checkpoint.torch_dist import write_descriptions
 from roll_sft.convert.new_folder import new_folder
 from roll_sft.models.assets import asset_files, check_assets, copy_file
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
 from roll_sft.models.fused_rows import FusedRows
+from roll_sft.models.model_folder import check_source
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
@@ -57,7 +57,7 @@ def import_model(
     family = family_of(config)
     shape = family.shape(config)
     source = SafetensorsSource(model)
-    family.check_source(shape, source=source)
+    check_source(family, shape, source=source)
     check_assets(model)
     wanted = DTYPES[dtype] if dtype else None
     stored = wanted or source.dtype("model.norm.weight")

@@ -36,6 +36,7 @@ from roll_sft.models.assets import (
 )
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError
+from roll_sft.models.model_folder import check_source
 from roll_sft.models.nf4 import (
     DequantizedSource,
     block_problems,
@@ -158,7 +159,7 @@ def _base_source(
             )
         check_fingerprint(wanted, stored.folder, base, key="--adapter")
     source = SafetensorsSource(base)
-    family.check_source(shape, source=source)
+    check_source(family, shape, source=source)
     return source
 
 

@@ -19,8 +19,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.checkpoint import tensors
-from roll_sft.checkpoint.manifest import read_manifest
-from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import RankWork
 from roll_sft.data.tokens.cache import TokenData, TokenSet
@@ -38,7 +36,7 @@ from roll_sft.engine.optimizer import (
     update,
 )
 from roll_sft.engine.process_groups import seed_step
-from roll_sft.engine.state import RankState, check_loaded, check_written, load_state, rank_state
+from roll_sft.engine.state import RankState, check_written, rank_state
 from roll_sft.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -218,6 +216,10 @@ class Engine:
         Collective. A checkpoint without optimizer state begins a fresh optimizer. Raises
         `CheckpointError`.
         """
+        from roll_sft.checkpoint.index import read_index
+        from roll_sft.checkpoint.manifest import read_manifest
+        from roll_sft.engine.load_state import check_loaded, load_state
+
         index, step = read_index(folder), read_manifest(folder).state.optimizer_step
         make_optimizer_state(self.optimizer, step=step or 0)
         has_optimizer = step is not None

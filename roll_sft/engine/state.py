@@ -5,6 +5,7 @@ which range of each flattened parameter a data rank owns. Together they place ev
 state in a tensor that is the same on every layout: `decoder.layers...` [layer, ...] and
 `optimizer.state.exp_avg.decoder.layers...`. Each data rank writes and reads its own ranges and a
 share of the pieces that all of them hold. Nothing is gathered, and writing is not collective.
+`engine/load_state.py` fills the pieces again.
 
 In fp32 the weights are the optimizer's master weights and are stored once.
 """
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -30,9 +30,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from roll_sft.base.errors import CheckpointError, DivergedError
-from roll_sft.checkpoint.tensors import Index, Piece, rectangles
-from roll_sft.engine.build import named_parameters, not_finite
+from roll_sft.base.errors import DivergedError
+from roll_sft.checkpoint.tensors import Piece, rectangles
+from roll_sft.engine.build import not_finite
 from roll_sft.engine.optimizer import MOMENTS, inner_optimizers, main_parameters
 
 
@@ -55,7 +55,7 @@ class RankState:
 
     def written(self) -> list[Piece]:
         """The pieces that this rank writes."""
-        rank = _data_rank()
+        rank = data_rank()
         return [each.piece for each in self.pieces if each.owner == rank and not each.is_copy]
 
 
@@ -80,7 +80,7 @@ def rank_state(
             for name, value in values.items():
                 pieces = places.cut(parameter, value, name=name, start=start)
                 (own if is_distributed else shared).extend(pieces)
-    rank = _data_rank()
+    rank = data_rank()
     owners = _owners([piece.tensor.numel() for piece, _ in shared])
     held = [HeldPiece(piece, rank, is_shared=False, is_copy=copy) for piece, copy in own]
     held += [
@@ -90,37 +90,10 @@ def rank_state(
     return RankState(held, places.objects)
 
 
-def load_state(index: Index, state: RankState) -> None:
-    """Fill `state` from a checkpoint; collective. An owner reads a shared piece for all.
-
-    Raises `CheckpointError` for a piece that is missing, not whole or damaged.
-    """
-    group, rank = parallel_state.get_data_parallel_group(with_context_parallel=True), _data_rank()
-    with torch.no_grad():
-        # All reads come first, so that a rank that fails does so outside of any collective.
-        for each in state.pieces:
-            if each.owner == rank:
-                index.fill(each.piece)
-        if dist.get_world_size(group) > 1:
-            for each in state.pieces:
-                if each.is_shared:
-                    source = dist.get_global_rank(group, each.owner)
-                    dist.broadcast(each.piece.tensor, src=source, group=group)
-
-
-def _data_rank() -> int:
+def data_rank() -> int:
     """This rank among those that hold the same weights."""
     rank: int = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return rank
-
-
-def check_loaded(chunks: list[GPTModel], folder: object) -> None:
-    """Raise `CheckpointError` where weights that came from `folder` are not finite."""
-    if found := not_finite(list(named_parameters(chunks))):
-        raise CheckpointError(
-            f"{folder}: {found[0]} {found[1]}: the run had diverged by then; go back to an earlier"
-            " step folder with resume="
-        )
 
 
 def check_written(pieces: Sequence[Piece]) -> None:

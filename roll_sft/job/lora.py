@@ -12,9 +12,10 @@ from roll_sft.config.schema import RunConfig
 from roll_sft.models.adapter import adapter_problems, adapter_shapes, target_names
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
+from roll_sft.models.json_files import read_json
 from roll_sft.models.peft_folder import BASE, AdapterSource, read_lora
 from roll_sft.models.random_weights import SEEDED
-from roll_sft.models.safetensors_in import INDEX_FILE, SINGLE_FILE, Shape, read_json
+from roll_sft.models.safetensors_in import INDEX_FILE, SINGLE_FILE, Shape
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
 

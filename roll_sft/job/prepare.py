@@ -32,8 +32,9 @@ from roll_sft.data.tokens.prepare import CachePlace, Source, Spread, prepare_sou
 from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, generation_of, save_assets
 from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.model_folder import check_source, local_model
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.source import ModelSource, family_of, local_model
+from roll_sft.models.source import ModelSource, family_of
 
 if TYPE_CHECKING:
     from roll_sft.models.hub import HubModel
@@ -221,7 +222,7 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
     if config.model.random_init or config.dry_run:
         return ModelSource(shape, seed=config.seed)
     source = ModelSource(shape, hub=hub) if hub else ModelSource(shape, folder=path)
-    family.check_source(shape, source=source.tensors)
+    check_source(family, shape, source=source.tensors)
     return source
 
 

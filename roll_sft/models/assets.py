@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
 from roll_sft.models.config_file import token_problem
-from roll_sft.models.safetensors_in import read_json, write_json
+from roll_sft.models.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

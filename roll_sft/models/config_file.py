@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
-from roll_sft.models.safetensors_in import not_finite, read_object
+from roll_sft.models.json_files import not_finite, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

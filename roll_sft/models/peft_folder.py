@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from roll_sft.base.errors import CheckpointError, ConfigError, refuse
 from roll_sft.base.text import shown
 from roll_sft.config.lora import SAVED_MODULES, LoraConfig
-from roll_sft.models.safetensors_in import FLOATS, Shape, read_json
+from roll_sft.models.json_files import read_json
+from roll_sft.models.safetensors_in import FLOATS, Shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base_model.json"  # ours: the fingerprint of the base model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_sft.models.assets import TEMPLATE, TEMPLATES, TOKENIZER_CONFIG
-from roll_sft.models.safetensors_in import read_json, write_json
+from roll_sft.models.json_files import read_json, write_json
 
 LOG = logging.getLogger(__name__)
 # transformers 4 has none of these classes; tokenizer.json has the whole tokenizer.

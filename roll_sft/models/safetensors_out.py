@@ -17,15 +17,9 @@ import torch
 from roll_sft.base.errors import CheckpointError
 from roll_sft.models.assets import asset_files, copy_file
 from roll_sft.models.finite import rounded
+from roll_sft.models.json_files import read_json, write_json
 from roll_sft.models.readers import widen
-from roll_sft.models.safetensors_in import (
-    FLOATS,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Shape,
-    read_json,
-    write_json,
-)
+from roll_sft.models.safetensors_in import FLOATS, INDEX_FILE, SINGLE_FILE, Shape
 
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _BLOCK_NUMBERS = 1 << 22  # rounded to another dtype, and written, at once

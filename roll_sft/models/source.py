@@ -6,7 +6,6 @@ neither torch nor the files.
 
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roll_sft.base.errors import ConfigError
@@ -88,19 +87,3 @@ def family_of(config: "PreTrainedConfig") -> "Family":
         f"model.path: config.json names architectures {architectures}; this version supports one "
         f"of: {', '.join(ARCHITECTURES)}; choose such a model"
     )
-
-
-def local_model(path: str, *, with_weights: bool) -> "tuple[str, HubModel | None]":
-    """The absolute folder of `path`, fetched if it is a hub id, and its commit on the hub.
-
-    A folder comes first: an id that is also a folder here means the folder. Anything that is
-    neither is returned as it is, for its reader to refuse. Raises what `hub.fetch` raises.
-    """
-    if Path(path).is_dir():
-        return str(Path(path).absolute()), None
-    from roll_sft.models.hub import HUB_ID, HubModel, fetch
-
-    if not HUB_ID.fullmatch(path):
-        return path, None
-    folder = fetch(path, revision=None, with_weights=with_weights)
-    return str(folder), HubModel(path, commit=folder.name)

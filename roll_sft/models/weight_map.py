@@ -113,7 +113,7 @@ class TiedHead:
     """The last pipeline stage's copy of the embedding.
 
     Owns no Hugging Face tensor, so it is loaded from the embedding and never exported. `name` is
-    what a checkpoint may store all the same; `Family.check_source` compares it with the embedding.
+    what a checkpoint may store all the same; `check_source` compares it with the embedding.
     """
 
     name: str

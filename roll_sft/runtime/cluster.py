@@ -1,20 +1,17 @@
 """The Ray cluster of a run: one that it joins, or one of its own.
 
 Assumes Linux. Promises: a cluster of our own never is one that happens to run, lets in nobody
-without its token, and ends with the process; an address where nothing listens is refused at once,
-and one that cannot be joined within `JOIN_TIMEOUT_S`; SIGTERM keeps its handler.
+without its token, and ends with the process; SIGTERM keeps its handler. `runtime/joining.py` joins.
 """
 
 import contextlib
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,10 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
-from roll_sft.base.errors import ConfigError, ResourceError, first_line
+from roll_sft.base.errors import ResourceError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address
 
 LOG = logging.getLogger(__name__)
-CONNECT_TIMEOUT_S = 5.0
-JOIN_TIMEOUT_S = 30.0
 MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
@@ -45,7 +40,13 @@ def connected(config: RunConfig) -> Iterator[None]:
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster_address(config)
-    with _own_cluster(config) if address is None else _joined(address):
+    if address is None:
+        with _own_cluster(config):
+            yield
+        return
+    from roll_sft.runtime.joining import joined
+
+    with joined(address):
         yield
 
 
@@ -53,22 +54,12 @@ def connected(config: RunConfig) -> Iterator[None]:
 def _own_cluster(config: RunConfig) -> Iterator[None]:
     with _reaper() as watch:
         try:
-            with _kept_sigterm():
+            with kept_sigterm():
                 _start(config)
             watch(psutil.Process().children(recursive=True))
             yield
         finally:
             ray.shutdown()
-
-
-@contextlib.contextmanager
-def _joined(address: str) -> Iterator[None]:
-    with _kept_sigterm():
-        _join(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -88,7 +79,7 @@ def _reaper() -> Iterator[Callable[[list[psutil.Process]], None]]:
 
 
 @contextlib.contextmanager
-def _kept_sigterm() -> Iterator[None]:
+def kept_sigterm() -> Iterator[None]:
     """Restore the handler of SIGTERM after the block: Ray sets its own, in Python and in C++."""
     handler = signal.getsignal(signal.SIGTERM)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -135,56 +126,3 @@ def _make_token_private() -> None:
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     token.touch(mode=0o600)
     token.chmod(0o600)
-
-
-def _join(address: str) -> None:
-    if "://" in address:
-        raise ConfigError(
-            f"cluster.address: {address!r} is a URL; give host:port of the cluster's head, or run"
-            " the command on the cluster with `ray job submit`"
-        )
-    joined: Future[None] = Future()
-
-    def init() -> None:
-        try:
-            ray.init(address=address, **QUIET)
-            joined.set_result(None)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            joined.set_exception(error)
-
-    try:
-        if address != "auto":  # Ray looks for a cluster on this machine
-            _check_listening(address)
-        # ray.init tries for minutes and ignores Ctrl-C meanwhile, so a thread waits for it.
-        threading.Thread(target=init, name="ray.init", daemon=True).start()
-        joined.result(timeout=JOIN_TIMEOUT_S)
-    except TimeoutError as error:
-        _mute_ray()
-        reason = f"no Ray cluster answers there within {JOIN_TIMEOUT_S:g} s, or it needs a token"
-        raise _cannot_join(address, reason) from error
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise _cannot_join(address, first_line(error)) from error
-
-
-def _mute_ray() -> None:
-    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
-
-    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
-    """
-    sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _check_listening(address: str) -> None:
-    """Raise `OSError` or `ValueError` where nothing listens at `address`."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-
-
-def _cannot_join(address: str, reason: str) -> ResourceError:
-    return ResourceError(
-        f"cluster.address: cannot join {address!r}: {reason}; start it with `ray start --head`, set"
-        " RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it needs a token, or leave cluster.address"
-        " and RAY_ADDRESS empty for a local cluster"
-    )

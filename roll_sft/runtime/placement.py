@@ -21,8 +21,7 @@ from ray.util.placement_group import (
 )
 
 from roll_sft.base.errors import ResourceError
-from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address, on_device
-from roll_sft.runtime.cluster import connected
+from roll_sft.config.schema import ParallelConfig, RunConfig
 
 LOG = logging.getLogger(__name__)
 SILENT_WAIT_S = 3.0  # a longer wait is logged
@@ -36,18 +35,6 @@ class Slots:
     bundle_of_rank: tuple[int, ...]
     device: str  # cpu | cuda
     cpus_per_worker: int
-
-
-def with_device_of_cluster(config: RunConfig) -> RunConfig:
-    """`config` with `parallel.device` and `model.dtype` decided by the cluster that it joins.
-
-    Unchanged where the run joins no cluster. Raises `ResourceError` where it cannot be joined.
-    """
-    if config.parallel.device != "auto" or cluster_address(config) is None:
-        return config
-    with connected(config):
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    return on_device(config, "cuda" if has_gpus else "cpu")
 
 
 @contextlib.contextmanager

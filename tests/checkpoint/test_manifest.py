@@ -10,11 +10,11 @@ import torch
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
+from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.manifest import MANIFEST, NewerCheckpointError, RunState, check_complete
-from roll_sft.checkpoint.publish import publish, staging_folder
+from roll_sft.checkpoint.publish import publish, staging_folder, write_descriptions
 from roll_sft.checkpoint.resume import find_checkpoint
 from roll_sft.checkpoint.tensors import INDEX, Piece, Writer, take_parts, write
-from roll_sft.checkpoint.torch_dist import read_index, write_descriptions
 from roll_sft.config.build import build_config
 
 STATE = RunState(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.publish import publish_step, staging_folder
 from roll_sft.checkpoint.tensors import Piece
-from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.in_process import prepare_job
 from tests import parity

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.resume import find_checkpoint, make_way, start_from
 from roll_sft.checkpoint.tensors import Piece
-from roll_sft.checkpoint.torch_dist import read_index
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.convert import command

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from roll_sft.models.family import Family
+from roll_sft.models.model_folder import check_source
 from roll_sft.models.safetensors_in import SafetensorsSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ARCHITECTURES, family_named, family_of
@@ -103,7 +104,7 @@ def test_every_weight_survives_the_way_to_megatron_and_back(
 ):
     source = SafetensorsSource(folder)
     assert family_of(model.config) is family
-    family.check_source(shape, source=source)
+    check_source(family, shape, source=source)
     weights = {key: tensor for key, tensor in model.state_dict().items() if key in source.names()}
     for tensor_size in TENSOR_SIZES[name]:
         back: dict[str, torch.Tensor] = {}

@@ -7,6 +7,7 @@ import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.models.family import Family
+from roll_sft.models.model_folder import check_source
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import GatedMLP, TiedHead, VocabSplit, WeightMapping
 from tests.models.helpers import MemorySource
@@ -84,7 +85,7 @@ def small_tensors(*, tied: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_source_with_exactly_the_tensors_is_accepted(tied: bool):
     tensors = small_tensors(tied=tied) | {"layers.0.rotary_emb.inv_freq": torch.ones(2)}
-    small_family(tied=tied).check_source(QWEN25_7B, source=MemorySource(tensors))
+    check_source(small_family(tied=tied), QWEN25_7B, source=MemorySource(tensors))
 
 
 def test_names_are_those_of_every_word_once():
@@ -97,7 +98,7 @@ def test_missing_and_unexpected_tensors_are_refused_with_counts_and_first_names(
     del tensors["head"], tensors["up"]
     tensors |= {f"extra.{index}": torch.ones(1) for index in range(5)}
     with pytest.raises(ConfigError) as caught:
-        small_family(tied=False).check_source(QWEN25_7B, source=MemorySource(tensors))
+        check_source(small_family(tied=False), QWEN25_7B, source=MemorySource(tensors))
     message = str(caught.value)
     assert "somewhere" in message
     assert "2 missing (up, head)" in message
@@ -108,16 +109,16 @@ def test_missing_and_unexpected_tensors_are_refused_with_counts_and_first_names(
 def test_a_tensor_of_another_shape_is_refused():
     tensors = small_tensors(tied=False) | {"up": torch.ones(4, 3)}
     with pytest.raises(ConfigError, match=r"\bup\b.*\[4, 3\].*\[4, 2\]"):
-        small_family(tied=False).check_source(QWEN25_7B, source=MemorySource(tensors))
+        check_source(small_family(tied=False), QWEN25_7B, source=MemorySource(tensors))
 
 
 def test_a_tied_model_may_store_its_head_if_it_equals_the_embedding():
     tensors = small_tensors(tied=True)
     tensors["head"] = tensors["embed"].clone()
-    small_family(tied=True).check_source(QWEN25_7B, source=MemorySource(tensors))
+    check_source(small_family(tied=True), QWEN25_7B, source=MemorySource(tensors))
     tensors["head"][4, 1] += 1
     with pytest.raises(ConfigError, match=r"tie_word_embeddings.*\bhead\b.*\bembed\b"):
-        small_family(tied=True).check_source(QWEN25_7B, source=MemorySource(tensors))
+        check_source(small_family(tied=True), QWEN25_7B, source=MemorySource(tensors))
     tensors["head"] = tensors["embed"][:4]
     with pytest.raises(ConfigError, match=r"tie_word_embeddings.*\bhead\b.*\bembed\b"):
-        small_family(tied=True).check_source(QWEN25_7B, source=MemorySource(tensors))
+        check_source(small_family(tied=True), QWEN25_7B, source=MemorySource(tensors))

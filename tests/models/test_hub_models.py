@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.models.hub import HubModel
-from roll_sft.models.source import ModelSource, local_model
+from roll_sft.models.model_folder import local_model
+from roll_sft.models.source import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {

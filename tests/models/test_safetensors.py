@@ -19,6 +19,7 @@ from transformers import (
 from roll_sft.base.errors import CheckpointError, ConfigError
 from roll_sft.convert.new_folder import new_folder
 from roll_sft.models.assets import TrainedTokenizer, save_assets
+from roll_sft.models.model_folder import check_source
 from roll_sft.models.qwen import QWEN2
 from roll_sft.models.random_weights import RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource
@@ -180,7 +181,7 @@ def test_random_weights_depend_on_seed_and_name_alone():
 def test_random_norms_are_one_biases_zero_and_weights_normal():
     shape = QWEN2.shape(Qwen2Config(**CONFIG))
     source = RandomSource(QWEN2.hf_shapes(shape), seed=1, initializer_range=0.5)
-    QWEN2.check_source(shape, source=source)
+    check_source(QWEN2, shape, source=source)
     assert source.read("model.norm.weight").eq(1).all()
     assert source.read("model.layers.0.input_layernorm.weight").eq(1).all()
     assert source.read("model.layers.0.self_attn.q_proj.bias").eq(0).all()

@@ -41,8 +41,8 @@ JOIN = """
 import sys
 from roll_sft.base.errors import RollSftError, report
 from roll_sft.config.build import build_config
-from roll_sft.runtime import cluster
-cluster.JOIN_TIMEOUT_S = 1.0
+from roll_sft.runtime import cluster, joining
+joining.JOIN_TIMEOUT_S = 1.0
 try:
     with cluster.connected(build_config({"cluster": {"address": sys.argv[1]}})):
         pass

@@ -6,6 +6,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from roll_sft.base.errors import ResourceError
 from roll_sft.runtime import placement
+from roll_sft.runtime.joining import with_device_of_cluster
 from roll_sft.runtime.placement import reserved
 from tests.runtime.ray_cluster import wait_until
 
@@ -103,5 +104,5 @@ def test_bundles_are_ordered_by_node_and_nodes_by_first_bundle():
 @pytest.mark.parametrize(("gpus", "device", "dtype"), [(0, "cpu", "fp32"), (1, "cuda", "bf16")])
 def test_device_and_dtype_are_those_of_the_cluster(joined, monkeypatch, gpus, device, dtype):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": float(gpus)})
-    config = placement.with_device_of_cluster(joined(parallel={"device": "auto"}))
+    config = with_device_of_cluster(joined(parallel={"device": "auto"}))
     assert (config.parallel.device, config.model.dtype) == (device, dtype)

@@ -13,8 +13,9 @@ import torch
 from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint import tensors
 from roll_sft.checkpoint.background import BackgroundWriter
+from roll_sft.checkpoint.index import read_index
+from roll_sft.checkpoint.publish import write_descriptions
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
-from roll_sft.checkpoint.torch_dist import read_index, write_descriptions
 from roll_sft.config.build import build_config
 from roll_sft.train import saves as saves_module
 from roll_sft.train.saves import Saves

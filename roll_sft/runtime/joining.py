@@ -1,0 +1,99 @@
+"""Joins a Ray cluster that others started: `cluster.address`, or RAY_ADDRESS.
+
+Promises: an address where nothing listens is refused at once, and one that cannot be joined within
+`JOIN_TIMEOUT_S`.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import ray
+from ray.exceptions import RayError
+
+from roll_sft.base.errors import ConfigError, ResourceError, first_line
+from roll_sft.config.schema import RunConfig, cluster_address, on_device
+from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm
+
+CONNECT_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 30.0
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """The cluster at `address` while the block runs."""
+    with kept_sigterm():
+        _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def with_device_of_cluster(config: RunConfig) -> RunConfig:
+    """`config` with `parallel.device` and `model.dtype` decided by the cluster that it joins.
+
+    Unchanged where the run joins no cluster. Raises `ResourceError` where it cannot be joined.
+    """
+    if config.parallel.device != "auto" or cluster_address(config) is None:
+        return config
+    with connected(config):
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    return on_device(config, "cuda" if has_gpus else "cpu")
+
+
+def _join(address: str) -> None:
+    if "://" in address:
+        raise ConfigError(
+            f"cluster.address: {address!r} is a URL; give host:port of the cluster's head, or run"
+            " the command on the cluster with `ray job submit`"
+        )
+    joined: Future[None] = Future()
+
+    def init() -> None:
+        try:
+            ray.init(address=address, **QUIET)
+            joined.set_result(None)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            joined.set_exception(error)
+
+    try:
+        if address != "auto":  # Ray looks for a cluster on this machine
+            _check_listening(address)
+        # ray.init tries for minutes and ignores Ctrl-C meanwhile, so a thread waits for it.
+        threading.Thread(target=init, name="ray.init", daemon=True).start()
+        joined.result(timeout=JOIN_TIMEOUT_S)
+    except TimeoutError as error:
+        _mute_ray()
+        reason = f"no Ray cluster answers there within {JOIN_TIMEOUT_S:g} s, or it needs a token"
+        raise _cannot_join(address, reason) from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise _cannot_join(address, first_line(error)) from error
+
+
+def _mute_ray() -> None:
+    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
+
+    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
+    """
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _check_listening(address: str) -> None:
+    """Raise `OSError` or `ValueError` where nothing listens at `address`."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _cannot_join(address: str, reason: str) -> ResourceError:
+    return ResourceError(
+        f"cluster.address: cannot join {address!r}: {reason}; start it with `ray start --head`, set"
+        " RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where it needs a token, or leave cluster.address"
+        " and RAY_ADDRESS empty for a local cluster"
+    )
