@@ -1,5 +1,7 @@
 """What one run makes a reader open: modules and lines of the stages that prepare and that train.
 
+Preparing is read in two parts: what the model is, and how rows become tokens.
+
 Counted from the entries of a stage over all imports, those in functions included. Left out is what
 a plain run does not load: a full fine-tune of one family on GPUs, of a JSON Lines file of chats,
 without trackers. A real run shows that it loads nothing else.
@@ -19,13 +21,16 @@ from tests.test_floors import ROOT, imported_modules, module_path, parsed
 assets, arguments = doors.assets, doors.arguments
 
 TRAIN = ("roll_sft/train/driver.py", "roll_sft/engine/engine.py", "roll_sft/models/qwen.py")
-PREPARE = ("roll_sft/preparing.py", "roll_sft/models/qwen.py")
-MOST = {TRAIN: (48, 9_000), PREPARE: (42, 7_100)}  # modules, lines
+PREPARE = ("roll_sft/preparing.py",)
+MODEL = ("roll_sft/job/model.py", "roll_sft/models/qwen.py")
+MOST = {TRAIN: (48, 9_000), PREPARE: (30, 5_000), MODEL: (20, 2_500)}  # modules, lines
 
 # The estimate of memory, which the plan shows before a run trains, and a warning repeats.
 OF_PLAN = ("roll_sft/job/memory.py",)
 # Opening a config.json, which preparing does for training.
-OF_PREPARE = ("roll_sft/models/decoder_shape.py",)
+OF_MODEL = ("roll_sft/models/decoder_shape.py",)
+# Read by itself, in another part or with its own budget.
+APART = {TRAIN: (*OF_MODEL, *OF_PLAN), PREPARE: ("roll_sft/job/model.py", "roll_sft/models/")}
 
 # Loaded where it is needed, which is not in a plain run.
 BY_NEED = {
@@ -35,15 +40,22 @@ BY_NEED = {
     "roll_sft/checkpoint/index.py": "a run that goes on from a checkpoint",
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
+    "roll_sft/data/chat/advice.py": "rows that the template cannot write",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
+    "roll_sft/data/chat/cut_text.py": "tokens that span the end of a header",
+    "roll_sft/data/chat/documents.py": "rows of plain text",
     "roll_sft/data/chat/fast/": "what only makes rendering quicker",
+    "roll_sft/data/chat/reasoning.py": "reasoning, in a row or in the generation prompt",
     "roll_sft/data/chat/template_budget.py": "templates that may build texts upon themselves",
     "roll_sft/data/chat/templates.py": "a template that is given or advised",
+    "roll_sft/data/chat/tool_rendering.py": "tools",
+    "roll_sft/data/rows/compressed.py": "files that are compressed",
     "roll_sft/data/rows/content_parts.py": "messages made of parts",
     "roll_sft/data/rows/file_lists.py": "folders, patterns and URLs",
     "roll_sft/data/rows/hub.py": "a data set of the hub",
     "roll_sft/data/rows/instruction_rows.py": "rows that are no chats",
     "roll_sft/data/rows/json_array.py": "a file that is one JSON array",
+    "roll_sft/data/rows/json_values.py": "values that are JSON texts, and tools",
     "roll_sft/data/rows/message_fields.py": "messages with more than a role and a text",
     "roll_sft/data/rows/remote_files.py": "object stores",
     "roll_sft/data/rows/saved_folders.py": "a folder that `datasets` wrote",
@@ -123,9 +135,9 @@ def opened(entries: Iterable[str], but: Iterable[str] = ()) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("entries", MOST, ids=["train", "prepare"])
+@pytest.mark.parametrize("entries", MOST, ids=["train", "prepare", "model"])
 def test_a_stage_can_be_read(entries: tuple[str, ...]) -> None:
-    found = opened(entries, (*OF_PREPARE, *OF_PLAN) if entries == TRAIN else ())
+    found = opened(entries, APART.get(entries, ()))
     lines = sum(len((ROOT / path).read_text().splitlines()) for path in found)
     most_modules, most_lines = MOST[entries]
     listed = "\n".join(sorted(found))
@@ -163,6 +175,6 @@ def test_a_plain_run_opens_nothing_else(arguments: list[str], tmp_path: Path) ->
     prepare = next(each for each in loaded if "roll_sft/job/prepare.py" in each)
     plain = {path for path in driver | worker | prepare if not path.startswith(ALLOWED)}
     assert not {path for path in plain if path.startswith(tuple(BY_NEED))}
-    assert not set(OF_PREPARE) & (driver | worker)
+    assert not set(OF_MODEL) & (driver | worker)
     assert not {path for path in driver if path.startswith("roll_sft/data/rows/")}
     assert not {path for path in driver | worker if path.startswith("roll_sft/data/chat/")}

@@ -54,16 +54,6 @@ def set_up_logging() -> None:
     logger.propagate = False
 
 
-def format_seconds(seconds: float) -> str:
-    """`0:02:13`, from a day on `1 d 03:00:00`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (
-        f"{days} d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
-    )
-
-
 def _message(record: logging.LogRecord) -> str:
     level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
     return printable(f"{level}{record.getMessage()}")

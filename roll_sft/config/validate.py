@@ -24,7 +24,7 @@ LONGEST_NAME = 255  # bytes of one part of a path, on every file system that is 
 def check_config(config: RunConfig) -> None:
     """Raise `ConfigError` with one line per value that cannot run, if there is any.
 
-    What degrees may be together is in `layout_checks`, to which the model's own limits come.
+    `layout_checks` checks combinations of degrees, and `job.model` the limits of the model.
     """
     refuse([*value_problems(config), *_other_problems(config)])
 

@@ -11,10 +11,10 @@ from roll_sft.checkpoint.manifest import Manifest
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.job.lora import check_fingerprint
 from roll_sft.models.family import Family
+from roll_sft.models.model_folder import check_source, local_model
 from roll_sft.models.random_weights import SEEDED, RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.source import local_model
 from roll_sft.models.weight_map import WeightMapping
 
 
@@ -66,5 +66,5 @@ def whole_model(
         )
     check_fingerprint(wanted, reader.folder, folder, key="--base")
     source = SafetensorsSource(folder)
-    family.check_source(shape, source=source)
+    check_source(family, shape, source=source)
     return WholeModel(reader, source, family.weights(shape))

@@ -19,8 +19,9 @@ from roll_sft.data.tokens.estimate import TOKEN_BYTES, estimated_report
 from roll_sft.data.tokens.prepare import NotPreparedError, Source
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import micro_batch_tokens, shares_of
-from roll_sft.job.overview import Overview, drawn_tokens, overview_of
-from roll_sft.job.prepare import column_keys, load_model, located
+from roll_sft.job.model import load_model, located
+from roll_sft.job.overview import Overview, drawn_tokens, first_steps, overview_of
+from roll_sft.job.prepare import column_keys
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def dry_overview(config: RunConfig) -> Overview:
     `prepare` raises.
     """
     try:
-        return overview_of(prepare_job(config))
+        job = prepare_job(config)
+        return overview_of(job, first_steps(job.planner))
     except NoTokenizerError as error:
         _log.warning("%s; until then tokens are guessed as UTF-8 bytes / %d", error, TOKEN_BYTES)
     except NotPreparedError as error:

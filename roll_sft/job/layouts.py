@@ -13,7 +13,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.config.schema import ParallelConfig, RecomputeModule, RunConfig, layout_of
 from roll_sft.job.job import micro_batch_tokens
 from roll_sft.job.memory import MemoryEstimate, estimate
-from roll_sft.job.prepare import model_problems
+from roll_sft.job.model import model_problems
 from roll_sft.job.step_time import Machine, StepTime, Work, micro_batches, step_time
 from roll_sft.models.shape import ModelShape
 

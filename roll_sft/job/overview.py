@@ -42,12 +42,13 @@ class Overview:
 
 def show_job(job: Job) -> None:
     """Show what `job` will do, and warn where its packs will be half empty."""
-    warn_of_poor_fill(job)
-    show_overview(overview_of(job))
+    plans = first_steps(job.planner)
+    warn_of_poor_fill(job, plans)
+    show_overview(overview_of(job, plans))
 
 
-def overview_of(job: Job) -> Overview:
-    """What `job` will do."""
+def overview_of(job: Job, plans: Sequence[StepPlan]) -> Overview:
+    """What `job` will do; `plans` are its `first_steps`."""
     return Overview(
         config=job.config,
         layout=job.layout,
@@ -57,7 +58,7 @@ def overview_of(job: Job) -> Overview:
         steps_per_epoch=job.planner.steps_per_epoch,
         total_steps=job.total_steps,
         shares=job.shares,
-        fill=expected_fill(job.planner),
+        fill=expected_fill(plans),
     )
 
 
@@ -224,24 +225,27 @@ def _steps_table(overview: Overview) -> Table:
     return table
 
 
-def expected_fill(planner: Planner) -> float:
-    """Tokens in the packs of the first steps, over what these packs could hold."""
-    plans = _first_steps(planner)
+def first_steps(planner: Planner) -> list[StepPlan]:
+    """The plans of the first steps, which say how full packs will be."""
+    num_steps = min(_STEPS_SAMPLED, planner.steps_per_epoch)
+    return [planner.step(step) for step in range(1, num_steps + 1)]
+
+
+def expected_fill(plans: Sequence[StepPlan]) -> float:
+    """Tokens in the packs of `plans`, over what these packs could hold."""
     return sum(plan.fill for plan in plans) / len(plans)
 
 
-def warn_of_poor_fill(job: Job) -> None:
+def warn_of_poor_fill(job: Job, plans: Sequence[StepPlan]) -> None:
     """Say once that packs will be half empty on many ranks, and what would fill them.
 
     A single rank waits for nobody, and a set that is one step has no larger one to offer.
     """
-    planner, data_size = job.planner, job.layout.data_size
-    pack_tokens = micro_batch_tokens(job.config, job.layout)
-    fill = expected_fill(planner)
-    is_alone = data_size == 1 or planner.steps_per_epoch == 1
+    data_size, pack_tokens = job.layout.data_size, micro_batch_tokens(job.config, job.layout)
+    fill = expected_fill(plans)
+    is_alone = data_size == 1 or job.planner.steps_per_epoch == 1
     if not job.config.data.packing or is_alone or fill >= _POOR_FILL:
         return
-    plans = _first_steps(planner)
     lengths = job.data.train.lengths[[index for plan in plans for index in plan.sample_ids]]
     fewest = len(best_fit_decreasing(lengths.tolist(), capacity=pack_tokens))
     if lengths.sum() < _POOR_FILL * fewest * pack_tokens:
@@ -258,8 +262,3 @@ def warn_of_poor_fill(job: Job) -> None:
         plans[0].total_tokens,
         remedy,
     )
-
-
-def _first_steps(planner: Planner) -> list[StepPlan]:
-    num_steps = min(_STEPS_SAMPLED, planner.steps_per_epoch)
-    return [planner.step(step) for step in range(1, num_steps + 1)]

@@ -22,9 +22,8 @@ from roll_sft.parity.measurement import RankParity
 from roll_sft.parity.oracle import read_facts
 from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge
-from roll_sft.runtime.cluster import connected
+from roll_sft.runtime.cluster import connected, reserved
 from roll_sft.runtime.joining import with_device_of_cluster
-from roll_sft.runtime.placement import reserved
 from roll_sft.train import run_folder
 from roll_sft.train.driver import workers
 

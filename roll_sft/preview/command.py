@@ -6,20 +6,23 @@ reason. Nothing is written but the page that is asked for.
 """
 
 import logging
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import DataConfig, RunConfig
+from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.pieces import visible
 from roll_sft.data.tokens.build_shard import MALFORMED, OVERLONG
 from roll_sft.job import prepare
+from roll_sft.job.model import load_model, located
 from roll_sft.preview.page import page_of
 from roll_sft.preview.rows import Choice, Preview, Reader, Shown, look
 
@@ -41,7 +44,7 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
     """
     if page is not None and not page.absolute().parent.is_dir():
         raise ConfigError(f"--html: there is no folder {page.absolute().parent}; make it first")
-    chat, tokenizer = prepare.chat_of(config)
+    chat, tokenizer = _chat_of(config)
     assert isinstance(tokenizer, PreTrainedTokenizerFast), "a ChatTokenizer refuses any other"
     reader = Reader(config, prepare.source_options(config.data), chat, tokenizer)
     preview = look(reader, choice)
@@ -55,6 +58,16 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
     except OSError as error:
         raise ConfigError(f"--html: {page} cannot be written ({error.strerror})") from error
     LOG.info("%s; written to %s", summary, page)
+
+
+def _chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
+    """What a run would tokenise with, without its weights or its data.
+
+    Raises `ConfigError` as `prepare` does, and `DataError` for a tokenizer that data cannot use.
+    """
+    config, hub = located(replace(config, dry_run=True))
+    tokenizer = prepare.tokenizer_of(config, load_model(config, hub).shape)
+    return prepare.chat_tokenizer(config, tokenizer), tokenizer
 
 
 def _summary(preview: Preview, choice: Choice, data: DataConfig) -> str:

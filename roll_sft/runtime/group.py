@@ -26,7 +26,7 @@ from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.cache import TokenData
 from roll_sft.models.source import ModelSource
-from roll_sft.runtime.placement import Slots
+from roll_sft.runtime.cluster import Slots
 from roll_sft.runtime.worker import (
     Gpu,
     Worker,

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 from roll_sft.base.errors import DivergedError
 from roll_sft.checkpoint.resume import Start, make_way
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.data.tokens.cache import verifying
+from roll_sft.data.tokens.verify import verifying
 from roll_sft.job.job import Job
-from roll_sft.runtime.cluster import connected
+from roll_sft.runtime.cluster import Slots, connected, reserved
 from roll_sft.runtime.group import Pending, WorkerGroup
-from roll_sft.runtime.placement import Slots, reserved
 from roll_sft.train import run_folder
 from roll_sft.train.records import Records, open_records
 from roll_sft.train.saves import Saves, check_room

@@ -154,14 +154,9 @@ def _replace_lines(path: Path, kept: bytes) -> None:
         write_durably(path, kept)
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of `JsonLines`; none where there is no file."""
-    return list(json_lines(path))
-
-
 def losses(folder: Path, name: str | None) -> dict[int, float]:
     """The loss of validation set `name` by step, from `eval.jsonl`."""
-    records = lines_of(folder / "eval.jsonl")
+    records = json_lines(folder / "eval.jsonl")
     return {each["step"]: each["loss"] for each in records if each["name"] == name}
 
 

@@ -12,7 +12,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, SourceConfig
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job, shares_of
-from roll_sft.job.overview import expected_fill, warn_of_poor_fill
+from roll_sft.job.overview import expected_fill, first_steps, warn_of_poor_fill
 from tests import doors
 from tests.doors import Door, alpaca, cells, write_rows
 
@@ -91,7 +91,7 @@ def test_poor_packs_are_warned_of_with_a_batch_that_fills_them(
         poor = prepare_job(
             config({}, {}, train=BATCH_OF_FOUR | {"micro_batch_tokens": 300}, **many)
         )
-        warn_of_poor_fill(poor)
+        warn_of_poor_fill(poor, first_steps(poor.planner))
     (message,) = caplog.messages
     assert message.startswith("packs of 300 tokens on 4 data-parallel ranks will be 18 % full")
     assert message.endswith("train.global_batch_tokens=1080, or raise train.global_batch_size")
@@ -99,18 +99,18 @@ def test_poor_packs_are_warned_of_with_a_batch_that_fills_them(
     filled = {"global_batch_tokens": 1080, "micro_batch_tokens": 300}
     with caplog.at_level(logging.WARNING):
         job = prepare_job(config({}, {}, train=filled, **many))
-        warn_of_poor_fill(job)
+        warn_of_poor_fill(job, first_steps(job.planner))
     assert not caplog.messages
-    assert expected_fill(job.planner) > 3 * expected_fill(poor.planner)
+    fills = [expected_fill(first_steps(each.planner)) for each in (job, poor)]
+    assert fills[0] > 3 * fills[1]
 
 
 def test_packs_that_no_batch_can_fill_are_told_apart(
     config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_poor_fill(
-            prepare_job(config({}, {}, train=BATCH_OF_FOUR, parallel={"num_workers": 4}))
-        )
+        job = prepare_job(config({}, {}, train=BATCH_OF_FOUR, parallel={"num_workers": 4}))
+        warn_of_poor_fill(job, first_steps(job.planner))
     assert caplog.messages[0].endswith("so raise train.micro_batch_tokens to join them")
 
 

@@ -15,7 +15,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.layout_checks import layout_problems
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.layouts import TIE, Gpus, candidates, fits, splits, variants
-from roll_sft.job.prepare import model_problems
+from roll_sft.job.model import model_problems
 from roll_sft.job.step_time import Work
 from tests import doors
 from tests.doors import Door, cells, refused, write_rows

@@ -12,8 +12,8 @@ from roll_sft.base.errors import ConfigError, DataError, ResourceError, WorkerEr
 from roll_sft.base.metrics import EvalMetrics
 from roll_sft.data.tokens.cache import TokenData
 from roll_sft.runtime import group as group_module
+from roll_sft.runtime.cluster import reserved
 from roll_sft.runtime.group import WorkerGroup
-from roll_sft.runtime.placement import reserved
 from roll_sft.runtime.worker import log_path
 from tests.runtime.light import NO_INPUTS, LightWorker, gloo_worker, light_worker, plan
 from tests.runtime.ray_cluster import is_alive, wait_until

@@ -5,9 +5,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from roll_sft.base.errors import ResourceError
-from roll_sft.runtime import placement
+from roll_sft.runtime import cluster
+from roll_sft.runtime.cluster import reserved
 from roll_sft.runtime.joining import with_device_of_cluster
-from roll_sft.runtime.placement import reserved
 from tests.runtime.ray_cluster import wait_until
 
 pytestmark = pytest.mark.slow
@@ -17,9 +17,9 @@ ALL_CPUS = 4.0
 def refusal(config):
     """The message, and whether the refusal waited for resources to become free."""
     waits = []
-    wait_for = placement._wait_for
+    wait_for = cluster._wait_for
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "_wait_for", lambda *args: (waits.append(args), wait_for(*args)))
+        patch.setattr(cluster, "_wait_for", lambda *args: (waits.append(args), wait_for(*args)))
         with pytest.raises(ResourceError) as caught, reserved(config):
             pass
     return str(caught.value), bool(waits)
@@ -97,7 +97,7 @@ def test_ranks_of_a_tensor_group_share_a_bundle_and_ranks_go_node_by_node(joined
 
 def test_bundles_are_ordered_by_node_and_nodes_by_first_bundle():
     node_of_bundle = {3: "a", 0: "b", 1: "a", 2: "b"}
-    order = placement._bundles_by_node(node_of_bundle, tensor_size=2)
+    order = cluster._bundles_by_node(node_of_bundle, tensor_size=2)
     assert order == (0, 0, 2, 2, 1, 1, 3, 3)
 
 

@@ -4,18 +4,14 @@ The chat template renders a conversation, which is encoded once. `turns` finds t
 text, and `mask` maps them to tokens by character offsets. Many templates write messages in order
 and set the same control tokens around each answer. For these `fast/` finds the answers of many rows
 in their ids; the samples are the same.
-
-A document is encoded without a template. It begins with the tokens that the tokenizer puts before a
-text, ends with the end-of-text token, and is trained on as a whole.
 """
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +20,23 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from roll_sft.base.errors import DataError
 from roll_sft.data.chat.encoder import Encoder, EncoderFacts
 from roll_sft.data.chat.prepared import PlannedText, PreparedTemplate
-from roll_sft.data.chat.render import RESERVED, Renderer
+from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
-from roll_sft.data.chat.turns import RenderedChat
 from roll_sft.data.rows.conversation import Conversation, Document, Message
 
-__all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
+if TYPE_CHECKING:
+    from roll_sft.data.chat.advice import Advice
 
-_log = logging.getLogger(__name__)
+__all__ = ["ChatTokenizer", "TokenizedSample", "UnusableRow"]
 
 # Part of the fingerprint: raise it when the same row gives other ids or another mask.
 _VERSION = 4
 _MOST_PREPARED = 64  # sets of variables; rows with more of them hardly repeat one
-_MOST_ADVISED = 200  # rows for which templates are tried; a preview lists half as many
 _PLAIN_ROW = Conversation((Message("user", "q"), Message("assistant", "a")), row=0, line=1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
+class Recipe:
     """The inputs that decide the samples, as plain values.
 
     `templates` has the text of the template under "default" and, if the tokenizer has one for rows
@@ -97,7 +92,7 @@ class ChatTokenizer:
         own = tokenizer.chat_template or {}
         named = dict(own) if isinstance(own, dict) else {"default": own}
         self._set_up(
-            _Recipe(
+            Recipe(
                 EncoderFacts.of(tokenizer),
                 templates=named if template is None else {"default": template},
                 template_names=tuple(sorted(named)),
@@ -108,16 +103,22 @@ class ChatTokenizer:
             )
         )
 
-    def __getstate__(self) -> _Recipe:
+    @classmethod
+    def of(cls, recipe: Recipe) -> "ChatTokenizer":
+        """The tokenizer that `recipe` describes."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(recipe)
+        return tokenizer
+
+    def __getstate__(self) -> Recipe:
         return self._recipe
 
-    def __setstate__(self, recipe: _Recipe) -> None:
+    def __setstate__(self, recipe: Recipe) -> None:
         self._set_up(recipe)
 
-    def _set_up(self, recipe: _Recipe) -> None:
+    def _set_up(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._encoder = Encoder(recipe.encoder, use_fast=recipe.use_fast)
-        self._num_advised = 0
         self._prepared: dict[tuple[str, str], PreparedTemplate] = {}
         self.template = recipe.templates.get("default")
         parts = (
@@ -177,31 +178,15 @@ class ChatTokenizer:
     ) -> list[_Plan] | UnusableRow:
         try:
             if isinstance(row, Document):
-                return [self._document(row)]
+                from roll_sft.data.chat.documents import planned_document
+
+                planned, sample = planned_document(row, self._encoder, self._recipe.encoder)
+                return [_Plan(planned, result=sample)]
             _check_turns(row)
             template = self._prepared_for(row)
             return [_Plan(planned, template) for planned in template.plan(row, by_ids=by_ids)]
         except UnusableRow as error:
             return error
-
-    def _document(self, row: Document) -> _Plan:
-        if self._recipe.encoder.end_of_text is None:
-            raise DataError(
-                "the tokenizer has no eos_token, so a text would have no end; name one in its "
-                "tokenizer_config.json"
-            )
-        encoder, text = self._encoder, RenderedChat(row.text, answers=(), calls=())
-        if not encoder.holds_control_text(row.text):
-            return _Plan(PlannedText(text, by_ids=True))
-        sample = self._document_sample(encoder.control_text.encode_renamed(row.text).ids)
-        return _Plan(PlannedText(text, by_ids=False), result=sample)
-
-    def _document_sample(self, ids: Iterable[int]) -> TokenizedSample:
-        facts = self._recipe.encoder
-        whole = np.array([*facts.first_ids, *ids, facts.end_of_text], np.int32)
-        label_mask = np.ones(whole.size, np.uint8)
-        label_mask[-1] = 0
-        return TokenizedSample(whole, label_mask)
 
     def _sample_by_ids(self, plans: Sequence[_Plan]) -> None:
         # The template writes the first tokens of a text itself.
@@ -209,7 +194,9 @@ class ChatTokenizer:
         chats: dict[PreparedTemplate, list[tuple[_Plan, NDArray[np.int32]]]] = {}
         for plan, ids in zip(plans, encoded, strict=True):
             if plan.template is None:
-                plan.result = self._document_sample(ids)
+                from roll_sft.data.chat.documents import document_sample
+
+                plan.result = document_sample(ids, self._recipe.encoder)
             else:
                 chats.setdefault(plan.template, []).append((plan, ids))
         for template, group in chats.items():
@@ -252,10 +239,11 @@ class ChatTokenizer:
         if prepared is None:
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
-            _check_variables(own)
-            variables = {**recipe.variables, **own}
-            renderer = Renderer(template, recipe.special_tokens, variables)
-            _warn_of_unread(own, renderer)
+            renderer = Renderer(template, recipe.special_tokens, {**recipe.variables, **own})
+            if own:
+                from roll_sft.data.chat.templates import check_row_variables
+
+                check_row_variables(own, renderer)
             prepared = PreparedTemplate(
                 renderer, self._encoder, train_on=recipe.train_on, use_fast=recipe.use_fast
             )
@@ -263,40 +251,13 @@ class ChatTokenizer:
         return prepared
 
     def _remedy(self, row: Conversation | Document) -> str:
-        """Which named templates write `row` with this tokenizer, found by trying them."""
-        self._num_advised += 1
-        if self._num_advised > _MOST_ADVISED:
-            return "use another template (data.chat_template)"
-        working = []
-        for name, other in self._others.items():
-            try:
-                other.tokenize(row)
-            except (UnusableRow, DataError):
-                continue
-            working.append(name)
-        if not working:
-            return "use a Jinja file that writes it (data.chat_template); no named template does"
-        from roll_sft.data.chat.templates import preferred
-
-        *others, last = preferred(working)
-        names = f"{', '.join(others)} or {last}" if others else last
-        return f"use data.chat_template={names}, or a Jinja file that writes it"
+        return self._advice.remedy(row)
 
     @cached_property
-    def _others(self) -> dict[str, "ChatTokenizer"]:
-        """Tokenizers like this one, by the name of the template of ours that they use."""
-        from roll_sft.data.chat.templates import fitting_templates
+    def _advice(self) -> "Advice":
+        from roll_sft.data.chat.advice import Advice
 
-        facts, others = self._recipe.encoder, {}
-        fitting = fitting_templates(
-            facts.protected,
-            eos_token=self._recipe.special_tokens.get("eos_token"),
-            begins_with_bos=bool(facts.first_ids),
-        )
-        for name, template in fitting.items():
-            others[name] = ChatTokenizer.__new__(ChatTokenizer)
-            others[name]._set_up(replace(self._recipe, templates={"default": template}))
-        return others
+        return Advice(self._recipe)
 
 
 def _check_turns(row: Conversation) -> None:
@@ -306,22 +267,6 @@ def _check_turns(row: Conversation) -> None:
         raise UnusableRow(
             "the conversation begins with an assistant message, which answers nothing; "
             "begin with a user message"
-        )
-
-
-def _check_variables(variables: Mapping[str, Any]) -> None:
-    if reserved := sorted(set(variables).intersection(RESERVED)):
-        raise UnusableRow(
-            f"the row's template variables hold '{reserved[0]}', which training itself decides; "
-            f"remove it"
-        )
-
-
-def _warn_of_unread(variables: Mapping[str, Any], renderer: Renderer) -> None:
-    if variables and (unread := sorted(set(variables) - renderer.variables)):
-        _log.warning(
-            "rows set %s for the chat template, which does not read it: it changes nothing",
-            ", ".join(unread),
         )
 
 

@@ -23,8 +23,10 @@ from roll_sft.data.chat.encoder import (
     EncoderFacts,
     placed,
     texts_of,
+    unmarked,
 )
 from roll_sft.data.chat.sample import UnusableRow
+from roll_sft.data.chat.turns import RenderedChat, TurnFinder
 from roll_sft.data.rows.conversation import Conversation, ToolCall
 
 # Set around the new name of a control token. Unicode forbids these characters in any text too.
@@ -135,6 +137,38 @@ class ControlText:
             for text, real in by_name.items()
             if (given := self._renaming.token_to_id(text)) is not None
         }
+
+
+def find_marked(row: Conversation, finder: TurnFinder, control: ControlText) -> list[RenderedChat]:
+    """The texts of a row that spells control tokens, as `encode_renamed` reads them.
+
+    Raises `UnusableRow` where the marks change what the template writes.
+    """
+    texts = finder.find(control.marked(row))
+    if [unmarked(text.text) for text in texts] != [text.text for text in finder.find(row)]:
+        raise UnusableRow(
+            "the row spells a control token where the chat template looks at the text, so the "
+            "two cannot be told apart; reword or remove it"
+        )
+    return [_moved(text, control) for text in texts]
+
+
+def _moved(text: RenderedChat, control: ControlText) -> RenderedChat:
+    """Return a marked text as the renaming backend reads it, with the places of its turns moved."""
+
+    def at(place: int) -> int:
+        return len(control.renamed(text.text[:place]))
+
+    turns = tuple(
+        replace(
+            turn,
+            start=at(turn.start),
+            end=at(turn.end),
+            spans=tuple((at(start), at(end)) for start, end in turn.spans),
+        )
+        for turn in text.turns or ()
+    )
+    return replace(text, text=control.renamed(text.text), turns=turns)
 
 
 def _check_no_marks(text: str) -> None:

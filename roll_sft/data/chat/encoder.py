@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,37 +130,6 @@ class Encoder:
         from roll_sft.data.chat.control_text import ControlText
 
         return ControlText(self._facts, self.backend, self._protected)
-
-    def encode_cut(self, text: str, places: Sequence[int], *, is_renamed: bool) -> Encoded | None:
-        """Encode a text cut at `places`, so that no token lies across one of them.
-
-        None where the cut would change the text: some tokenizers put a space before each piece,
-        and others join a letter with its accent.
-        """
-        ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        for start, stop in pairwise((0, *places, len(text))):
-            piece = text[start:stop]
-            encoded = (
-                self.control_text.encode_renamed(piece)
-                if is_renamed
-                else placed(self.backend.encode(piece, add_special_tokens=False))
-            )
-            ids += encoded.ids
-            starts += [start + place for place in encoded.starts]
-            ends += [start + place for place in encoded.ends]
-        whole = self.control_text.encode_renamed(text).ids if is_renamed else self._ids(text)
-        if self._decoded(ids) != self._decoded(whole):
-            return None
-        return Encoded(ids, starts, ends)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self.backend.decode(ids, skip_special_tokens=False))
 
 
 def unmarked(text: str) -> str:

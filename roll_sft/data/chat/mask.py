@@ -75,7 +75,9 @@ def cut_at_headers(
             places.append(turn.start)
     if not places:
         return encoded
-    return encoder.encode_cut(text.text, places, is_renamed=is_renamed) or encoded
+    from roll_sft.data.chat.cut_text import encode_cut
+
+    return encode_cut(text.text, places, encoder, is_renamed=is_renamed) or encoded
 
 
 def _first_token(text: str, start: int, message: int, encoded: Encoded) -> int:

@@ -6,12 +6,12 @@ tokens stand around an answer) are measured on probe conversations when they are
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from roll_sft.base.errors import DataError
-from roll_sft.data.chat.encoder import Encoded, Encoder, placed, unmarked
+from roll_sft.data.chat.encoder import Encoded, Encoder, placed
 from roll_sft.data.chat.mask import cut_at_headers, mask_by_places, supervised_runs
 from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import TokenizedSample, UnusableRow
@@ -118,7 +118,10 @@ class PreparedTemplate:
         conversation.
         """
         if self._encoder.spells_control(row):
-            return self._plan_marked(row, self._encoder.control_text.marked(row))
+            from roll_sft.data.chat.control_text import find_marked
+
+            texts = find_marked(row, self._finder, self._encoder.control_text)
+            return [PlannedText(text, by_ids=False, is_marked=True) for text in texts]
         markers = self.markers if by_ids else None
         if markers and self._is_written_in_order:
             from roll_sft.data.chat.fast.answer_markers import rendered_once
@@ -157,34 +160,3 @@ class PreparedTemplate:
             end_ids=frozenset(() if self.end_of_turn_id is None else (self.end_of_turn_id,)),
             train_on_all=self._train_on == "all",
         )
-
-    def _plan_marked(self, row: Conversation, marked: Conversation) -> list[PlannedText]:
-        """Plan a row that spells control tokens: see `control_text`."""
-        texts = self._finder.find(marked)
-        bare = self._finder.find(row)
-        if [unmarked(text.text) for text in texts] != [text.text for text in bare]:
-            raise UnusableRow(
-                "the row spells a control token where the chat template looks at the text, so the "
-                "two cannot be told apart; reword or remove it"
-            )
-        return [
-            PlannedText(_moved(text, self._encoder), by_ids=False, is_marked=True) for text in texts
-        ]
-
-
-def _moved(text: RenderedChat, encoder: Encoder) -> RenderedChat:
-    """Return a marked text as the renaming backend reads it, with the places of its turns moved."""
-
-    def at(place: int) -> int:
-        return len(encoder.control_text.renamed(text.text[:place]))
-
-    turns = tuple(
-        replace(
-            turn,
-            start=at(turn.start),
-            end=at(turn.end),
-            spans=tuple((at(start), at(end)) for start, end in turn.spans),
-        )
-        for turn in text.turns or ()
-    )
-    return replace(text, text=encoder.control_text.renamed(text.text), turns=turns)

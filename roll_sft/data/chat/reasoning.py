@@ -16,9 +16,10 @@ This holds for answers that are trained on. Earlier answers stay as they are: at
 template gets them in that form.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from roll_sft.data.chat.render import QUESTION, Renderer
+from roll_sft.data.chat.tool_rendering import probe_answer
 from roll_sft.data.rows.conversation import Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -29,60 +30,22 @@ _THOUGHT = "probe reasoning"
 class ThinkStyle:
     """How a template treats reasoning.
 
-    `prompt_tail` is the text that the generation prompt adds to a question. `lead` is the part of
-    it from "<think>" on; empty if there is none. `has_field`: the template writes reasoning that is
-    given in a field. `is_inline`: it does not, but keeps a think block in the content. `fills`: it
-    does not close the block that its `lead` opens, so an empty block must be given to it.
+    `lead` is what the generation prompt writes from "<think>" on; empty if there is none.
+    `has_field`: the template writes reasoning that is given in a field. `is_inline`: it does not,
+    but keeps a think block in the content. `fills`: it does not close the block that its `lead`
+    opens, so an empty block must be given to it.
     """
 
-    prompt_tail: str
     lead: str
+    is_closed: bool  # whether the generation prompt closes a think block
     has_field: bool
     is_inline: bool
     fills: bool
-
-    @classmethod
-    def of(
-        cls,
-        template: str,
-        *,
-        question: str,
-        prompt: str,
-        has_field: bool,
-        written: Callable[[Message], str],
-    ) -> "ThinkStyle":
-        """The style of a template, from a question alone, with the generation prompt, and answered.
-
-        `written` renders the question with a given answer.
-        """
-        tail = prompt[len(question) :] if prompt.startswith(question) else ""
-        lead = tail[tail.rfind(_OPEN) :] if _OPEN in tail else ""
-        style = cls(tail, lead, has_field=has_field, is_inline=False, fills=False)
-        plain = Message("assistant", "answer")
-        thought = style.block(_THOUGHT)
-        reasoned = written(replace(plain, content=thought + plain.content))
-        unreasoned = written(plain)
-        filled = written(replace(plain, content=style.block("") + plain.content))
-        return replace(
-            style,
-            is_inline=not (has_field or style.is_closed)
-            and (bool(lead) or _CLOSE in template)
-            and thought in reasoned,
-            fills=bool(lead)
-            and not unreasoned.startswith(prompt)
-            and filled.startswith(prompt)
-            and plain.content in filled,
-        )
 
     @property
     def has_place(self) -> bool:
         """Whether the template writes reasoning that a row has in a field."""
         return self.has_field or self.is_inline
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the generation prompt closes a think block."""
-        return _CLOSE in self.prompt_tail
 
     def block(self, reasoning: str) -> str:
         """A think block with the spaces that the generation prompt uses."""
@@ -91,6 +54,36 @@ class ThinkStyle:
         opening = self.lead if self.lead and not self.is_closed else f"{_OPEN}\n"
         closing = f"\n{_CLOSE}\n\n" if "\n" in opening else _CLOSE
         return opening + reasoning.strip("\n") + closing
+
+
+def think_style(renderer: Renderer) -> ThinkStyle:
+    """The style of a template, from a question alone, with the generation prompt, and answered."""
+    tail, prompt = renderer.prompt_tail, renderer.question_and_prompt[1]
+    plain = Message("assistant", "answer")
+    style = ThinkStyle(
+        lead=tail[tail.rfind(_OPEN) :] if _OPEN in tail else "",
+        is_closed=_CLOSE in tail,
+        has_field=_THOUGHT in probe_answer(renderer, replace(plain, reasoning=_THOUGHT)),
+        is_inline=False,
+        fills=False,
+    )
+
+    def written(before: str) -> str:
+        content = before + plain.content
+        return renderer.text_of([QUESTION, *renderer.turns([replace(plain, content=content)])])
+
+    thought, filled = style.block(_THOUGHT), written(style.block(""))
+    has_lead = bool(style.lead)
+    return replace(
+        style,
+        is_inline=not (style.has_field or style.is_closed)
+        and (has_lead or _CLOSE in renderer.template)
+        and thought in written(thought),
+        fills=has_lead
+        and not written("").startswith(prompt)
+        and filled.startswith(prompt)
+        and plain.content in filled,
+    )
 
 
 def written_inline(message: Message, style: ThinkStyle) -> Message | None:
@@ -107,3 +100,12 @@ def written_inline(message: Message, style: ThinkStyle) -> Message | None:
     if _OPEN not in message.content and not style.is_closed:
         return replace(message, content=style.lead + message.content)
     return None
+
+
+def closed_to(message: Message, style: ThinkStyle, *, index: int) -> str:
+    """Why no form of an answer goes on from the think block of the generation prompt."""
+    what = "with" if message.reasoning or _CLOSE in message.content else "without"
+    return (
+        f"the generation prompt of the chat template ends in {style.lead!r}, and the template does "
+        f"not write message {index}, an answer {what} reasoning, as going on from there"
+    )

@@ -11,26 +11,22 @@ JSON text, whichever the template writes as JSON. The reasoning of a supervised 
 the form that continues the generation prompt: see `reasoning`.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from roll_sft.base.errors import DataError
-from roll_sft.data.chat.reasoning import ThinkStyle, written_inline
 from roll_sft.data.chat.sample import UnusableRow
-from roll_sft.data.chat.template_limits import (
-    OverBudgetError,
-    compile_bounded,
-    has_marks,
-    variables_of,
-)
-from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
+from roll_sft.data.chat.template_limits import OverBudgetError, compile_bounded, has_marks
+from roll_sft.data.rows.conversation import Conversation, Message
+
+if TYPE_CHECKING:
+    from roll_sft.data.chat.reasoning import ThinkStyle
 
 # The day that Llama 3's own templates fall back on where there is no clock.
 PINNED_DAY = datetime(2024, 7, 26)
@@ -48,23 +44,9 @@ _ROW_ERRORS = (
     RecursionError,
     MemoryError,
 )
-# Arguments of `apply_chat_template` that are no variables of a template; training sets them.
-RESERVED = (
-    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-)  # fmt: skip
 _BLOCKS_COUNTED = 64  # pieces of output that are counted at once
-_PROBE_CALL = ToolCall("probe_tool", {"probe_key": "probe_value"}, id="probe1234")
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "A tool.",
-        "parameters": {"type": "object", "properties": {}},
-    },
-}
-_PROBE_REASONING = "probe reasoning"
+_THINK = "<think>"
+QUESTION = {"role": "user", "content": "question"}  # of probes
 
 Turns = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -121,8 +103,11 @@ class Renderer:
 
     def answer(self, message: Message) -> dict[str, Any]:
         """Return the dict of an answer that is trained on, in the form that inference asks for."""
-        inline = written_inline(message, self.think)
-        return self._turn(message if inline is None else inline)
+        if message.reasoning or self.opens_think:
+            from roll_sft.data.chat.reasoning import written_inline
+
+            message = written_inline(message, self.think) or message
+        return self._turn(message)
 
     def render(
         self, turns: Turns, *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
@@ -171,7 +156,7 @@ class Renderer:
                 "place for it",
                 is_of_template=True,
             )
-        if any(message.tool_calls for message in row.messages) and self._arguments is None:
+        if any(message.tool_calls for message in row.messages) and self._argument_form is None:
             raise UnusableRow(
                 "the row holds tool calls, and the chat template has no place for them",
                 is_of_template=True,
@@ -183,10 +168,10 @@ class Renderer:
             # Both names, as transformers gives them.
             turn |= {"thinking": message.reasoning, "reasoning_content": message.reasoning}
         if message.tool_calls:
-            style = self._arguments
-            turn["tool_calls"] = [
-                _call(call, as_text=style == "text") for call in message.tool_calls
-            ]
+            from roll_sft.data.chat.tool_rendering import call_turn
+
+            as_text = self._argument_form == "text"
+            turn["tool_calls"] = [call_turn(call, as_text=as_text) for call in message.tool_calls]
         if message.name:
             turn["name"] = message.name
         if message.tool_call_id:
@@ -194,46 +179,35 @@ class Renderer:
         return turn
 
     @cached_property
-    def variables(self) -> frozenset[str]:
-        """The names that the template reads and does not set itself."""
-        return variables_of(self.template)
+    def prompt_tail(self) -> str:
+        """The text that the generation prompt adds to a question."""
+        question, prompt = self.question_and_prompt
+        return prompt[len(question) :] if prompt.startswith(question) else ""
 
     @cached_property
-    def think(self) -> ThinkStyle:
+    def opens_think(self) -> bool:
+        """Whether the generation prompt writes a think block, or the beginning of one."""
+        return _THINK in self.prompt_tail
+
+    @cached_property
+    def question_and_prompt(self) -> tuple[str, str]:
+        """The text of a question, without and with the generation prompt."""
+        return self.text_of([QUESTION]), self.text_of([QUESTION], add_generation_prompt=True)
+
+    @cached_property
+    def think(self) -> "ThinkStyle":
         """How the template treats reasoning."""
-        question = {"role": "user", "content": "question"}
+        from roll_sft.data.chat.reasoning import think_style
 
-        def written(*answers: dict[str, Any]) -> str:
-            return self._text([question, *answers])
-
-        answer = Message("assistant", "answer", reasoning=_PROBE_REASONING)
-        return ThinkStyle.of(
-            self.template,
-            question=written(),
-            prompt=self._text([question], add_generation_prompt=True),
-            has_field=_PROBE_REASONING in self._probe(self._turn(answer)),
-            written=lambda message: written(self._turn(message)),
-        )
+        return think_style(self)
 
     @cached_property
-    def _arguments(self) -> str | None:
-        """The form in which tool arguments come out as JSON: "object", "text", or neither."""
-        name, value = "probe_key", "probe_value"
-        for style in ("object", "text"):
-            call = _call(_PROBE_CALL, as_text=style == "text")
-            text = self._probe({"role": "assistant", "content": "", "tool_calls": [call]})
-            # Python's quotes, or a JSON text inside a JSON text, show that the other form is meant.
-            is_bent = f"'{name}'" in text or f'\\"{name}\\"' in text
-            if _PROBE_CALL.name in text and name in text and value in text and not is_bent:
-                return style
-        return None
+    def _argument_form(self) -> str | None:
+        from roll_sft.data.chat.tool_rendering import argument_form
 
-    def _probe(self, answer: dict[str, Any]) -> str:
-        """The text of a question and `answer`, without tools and with one; empty if refused."""
-        turns = [{"role": "user", "content": "question"}, answer]
-        return "".join(self._text(turns, tools=tools) for tools in ((), (_PROBE_TOOL,)))
+        return argument_form(self)
 
-    def _text(
+    def text_of(
         self,
         turns: Turns,
         *,
@@ -245,10 +219,3 @@ class Renderer:
             return self.render(turns, tools=tools, add_generation_prompt=add_generation_prompt).text
         except UnusableRow:
             return ""
-
-
-def _call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
-    arguments = dict(call.arguments)
-    given = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
-    told = {"id": call.id} if call.id else {}
-    return {"type": "function", **told, "function": {"name": call.name, "arguments": given}}

@@ -11,10 +11,9 @@ Promise: the text equals that of transformers, or `OverBudgetError` is raised.
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import SandboxedEnvironment
 from transformers.utils import chat_template_utils
 
 # Characters. A conversation of a million tokens has about 4 million, which a template may write and
@@ -134,17 +133,3 @@ def has_marks(template: str) -> bool:
             template
         )
     )
-
-
-def variables_of(template: str) -> frozenset[str]:
-    """The names that a template reads and does not set itself; it must be a valid template."""
-    environment = SandboxedEnvironment(extensions=[GenerationMarks, loopcontrols])
-    # jinja2 finds the names by compiling, and would compute constant expressions meanwhile.
-    environment.intercepted_binops = frozenset(environment.binop_table)
-    environment.filters = dict.fromkeys(environment.filters, _not_applied)
-    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-
-
-@jinja2.pass_context
-def _not_applied(_context: Any) -> None:
-    """Stands for each filter where nothing is rendered."""

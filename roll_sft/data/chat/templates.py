@@ -6,19 +6,32 @@ None has `{% generation %}` marks: no mask here needs them, and servers that do 
 transformers do not know the tag.
 """
 
+import logging
 import os
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+import jinja2
+from jinja2 import TemplateSyntaxError, meta
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.data.chat.render import RESERVED
-from roll_sft.data.chat.template_limits import variables_of
+from roll_sft.data.chat.render import Renderer
+from roll_sft.data.chat.sample import UnusableRow
+from roll_sft.data.chat.template_limits import GenerationMarks
 
+_log = logging.getLogger(__name__)
+
+# Arguments of `apply_chat_template` that are no variables of a template; training sets them.
+RESERVED = (
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 # name -> the control tokens that the format is made of, besides eos where `_ENDS_WITH_EOS`
 NAMED: dict[str, tuple[str, ...]] = {
     "alpaca": (),
@@ -86,6 +99,34 @@ def check_variables(variables: Mapping[str, Any], tokenizer: PreTrainedTokenizer
             f"data.template_kwargs: the chat template reads no {unread[0]!r}, so it would change "
             f"nothing; it reads {known or 'none'}: leave it out, or choose another template"
         )
+
+
+def check_row_variables(variables: Mapping[str, Any], renderer: Renderer) -> None:
+    """Raise `UnusableRow` for variables of a row that training sets; warn of those not read."""
+    if reserved := sorted(set(variables).intersection(RESERVED)):
+        raise UnusableRow(
+            f"the row's template variables hold '{reserved[0]}', which training itself decides; "
+            f"remove it"
+        )
+    if unread := sorted(set(variables) - variables_of(renderer.template)):
+        _log.warning(
+            "rows set %s for the chat template, which does not read it: it changes nothing",
+            ", ".join(unread),
+        )
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """The names that a template reads and does not set itself; it must be a valid template."""
+    environment = SandboxedEnvironment(extensions=[GenerationMarks, loopcontrols])
+    # jinja2 finds the names by compiling, and would compute constant expressions meanwhile.
+    environment.intercepted_binops = frozenset(environment.binop_table)
+    environment.filters = dict.fromkeys(environment.filters, _not_applied)
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
+@jinja2.pass_context
+def _not_applied(_context: Any) -> None:
+    """Stands for each filter where nothing is rendered."""
 
 
 def fitting_templates(

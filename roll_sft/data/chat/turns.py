@@ -13,9 +13,8 @@ tool calls, and the header of a supervised turn equals the generation prompt.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.chat.encoder import unmarked
@@ -98,7 +97,10 @@ class TurnFinder:
                 _check_answer(message, index=index, text=rendering.text)
             elif index not in wanted:
                 _check_context(message, index=index, text=rendering.text)
-        _check_tools(row.tools, text=rendering.text)
+        if row.tools:
+            from roll_sft.data.chat.tool_rendering import check_tools
+
+            check_tools(row.tools, text=rendering.text)
         # Earlier answers are rendered as history, which may differ from the form of a new answer.
         if self._train_on != "all" and any(
             renderer.answer(messages[index]) != turns[index] for index in wanted
@@ -120,21 +122,13 @@ class TurnFinder:
         try:
             place = self._place(row, turns, rendering, index)
         except _RewrittenError as error:
-            reason = self._closed_to(messages[index], index=index) or str(error)
+            reason = str(error)
+            if self._renderer.opens_think:
+                from roll_sft.data.chat.reasoning import closed_to
+
+                reason = closed_to(messages[index], self._renderer.think, index=index)
             raise UnusableRow(reason, is_of_template=True) from error
         return _text(rendering.text, messages, [index], [place])
-
-    def _closed_to(self, message: Message, *, index: int) -> str | None:
-        """Why no form of an answer goes on from the generation prompt, if it is its think block."""
-        lead = self._renderer.think.lead
-        if not lead:
-            return None
-        is_reasoned = bool(message.reasoning) or "</think>" in message.content
-        what = "with" if is_reasoned else "without"
-        return (
-            f"the generation prompt of the chat template ends in {lead!r}, and the template does "
-            f"not write message {index}, an answer {what} reasoning, as going on from there"
-        )
 
     def _place(self, row: Conversation, turns: Turns, whole: Rendering, index: int) -> AnswerSpan:
         renderer, text = self._renderer, whole.text
@@ -149,7 +143,7 @@ class TurnFinder:
         message = row.messages[index]
         start, end = len(before), len(upto)
         written = text[start:end]
-        tail = renderer.think.prompt_tail
+        tail = renderer.prompt_tail
         _check_answer(
             message, index=index, text=written, before=tail if before.endswith(tail) else ""
         )
@@ -231,37 +225,10 @@ def _check_answer(message: Message, *, index: int, text: str, before: str = "") 
 
 
 def _check_calls(message: Message, *, index: int, text: str) -> None:
-    for call in message.tool_calls:
-        for part in (call.name, *_texts(call.arguments)):
-            if not any(form in text for form in _forms(part)):
-                raise UnusableRow(
-                    f"the chat template drops {quoted(part)} of the tool call {call.name!r} in "
-                    f"message {index}",
-                    is_of_template=True,
-                )
+    if message.tool_calls:
+        from roll_sft.data.chat.tool_rendering import check_calls
 
-
-def _check_tools(tools: Sequence[Mapping[str, Any]], *, text: str) -> None:
-    for tool in tools:
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and not any(form in text for form in _forms(name)):
-            raise UnusableRow(
-                f"the row offers the tool {name!r}, and the chat template does not write it",
-                is_of_template=True,
-            )
-
-
-def _texts(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (str(key) for key in value)
-        for each in value.values():
-            yield from _texts(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _texts(each)
+        check_calls(message, index=index, text=text)
 
 
 def _holds(text: str, part: str) -> bool:
@@ -269,10 +236,10 @@ def _holds(text: str, part: str) -> bool:
     if part in text:
         return True
     closed = "".join(text.split())
-    return any("".join(form.split()) in closed for form in _forms(part))
+    return any("".join(form.split()) in closed for form in forms(part))
 
 
-def _forms(part: str) -> Iterator[str]:
+def forms(part: str) -> Iterator[str]:
     """The ways in which templates write a text: as it is, or with `tojson`, in ASCII or not."""
     yield part
     for ensure_ascii in (False, True):

@@ -3,18 +3,14 @@
 `BadRowError` and `NoAnswerError` refuse a row; they never leave `roll_sft.data`.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAMES_SHOWN = 12
 _NAME_LENGTH_SHOWN = 60
-# Deeper than any schema of a tool, and shallow enough for a template to walk through.
-_MAX_DEPTH = 100
 
 
 class BadRowError(Exception):
@@ -45,51 +41,6 @@ def text_of(value: object, *, where: str) -> str:
     return value
 
 
-def parsed_json(text: str, *, where: str) -> Any:
-    """Return the JSON value that `text` holds; raise `BadRowError` if it holds none."""
-    try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where=where))
-    except json.JSONDecodeError as error:
-        raise BadRowError(
-            f"{where} is no JSON: {error.msg} at character {error.pos + 1}; correct it"
-        ) from None
-    except RecursionError:
-        raise BadRowError(f"{where} is nested too deep to be read as JSON; flatten it") from None
-    except ValueError as error:
-        raise BadRowError(f"{where} holds JSON that cannot be read: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]], *, where: str) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        check_unique([name for name, _ in pairs], where=where)
-    return values
-
-
-def check_unique(names: list[str], *, where: str) -> None:
-    """Raise `BadRowError` if a name comes twice: of two values, one would be lost."""
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise BadRowError(f"{where} has the key '{shown(repeated)}' twice; keep one of them")
-
-
-def check_json(value: object, *, where: str, depth: int = 0) -> None:
-    """Raise `BadRowError` if `value`, a parsed one, cannot be written as JSON again, as text."""
-    if depth > _MAX_DEPTH:
-        raise BadRowError(f"a value is nested more than {_MAX_DEPTH} levels deep; flatten it")
-    if isinstance(value, str):
-        text_of(value, where=where)
-    elif isinstance(value, Mapping):
-        for name, content in value.items():
-            check_json(name, where=f"a name in {where}")
-            check_json(content, where=f"{where}.{name}", depth=depth + 1)
-    elif isinstance(value, list):
-        for index, content in enumerate(value):
-            check_json(content, where=f"{where}[{index}]", depth=depth + 1)
-    elif not (value is None or isinstance(value, int | float)) or kind_of(value) in _NO_NUMBERS:
-        raise BadRowError(f"{where} is {kind_of(value)}, which JSON cannot hold; replace it")
-
-
 def is_empty(value: object) -> bool:
     """Whether a key with this value says nothing."""
     return value is None or value in ("", [], {})
@@ -112,9 +63,6 @@ def kind_of(value: object) -> str:
             return "NaN"
         return "Infinity" if math.isinf(value) else "a number"
     return names.get(type(value), f"a value of type {type(value).__name__}")
-
-
-_NO_NUMBERS = ("NaN", "Infinity")
 
 
 def listed(names: Iterable[str]) -> str:

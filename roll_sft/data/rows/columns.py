@@ -7,7 +7,7 @@ else than the row says. Any other column describes the row; its name is reported
 import functools
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from roll_sft.base.errors import ConfigError
@@ -33,7 +33,7 @@ TEMPLATE_KWARGS = "chat_template_kwargs"
 ENABLE_THINKING = "enable_thinking"
 
 _BASE = ("system", "tools")
-_USES: Mapping[RowFormat, tuple[str, ...]] = {
+USES: Mapping[RowFormat, tuple[str, ...]] = {
     "alpaca": ("prompt", "query", "response", *_BASE),
     "pairs": ("prompt", "query", "response", *_BASE),
     "messages": ("messages", *_BASE),
@@ -85,7 +85,7 @@ class ColumnKeys:
     tools: str | None = None
 
     def __post_init__(self) -> None:
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        given = [name for name, column in asdict(self).items() if column is not None]
         alone = {"text": {"text"}, "messages": {"messages", "system", "tools"}}
         for what, allowed in alone.items():
             if what in given and not allowed.issuperset(given):
@@ -96,7 +96,7 @@ class ColumnKeys:
 
     def all_named(self) -> frozenset[str]:
         """Every column that the user named."""
-        return frozenset(filter(None, (getattr(self, field.name) for field in fields(self))))
+        return frozenset(filter(None, asdict(self).values()))
 
     def optional(self) -> frozenset[str]:
         """The named columns that a row may lack; it is a warning if all rows of a source do."""
@@ -110,7 +110,7 @@ ColumnNames = Mapping[str, tuple[str, ...]]
 @functools.cache
 def column_names(keys: ColumnKeys) -> ColumnNames:
     """The names of each use under `keys`: the one that was named, or those it is detected by."""
-    named: dict[str, str | None] = {what: getattr(keys, what) for what in KNOWN_COLUMNS}
+    named: dict[str, str | None] = asdict(keys)
     # A column that the user gave one use is not detected for another.
     taken = frozenset(filter(None, named.values()))
     return {
@@ -139,20 +139,13 @@ class ColumnPlan:
 def column_plan(row_format: RowFormat, keys: ColumnKeys) -> ColumnPlan:
     """The columns of rows of `row_format` under `keys`."""
     names, refused = column_names(keys), _refused(row_format, keys)
-    used = {name for what in _USES[row_format] for name in names[what]}
+    used = {name for what in USES[row_format] for name in names[what]}
     reasoning = tuple(name for name in REASONING if name not in used and row_format == "alpaca")
     own = {HISTORY} if row_format == "alpaca" else set()
     template = frozenset() if row_format == "text" else _OF_TEMPLATE
     return ColumnPlan(
         names, reasoning, refused, template.union(used, own, reasoning, refused.keys())
     )
-
-
-@functools.cache
-def wanted_columns(keys: ColumnKeys) -> frozenset[str]:
-    """Every column that rows of some format need; of a table, no other is read."""
-    plans = [column_plan(row_format, keys) for row_format in _USES]
-    return frozenset(keys.all_named()).union(*(plan.known for plan in plans))
 
 
 def _refused(row_format: RowFormat, keys: ColumnKeys) -> Mapping[str, str]:

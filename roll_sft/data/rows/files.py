@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from roll_sft.base.errors import DataError, first_line
 from roll_sft.data.rows.checks import shown
@@ -23,7 +23,6 @@ TABLES: dict[str, FileKind] = {".parquet": "parquet", ".arrow": "arrow"}
 ACCEPTED = ".json or .jsonl (also with .gz or .zst after it), .parquet or .arrow"
 
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")
-_BUFFER_BYTES = 1 << 16
 
 
 def find_files(path: str, *, split: str | None = None) -> list[str]:
@@ -60,8 +59,11 @@ def opened(name: str, *, decompress: bool = True) -> Iterator[BinaryIO]:
     """Open a file that `find_files` named; an `OSError` in the block becomes a `DataError`."""
     try:
         with raw_file(name) as file:
-            codec = compression_of(name) if decompress else None
-            yield _decompressed(file, codec) if codec else file
+            if decompress and (codec := compression_of(name)):
+                from roll_sft.data.rows.compressed import decompressed
+
+                file = decompressed(file, codec)
+            yield file
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; check the path in the configuration") from None
     except OSError as error:  # pyarrow's too
@@ -85,13 +87,6 @@ def raw_file(name: str) -> Iterator[BinaryIO]:
             raise DataError(f"{name}: is a pipe, a device or a folder; give a file of data")
         with path.open("rb") as file:
             yield file
-
-
-def _decompressed(file: BinaryIO, codec: str) -> BinaryIO:
-    import pyarrow as pa
-
-    stream: Any = pa.CompressedInputStream(file, codec)
-    return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
 def local_form(path: str) -> Literal["file", "folder"] | None:

@@ -18,7 +18,7 @@ from roll_sft.data.rows.columns import (
     required,
 )
 from roll_sft.data.rows.conversation import Message
-from roll_sft.data.rows.messages import check_answer, read_messages, with_system
+from roll_sft.data.rows.row_format import check_answer, read_messages, with_system
 
 
 def alpaca(columns: Mapping[str, object], plan: ColumnPlan) -> tuple[Message, ...]:

@@ -9,13 +9,21 @@ The format of a row follows from its columns:
 - messages: a column `messages`, a list of {role, content};
 - sharegpt: a column `conversations` or `messages`, a list of {from, value};
 - text: a column `text` and none of the above, trained on as a whole.
-A column named in `ColumnKeys` is used in place of detection. Null counts as absent.
+A column named in `ColumnKeys` is used in place of detection. Null counts as absent. Text is passed
+on as it stands. A message with other keys is read by `message_fields`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from roll_sft.data.rows.checks import BadRowError, kind_of, listed, parsed_json
+from roll_sft.data.rows.checks import (
+    BadRowError,
+    NoAnswerError,
+    kind_of,
+    listed,
+    shown,
+    text_of,
+)
 from roll_sft.data.rows.columns import (
     ENABLE_THINKING,
     KNOWN_COLUMNS,
@@ -32,8 +40,22 @@ from roll_sft.data.rows.columns import (
     has_column,
     required,
 )
-from roll_sft.data.rows.conversation import Conversation, Document, Message
-from roll_sft.data.rows.messages import check_answer, read_messages, with_system
+from roll_sft.data.rows.conversation import ROLES, Conversation, Document, Message
+
+# Name of a speaker -> role. `function_call` is an assistant whose text is calls as JSON.
+_ROLES_OF_ROLE: Mapping[str, str] = {**{role: role for role in ROLES}, "function": "tool"}
+_ROLES_OF_FROM: Mapping[str, str] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+}
 
 
 def columns_of(value: object, keys: ColumnKeys) -> Mapping[str, object]:
@@ -46,6 +68,8 @@ def columns_of(value: object, keys: ColumnKeys) -> Mapping[str, object]:
     for name in column_names(keys)["messages"]:
         text = columns.get(name)
         if isinstance(text, str) and text.lstrip().startswith("["):
+            from roll_sft.data.rows.json_values import parsed_json
+
             columns[name] = parsed_json(text, where=at(name))
     return columns
 
@@ -120,6 +144,50 @@ def sample_of(
     return Conversation(messages, row=row, line=line, tools=tools, template_kwargs=variables)
 
 
+def read_messages(entries: object, *, column: str, left_aside: set[str]) -> tuple[Message, ...]:
+    """Return the messages that `column` lists; raise `BadRowError` for what cannot be used.
+
+    The names of keys that are left aside go into `left_aside`, as `messages[].id`.
+    """
+    if not isinstance(entries, list):
+        raise BadRowError(
+            f"column '{column}' is {kind_of(entries)}; it must be a list of {{role, content}}"
+        )
+    keys: set[str] = set()
+    messages = tuple(
+        _message(entry, where=f"{column}[{index}]", left_aside=keys)
+        for index, entry in enumerate(entries)
+    )
+    if keys:
+        left_aside.update(f"{column}[].{key}" for key in keys)
+    return messages
+
+
+def check_answer(messages: Sequence[Message], *, where: str) -> None:
+    """Raise `NoAnswerError` unless an assistant says or calls something."""
+    for message in messages:
+        if message.role == "assistant" and (message.content.strip() or message.tool_calls):
+            return
+    raise NoAnswerError(
+        f"{where} has no assistant message with text among its {len(messages)}; "
+        f"a row needs one to train on"
+    )
+
+
+def with_system(messages: tuple[Message, ...], system: str, *, where: str) -> tuple[Message, ...]:
+    """Put a system message before `messages`, unless they have one with the same text."""
+    if not system:
+        return messages
+    first = next((message for message in messages if message.role == "system"), None)
+    if first is None:
+        return (Message("system", system), *messages)
+    if first.content != system:
+        raise BadRowError(
+            f"{where} and a system message of the row hold different texts; keep one of them"
+        )
+    return messages
+
+
 def _spelling(columns: Mapping[str, object], names: ColumnNames) -> RowFormat | None:
     name = find_column(columns, "messages", names)
     entries = None if name is None else columns[name]
@@ -140,3 +208,29 @@ def _listed(
     check_answer(messages, where=at(name))
     system = find_column(columns, "system", names)
     return with_system(messages, column_text(columns, system), where=at(system))
+
+
+def _message(entry: object, *, where: str, left_aside: set[str]) -> Message:
+    if not isinstance(entry, dict):
+        raise BadRowError(f"{where} is {kind_of(entry)}; it must be an object {{role, content}}")
+    fields = {name: value for name, value in entry.items() if value is not None}
+    speaker, role, text_field = _speaker(fields, where=where)
+    if len(fields) == 2 and speaker != "function_call" and isinstance(fields.get(text_field), str):
+        return Message(role, text_of(fields[text_field], where=f"{where}.{text_field}"))
+    from roll_sft.data.rows.message_fields import read_fields
+
+    return read_fields(
+        entry, speaker, role, text_field=text_field, where=where, left_aside=left_aside
+    )
+
+
+def _speaker(fields: Mapping[str, object], *, where: str) -> tuple[str, str, str]:
+    """The name of the speaker, its role, and the key that holds the text."""
+    speaker, text_field, roles = "role", "content", _ROLES_OF_ROLE
+    if "from" in fields and "role" not in fields:
+        speaker, text_field, roles = "from", "value", _ROLES_OF_FROM
+    said = fields.get(speaker)
+    if not isinstance(said, str) or said not in roles:
+        given = f"{speaker} '{shown(said)}'" if isinstance(said, str) else f"no {speaker} as text"
+        raise BadRowError(f"{where} has {given}; accepted are {', '.join(roles)}")
+    return said, roles[said], text_field

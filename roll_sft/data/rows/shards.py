@@ -14,13 +14,13 @@ All rows of a file have one format: that of the first row that shows one (`file_
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal
 
-from roll_sft.base.errors import DataError, first_line
+from roll_sft.base.errors import DataError
 from roll_sft.data.rows.checks import BadRowError, NoAnswerError, listed, shown
-from roll_sft.data.rows.columns import ColumnKeys, RowFormat, wanted_columns
+from roll_sft.data.rows.columns import ColumnKeys, RowFormat
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows.files import compression_of, kind_of_file, opened
 from roll_sft.data.rows.json_rows import (
@@ -75,7 +75,9 @@ def shards_of_file(name: str, *, shard_bytes: int = SHARD_BYTES) -> Iterator[Sha
     kind = kind_of_file(name)
     assert kind is not None, f"{name}: find_files refuses other suffixes"
     if kind != "json":
-        yield from _table_shards(name, kind=kind, shard_bytes=shard_bytes)
+        from roll_sft.data.rows.table_rows import table_shards
+
+        yield from table_shards(name, kind=kind, shard_bytes=shard_bytes)
         return
     with opened(name) as file:
         first = _first_character(file)
@@ -85,7 +87,7 @@ def shards_of_file(name: str, *, shard_bytes: int = SHARD_BYTES) -> Iterator[Sha
         yield from _line_shards(name, shard_bytes=shard_bytes)
         return
     form: Literal["array", "lines"] = "array" if first == b"[" else "lines"
-    digest, num_bytes = _hashed(name, digest=_digest(form, name=name, start=0))
+    digest, num_bytes = hashed(name, digest=_digest(form, name=name, start=0))
     yield Shard(name, form, 0, num_bytes, 1, digest)
 
 
@@ -120,7 +122,7 @@ class ShardRows(Iterator[Conversation | Document | BadRow]):
         self._optional = keys.optional()
         self._shard = shard
         self._keys = keys
-        self._rows = _raw_rows(shard, wanted=wanted_columns(keys))
+        self._rows = _raw_rows(shard, keys)
 
     def __next__(self) -> Conversation | Document | BadRow:
         """Return the next row."""
@@ -186,7 +188,8 @@ def _digest(form: str, *, name: str, start: int) -> "hashlib._Hash":
     return hashlib.sha256(f"{form}:{compression_of(name)}:{start == 0}:".encode())
 
 
-def _hashed(name: str, *, digest: "hashlib._Hash") -> tuple[str, int]:
+def hashed(name: str, *, digest: "hashlib._Hash") -> tuple[str, int]:
+    """The hexadecimal hash of `digest` and the bytes of a file, and their number."""
     num_bytes = 0
     with opened(name, decompress=False) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -223,22 +226,7 @@ def _chunks_to_line_end(file: BinaryIO, *, num_bytes: int) -> Iterator[bytes]:
             return
 
 
-def _table_shards(
-    name: str, *, kind: Literal["parquet", "arrow"], shard_bytes: int
-) -> Iterator[Shard]:
-    from roll_sft.data.rows.table_rows import table_parts
-
-    file_hash, _ = _hashed(name, digest=hashlib.sha256(kind.encode()))
-    with opened(name) as file:
-        parts = table_parts(file, kind=kind, name=name, part_bytes=shard_bytes)
-    first_row = 1
-    for part in parts:
-        content_hash = hashlib.sha256(f"{file_hash}:{part.start}:{part.stop}".encode()).hexdigest()
-        yield Shard(name, kind, part.start, part.stop, first_row, content_hash)
-        first_row += part.num_rows
-
-
-def _raw_rows(shard: Shard, *, wanted: Set[str]) -> Iterator[RawRow | BadRow]:
+def _raw_rows(shard: Shard, keys: ColumnKeys) -> Iterator[RawRow | BadRow]:
     with opened(shard.file) as file:
         if shard.kind in ("parquet", "arrow"):
             from roll_sft.data.rows.table_rows import table_rows
@@ -250,13 +238,15 @@ def _raw_rows(shard: Shard, *, wanted: Set[str]) -> Iterator[RawRow | BadRow]:
                 name=shard.file,
                 part=part,
                 first_row=shard.first_line,
-                wanted=wanted,
+                keys=keys,
             )
         elif compression_of(shard.file) is None:
             file.seek(shard.start)
             yield from _json_rows(shard, file)
         else:
-            yield from _decompressed_rows(shard, file)
+            from roll_sft.data.rows.compressed import whole_rows
+
+            yield from whole_rows(_json_rows(shard, file), name=shard.file)
 
 
 def _json_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
@@ -267,16 +257,3 @@ def _json_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
     is_whole = compression_of(shard.file) is not None
     num_bytes = None if is_whole else shard.stop - shard.start
     return line_rows(bounded_lines(file, num_bytes=num_bytes), first_line=shard.first_line)
-
-
-def _decompressed_rows(shard: Shard, file: BinaryIO) -> Iterator[RawRow | BadRow]:
-    line = 1
-    try:
-        for row in _json_rows(shard, file):
-            line = row.line
-            yield row
-    except OSError as error:
-        raise DataError(
-            f"{shard.file}:{line}: the compressed data is cut off or damaged behind this line "
-            f"({first_line(error)}); write the file again"
-        ) from error

@@ -7,10 +7,12 @@ Only the columns that a row can need are read; any other is a `NoJson` that says
 its name is known and its values cost nothing. A range of a file is found without what precedes it.
 """
 
+import functools
+import hashlib
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +20,11 @@ import pyarrow.parquet as pq
 from roll_sft.base.errors import DataError, first_line
 from roll_sft.data.rows.arrow_stream import stream_batches, stream_messages
 from roll_sft.data.rows.checks import BadRowError, NoJson
+from roll_sft.data.rows.columns import USES, ColumnKeys, column_plan
 from roll_sft.data.rows.conversation import BadRow
+from roll_sft.data.rows.files import opened
 from roll_sft.data.rows.json_rows import RawRow
+from roll_sft.data.rows.shards import Shard, hashed
 from roll_sft.data.rows.table_values import values_of
 
 _ROWS_PER_BATCH = 256
@@ -37,6 +42,20 @@ class TablePart:
     stop: int
     num_rows: int
     num_bytes: int
+
+
+def table_shards(
+    name: str, *, kind: Literal["parquet", "arrow"], shard_bytes: int
+) -> Iterator[Shard]:
+    """Yield the shards of a table that `find_files` named, in order."""
+    file_hash, _ = hashed(name, digest=hashlib.sha256(kind.encode()))
+    with opened(name) as file:
+        parts = table_parts(file, kind=kind, name=name, part_bytes=shard_bytes)
+    first_row = 1
+    for part in parts:
+        content_hash = hashlib.sha256(f"{file_hash}:{part.start}:{part.stop}".encode()).hexdigest()
+        yield Shard(name, kind, part.start, part.stop, first_row, content_hash)
+        first_row += part.num_rows
 
 
 def table_parts(file: BinaryIO, *, kind: str, name: str, part_bytes: int) -> list[TablePart]:
@@ -88,14 +107,14 @@ def table_rows(
     name: str,
     part: range,
     first_row: int,
-    wanted: Set[str],
+    keys: ColumnKeys,
 ) -> Iterator[RawRow | BadRow]:
     """Read the rows of `part`, one or more parts; the first is row `first_row` of the file, from 1.
 
-    Of columns that are not `wanted` the value is a `NoJson`.
+    Of columns that no format needs under `keys` the value is a `NoJson`.
     """
     with _readable(name):
-        row = 0
+        row, wanted = 0, _wanted_columns(keys)
         for batch in _batches(file, kind=kind, part=part, wanted=wanted):
             for value in _values(batch):
                 line = first_row + row
@@ -104,6 +123,13 @@ def table_rows(
                 else:
                     yield RawRow(value, row=row, line=line)
                 row += 1
+
+
+@functools.cache
+def _wanted_columns(keys: ColumnKeys) -> frozenset[str]:
+    """Every column that rows of some format need; of a table, no other is read."""
+    plans = [column_plan(row_format, keys) for row_format in USES]
+    return frozenset(keys.all_named()).union(*(plan.known for plan in plans))
 
 
 _Batch = tuple[pa.RecordBatch, dict[str, object]]

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roll_sft.data.rows.checks import NoJson, check_unique, parsed_json
+from roll_sft.data.rows.checks import NoJson
+from roll_sft.data.rows.json_values import check_unique, parsed_json
 
 _LISTS = (
     pa.types.is_list,

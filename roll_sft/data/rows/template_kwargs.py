@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from roll_sft.data.rows.checks import BadRowError, check_json, kind_of, parsed_json
+from roll_sft.data.rows.checks import BadRowError, kind_of
 from roll_sft.data.rows.columns import ENABLE_THINKING, TEMPLATE_KWARGS
+from roll_sft.data.rows.json_values import check_json, parsed_json
 
 # Set by the rendering itself, or by a column of their own.
 _NO_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")

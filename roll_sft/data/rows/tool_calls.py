@@ -9,14 +9,13 @@ from typing import Any
 
 from roll_sft.data.rows.checks import (
     BadRowError,
-    check_json,
     is_empty,
     kind_of,
     listed,
-    parsed_json,
     text_of,
 )
 from roll_sft.data.rows.conversation import ToolCall
+from roll_sft.data.rows.json_values import check_json, parsed_json
 
 _CALL_KEYS = frozenset({"id", "type", "function", "index", "name", "arguments"})
 # What a call was answered with is a message of its own.

@@ -11,13 +11,11 @@ Nothing in a folder depends on the layout of a run, nor on where the shard lies:
 its beginning. `data.tokens.build_shard` makes the folders.
 """
 
-import contextlib
 import functools
 import json
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise, starmap
 from pathlib import Path
@@ -38,10 +36,8 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "supervised": np.int32,
 }
 PER_SAMPLE = ("offsets", "rows", "supervised")  # a planner reads them all, whatever it plans
-PER_TOKEN = ("tokens", "label_mask")
 REPORT_FILE = "report.json"
 _CHUNK_BYTES = 1 << 22
-_VERIFIERS = 4  # the checksum leaves the interpreter's lock alone; more would only wait for a disk
 
 PLACES_SHOWN = 3
 
@@ -95,13 +91,6 @@ class TokenCache:
     def __init__(self, folder: Path) -> None:
         # Absolute: another process may have another current folder.
         self.folder = folder.absolute()
-
-    @classmethod
-    def open(cls, folder: Path) -> "TokenCache":
-        """Return the cache in `folder`; raise `DataError` if it is damaged or missing."""
-        cache = cls(folder)
-        len(cache)
-        return cache
 
     def __reduce__(self) -> tuple[type["TokenCache"], tuple[Path]]:
         return TokenCache, (self.folder,)
@@ -298,37 +287,6 @@ def check_arrays(folder: Path, report: ShardReport, arrays: Sequence[str]) -> No
                 f"{path}: its bytes are not those that were written (CRC-32 {found:08x}); the"
                 " token cache is damaged"
             )
-
-
-@contextlib.contextmanager
-def verifying(folders: Iterable[Path]) -> Iterator[Callable[[], None]]:
-    """Read the tokens of `folders` while the block runs.
-
-    The block is given a function that waits for the end, and raises `DataError` for a folder that
-    is damaged. What has not been read when the block ends is left.
-    """
-    with ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="token-verifier") as pool:
-        checks = [pool.submit(_check, folder) for folder in folders]
-
-        def finish() -> None:
-            for check in checks:
-                check.result()
-
-        try:
-            yield finish
-        finally:
-            for check in checks:
-                check.cancel()
-
-
-def _check(folder: Path) -> None:
-    report = read_report(folder)
-    try:
-        check_arrays(folder, report, PER_TOKEN)
-    except DataError as damage:
-        with contextlib.suppress(OSError):  # a cache that may only be read: whoever may must do it
-            (folder / REPORT_FILE).unlink()
-        raise DataError(f"{damage}; run the same command again, which prepares it anew") from damage
 
 
 def _items(report: ShardReport) -> Mapping[str, int]:

@@ -9,7 +9,8 @@ from roll_sft.base.errors import DataError
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import UnusableRow
-from roll_sft.data.chat.template_limits import compile_bounded, variables_of
+from roll_sft.data.chat.template_limits import compile_bounded
+from roll_sft.data.chat.templates import variables_of
 from roll_sft.data.rows.conversation import Conversation, Message, ToolCall
 from tests.golden_chats import TOOL, cases, golden_tokenizer, templates
 from tests.tiny import CHATML_TEMPLATE

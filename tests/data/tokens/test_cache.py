@@ -14,7 +14,7 @@ from roll_sft.base.errors import DataError
 from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import Conversation, Message
-from roll_sft.data.tokens import cache as cache_module
+from roll_sft.data.tokens import verify
 from roll_sft.data.tokens.build_shard import SourceOptions, ready
 from roll_sft.data.tokens.cache import (
     ARRAYS,
@@ -24,9 +24,9 @@ from roll_sft.data.tokens.cache import (
     SourceTokens,
     TokenCache,
     TokenSet,
-    verifying,
 )
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
+from roll_sft.data.tokens.verify import verifying
 from tests.tiny import tiny_tokenizer
 
 OPTIONS = SourceOptions(ColumnKeys(), sequence_length=512, on_bad_row="skip", max_bad_fraction=0.5)
@@ -59,7 +59,7 @@ def expected(name: str, row: int, answer: str) -> TokenizedSample:
 
 def test_samples_are_what_the_tokenizer_gave_row_by_row(tmp_path: Path) -> None:
     answers = ["one", "", "\u4f60 three", "four " * 20]
-    cache = TokenCache.open(make(tmp_path, answers))
+    cache = TokenCache(make(tmp_path, answers))
     assert len(cache) == 3
     assert cache.rows.tolist() == [0, 2, 3]
     for index, row in enumerate([0, 2, 3]):
@@ -74,7 +74,7 @@ def test_samples_are_what_the_tokenizer_gave_row_by_row(tmp_path: Path) -> None:
 
 
 def test_samples_are_views_that_cannot_be_written(tmp_path: Path) -> None:
-    tokens, _ = TokenCache.open(make(tmp_path, ["one"])).sample(0)
+    tokens, _ = TokenCache(make(tmp_path, ["one"])).sample(0)
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 1
 
@@ -142,10 +142,10 @@ def test_a_file_of_the_wrong_size_is_found_on_opening(tmp_path: Path, array: str
     file = folder / f"{array}.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match=rf"{array}\.bin: .*\d+ bytes"):
-        TokenCache.open(folder)
+        len(TokenCache(folder))
     file.unlink()
     with pytest.raises(DataError, match=re.escape(str(folder))):
-        TokenCache.open(folder)
+        len(TokenCache(folder))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_report_that_is_not_ours_is_found_on_opening(
     folder = make(tmp_path, ["one"])
     (folder / REPORT_FILE).write_text(content)
     with pytest.raises(DataError, match=re.escape(str(folder)) + message):
-        TokenCache.open(folder)
+        len(TokenCache(folder))
 
 
 def flip_a_bit(path: Path) -> None:
@@ -199,6 +199,6 @@ def test_a_block_that_ends_early_waits_for_no_tokens(tmp_path: Path) -> None:
         read.append(where)
         time.sleep(0.2)
 
-    with patch.object(cache_module, "check_arrays", slowly), verifying([folder] * 50):
+    with patch.object(verify, "check_arrays", slowly), verifying([folder] * 50):
         pass
-    assert len(read) <= 2 * cache_module._VERIFIERS
+    assert len(read) <= 2 * verify._VERIFIERS

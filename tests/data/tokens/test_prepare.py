@@ -74,7 +74,7 @@ def test_the_report_accounts_for_every_row(tmp_path: Path) -> None:
         "overlong": [f"{path}:3", f"{path}:5", f"{path}:7"],
         "empty_response": [f"{path}:8"],
     }
-    cache = TokenCache.open(folder)
+    cache = TokenCache(folder)
     assert cache.rows.tolist() == [0, 3, 9]
     assert report.tokens == cache.lengths.sum()
     assert report.supervised_tokens == cache.supervised.sum()
@@ -144,11 +144,11 @@ def test_rows_past_one_batch_keep_their_order(
     rows = [row("x" * (index % 7) or "y", prompt=f"{index}") for index in range(25)]
     rows[11] = row("")
     whole, _ = run(write(tmp_path, *rows), LENIENT)
-    expected = TokenCache.open(whole)
+    expected = TokenCache(whole)
     monkeypatch.setattr(build_shard, "_ROWS_PER_BATCH", 4)
     other = tmp_path / "other"
     other.mkdir()
-    found = TokenCache.open(run(write(other, *rows), LENIENT)[0])
+    found = TokenCache(run(write(other, *rows), LENIENT)[0])
     assert found.rows.tolist() == [index for index in range(25) if index != 11]
     for index in range(24):
         assert found.sample(index)[0].tolist() == expected.sample(index)[0].tolist()
@@ -208,7 +208,7 @@ def test_an_empty_response_is_dropped_and_counted_and_never_an_error(
         assert report.dropped == {"empty_response": 4}
         assert report.dropped_places == {"empty_response": [f"{path}:{line}" for line in (2, 3, 5)]}
         assert (report.rows, report.kept) == (6, 2)
-        assert TokenCache.open(folder).rows.tolist() == [0, 3]
+        assert TokenCache(folder).rows.tolist() == [0, 3]
 
 
 def test_a_source_of_empty_responses_alone_says_so(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_run_killed_while_writing_leaves_nothing_that_is_taken_for_a_cache(
     folder, report = run(path)
     assert not report.cached
     assert not left.exists()
-    assert len(TokenCache.open(folder)) == 2
+    assert len(TokenCache(folder)) == 2
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(

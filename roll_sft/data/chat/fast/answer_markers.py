@@ -111,7 +111,7 @@ def rendered_once(
     """
     if (
         row.tools
-        or renderer.think.lead
+        or renderer.opens_think
         or any(
             message.reasoning or message.tool_calls or message.role == "tool"
             for message in row.messages
