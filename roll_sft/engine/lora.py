@@ -72,12 +72,12 @@ class Adapter(torch.nn.Module):
             sum(run.stop - run.start for run in self.runs if run.module == module)
             for module in weight.modules
         ]
-        is_whole = len(rows) == self._num_outputs and bool((rows.diff() > 0).all())
-        self.register_buffer("_rows", None if is_whole else rows.to(like.device), persistent=False)
+        rows = None if rows is None else rows.to(like.device)
+        self.register_buffer("_rows", rows, persistent=False)
         self._rows: torch.Tensor | None
         height = lora.rank * len(weight.modules)
         self.lora_A = torch.nn.Parameter(like.new_zeros(height, num_inputs))
-        self.lora_B = torch.nn.Parameter(like.new_zeros(len(rows), lora.rank))
+        self.lora_B = torch.nn.Parameter(like.new_zeros(sum(self._rows_per_module), lora.rank))
         cut, dim = (self.lora_A, 1) if weight.is_row_parallel else (self.lora_B, 0)
         # By these marks the gradient norm counts every rank's part, and the whole half once.
         for mark, value in (
@@ -149,10 +149,11 @@ class _Run:
     stop: int
 
 
-def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor]:
+def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor | None]:
     """The rows of this tensor rank with adapters: runs of them, and their places int64 [R].
 
-    Both in the order of the modules; a place is a row of the rank's fused weight.
+    Both in the order of the modules; a place is a row of the rank's fused weight. None stands for
+    all of its rows, one after the other.
     """
     numbers = weight.rows_of_rank(tensor_rank=_tensor_rank(), tensor_size=_tensor_size())
     firsts, runs, places = weight.first_rows(), [], []
@@ -166,7 +167,9 @@ def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor]:
         for start, stop in itertools.pairwise([0, *ends, len(rows)]):
             if start < stop:
                 runs.append(_Run(module, int(rows[start]), int(rows[stop - 1]) + 1))
-    return runs, torch.cat(places)
+    found = torch.cat(places)
+    is_whole = len(found) == len(numbers) and bool((found.diff() > 0).all())
+    return runs, None if is_whole else found
 
 
 @dataclass(frozen=True, slots=True)
