@@ -27,7 +27,7 @@ from roll_sft.convert import command
 from roll_sft.models.source import family_of
 
 PACKAGES = ("torch", "safetensors")
-GOAL = ">= 0.6"
+GOAL = ">= 0.8"
 DENOMINATOR = "a copy of the same files, on disk when it ends"
 CHILD = """
 import sys

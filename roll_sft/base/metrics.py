@@ -1,4 +1,4 @@
-"""What a step reports, and the arithmetic of tokens and FLOPs, with units in the names.
+"""What a step reports, and the arithmetic of tokens, FLOPs and chunks, with units in the names.
 
 `StepMetrics` and `EvalMetrics` come from the reporting rank. `StepRecord` is one line of
 `steps.jsonl`, which the driver makes from a step's plan and its metrics.
@@ -20,6 +20,13 @@ PEAK_FLOPS_BF16 = {
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
 }
+
+# Of logits. On a CPU chunks are this small only where logits are large: below, one chunk is faster.
+SMALL_LOGITS_BYTES = 16 << 20
+CHUNKS, MIN_ROWS, MAX_ROWS = 8, 128, 512
+# On a GPU each chunk reads and writes the whole fp32 gradient of the weight, so few large chunks
+# are faster. The logits of one, in half precision, and their gradient take this much each.
+GPU_LOGITS_BYTES = 640 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +105,14 @@ def peak_flops(device_name: str | None) -> float | None:
         if re.match(rf"{name}\b", device_name or ""):
             return PEAK_FLOPS_BF16[name]
     return None
+
+
+def chunk_rows(rows: int, width: int, *, on_gpu: bool) -> int:
+    """How many of `rows` rows the head takes at a time, for logits [rows, width]."""
+    if on_gpu:
+        most = max(GPU_LOGITS_BYTES // (2 * width), MIN_ROWS)
+        num_chunks = max(1, -(-rows // most))
+        return max(1, -(-rows // num_chunks))
+    if rows * width * 4 <= SMALL_LOGITS_BYTES:
+        return max(rows, 1)
+    return min(max(rows // CHUNKS, MIN_ROWS), MAX_ROWS)

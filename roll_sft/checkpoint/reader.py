@@ -30,13 +30,17 @@ _STORED_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """The stored tensor `key` of a parameter, and `sizes` of the rectangle that it is."""
+    """The stored tensor `key` of a parameter, which is the whole of it or one `layer`."""
 
     key: str
     layer: int | None
     dtype: torch.dtype
     shape: Shape
-    sizes: Shape
+
+    @property
+    def shape_of_one(self) -> Shape:
+        """The parameter's own shape."""
+        return self.shape if self.layer is None else self.shape[1:]
 
 
 class Reader:
@@ -56,27 +60,42 @@ class Reader:
         """Whether parameter `name` is stored."""
         return self._place(name)[0] in self._index.keys
 
+    def shape(self, name: str) -> Shape:
+        """Shape of parameter `name`."""
+        return self._stored(name).shape_of_one
+
     def num_bytes(self, name: str) -> int:
         """Bytes of parameter `name`, in the dtype that `read` returns."""
         stored = self._stored(name)
-        return math.prod(stored.sizes) * stored.dtype.itemsize
+        return math.prod(stored.shape_of_one) * stored.dtype.itemsize
 
-    def read(self, name: str, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
-        """Parameter `name` with all tensor shards merged, in the dtype it was saved in, on the CPU.
+    def read(
+        self, name: str, *, rows: slice | None = None, scratch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Parameter `name`, or `rows` of it, all tensor shards merged, as it was saved, on the CPU.
 
-        Returns fresh memory, or a view of the beginning of `scratch`: uint8, at least `num_bytes`
-        long, and aligned as torch allocates. Raises `CheckpointError` where the parameter is
+        Returns fresh memory, or a view of the beginning of `scratch`: uint8, as long as what is
+        read, and aligned as torch allocates. Raises `CheckpointError` where the parameter is
         missing, not whole, or its file is damaged.
         """
         stored = self._stored(name)
+        first, size = 0, stored.shape_of_one[0]
+        if rows is not None:
+            first, size = rows.start, rows.stop - rows.start
+        sizes = (size, *stored.shape_of_one[1:])
         if scratch is None:
-            tensor = torch.empty(stored.sizes, dtype=stored.dtype)
+            tensor = torch.empty(sizes, dtype=stored.dtype)
         else:
-            tensor = scratch[: self.num_bytes(name)].view(stored.dtype).view(stored.sizes)
+            num_bytes = math.prod(sizes) * stored.dtype.itemsize
+            tensor = scratch[:num_bytes].view(stored.dtype).view(sizes)
         self._num_read[self._place(name)[0]] += tensor.numel()
-        offset = (stored.layer or 0, *(0 for _ in stored.shape[1:]))
-        self._index.fill(Piece(stored.key, stored.shape, offset, tensor))
-        return tensor if stored.layer is None else tensor[0]
+        corner = (first, *(0 for _ in sizes[1:]))
+        if stored.layer is None:
+            self._index.fill(Piece(stored.key, stored.shape, corner, tensor))
+        else:
+            place = (stored.layer, *corner)
+            self._index.fill(Piece(stored.key, stored.shape, place, tensor[None]))
+        return tensor
 
     def _stored(self, name: str) -> "_Stored":
         key, layer = self._place(name)
@@ -86,7 +105,7 @@ class Reader:
         if dtype != self._dtype and self._dtype is not None and _MASTERS + key in self._index.keys:
             key = _MASTERS + key
             dtype, shape = self._index.stored(key)
-        return _Stored(key, layer, dtype, shape, shape if layer is None else (1, *shape[1:]))
+        return _Stored(key, layer, dtype, shape)
 
     def _place(self, name: str) -> tuple[str, int | None]:
         """The stored tensor of `name`, and the layer in it if it holds all layers."""

@@ -14,7 +14,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -25,7 +25,9 @@ import torch
 from roll_sft.base.errors import CheckpointError, first_line
 
 Shape = tuple[int, ...]
+Check = Callable[[torch.Tensor], None]
 INDEX = "index.json"
+_BLOCK_BYTES = 1 << 20  # small enough for a core's cache, large enough for few calls
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +40,7 @@ class Piece:
 
     `tensor` has as many dimensions as `shape`, is contiguous and shares memory with what it was
     cut from. With `is_padded` the stored tensor may be smaller or larger than `shape`: rows beyond
-    it are left as they are.
+    it are left as they are. `check` is called with each block of numbers before it is written.
     """
 
     key: str
@@ -46,6 +48,7 @@ class Piece:
     offset: Shape
     tensor: torch.Tensor
     is_padded: bool = False
+    check: Check | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +98,18 @@ def write(
 ) -> None:
     """Write `pieces` and `objects` into `folder`; the shard is on disk when this returns.
 
-    The part file comes last. A second thread hashes the bytes while they are written, so no file
-    is read again. Raises `CheckpointError` where the disk refuses (it is full, for example).
+    The part file comes last. Each block of bytes is checked, hashed by a second thread and written
+    while it is in the processor's cache. Raises `CheckpointError` where the disk refuses (it is
+    full, for example), and what a `check` raises.
     """
     try:
         shard = _write_file(folder, pieces, objects=objects, writer=writer)
         text = json.dumps(asdict(shard))
         (folder / part_name(writer.rank)).write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:
-        # torch.save turns a failed write into a RuntimeError, with the OSError as its context.
+        # torch.save turns what fails in a write into a RuntimeError, with that as its context.
+        if isinstance(error.__context__, CheckpointError):  # of a check
+            raise error.__context__ from None
         causes = [each for each in (error, error.__context__) if isinstance(each, OSError)]
         if not causes:
             raise
@@ -122,7 +128,7 @@ def _write_file(
         for piece in pieces:
             alone = _alone(piece.tensor)
             start = tee.position
-            tee.expect(alone)
+            tee.expect(alone, piece.check)
             torch.save(alone, cast(IO[bytes], tee))
             assert tee.data_start is not None, f"torch.save copied {piece.key} before writing it"
             dtype = str(alone.dtype).removeprefix("torch.")
@@ -230,10 +236,10 @@ class _Tee:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
         # (memory, its owner): the owner keeps the memory alive until it is hashed.
-        self._waiting: queue.Queue[tuple[memoryview | bytes, object] | None] = queue.Queue(2)
+        self._waiting: queue.Queue[tuple[memoryview | bytes, object] | None] = queue.Queue(8)
         self._thread = threading.Thread(target=self._work, name="checkpoint-hash", daemon=True)
         self._small = bytearray()
-        self._awaited: torch.Tensor | None = None
+        self._awaited: tuple[torch.Tensor, Check | None] | None = None
         self.position = 0
         self.data_start: int | None = None
 
@@ -246,20 +252,29 @@ class _Tee:
         self._waiting.put(None)
         self._thread.join()
 
-    def expect(self, tensor: torch.Tensor) -> None:
-        """Set `data_start` when the memory of `tensor` is written."""
-        self._awaited, self.data_start = tensor, None
+    def expect(self, tensor: torch.Tensor, check: Check | None) -> None:
+        """Set `data_start` when the memory of `tensor` is written, each block after `check`."""
+        self._awaited, self.data_start = (tensor, check), None
 
     def write(self, data: memoryview) -> int:
         """Called by torch.save: once with the tensor's own memory, else with a few bytes."""
         view = memoryview(data).cast("B")
-        if self._awaited is not None and _address(view) == self._awaited.data_ptr():
-            self.data_start = self.position
-            self._waiting.put((bytes(self._small), None))
-            self._waiting.put((view, self._awaited))
-            self._small.clear()
-        else:
+        if self._awaited is None or _address(view) != self._awaited[0].data_ptr():
             self._small += view
+            return self._put(view)
+        self.data_start = self.position
+        self._waiting.put((bytes(self._small), None))
+        self._small.clear()
+        tensor, check = self._awaited
+        for block in torch.split(tensor.view(-1), _BLOCK_BYTES // tensor.itemsize):
+            if check is not None:
+                check(block)
+            part, view = view[: block.nbytes], view[block.nbytes :]
+            self._waiting.put((part, tensor))
+            self._put(part)
+        return tensor.nbytes
+
+    def _put(self, view: memoryview) -> int:
         rest = view
         while rest:
             rest = rest[self._file.write(rest) :]

@@ -13,6 +13,7 @@ import mmap
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,16 +29,17 @@ from roll_sft.models.assets import asset_files, check_assets, copy_file
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
-from roll_sft.models.fused_rows import FusedRows
 from roll_sft.models.model_folder import check_source
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
-from roll_sft.models.weight_map import QKV, WeightMapping
+from roll_sft.models.weight_map import GatedMLP, SingleTensor, VocabSplit, WeightMapping
 
 MAX_FILE_BYTES = 5_000_000_000
 _IN_USE = 6  # tensors that `write` may still be hashing
 _MADV_POPULATE_READ = 22  # of Linux 5.14; Python's mmap module has no name for it
+# In full form the rows of these are those of their Hugging Face tensors, one after the other.
+ROW_WISE = (SingleTensor, VocabSplit, GatedMLP)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Linear layers have extra state in a checkpoint, of Transformer Engine's fp8: empty here.
@@ -153,30 +155,42 @@ def _pieces(
         first = 0
         while len(read) > _IN_USE:
             _advise(read.popleft(), mmap.MADV_DONTNEED)
-        for part in _parts(mapping, source, read):
-            dtype = dtypes[key]
-            tensor = part if part.dtype == dtype else rounded(name, part, dtype)
+        for part_name, part in _parts(mapping, source, read):
+            dtype, check = dtypes[key], None
+            if part.dtype != dtype:
+                part = rounded(part_name, part, dtype)
+            elif isinstance(mapping, ROW_WISE):
+                check = partial(_check_block, name=part_name, tensor=part)
             corner = (first, *(0 for _ in full_shape[1:]))
             first += len(part)
             if layer is None:
-                yield Piece(key, full_shape, corner, tensor)
+                yield Piece(key, full_shape, corner, part, check=check)
             else:
-                yield Piece(key, (num_layers, *full_shape), (layer, *corner), tensor[None])
+                place = (layer, *corner)
+                yield Piece(key, (num_layers, *full_shape), place, part[None], check=check)
 
 
 def _parts(
     mapping: WeightMapping, source: TensorSource, read: deque[torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    """Megatron's tensor of one process, one run of rows after the other; `read` gets the files'."""
-    alternates = isinstance(mapping, QKV | FusedRows)  # between query, key and value, or may
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Megatron's tensor of one process in runs of rows with names; `read` gets the files'."""
     for name in mapping.hf_shapes:
         read.append(source.read(name))
-        _advise(read[-1], _MADV_POPULATE_READ)
-        check_finite(name, read[-1])
-        if not alternates:
-            yield read[-1]
-    if alternates:
-        yield mapping.local(source, tensor_rank=0, tensor_size=1)
+        if isinstance(mapping, ROW_WISE):
+            yield name, read[-1]
+        else:
+            _check_block(read[-1], name=name, tensor=read[-1])
+    if not isinstance(mapping, ROW_WISE):  # its rows alternate between the tensors
+        yield ", ".join(mapping.hf_shapes), mapping.local(source, tensor_rank=0, tensor_size=1)
+
+
+def _check_block(block: torch.Tensor, *, name: str, tensor: torch.Tensor) -> None:
+    """Map the pages of `block`, a part of `tensor`, and raise `NotFiniteError` for the tensor."""
+    _advise(block, _MADV_POPULATE_READ)
+    try:
+        check_finite(name, block)
+    except NotFiniteError:
+        check_finite(name, tensor)
 
 
 def _advise(tensor: torch.Tensor, advice: int) -> None:

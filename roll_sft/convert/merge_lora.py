@@ -9,11 +9,16 @@ time. In fp32 the result equals PEFT's byte for byte; in another dtype each numb
 
 import argparse
 import dataclasses
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -49,7 +54,8 @@ from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 
-_BLOCK_NUMBERS = 1 << 20  # of a weight, merged at once: they stay in the cache of a core
+_BLOCK_NUMBERS = 1 << 17  # of a weight, merged at once: they stay in the cache of a core
+_NUM_THREADS = len(os.sched_getaffinity(0))
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -83,6 +89,10 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
         return report(error)
     sys.stdout.write(f"{told}\n{options.output}\n")
     return 0
+
+
+# Merged rows, the squares of what was added to them, and of what rounding changed of that.
+_Block: TypeAlias = tuple[torch.Tensor, float, float]
 
 
 @dataclass(slots=True)
@@ -207,39 +217,63 @@ def _merged(
     rounding: _Rounding,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the base, in the order of `names`, with the adapter's part added."""
-    for name in names:
-        module = name.removesuffix(".weight")
-        a_name, b_name = (peft_name(module, part) for part in ("lora_A", "lora_B"))
-        if peft_name(module) in stored.shapes and name.endswith(".weight"):
-            yield name, stored.read(peft_name(module))
-        elif a_name in stored.shapes and name.endswith(".weight"):
-            parts = (stored.read(b_name).float(), stored.read(a_name).float())
-            yield name, _added(source.read(name), parts, scaling(stored.lora), dtype, rounding)
-        else:
-            yield name, source.read(name)
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="merge") as pool:
+        for name in names:
+            module = name.removesuffix(".weight")
+            a_name, b_name = (peft_name(module, part) for part in ("lora_A", "lora_B"))
+            if peft_name(module) in stored.shapes and name.endswith(".weight"):
+                yield name, stored.read(peft_name(module))
+            elif a_name in stored.shapes and name.endswith(".weight"):
+                b = stored.read(b_name).float()
+                parts = (source.read(name), b, stored.read(a_name).float())
+                add = partial(_added, parts, scale=scaling(stored.lora), dtype=dtype)
+                for rows, added, lost in _in_order(pool, add, _blocks(parts[0])):
+                    rounding.added += added
+                    rounding.lost += lost
+                    yield name, rows
+            else:
+                yield name, source.read(name)
+
+
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """The rows of `weight`, so many at a time that they stay in the cache of a core."""
+    size = max(1, _BLOCK_NUMBERS // weight.shape[1])
+    for start in range(0, weight.shape[0], size):
+        yield slice(start, min(start + size, weight.shape[0]))
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[slice], _Block], blocks: Iterable[slice]
+) -> Iterator[_Block]:
+    """The results of `function` in the order of `blocks`, a few of them computed ahead."""
+    ahead = deque[Future[_Block]]()
+    for block in blocks:
+        ahead.append(pool.submit(function, block))
+        if len(ahead) > 2 * _NUM_THREADS:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _added(
-    weight: torch.Tensor,
-    parts: tuple[torch.Tensor, torch.Tensor],
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rows: slice,
+    *,
     scale: float,
     dtype: torch.dtype,
-    rounding: _Rounding,
-) -> torch.Tensor:
-    """`weight` [O, I] plus scale * B A, computed in fp32 and rounded once to `dtype`."""
-    b, a = parts
-    merged = torch.empty(weight.shape, dtype=dtype)
-    size = max(1, _BLOCK_NUMBERS // weight.shape[1])
-    for start in range(0, weight.shape[0], size):
-        rows = slice(start, start + size)
-        total = (b[rows] @ a).mul_(scale)  # in PEFT's order of operations
-        if dtype != torch.float32:
-            rounding.added += float(total.norm()) ** 2
-        total.add_(weight[rows])
-        merged[rows] = total
-        if dtype != torch.float32:
-            rounding.lost += float(total.sub_(merged[rows]).norm()) ** 2
-    return merged
+) -> _Block:
+    """`rows` of the weight [O, I] plus scale * B A, computed in fp32 and rounded once to `dtype`.
+
+    With them the squares of what is added, and of what rounding changes of it.
+    """
+    weight, b, a = parts
+    total = (b[rows] @ a).mul_(scale)  # in PEFT's order of operations
+    if dtype == torch.float32:
+        return total.add_(weight[rows]), 0.0, 0.0
+    added = float(total.norm()) ** 2
+    total.add_(weight[rows])
+    merged = total.to(dtype)
+    return merged, added, float(total.sub_(merged).norm()) ** 2
 
 
 def _assets(stored: StoredAdapter, base: Path, scratch: Path) -> Path:

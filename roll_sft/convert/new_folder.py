@@ -5,12 +5,17 @@ at any point leaves at most the partial folder, which the next attempt deletes.
 """
 
 import contextlib
+import ctypes
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.base.files import sync
+
+_WRITE_BACK_EVERY_S = 0.02
+_BEGIN_TO_WRITE = 2  # SYNC_FILE_RANGE_WRITE
 
 
 @contextlib.contextmanager
@@ -28,7 +33,8 @@ def new_folder(output: Path, *, kind: str, marker: str, replace: bool) -> Iterat
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir()
-        yield partial
+        with _written_back(partial):
+            yield partial
         _publish(partial, target=target)
     except OSError as error:
         raise CheckpointError(
@@ -36,6 +42,29 @@ def new_folder(output: Path, *, kind: str, marker: str, replace: bool) -> Iterat
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _written_back(folder: Path) -> Iterator[None]:
+    """Let the kernel write what grows in `folder` to disk meanwhile: a sync then finds little."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(_WRITE_BACK_EVERY_S):
+            for path in folder.iterdir():
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    # sync_file_range(2), which Python has no function for: the whole file, without
+                    # waiting. Where it fails, the sync writes all.
+                    whole = (ctypes.c_int64(0), ctypes.c_int64(0))
+                    ctypes.CDLL(None).sync_file_range(file.fileno(), *whole, _BEGIN_TO_WRITE)
+
+    thread = threading.Thread(target=work, name="write-back", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _check_room(output: Path, *, kind: str, marker: str, replace: bool) -> None:

@@ -22,7 +22,7 @@ from roll_sft.base.errors import CheckpointError, ConfigError, DivergedError, Ro
 from roll_sft.checkpoint.manifest import ASSETS, Manifest, StoredFile, check_complete, verify_hashes
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.checkpoint.resume import step_folders
-from roll_sft.convert.from_hf import DTYPES, one_thread
+from roll_sft.convert.from_hf import DTYPES, ROW_WISE, one_thread
 from roll_sft.convert.model_card import write_card
 from roll_sft.convert.new_folder import new_folder
 from roll_sft.models.assets import asset_files, check_assets
@@ -32,6 +32,7 @@ from roll_sft.models.finite import NotFiniteError, check_finite
 from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
+from roll_sft.models.weight_map import WeightMapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from roll_sft.convert.frozen import WholeModel
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PART_BYTES = 8 << 20  # read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +197,41 @@ def _opened(source: _Source, *, dtype: torch.dtype | None = None) -> "Reader | W
 def _hf_tensors(
     reader: "Reader | WholeModel", source: _Source
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every HuggingFace tensor once, in the order of the family's table."""
+    """Every HuggingFace tensor once, in the order of the family's table, many in parts of rows.
+
+    A part is to be used before the next is asked for: all are read into the same memory.
+    """
     # A tied head has no tensors: its embedding is exported.
     table = {n: m for n, m in source.family.weights(source.shape).items() if m.hf_shapes}
-    # Each tensor is written before the next is read, so all use the same memory.
-    scratch = torch.empty(max(map(reader.num_bytes, table)), dtype=torch.uint8)
+    in_parts = {
+        n for n, m in table.items() if isinstance(reader, Reader) and isinstance(m, ROW_WISE)
+    }
+    whole = [reader.num_bytes(name) for name in table if name not in in_parts]
+    scratch = torch.empty(max(2 * _PART_BYTES, *whole), dtype=torch.uint8)
     for name, mapping in table.items():
-        yield from mapping.to_hf(reader.read(name, scratch=scratch)).items()
+        if isinstance(reader, Reader) and name in in_parts:
+            yield from _parts(reader, name, mapping, scratch)
+        else:
+            yield from mapping.to_hf(reader.read(name, scratch=scratch)).items()
+
+
+def _parts(
+    reader: Reader, name: str, mapping: WeightMapping, scratch: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The HuggingFace tensors of a parameter whose rows are theirs, one tensor after the other."""
+    num_rows = reader.shape(name)[0]
+    step = max(1, _PART_BYTES // (reader.num_bytes(name) // num_rows))
+    first = 0
+    for hf_name, shape in mapping.hf_shapes.items():
+        stop = first + shape[0]
+        for start in range(first, stop, step):
+            yield (
+                hf_name,
+                reader.read(name, rows=slice(start, min(start + step, stop)), scratch=scratch),
+            )
+        first = stop
+    for start in range(first, num_rows, step):  # rows of padding, which no tensor has
+        reader.read(name, rows=slice(start, min(start + step, num_rows)), scratch=scratch)
 
 
 def _not_finite(source: _Source, error: NotFiniteError) -> CheckpointError | DivergedError:

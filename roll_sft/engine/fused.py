@@ -5,8 +5,6 @@ each reads and writes the whole activation: SwiGLU, the rotation of queries and 
 the head, and RMSNorm where torch has no kernel of its own. Each of these is one pure function
 beside the code that uses it. torch.compile makes one kernel of it and one of its derivative, whose
 intermediates are fp32 whatever the dtype of the tensors.
-
-Imports no Megatron-Core: the memory estimate of a plan needs `chunk_rows`.
 """
 
 import functools
@@ -24,13 +22,6 @@ LOG = logging.getLogger(__name__)
 # Compiled graphs of one function in one process: one for each inner shape, with and without
 # gradients. torch's own limit of 8 is too low for a process that builds several models in turn.
 MAX_GRAPHS = 64
-
-# On a CPU chunks are this small only where logits are large: below, one chunk is faster.
-SMALL_LOGITS_BYTES = 16 << 20
-CHUNKS, MIN_ROWS, MAX_ROWS = 8, 128, 512
-# On a GPU each chunk reads and writes the whole fp32 gradient of the weight, so few large chunks
-# are faster. The logits of one, in half precision, and their gradient take this much each.
-GPU_LOGITS_BYTES = 640 << 20
 
 
 def choose_compile(wanted: bool | None, *, device: torch.device) -> bool:
@@ -169,14 +160,3 @@ def adds_to_fp32(device: torch.device) -> bool:
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return bool((total == 17.0).all())
-
-
-def chunk_rows(rows: int, width: int, *, on_gpu: bool) -> int:
-    """How many of `rows` rows the head takes at a time, for logits [rows, width]."""
-    if on_gpu:
-        most = max(GPU_LOGITS_BYTES // (2 * width), MIN_ROWS)
-        num_chunks = max(1, -(-rows // most))
-        return max(1, -(-rows // num_chunks))
-    if rows * width * 4 <= SMALL_LOGITS_BYTES:
-        return max(rows, 1)
-    return min(max(rows // CHUNKS, MIN_ROWS), MAX_ROWS)

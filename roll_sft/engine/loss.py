@@ -35,7 +35,8 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from roll_sft.engine.fused import add_product, chunk_rows, run_compiled
+from roll_sft.base.metrics import chunk_rows
+from roll_sft.engine.fused import add_product, run_compiled
 from roll_sft.engine.micro_batch import SupervisedRows
 
 # GPTModel.forward takes an output processor from megatron-core 0.19 on.

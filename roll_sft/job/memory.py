@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from roll_sft.base.errors import LESS_MEMORY
 from roll_sft.base.layout import ParallelLayout
+from roll_sft.base.metrics import chunk_rows
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.engine.fused import chunk_rows
 from roll_sft.job.job import micro_batch_tokens
 from roll_sft.models.shape import ModelShape
 

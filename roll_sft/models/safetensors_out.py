@@ -1,8 +1,8 @@
 """Hugging Face model folders out, streaming.
 
 `write_hf_folder` writes the weights and puts beside them what `save_assets` collected. Shards are
-planned from shapes before the first tensor exists, and each tensor goes to its file when it comes,
-so memory holds one tensor, not a shard.
+planned from shapes before the first tensor exists, and each tensor, or each part of one, goes to
+its file when it comes, so memory holds a part, not a shard.
 """
 
 import json
@@ -22,7 +22,7 @@ from roll_sft.models.readers import widen
 from roll_sft.models.safetensors_in import FLOATS, INDEX_FILE, SINGLE_FILE, Shape
 
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-_BLOCK_NUMBERS = 1 << 22  # rounded to another dtype, and written, at once
+_BLOCK_NUMBERS = 1 << 19  # checked, rounded and written at once: they stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ def write_hf_folder(
     """Write a model that transformers loads into the empty `folder`.
 
     `tensors` come in the plan's order, from any device; each is rounded once, to the plan's dtype.
+    A tensor may come in parts: pairs of its name and its next rows, whose memory the stream may use
+    again once it is asked for more.
     `assets` is a folder as `save_assets` makes it; its config.json is told the dtype. Raises
     `CheckpointError` for a tensor that is missing, extra or misshapen, and what `rounded` raises.
     """
@@ -97,8 +99,8 @@ def write_shards(
         with (folder / file_name).open("wb", buffering=0) as file:
             file.write(_header(names, plan))
             for name in names:
-                tensor = _next_tensor(stream, name=name, plan=plan)
-                _write_tensor(name, tensor, plan.dtype, file=file)
+                for rows in _parts(stream, name=name, plan=plan):
+                    _write_rows(name, rows, plan.dtype, file=file)
     for name, _ in stream:
         raise CheckpointError(f"export: {name} comes after the last of {len(plan.shapes)} tensors")
     if len(plan.shards) > 1:
@@ -129,9 +131,9 @@ def _header(names: Iterable[str], plan: ShardPlan) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, *, file: BinaryIO) -> None:
-    """Append the numbers of `tensor`, each rounded to `dtype`, a block at a time."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
+def _write_rows(name: str, rows: torch.Tensor, dtype: torch.dtype, *, file: BinaryIO) -> None:
+    """Append the numbers of `rows`, each rounded to `dtype`, a block at a time."""
+    flat = rows.detach().cpu().contiguous().view(-1)
     for start in range(0, flat.numel(), _BLOCK_NUMBERS):
         # The check costs a tenth of the write.
         block = rounded(name, flat[start : start + _BLOCK_NUMBERS], dtype)
@@ -140,18 +142,24 @@ def _write_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, *, file: 
             rest = rest[file.write(rest) :]
 
 
-def _next_tensor(
+def _parts(
     stream: Iterator[tuple[str, torch.Tensor]], *, name: str, plan: ShardPlan
-) -> torch.Tensor:
-    """The next tensor, which must be the planned one."""
-    got, tensor = next(stream, (None, None))
-    if got != name or tensor is None:
-        raise CheckpointError(
-            f"export: {name} is due but {got or 'nothing'} comes; the checkpoint is incomplete"
-        )
-    if tuple(tensor.shape) != tuple(plan.shapes[name]):
-        raise CheckpointError(
-            f"export: {name} has shape {list(tensor.shape)} but the model gives "
-            f"{list(plan.shapes[name])}; the checkpoint belongs to another model"
-        )
-    return tensor
+) -> Iterator[torch.Tensor]:
+    """The parts of the tensor that is planned next."""
+    shape, num_rows = list(plan.shapes[name]), 0
+    while num_rows < shape[0]:
+        got, tensor = next(stream, (None, None))
+        if num_rows == 0 and (got != name or tensor is None):
+            raise CheckpointError(
+                f"export: {name} is due but {got or 'nothing'} comes; the checkpoint is incomplete"
+            )
+        found = [num_rows, *shape[1:]]
+        if got == name and tensor is not None:
+            num_rows += len(tensor)
+            found = [num_rows, *tensor.shape[1:]]
+        if got != name or tensor is None or num_rows > shape[0] or found[1:] != shape[1:]:
+            raise CheckpointError(
+                f"export: {name} has shape {found} but the model gives {shape}; the checkpoint"
+                " belongs to another model"
+            )
+        yield tensor

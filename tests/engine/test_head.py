@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from roll_sft.base.metrics import chunk_rows
 from roll_sft.config.schema import layout_of
 from roll_sft.engine import loss
-from roll_sft.engine.fused import chunk_rows
 from tests import parity
 from tests.pool import RankPool
 
