@@ -149,7 +149,7 @@ def test_pickled_weights_are_refused(tmp_path: Path):
 
 
 def test_a_folder_without_weights_is_refused_with_the_remedy(tmp_path: Path):
-    with pytest.raises(ConfigError, match="random_init"):
+    with pytest.raises(ConfigError, match=r"model\.random_init=true"):
         SafetensorsSource(tmp_path)
     with pytest.raises(ConfigError, match=r"^model\.path: '"):
         SafetensorsSource(tmp_path / "absent")

@@ -195,7 +195,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_sample_for_each_answer
 
 def test_a_template_that_rewrites_what_comes_before_any_answer_is_refused() -> None:
     counting = "{{- messages | length }}" + CHATML_TEMPLATE
-    with pytest.raises(UnusableRow, match=r"rewrites earlier turns.* message 1\b"):
+    with pytest.raises(UnusableRow, match=r"\bmessage 1\b.*'1<.*'2<"):
         ChatTokenizer(with_template(counting)).tokenize(conversation("q", "a", "q", "a"))
 
 
@@ -570,7 +570,7 @@ def test_a_control_token_that_takes_the_spaces_after_it_is_exact_or_refused() ->
     )
     chat = ChatTokenizer(tokenizer)
     assert supervised(only(chat, conversation("q", "a")), tokenizer) == answers("a")
-    with pytest.raises(UnusableRow, match=r"one token spans"):
+    with pytest.raises(UnusableRow, match=r"<\|bot\|>\\n'.* message 1\b"):
         only(chat, conversation("q", "  a"))
 
 

@@ -6,6 +6,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from roll_sft.base.errors import DataError
+from roll_sft.data.chat import template_limits
 from roll_sft.data.chat.chat import ChatTokenizer
 from roll_sft.data.chat.render import Renderer
 from roll_sft.data.chat.sample import UnusableRow
@@ -104,7 +105,9 @@ REFUSED = ("a range too long", "a macro without end", "words without end")
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_template_without_an_end_is_refused(name: str) -> None:
+def test_a_template_without_an_end_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name != "loops in loops":  # one of them spends the whole budget, which takes seconds
+        monkeypatch.setattr(template_limits, "BUDGET", 2**22)
     chat = ChatTokenizer(golden_tokenizer(), template=BOMBS[name] + CHATML_TEMPLATE)
     row = Conversation((Message("user", "q"), Message("assistant", "a")), row=0, line=1)
     (result,) = chat.tokenize_many([row]) if name in REFUSED else (None,)
@@ -112,7 +115,8 @@ def test_a_template_without_an_end_is_refused(name: str) -> None:
         assert isinstance(result, UnusableRow)
         assert "use data.chat_template=" in str(result)
         return
-    with pytest.raises(DataError, match=r"chat template.*\b524,288\b"):
+    steps = 524_288 if name == "loops in loops" else 16_384
+    with pytest.raises(DataError, match=rf"chat template.*\b{steps:,}\b"):
         chat.tokenize(row)
 
 
@@ -124,7 +128,7 @@ def test_the_variables_of_a_template_without_an_end_are_found() -> None:
 
 def test_a_template_that_is_nested_too_deep_is_broken() -> None:
     for deep in ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "{% if 1 %}" * 5_000):
-        with pytest.raises(DataError, match="chat template"):
+        with pytest.raises(DataError, match=r"RecursionError|MemoryError|line 1\b"):
             Renderer(deep, {})
 
 

@@ -98,15 +98,16 @@ def applied(name: str, row: Conversation, *, upto: int | None = None) -> list[in
 
 
 def comparable(result: list[TokenizedSample] | UnusableRow) -> object:
-    if isinstance(result, UnusableRow):
-        return str(result)
+    if isinstance(result, UnusableRow):  # the remedy tries all templates; golden files hold it
+        return result.args, result.is_of_template
     return [(s.token_ids.tolist(), s.label_mask.tolist(), s.atomic) for s in result]
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
 def test_samples_are_the_golden_ones(name: str) -> None:
+    chat = chat_of(name)
     for case, row in cases().items():
-        assert golden(chat_of(name), row) == GOLDEN[f"{name}/{case}"], case
+        assert golden(chat, row) == GOLDEN[f"{name}/{case}"], case
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -182,7 +183,7 @@ def test_all_tokens_but_those_of_turns_that_are_not_to_be_supervised(name: str) 
     (sample,) = chat.tokenize(cases()["multi"])
     assert sample.label_mask.tolist() == [1] * (sample.token_ids.size - 1) + [0]
     if name == "qwen3":  # the answer is written without its think block once others follow
-        with pytest.raises(UnusableRow, match="rewrites earlier turns"):
+        with pytest.raises(UnusableRow, match=r"message \d\b.*<think>"):
             chat.tokenize(cases()["untrained"])
         with pytest.raises(UnusableRow, match=r"\breasoning of message 1\b"):
             chat.tokenize(cases()["reasoning"])
