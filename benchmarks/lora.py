@@ -4,12 +4,13 @@
 
 Steps: layers of Qwen2.5-0.5B's shape, two of them, fp32, one thread, rank 16 on all projections;
 CPU time of whole optimizer steps. Full fine-tuning is ours on the same packs; PEFT runs
-transformers in a bare loop on our packs. Bytes are counted: adapters, gradient buffers,
-optimizer. The merge is of a bf16 model of eight such layers and Qwen's vocabulary, and ends with
-its bytes on disk, as the copy does. Pairs are interleaved.
+transformers in a bare loop on our packs. Bytes are counted: adapters, gradient buffers and
+optimizer, and a base in NF4. The merge is of a bf16 model of eight such layers and Qwen's
+vocabulary, and ends with its bytes on disk, as the copy does. Pairs are interleaved.
 """
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def _measure_steps(folder: Path, only: list[str], *, pairs: int) -> None:
     with engines(folder) as (full, lora, job):
         if "bytes" in only:
             _show_bytes(lora, job)
+            _show_quantized_bytes(job)
         runs = {"lora": our_steps(lora, job)}
         if "step" in only:
             runs["full"] = our_steps(full, job)
@@ -114,6 +116,26 @@ def _show_bytes(engine: Any, job: Job) -> None:
         goal="<= 1.02",
         denominator="16 bytes for each trained number",
         packages=PACKAGES,
+    )
+
+
+def _show_quantized_bytes(job: Job) -> None:
+    """Bytes of the layers' projections in NF4, over those in bf16."""
+    from roll_sft.models.nf4 import quantized_part, quantized_weights
+
+    lora = replace(job.config.lora, quantize_base="nf4")
+    source, found, in_bf16 = job.source.tensors, 0, 0
+    for weight in quantized_weights(job.source.family, job.source.shape, lora).values():
+        like = torch.empty((), dtype=torch.bfloat16)
+        part = quantized_part(weight, source, like=like, tensor_rank=0, tensor_size=1)
+        found += part.num_bytes
+        in_bf16 += 2 * math.prod(part.shape)
+    measures.show(
+        "nf4_bytes_over_bf16",
+        [found / in_bf16],
+        goal="<= 0.30",
+        denominator="the same projections in bf16",
+        packages=(*PACKAGES, "bitsandbytes"),
     )
 
 

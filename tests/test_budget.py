@@ -71,6 +71,7 @@ BY_NEED = {
     "roll_sft/engine/frozen.py": "train.freeze, and lora.rank above 0",
     "roll_sft/engine/load_state.py": "a run that goes on from a checkpoint",
     "roll_sft/engine/lora.py": "lora.rank above 0",
+    "roll_sft/engine/low_rank.py": "lora.rank above 0",
     "roll_sft/engine/lora_dropout.py": "lora.dropout above 0",
     "roll_sft/engine/other_norms.py": "norms behind attention and MLP, or over whole projections",
     "roll_sft/engine/overlap.py": "weights gathered in the forward pass, on several GPUs",

@@ -4,6 +4,7 @@ Legend: N tokens, I inputs and O outputs of a layer on this tensor rank.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ def linear_layers(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Mo
             yield weight, getattr(layer, owner), leaf
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenDense:
+    """A layer whose weight [O, I] is held in its own dtype."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, I] -> [N, O], in memory of its own."""
+        return F.linear(rows, self.weight, self.bias)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[N, O] -> [N, I], in memory of its own."""
+        return gradient @ self.weight
+
+
 class AdaptedLinear(torch.nn.Module):
     """A linear layer of Megatron's, frozen, and its adapter. Its parameters keep their names."""
 
@@ -45,18 +62,16 @@ class AdaptedLinear(torch.nn.Module):
         super().__init__()
         assert base.bias is None or not base.skip_bias_add, "a bias is added here"
         self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
-        self._quantized = base.product if config.quantizes_base else None
+        self._layer = base.frozen if config.quantizes_base else FrozenDense(self.weight, self.bias)
         self._is_sharded = config.sequence_parallel
 
     def _product(self, inputs: torch.Tensor) -> torch.Tensor:
         """[n, 1, I] -> [n, 1, O]."""
         rows = inputs.flatten(0, 1)
-        if self._quantized is None:
-            product = F.linear(rows, self.weight, self.bias)
+        if self.adapter is None:
+            product = self._layer.product(rows)
         else:
-            product = self._quantized(rows)
-        if self.adapter is not None:
-            product = self.adapter(product, rows)
+            product = self.adapter(self._layer, rows)
         return product.view(*inputs.shape[:2], -1)
 
 

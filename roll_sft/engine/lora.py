@@ -35,6 +35,13 @@ from roll_sft.engine.build import named_parameters
 from roll_sft.engine.frozen import keep_gradients_of_recomputed
 from roll_sft.engine.layers import LayerConfig
 from roll_sft.engine.lora_dropout import TokenDropout, with_keys
+from roll_sft.engine.low_rank import (
+    AdaptedProduct,
+    AddedProduct,
+    FrozenLayer,
+    Projections,
+    slices_of,
+)
 from roll_sft.engine.micro_batch import Indices, MicroBatch
 from roll_sft.engine.state import Place
 from roll_sft.models.adapter import (
@@ -66,18 +73,18 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self._dropout = dropout
         self._weight, self._rank, self._scale = weight, lora.rank, scaling(lora)
-        self._num_outputs, num_inputs = like.shape
-        self.runs, rows = _rows_of(weight)
-        self._rows_per_module = [
-            sum(run.stop - run.start for run in self.runs if run.module == module)
-            for module in weight.modules
-        ]
-        rows = None if rows is None else rows.to(like.device)
-        self.register_buffer("_rows", rows, persistent=False)
-        self._rows: torch.Tensor | None
+        num_outputs, num_inputs = like.shape
+        self.runs, places, slices = _rows_of(weight)
+        self._projections = Projections(
+            rank=lora.rank,
+            sizes=tuple(map(len, places)),
+            slices=slices,
+            places=() if slices else tuple(each.to(like.device) for each in places),
+            num_outputs=num_outputs,
+        )
         height = lora.rank * len(weight.modules)
         self.lora_A = torch.nn.Parameter(like.new_zeros(height, num_inputs))
-        self.lora_B = torch.nn.Parameter(like.new_zeros(sum(self._rows_per_module), lora.rank))
+        self.lora_B = torch.nn.Parameter(like.new_zeros(sum(map(len, places)), lora.rank))
         cut, dim = (self.lora_A, 1) if weight.is_row_parallel else (self.lora_B, 0)
         # By these marks the gradient norm counts every rank's part, and the whole half once.
         for mark, value in (
@@ -92,32 +99,24 @@ class Adapter(torch.nn.Module):
         """The parameter that all tensor ranks hold alike."""
         return self.lora_B if self._weight.is_row_parallel else self.lora_A
 
-    def forward(self, product: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """`product` [N, O] of the base, which is overwritten, with B A `inputs` [N, I] added."""
-        return product.addmm_(self._hidden(inputs), self._joint_b().t())
-
-    def _hidden(self, inputs: torch.Tensor) -> torch.Tensor:
-        """A `inputs`, [N, P * r]; each projection drops inputs of its own."""
+    def forward(self, layer: FrozenLayer, rows: torch.Tensor) -> torch.Tensor:
+        """The product [N, O] of `layer` and `rows` [N, I], with the adapters' parts."""
+        where = (self._projections, self._scale)
         if self._dropout is None or not self.training:
-            return F.linear(inputs, self.lora_A)
-        first = _tensor_rank() * inputs.shape[1] if self._weight.is_row_parallel else 0
-        parts = [
-            F.linear(self._dropout(inputs, module=module, first_column=first), part)
-            for module, part in zip(
-                self._weight.modules, self.lora_A.split(self._rank), strict=True
+            product: torch.Tensor = AdaptedProduct.apply(
+                rows, self.lora_A, self.lora_B, layer, where
             )
+            return product
+        first = _tensor_rank() * rows.shape[1] if self._weight.is_row_parallel else 0
+        modules, parts = self._weight.modules, self.lora_A.split(self._rank)
+        hidden = [  # each projection drops inputs of its own
+            F.linear(self._dropout(rows, module=module, first_column=first), part)
+            for module, part in zip(modules, parts, strict=True)
         ]
-        return torch.cat(parts, dim=1)
-
-    def _joint_b(self) -> torch.Tensor:
-        """[O, P * r]: each row of B scaled, in the columns of its projection, in the base's order.
-
-        One product of it is faster than one of each projection, whose rows lie scattered.
-        """
-        joint = torch.block_diag(*self.lora_B.split(self._rows_per_module)) * self._scale
-        if self._rows is None:
-            return joint
-        return joint.new_zeros(self._num_outputs, joint.shape[1]).index_copy(0, self._rows, joint)
+        added: torch.Tensor = AddedProduct.apply(
+            layer.product(rows), torch.cat(hidden, dim=1), self.lora_B, where
+        )
+        return added
 
     def places(self) -> Iterator[Place]:
         """Where the adapters lie in the tensors of PEFT's that a checkpoint holds."""
@@ -149,11 +148,13 @@ class _Run:
     stop: int
 
 
-def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor | None]:
-    """The rows of this tensor rank with adapters: runs of them, and their places int64 [R].
+def _rows_of(
+    weight: AdaptedWeight,
+) -> tuple[list[_Run], list[torch.Tensor], tuple[slice, ...] | None]:
+    """The rows of this tensor rank with adapters: runs, each module's places int64, and slices.
 
-    Both in the order of the modules; a place is a row of the rank's fused weight. None stands for
-    all of its rows, one after the other.
+    In the order of the modules; a place is a row of the rank's fused weight. The slices are None
+    where the places of a module do not lie together.
     """
     numbers = weight.rows_of_rank(tensor_rank=_tensor_rank(), tensor_size=_tensor_size())
     firsts, runs, places = weight.first_rows(), [], []
@@ -167,9 +168,7 @@ def _rows_of(weight: AdaptedWeight) -> tuple[list[_Run], torch.Tensor | None]:
         for start, stop in itertools.pairwise([0, *ends, len(rows)]):
             if start < stop:
                 runs.append(_Run(module, int(rows[start]), int(rows[stop - 1]) + 1))
-    found = torch.cat(places)
-    is_whole = len(found) == len(numbers) and bool((found.diff() > 0).all())
-    return runs, None if is_whole else found
+    return runs, places, slices_of(places)
 
 
 @dataclass(frozen=True, slots=True)

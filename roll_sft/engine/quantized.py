@@ -9,6 +9,7 @@ Legend: N tokens, I inputs and O outputs of a weight on this tensor rank.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -75,11 +76,11 @@ class QuantizedLinear(torch.nn.Module):
             tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         )
 
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """[N, I] -> [N, O], in memory of its own."""
+    @property
+    def frozen(self) -> "FrozenNF4":
+        """The layer without what Megatron asks of it."""
         assert self._quantized is not None, "fill comes first"
-        outputs: torch.Tensor = _Product.apply(rows, self._quantized, self.bias)
-        return outputs
+        return FrozenNF4(self._quantized, self.bias)
 
 
 class QuantizedColumns(QuantizedLinear):
@@ -117,16 +118,31 @@ def quantize(chunks: Sequence[GPTModel], source: ModelSource, lora: LoraConfig) 
         getattr(owner, leaf).fill(weights[name], tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenNF4:
+    """A layer whose weight [O, I] is dequantised where it is needed."""
+
+    weight: QuantizedWeight
+    bias: torch.Tensor | None
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, I] -> [N, O], in memory of its own."""
+        outputs: torch.Tensor = _Product.apply(rows, self)
+        return outputs
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[N, O] -> [N, I], in memory of its own."""
+        return gradient @ self.weight.dequantized()
+
+
 class _Product(torch.autograd.Function):
     """The linear layer of a quantised weight, and the gradient of its inputs alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.weight = weight
-        return F.linear(rows, weight.dequantized(), bias)
+    def forward(ctx: Any, rows: torch.Tensor, layer: FrozenNF4) -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(rows, layer.weight.dequantized(), layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient @ ctx.weight.dequantized(), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.layer.input_gradient(gradient), None

@@ -8,6 +8,7 @@ import pytest
 from transformers import Qwen2Config
 
 from roll_sft.config.build import build_config
+from roll_sft.config.lora import LoraConfig
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.memory import GIB, estimate, warn_of_memory
@@ -270,3 +271,19 @@ def test_a_run_that_needs_more_than_is_free_is_warned_of(
     warn_of_memory(config, shape, needed * 0.99)
     assert f"{needed:.1f} GiB" in caplog.text
     assert "train.micro_batch_tokens" in caplog.text
+
+
+@pytest.mark.parametrize("parallel", [{}, TP2], ids=["1", "TP2"])
+def test_a_base_in_nf4_takes_its_codes_and_one_weight_at_a_time(parallel: dict[str, Any]) -> None:
+    run = plan_of(**parallel)
+    plain, quantized = (
+        estimate(replace(run.config, lora=LoraConfig(rank=8, quantize_base=base)), run.shape)
+        for base in ("none", "nf4")
+    )
+    ranks = layout_of(run.config.parallel).tensor_size
+    widest = 2 * 4864 * 896 / ranks
+    numbers = 24 * (896 * (2 * 896 + 2 * 128) / ranks + 1.5 * widest)
+    saved = (plain.state_gib - quantized.state_gib) * GIB
+    assert 1 - saved / (2 * numbers) == pytest.approx(0.5 * (0.5 + 1 / 64), rel=0.03)
+    added = (quantized.backward_gib - plain.backward_gib) * GIB
+    assert added == pytest.approx(2 * widest)
