@@ -61,8 +61,8 @@ class Projections:
             pairs = zip(self.slices, hidden.split(self.rank, dim=1), strict=True)
             return torch.cat([gradient[:, outputs].t() @ part for outputs, part in pairs])
         joint = (gradient.t() @ hidden).split(self.rank, dim=1)
-        pairs = zip(self.places, joint, strict=True)
-        return torch.cat([columns[places] for places, columns in pairs])
+        found = zip(self.places, joint, strict=True)
+        return torch.cat([columns[places] for places, columns in found])
 
     def _parts(
         self, hidden: torch.Tensor, b: torch.Tensor

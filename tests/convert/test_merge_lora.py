@@ -15,6 +15,7 @@ from roll_sft.checkpoint.fingerprint import changes
 from roll_sft.config.lora import LoraConfig
 from roll_sft.convert.merge_lora import main, merge
 from roll_sft.job.lora import base_shape, check_lora, fingerprint, lora_facts
+from roll_sft.models import nf4
 from roll_sft.models.peft_folder import BASE, config_of
 from roll_sft.models.source import ModelSource
 from tests import parity
@@ -116,6 +117,30 @@ def test_a_folder_that_is_no_model_or_no_adapter_is_refused(
         merge(base, base, tmp_path / "merged")
 
 
+def test_merging_into_a_base_in_nf4_is_asked_for(base: Path, adapter: Path, tmp_path: Path) -> None:
+    ours, output = tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(adapter, ours)
+    known = {"fingerprint": fingerprint(base)}
+    for content, dequantize, named in (
+        ({**known, "quantized_from": "fp32"}, False, r"--adapter: .* NF4.* --dequantize merges"),
+        ({**known, "quantized_from": "int3"}, True, r"quantized_from 'int3' is not one of"),
+        (known, True, r"--dequantize: .* not quantised; leave it out"),
+    ):
+        (ours / BASE).write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=named):
+            merge(ours, base, output, dequantize=dequantize)
+    with pytest.raises(ConfigError, match=r"lora\.quantize_base: nf4 .* down_proj has 160 inputs"):
+        merge(adapter, base, output, dequantize=True)
+    assert not output.exists()
+
+
+def test_a_base_in_nf4_needs_its_library(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
+    config = lora_config(base, rank=4, quantize_base="nf4")
+    with pytest.raises(ConfigError, match=r"lora\.quantize_base: nf4 .* pip install 'bitsandbytes"):
+        check_lora(config, *base_shape(base))
+
+
 def lora_config(base: Path, **lora: Any) -> Any:
     return parity.parity_config(base.parent, lora=lora, model={"path": str(base)})
 
@@ -141,11 +166,13 @@ def test_a_run_resumes_with_the_same_adapters_of_the_same_base_alone(base: Path)
     facts = lora_facts(lora_config(base, rank=4), source)
     current, plain = replace(STATE, facts={"lora": facts}), replace(STATE, facts={})
     elsewhere = {**facts, "base_path": "elsewhere"}
+    del elsewhere["quantize_base"]  # as checkpoints of before that key
     assert changes(current, replace(STATE, facts={"lora": elsewhere})) == {}
     for stored, named in (
         ({**facts, "base_model": "0123456789abcdef"}, r"model\.path: .*0123456789abcdef"),
         ({**facts, "rank": 8}, r"lora\.rank: 4, .* has 8"),
         ({**facts, "target_modules": ["q_proj"]}, r"lora\.target_modules: .* has \['q_proj'\]"),
+        ({**facts, "quantize_base": "nf4"}, r"lora\.quantize_base: none, .* has nf4"),
     ):
         with pytest.raises(ConfigError, match=named):
             changes(current, replace(STATE, facts={"lora": stored}))
