@@ -176,7 +176,7 @@ def check_waits(device: str, folder: Path) -> Results:
 
 
 def check_lora(device: str, folder: Path) -> Results:
-    """Ten steps of adapters in fp32 against peft, where it is installed.
+    """Ten steps of adapters in fp32 against peft, without and with dropout, where it is installed.
 
     `folder` holds what `write_inputs` writes.
     """
@@ -187,12 +187,14 @@ def check_lora(device: str, folder: Path) -> Results:
 
     shape = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     adapter = lora.write_adapter(folder / "model", folder / "adapter", **shape)
-    config = lora.lora_config(folder, adapter, parallel={"device": device})
-    wanted, _, _ = lora.reference_run(prepare_job(config), adapter)
-    steps = parity.engine_run(config, None) or []
-    for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
-        worst = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-        yield f"fp32 {key} of adapters against peft", worst, bound
+    for dropout in (0.0, 0.2):
+        options, where = {"dropout": dropout}, {"device": device}
+        config = lora.lora_config(folder, adapter, lora=options, parallel=where)
+        wanted, _, _ = lora.reference_run(prepare_job(config), adapter)
+        steps = parity.engine_run(config, None) or []
+        for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            worst = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
+            yield f"fp32 {key} of adapters with dropout {dropout} against peft", worst, bound
 
 
 if __name__ == "__main__":
