@@ -15,10 +15,14 @@ from roll_sft.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import (
+        Gemma2Config,
+        Gemma3TextConfig,
+        Glm4Config,
         GraniteConfig,
         LlamaConfig,
         MistralConfig,
         Olmo2Config,
+        Olmo3Config,
         Phi3Config,
         PreTrainedConfig,
         Qwen2Config,
@@ -27,8 +31,8 @@ if TYPE_CHECKING:
     )
 
     DecoderConfig: TypeAlias = (
-        GraniteConfig | LlamaConfig | MistralConfig | Olmo2Config | Phi3Config | Qwen2Config
-        | Qwen3Config | SmolLM3Config
+        Gemma2Config | Gemma3TextConfig | Glm4Config | GraniteConfig | LlamaConfig | MistralConfig
+        | Olmo2Config | Olmo3Config | Phi3Config | Qwen2Config | Qwen3Config | SmolLM3Config
     )  # fmt: skip
     Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -105,8 +109,9 @@ def _problems(config: "DecoderConfig", own: Collection[str]) -> list[str]:
     pad = config.pad_token_id
     if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
         problems.append(f"pad_token_id {pad} (must be one of the {config.vocab_size} tokens)")
-    if "hidden_act" not in own and config.hidden_act != "silu":
-        problems.append(f"hidden_act {config.hidden_act} (only silu)")
+    activation = getattr(config, "hidden_act", None)  # of Gemma it is hidden_activation
+    if "hidden_act" not in own and activation != "silu":
+        problems.append(f"hidden_act {activation} (only silu)")
     if config.attention_dropout:
         problems.append(f"attention_dropout {config.attention_dropout} (only 0)")
     if getattr(config, "quantization_config", None) is not None:

@@ -104,6 +104,15 @@ def attention(shape: ModelShape, *, layer: int) -> WeightTable:
     return table
 
 
+def head_norms(shape: ModelShape, *, layer: int) -> WeightTable:
+    """One norm that all query heads share, another for all key heads."""
+    hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
+    return {
+        f"{ours}.q_layernorm.weight": SingleTensor(f"{hf}.q_norm.weight", (shape.head_dim,)),
+        f"{ours}.k_layernorm.weight": SingleTensor(f"{hf}.k_norm.weight", (shape.head_dim,)),
+    }
+
+
 def pre_mlp_norm(shape: ModelShape, *, layer: int) -> WeightTable:
     """The norm before the MLP; Hugging Face names it after the attention that it follows."""
     name = f"model.layers.{layer}.post_attention_layernorm.weight"

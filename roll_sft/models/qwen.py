@@ -11,13 +11,14 @@ from roll_sft.models.family import (
     Family,
     attention,
     decoder_weights,
+    head_norms,
     mlp,
     pre_attention_norm,
     pre_mlp_norm,
     pre_norm_weights,
 )
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.weight_map import SingleTensor, WeightTable
+from roll_sft.models.weight_map import WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,17 +55,8 @@ def qwen3_shape(config: "PreTrainedConfig") -> ModelShape:
 
 def qwen3_weights(shape: ModelShape) -> WeightTable:
     """Every parameter of Megatron's GPTModel for `shape`, with the layer's global index."""
-    parts = (pre_attention_norm, attention, _head_norms, pre_mlp_norm, mlp)
+    parts = (pre_attention_norm, attention, head_norms, pre_mlp_norm, mlp)
     return decoder_weights(shape, layer_parts=parts)
-
-
-def _head_norms(shape: ModelShape, *, layer: int) -> WeightTable:
-    """One norm that all query heads share, another for all key heads."""
-    hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
-    return {
-        f"{ours}.q_layernorm.weight": SingleTensor(f"{hf}.q_norm.weight", (shape.head_dim,)),
-        f"{ours}.k_layernorm.weight": SingleTensor(f"{hf}.k_norm.weight", (shape.head_dim,)),
-    }
 
 
 QWEN2 = Family(architecture=_QWEN2, shape=qwen2_shape, weights=pre_norm_weights)

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 _PLACES = {  # architecture -> module of this folder, and the name in it
+    "Gemma2ForCausalLM": ("gemma", "GEMMA2"),
+    "Gemma3ForCausalLM": ("gemma", "GEMMA3"),
+    "Glm4ForCausalLM": ("glm4", "GLM4"),
     "GraniteForCausalLM": ("granite", "GRANITE"),
     "LlamaForCausalLM": ("llama", "LLAMA"),
     "MistralForCausalLM": ("mistral", "MISTRAL"),
     "Olmo2ForCausalLM": ("olmo2", "OLMO2"),
+    "Olmo3ForCausalLM": ("olmo3", "OLMO3"),
     "Phi3ForCausalLM": ("phi3", "PHI3"),
     "Qwen2ForCausalLM": ("qwen", "QWEN2"),
     "Qwen3ForCausalLM": ("qwen", "QWEN3"),

@@ -162,8 +162,11 @@ def _module_outputs(model: Any, task: ParityTask) -> dict[str, torch.Tensor]:
     names = task.source.family.hf_names(task.source.shape) - {"lm_head.weight"}
     modules = {name: name.removesuffix(".weight") for name in names if name.endswith(".weight")}
     parts: dict[str, list[torch.Tensor]] = {}
+    length = 0  # of the sample
 
     def keep(name: str, at: torch.Tensor, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if output.ndim == 4 and output.shape[1] != length:  # heads before tokens, as in Gemma 3
+            output = output.transpose(1, 2)
         parts.setdefault(name, []).append(output[0, at].flatten(1).T.float().cpu())
 
     for index, (_, positions) in probed_columns(task).items():
@@ -174,6 +177,7 @@ def _module_outputs(model: Any, task: ParityTask) -> dict[str, torch.Tensor]:
             for name, module in modules.items()
         ]
         ids = torch.from_numpy(task.tokens.sample(index)[0].astype(np.int64)).to(model.device)
+        length = len(ids)
         with torch.no_grad():
             model(ids[None], logits_to_keep=1, use_cache=False)
         for hook in hooks:
