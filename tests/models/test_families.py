@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,12 +30,22 @@ from roll_sft.models.weight_map import SingleTensor
 from tests.models.helpers import DEFAULT_ROPE, LLAMA3_ROPE, SIZES, MemorySource, tiny_model
 
 ROPE = {"rope_parameters": DEFAULT_ROPE}
+WRITTEN_INTO = {"rope_parameters": {**DEFAULT_ROPE}}  # by families that rotate a part of a head
 SCALED = {"rope_parameters": LLAMA3_ROPE}
 TIED = {"tie_word_embeddings": True}
 UNTIED = {"tie_word_embeddings": False}
 NO_PAD = {"pad_token_id": None}  # by default outside of so small a vocabulary
+BY_KIND = {"rope_parameters": {"full_attention": LLAMA3_ROPE, "sliding_attention": DEFAULT_ROPE}}
 PARTIAL = {"rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}}
 CONFIGS: dict[str, PreTrainedConfig] = {
+    "gemma2": Gemma2Config(**SIZES, **SCALED, **UNTIED, head_dim=24),
+    "gemma2-tied": Gemma2Config(**SIZES, **ROPE, **TIED, head_dim=16),
+    "gemma3": Gemma3TextConfig(**SIZES, **BY_KIND, **UNTIED, head_dim=24, sliding_window_pattern=2),
+    "gemma3-tied": Gemma3TextConfig(**SIZES, **TIED, head_dim=16, sliding_window_pattern=2),
+    "glm4": Glm4Config(**SIZES, **PARTIAL, **NO_PAD, head_dim=24),
+    "glm4-tied": Glm4Config(
+        **SIZES, **WRITTEN_INTO, **TIED, **NO_PAD, head_dim=16, attention_bias=False
+    ),
     "granite": GraniteConfig(**SIZES, **SCALED, residual_multiplier=0.5),
     "granite-tied": GraniteConfig(**SIZES, **ROPE, **TIED, logits_scaling=8.0),
     "llama": LlamaConfig(**SIZES, **SCALED),
@@ -40,7 +54,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral-tied": MistralConfig(**SIZES, **SCALED, **TIED),
     "olmo2": Olmo2Config(**{**SIZES, "num_key_value_heads": 4}, **ROPE),
     "olmo2-tied": Olmo2Config(**SIZES, **SCALED, **TIED),
-    "phi3": Phi3Config(**{**SIZES, "num_key_value_heads": 4}, **ROPE, **NO_PAD),
+    "olmo3": Olmo3Config(**{**SIZES, "num_key_value_heads": 4}, **BY_KIND),
+    "olmo3-tied": Olmo3Config(**SIZES, **TIED),
+    "phi3": Phi3Config(**{**SIZES, "num_key_value_heads": 4}, **NO_PAD),
     "phi3-tied": Phi3Config(**SIZES, **PARTIAL, **TIED, **NO_PAD),
     "qwen2": Qwen2Config(**SIZES, **ROPE),
     "qwen2-tied": Qwen2Config(**SIZES, **SCALED, **TIED),
@@ -50,7 +66,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "smollm3-tied": SmolLM3Config(**SIZES, **ROPE, **TIED, **NO_PAD),
 }
 # A norm over a whole projection has no part for a rank without a key head of its own.
-TENSOR_SIZES = {name: (1, 2, 4) for name in CONFIGS} | {"olmo2-tied": (1, 2)}
+TENSOR_SIZES = {name: (1, 2, 4) for name in CONFIGS} | {
+    "olmo2-tied": (1, 2),
+    "olmo3-tied": (1, 2),
+}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -95,8 +114,8 @@ def merge(name: str, parts: list[torch.Tensor], shape: ModelShape) -> torch.Tens
 
 
 def test_every_family_is_tested_here():
-    tested = {f"{type(config).__name__.removesuffix('Config')}" for config in CONFIGS.values()}
-    assert {f"{name}ForCausalLM" for name in tested} == set(ARCHITECTURES)
+    tested = {type(each).__name__.replace("TextConfig", "Config") for each in CONFIGS.values()}
+    assert {name.replace("Config", "ForCausalLM") for name in tested} == set(ARCHITECTURES)
 
 
 def test_every_weight_survives_the_way_to_megatron_and_back(
@@ -161,10 +180,17 @@ def test_parameters_are_counted_as_transformers_counts_them(
 def test_rotary_frequencies_are_those_of_transformers_model(
     name: str, model: PreTrainedModel, shape: ModelShape
 ):
-    ours, theirs = torch.tensor(shape.rotary_inv_freq), model.model.rotary_emb.inv_freq
-    assert torch.equal(ours, theirs)
+    tables = [
+        table
+        for key, table in sorted(model.model.rotary_emb.named_buffers())
+        if key.endswith("inv_freq") and "original" not in key
+    ]
+    ours = torch.tensor(shape.rotary_inv_freq).split([len(table) for table in tables])
+    assert all(map(torch.equal, ours, tables))
     rope = CONFIGS[name].rope_parameters
-    width = int(shape.head_dim * rope.get("partial_rotary_factor", 1.0))
-    assert len(ours) == width // 2
-    is_scaled = rope["rope_type"] == "llama3"
-    assert (ours[-1] < 0.2 * rope["rope_theta"] ** (2 / width - 1)) == is_scaled
+    ropes = [rope] if "rope_type" in rope else [rope[kind] for kind in sorted(rope)]
+    for frequencies, settings in zip(ours, ropes, strict=True):
+        width = int(shape.head_dim * settings.get("partial_rotary_factor", 1.0))
+        assert len(frequencies) == width // 2
+        is_scaled = settings["rope_type"] == "llama3"
+        assert (frequencies[-1] < 0.2 * settings["rope_theta"] ** (2 / width - 1)) == is_scaled
