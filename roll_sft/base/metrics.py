@@ -5,7 +5,9 @@
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 # Start of a device's name -> dense bf16 peak in FLOP/s, from the vendors' datasheets (no sparsity).
 # The longest start that fits counts: variants of one chip differ in clock and power.
@@ -86,16 +88,23 @@ class EvalRecord:
 
 
 def flops_per_step(
-    *, num_matmul_parameters: float, num_layers: int, attention_width: int, lengths: list[int]
+    *,
+    num_matmul_parameters: float,
+    num_layers: int,
+    attention_width: int,
+    lengths: list[int],
+    windows: Mapping[int, int] = MappingProxyType({}),
 ) -> float:
     """Model FLOPs of forward and backward over samples of `lengths` real tokens.
 
     6NT for the matmuls (N with the LM head, without the input embedding) and 6 L w s^2 for causal
     attention inside each document (w is heads x head_dim), so neither padding nor packing counts.
+    `windows` says how many layers have a window of so many tokens, which hides (s - window)^2.
     """
-    tokens = sum(lengths)
-    squares = sum(length * length for length in lengths)
-    return 6.0 * num_matmul_parameters * tokens + 6.0 * num_layers * attention_width * squares
+    squares = num_layers * sum(length * length for length in lengths)
+    for window, count in windows.items():
+        squares -= count * sum(max(0, length - window) ** 2 for length in lengths)
+    return 6.0 * num_matmul_parameters * sum(lengths) + 6.0 * attention_width * squares
 
 
 def peak_flops(device_name: str | None) -> float | None:

@@ -157,7 +157,8 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     # attention's output.
     is_gathered, is_normed = layout.context_size > 1, shape.qk_norm != "none"
     projected = 0 if is_gathered and not is_normed else q + 2 * k
-    rest = 2 * hidden + (projected + is_normed * (q + k) + q) / layout.tensor_size
+    num_norms = 4 if shape.norm_placement == "both" else 2
+    rest = num_norms * hidden + (projected + is_normed * (q + k) + q) / layout.tensor_size
     # What leaves each norm; queries and keys rotated, or in place of the keys those that the rank's
     # two chunks of a sample see, and their values; of the MLP what is projected and the product,
     # and op by op also the gates activated and what they gate once more.
@@ -166,10 +167,12 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     entering = q + is_normed * k + (0 if projected else q + 2 * k)
     mlp = (3 if _is_compiled(run) else 5) * shape.ffn_hidden_size
     parts = {
-        "layernorm": 2 * hidden if shape.norm_placement == "pre" else 0,
+        "layernorm": 0 if shape.norm_placement == "post" else 2 * hidden,
         "core_attn": (core - entering) / layout.tensor_size,
         "mlp": mlp / layout.tensor_size,
     }
+    if shape.variation is not None and shape.variation.attention_softcap is not None:
+        parts["core_attn"] += _scores(run)
     kept = rest + sum(parts.values()) + entering / layout.tensor_size
     if run.config.lora.rank:
         from roll_sft.job.lora_memory import kept_by_adapters
@@ -184,6 +187,21 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
         kept - sum(parts[name] for name in set(modules)),
         sum(recomputed.get(name, 0) for name in set(modules)),
     )
+
+
+def _scores(run: _Run) -> float:
+    """Numbers of a token's scores that a soft-cap keeps where SDPA computes it, as on a CPU.
+
+    What left tanh and what left the softmax, each in fp32, of every head and key of a full sample.
+    """
+    if run.config.parallel.device != "cpu":
+        return 0.0
+    shape, longest = run.shape, run.config.data.sequence_length
+    windows = sum(number * min(2 * each, longest) for each, number in shape.windows.items())
+    plain = shape.num_layers - sum(shape.windows.values())
+    keys = (windows + plain * longest) / shape.num_layers
+    width, _ = _weight_bytes(run)
+    return 2 * shape.num_attention_heads * keys * 4 / width / run.layout.tensor_size
 
 
 def _hidden(run: _Run) -> float:
@@ -217,6 +235,8 @@ def _head_bytes(run: _Run, tokens: int) -> float:
     words = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
     weight = words * shape.hidden_size
     logits = 2 * width if _is_compiled(run) else max(2 * width, width + 4)
+    if (v := shape.variation) and (v.logits_softcap is not None or v.logits_divisor != 1.0):
+        logits += 8  # changed in fp32, and their gradient
     on_gpu = run.config.parallel.device != "cpu"
     chunk = chunk_rows(tokens, words, on_gpu=on_gpu) * words * logits
     norm = 2 * tokens * _hidden(run) * width

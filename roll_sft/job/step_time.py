@@ -167,6 +167,7 @@ def _step_flops(shape: ModelShape, work: Work) -> float:
         num_layers=shape.num_layers,
         attention_width=shape.attention_width,
         lengths=[length],
+        windows=shape.windows,
     )
     return flops * work.tokens / length
 
@@ -175,9 +176,11 @@ def _recomputed_flops(shape: ModelShape, work: Work, recompute: Collection[str])
     """Of the forward of what is recomputed: two for each weight and token, and its scores."""
     head = shape.vocab_size * shape.hidden_size
     mlp = 3 * shape.ffn_hidden_size * shape.hidden_size * shape.num_layers
-    scores = shape.attention_width * _mean_length(work) * shape.num_layers
+    length = _mean_length(work)
+    unseen = sum(n * max(0, length - window) ** 2 for window, n in shape.windows.items())
+    scores = shape.attention_width * (length * shape.num_layers - unseen / length)
     is_full = _has(recompute, "full")
-    numbers = shape.num_matmul_parameters - head if is_full else 0
+    numbers: float = shape.num_matmul_parameters - head if is_full else 0
     numbers += mlp if _has(recompute, "mlp") else 0
     numbers += scores if is_full or _has(recompute, "core_attn") else 0
     return 2.0 * numbers * work.tokens

@@ -47,6 +47,11 @@ class ModelShape:
         return self.num_attention_heads * self.head_dim
 
     @property
+    def windows(self) -> dict[int, int]:
+        """Window -> the number of layers whose attention has it."""
+        return {} if self.variation is None else self.variation.windows
+
+    @property
     def num_matmul_parameters(self) -> int:
         """Weights that multiply activations: all matrices and the LM head, not the embedding."""
         return self.num_layers * self._num_layer_matmul_parameters + self._num_embedding_parameters

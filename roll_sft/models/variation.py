@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh"]
 
@@ -50,6 +50,12 @@ class Variation:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     longest: int | None = None  # tokens of a sample, beyond which it is rotated otherwise
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Variation":
+        """What `dataclasses.asdict` made `values` of."""
+        layers = tuple(LayerAttention(**each) for each in values["layers"])
+        return cls(**{**values, "layers": layers})
 
     @property
     def windows(self) -> dict[int, int]:

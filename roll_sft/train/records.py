@@ -122,6 +122,7 @@ class Records:
             num_layers=shape.num_layers,
             attention_width=shape.attention_width,
             lengths=self._job.data.train.lengths[list(plan.sample_ids)].tolist(),
+            windows=shape.windows,
         )
         return flops / device_seconds / peak
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def test_flops_count_every_token_in_the_matmuls_and_its_square_in_attention() ->
         num_matmul_parameters=1000, num_layers=3, attention_width=7, lengths=[5, 11]
     )
     assert found == 6 * 1000 * 16 + 6 * 3 * 7 * (25 + 121)
+
+
+def test_a_window_hides_the_tokens_before_it() -> None:
+    sizes: dict[str, Any] = {"num_matmul_parameters": 0, "num_layers": 3, "attention_width": 7}
+    found = flops_per_step(**sizes, lengths=[4, 400], windows={40: 2})
+    # Twelve FLOPs for each column and each pair of a query and a key that it sees.
+    pairs = sum(min(place + 1, 40) for n in (4, 400) for place in range(n))
+    plain = sum(place + 1 for n in (4, 400) for place in range(n))
+    assert found == pytest.approx(12 * 7 * (2 * pairs + plain), rel=0.01)
 
 
 @pytest.mark.parametrize(
