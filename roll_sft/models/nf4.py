@@ -10,6 +10,7 @@ Legend: O outputs and I inputs of a weight, R rows and C columns of a rank's par
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -198,8 +199,22 @@ class DequantizedSource:
 
 
 def _library() -> Any:
-    """bitsandbytes, which is typed in part."""
-    return import_module("bitsandbytes.functional")
+    """bitsandbytes, which is typed in part.
+
+    On CPUs with AVX512-BF16 it asks the package `kernels`, where that is installed, for code from
+    the hub, of a product that is not used here. A run fetches no code, so the package is hidden.
+    """
+    if "bitsandbytes" in sys.modules:
+        return import_module("bitsandbytes.functional")
+    hidden: Any = None
+    found = sys.modules.pop("kernels", None)
+    sys.modules["kernels"] = hidden
+    try:
+        return import_module("bitsandbytes.functional")
+    finally:
+        del sys.modules["kernels"]
+        if found is not None:
+            sys.modules["kernels"] = found
 
 
 def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

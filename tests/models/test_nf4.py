@@ -1,5 +1,7 @@
 """Weights in NF4 against bitsandbytes, cut for tensor ranks, at every size."""
 
+import sys
+
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -92,6 +94,20 @@ def test_blocks_that_straddle_are_refused(
 ) -> None:
     found = list(nf4.block_problems(FAMILY, shape_of(**changes), NF4, tensor_size=tensor_size))
     assert all(part in found[0] for part in named), found
+
+
+def test_the_library_is_loaded_without_kernels_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+
+    def load(name: str) -> None:
+        found.append("kernels" in sys.modules and sys.modules["kernels"] is None)
+
+    monkeypatch.setattr(nf4, "import_module", load)
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    nf4._library()
+    assert found == [True]
+    assert "kernels" not in sys.modules
 
 
 def test_a_missing_library_is_answered_with_the_install_line(
