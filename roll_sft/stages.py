@@ -82,16 +82,18 @@ def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp)
     show_job(job)
     clock.passed("data and plan")
     with _trackers(job, folder, start=start) as trackers:
-        if start.step >= job.total_steps:
-            LOG.info("%s has all %d steps of this run: it is finished", folder, start.step)
+        reason = _why_finished(start, job, folder)
+        if reason is not None:
+            LOG.info("%s: %s: it is finished", folder, reason)
         else:
             train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
         if not config.checkpoint.save and config.checkpoint.hf_export != "none":
             LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
-        elif config.checkpoint.hf_export != "none" and not _is_exported(folder, start, job):
-            own = step_folders(checkpoints)
-            _export(job.config, own[-1] if own else start.checkpoint, folder)
-        if start.step < job.total_steps or not (folder / CURVE).exists():
+        elif config.checkpoint.hf_export != "none" and not (
+            reason is not None and _is_exported(folder, config)
+        ):
+            _export(job.config, _checkpoint_to_export(job.config, folder, start), folder)
+        if reason is None or not (folder / CURVE).exists():
             draw_losses(folder)
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
@@ -114,11 +116,32 @@ def _on_cluster(config: RunConfig) -> RunConfig:
     return with_device_of_cluster(config)
 
 
-def _is_exported(folder: Path, start: Start, job: Job) -> bool:
+def _why_finished(start: Start, job: Job, folder: Path) -> str | None:
+    """Why the run in `folder` has nothing left to train; None if it has."""
+    if start.step >= job.total_steps:
+        return f"has all {start.step} steps of this run"
+    if job.config.train.early_stopping is None or start.step == 0:
+        return None
+    from roll_sft.train.early_stopping import why_stopped
+
+    return why_stopped(job.config, folder, step=start.step)
+
+
+def _is_exported(folder: Path, config: RunConfig) -> bool:
     """Whether a run that was finished before has its model already."""
-    is_adapter = job.config.checkpoint.hf_export == "adapter"
-    wanted = run_folder.ADAPTER if is_adapter else run_folder.MODEL
-    return start.step >= job.total_steps and (folder / wanted).exists()
+    is_adapter = config.checkpoint.hf_export == "adapter"
+    return (folder / (run_folder.ADAPTER if is_adapter else run_folder.MODEL)).exists()
+
+
+def _checkpoint_to_export(config: RunConfig, folder: Path, start: Start) -> Path | None:
+    """The last checkpoint, or the best of a run that may stop early and keeps it."""
+    if config.train.early_stopping is not None:
+        from roll_sft.train.early_stopping import checkpoint_to_export
+
+        if (best := checkpoint_to_export(config, folder)) is not None:
+            return best
+    own = step_folders(folder / run_folder.CHECKPOINTS)
+    return own[-1] if own else start.checkpoint
 
 
 def _export(config: RunConfig, checkpoint: Path | None, folder: Path) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
+from roll_sft.data.steps.objective import TOLD
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
 from roll_sft.parity.measurement import RankParity
@@ -262,7 +263,14 @@ def engine_run(
         metrics = engine.train_step(plan.work_for(data_rank, learning_rate=job.schedule.at(step)))
         if metrics is not None:
             loss = metrics.loss_sum / metrics.supervised_tokens
-            steps.append({"loss": loss, "grad_norm": metrics.grad_norm})
+            told = [value / metrics.supervised_tokens for value in metrics.told]
+            steps.append(
+                {
+                    "loss": loss,
+                    "grad_norm": metrics.grad_norm,
+                    **dict(zip(TOLD, told, strict=False)),
+                }
+            )
     if checkpoint is not None:
         engine.save(checkpoint)
     return steps or None

@@ -36,8 +36,7 @@ ABBREVIATIONS = {
 RESERVED = frozenset(
     {"evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
     | {"cluster.grace_s", "parallel.expert_model_parallel_size"}
-    | {"parallel.expert_tensor_parallel_size", "train.loss", "train.loss_reduction"}
-    | {"train.neftune_noise_alpha", "train.label_smoothing", "train.on_nan", "train.max_duration"}
+    | {"parallel.expert_tensor_parallel_size", "train.on_nan", "train.max_duration"}
 )
 # Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {

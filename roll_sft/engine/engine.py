@@ -115,7 +115,9 @@ class Engine:
             from roll_sft.engine.overlap import chain_stages
 
             chain_stages(self._wrapped)
-        self.optimizer = build_optimizer(config, self._wrapped)
+        self.optimizer = build_optimizer(
+            config, self._wrapped, self._recipe and self._recipe.overrides
+        )
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self._background = _background_writer() if config.checkpoint.async_save else None
         torch.cuda.reset_peak_memory_stats()
@@ -124,12 +126,13 @@ class Engine:
             self._load(checkpoint)
 
     def _prepare(self, source: ModelSource, *, is_new: bool) -> "Recipe | None":
-        """Freeze what is not trained and add adapters, if the run has any of that."""
-        if not self._config.trains_part:
+        """What the run does beside a plain full fine-tune, if anything."""
+        config, layers, data = self._config, self._transformer, self._data.train
+        if not (config.trains_part or config.train.changed_keys or data.weights is not None):
             return None
         from roll_sft.engine.recipe import prepared
 
-        return prepared(self.chunks, source, self._config, layers=self._transformer, is_new=is_new)
+        return prepared(self.chunks, source, config, layers=layers, data=data, is_new=is_new)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step; `work` is this rank's share of the global batch.
@@ -139,7 +142,7 @@ class Engine:
         started = time.perf_counter()
         seed_step(self._config.seed, step=work.step)
         if self._recipe is not None:
-            self._recipe.begin_step(work.step)
+            self._recipe.begin_step(work)
         batches = self._ahead.take(work.micro_batches)
         if work.next_micro_batches is not None:
             self._ahead.begin(work.next_micro_batches)
@@ -151,7 +154,7 @@ class Engine:
             from roll_sft.engine.overlap import begin_gather
 
             begin_gather(self._wrapped)
-        loss_sum, supervised = report.read()
+        loss_sum, supervised, *told = report.read()
         if not self._is_reporter:
             return None
         assert supervised == work.supervised_tokens, (
@@ -169,6 +172,7 @@ class Engine:
             step_time_s=time.perf_counter() - started,
             data_wait_s=data_wait_s,
             peak_memory_gib=peak_memory / 2**30,
+            told=tuple(told),
         )
 
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
@@ -251,7 +255,7 @@ class Engine:
             vocab_size=self._shape.vocab_size,
         )
         if self._recipe is not None:
-            batches = self._recipe.keyed(batches, indices, self._layout, self._rank)
+            batches = self._recipe.keyed(batches, indices, tokens)
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:
@@ -286,13 +290,15 @@ class Engine:
             gather_weights(self._wrapped)
 
     def _report(self) -> torch.Tensor:
-        """`reduce_losses` as float64 [2] on the device, without waiting for it."""
+        """`reduce_losses` as float64 [2] on the device, not waited for; see `Recipe.report`."""
         if not parallel_state.is_pipeline_last_stage():
             return torch.zeros(2, dtype=torch.float64, device=self._device)
         # By a fill: a tensor made of a Python number would be copied, and the copy waited for.
         count = torch.full((), self._num_supervised, dtype=torch.float64, device=self._device)
         total = torch.stack([rows.sum() for rows in self.row_losses]).double().sum()
         report = torch.stack([total, count])
+        if self._recipe is not None:
+            report = self._recipe.report(report)
         dist.all_reduce(
             report, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
         )
@@ -322,6 +328,8 @@ class Engine:
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(batches).to(self._device)
+        if self._recipe is not None:
+            self._recipe.begin_pack(batch)
         pack = batch.pack
         losses = model(
             pack.tokens_T,

@@ -26,6 +26,7 @@ class LayerConfig(TransformerConfig):
     is_compiled: bool = False  # whether element-wise functions run compiled
     quantizes_base: bool = False  # whether linear layers are built for NF4
     variation: Any = None  # the model's `models.variation.Variation`
+    loss_terms: Any = None  # `objective.Terms`, of a recipe that has any
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,16 +69,16 @@ def dropped_inputs(
 ) -> torch.Tensor:
     """`inputs` [N, I], 0 where the hash of `tokens` int32 [N] and `columns` int32 [I] is small."""
     # All of the hash is here, so that compiled code is one kernel of it.
-    numbers = _mixed(_mixed(tokens)[:, None] ^ _mixed(columns)) & (_HIGH - 1)
+    numbers = mixed(mixed(tokens)[:, None] ^ mixed(columns)) & (_HIGH - 1)
     return torch.where(numbers >= limit, inputs * scale, 0.0)
 
 
 def token_keys(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The key of each token, int32 [N], of its sample and its position in it, int32 [N] each."""
-    return _mixed(_mixed(samples) ^ positions)
+    return mixed(mixed(samples) ^ positions)
 
 
-def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+def mixed(numbers: torch.Tensor) -> torch.Tensor:
     """int32 -> int32, one to one, every bit depending on all: the finalizer of MurmurHash3."""
     numbers = (numbers ^ ((numbers >> 16) & 0xFFFF)) * -2048144789
     numbers = (numbers ^ ((numbers >> 13) & 0x7FFFF)) * -1028477387

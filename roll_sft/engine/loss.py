@@ -92,6 +92,10 @@ def supervised_losses(
     weight = output_layer.weight if output_weight is None else output_weight
     assert isinstance(weight, torch.Tensor), f"the head's weight is a {type(weight).__name__}"
     config = output_layer.config
+    if context.factors is not None:
+        from roll_sft.engine.objective import objective_of_rows
+
+        return objective_of_rows(rows, weight, context, config=config)
     if config.variation is not None:
         from roll_sft.engine.logits import changed_softmax
 
@@ -135,12 +139,12 @@ def _losses(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softmax: Any, adds: bool
 ) -> torch.Tensor:
     if torch.is_grad_enabled():
-        losses: torch.Tensor = _HeadLoss.apply(hidden, weight, labels, softmax, adds)
+        losses: torch.Tensor = HeadLoss.apply(hidden, weight, labels, softmax, adds)
         return losses
     return _forward(hidden, weight, labels, softmax=softmax, gradients=None)
 
 
-class _HeadLoss(torch.autograd.Function):
+class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -254,11 +258,11 @@ def _softmax(
     dtype = logits.dtype
     logits = logits.float()
     logits[:, num_real:] = torch.finfo(torch.float32).min
-    largest = _over_tensor_ranks(logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
+    largest = over_tensor_ranks(logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
     logits.sub_(largest)
     picked = logits.gather(1, local) * is_here
     sums = torch.cat([logits.exp_().sum(dim=1, keepdim=True), picked], dim=1)
-    sums = _over_tensor_ranks(sums, dist.ReduceOp.SUM)
+    sums = over_tensor_ranks(sums, dist.ReduceOp.SUM)
     total = sums[:, :1]
     losses = (total.log() - sums[:, 1:])[:, 0]
     if not needs_gradient:
@@ -279,10 +283,10 @@ def _compiled_softmax(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The softmax that reads the logits once for the sums and once for the gradient."""
     of_rank, total = run_compiled(exponential_sums, [logits], num_real)
-    largest = _over_tensor_ranks(of_rank.clone(), dist.ReduceOp.MAX)
+    largest = over_tensor_ranks(of_rank.clone(), dist.ReduceOp.MAX)
     picked = (logits.gather(1, local).float() - largest) * is_here
     sums = torch.cat([total * (of_rank - largest).exp(), picked], dim=1)
-    sums = _over_tensor_ranks(sums, dist.ReduceOp.SUM)
+    sums = over_tensor_ranks(sums, dist.ReduceOp.SUM)
     total = sums[:, :1].contiguous()
     losses = (total.log() - sums[:, 1:])[:, 0]
     if not needs_gradient:
@@ -298,7 +302,7 @@ def exponential_sums(logits: torch.Tensor, num_real: int) -> tuple[torch.Tensor,
     """
     values = logits.float()
     if num_real < logits.shape[1]:
-        values = values.masked_fill(_columns(logits) >= num_real, torch.finfo(torch.float32).min)
+        values = values.masked_fill(columns_of(logits) >= num_real, torch.finfo(torch.float32).min)
     largest = values.amax(dim=1, keepdim=True)
     return largest, (values - largest).exp().sum(dim=1, keepdim=True)
 
@@ -311,18 +315,18 @@ def logit_gradient(
     num_real: int,
 ) -> torch.Tensor:
     """The probabilities [r, W], less one at column `local` int64 [r, 1] (-1: in no column)."""
-    columns = _columns(logits)
+    columns = columns_of(logits)
     gradient = (logits.float() - largest).exp() / total - (columns == local).float()
     if num_real < logits.shape[1]:
         gradient = gradient.masked_fill(columns >= num_real, 0.0)
     return gradient.to(logits.dtype)
 
 
-def _columns(logits: torch.Tensor) -> torch.Tensor:
+def columns_of(logits: torch.Tensor) -> torch.Tensor:
     return torch.arange(logits.shape[1], device=logits.device)
 
 
-def _over_tensor_ranks(values: torch.Tensor, operation: Any) -> torch.Tensor:
+def over_tensor_ranks(values: torch.Tensor, operation: Any) -> torch.Tensor:
     """`values` [r, 1 or 2], reduced in place over the tensor ranks."""
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         group = parallel_state.get_tensor_model_parallel_group()

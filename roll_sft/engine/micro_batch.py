@@ -61,6 +61,7 @@ class SupervisedRows:
     labels: torch.Tensor  # int64 [R], in the order of the tokens
     vocab_size: int  # without padding
     is_sharded: bool  # whether each tensor rank has a part of the sequence
+    factors: torch.Tensor | None = None  # float32 [R], of an objective that is no mean of tokens
 
     def moved(self, move: Move) -> "SupervisedRows":
         """The same with `move` applied to every tensor."""
@@ -69,6 +70,7 @@ class SupervisedRows:
             index=move(self.index),
             kept=None if self.kept is None else move(self.kept),
             labels=move(self.labels),
+            factors=None if self.factors is None else move(self.factors),
         )
 
 
@@ -79,7 +81,8 @@ class MicroBatch:
     pack: PackedBatch  # only tokens_T and positions_T leave the host
     segments: Segments
     rows: SupervisedRows
-    token_keys: torch.Tensor | None = None  # int32 [T], where dropout needs them
+    token_keys: torch.Tensor | None = None  # int32 [T], where dropout or noise needs them
+    noise_T: torch.Tensor | None = None  # float32 [T], the largest noise on each embedding
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory."""
@@ -93,8 +96,8 @@ class MicroBatch:
         pack = replace(
             self.pack, tokens_T=move(self.pack.tokens_T), positions_T=move(self.pack.positions_T)
         )
-        keys = None if self.token_keys is None else move(self.token_keys)
-        return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move), keys)
+        extra = [each if each is None else move(each) for each in (self.token_keys, self.noise_T)]
+        return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move), *extra)
 
 
 def build_micro_batches(

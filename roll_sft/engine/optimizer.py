@@ -24,8 +24,13 @@ from roll_sft.engine.build import DTYPES, overlaps
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm."""
+def build_optimizer(
+    config: RunConfig, wrapped: list[DistributedDataParallel], overrides: Any = None
+) -> MegatronOptimizer:
+    """AdamW, weight decay on parameters of two or more dimensions, clipping by the global norm.
+
+    `overrides` are Megatron's settings of groups of parameters, where a recipe has such.
+    """
     train, device = config.train, torch.device(torch.cuda.current_device())
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -42,6 +47,7 @@ def build_optimizer(config: RunConfig, wrapped: list[DistributedDataParallel]) -
             clip_grad=train.max_grad_norm or math.inf,
         ),
         wrapped,
+        config_overrides=overrides,
         use_gloo_process_groups=device.type == "cpu",
     )
     for group in optimizer.param_groups:

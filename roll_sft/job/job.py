@@ -47,8 +47,13 @@ class Job:
         shares = shares_of(config.data.train, data.train.ranges)
         options = options_of(config, source.shape)
         planner = planner_of(data.train, options, shares)
+        if config.train.changes_loss or data.train.weights is not None:
+            from roll_sft.job.trained import scale_of
+
+            planner.loss_scale = scale_of(config.train, data.train)
         total_steps = config.train.max_steps or planner.steps_in(config.train.num_train_epochs)
         schedule = Schedule.of(config.train, total_steps=total_steps)
+        optimizer = (*_OPTIMIZER, *config.train.changed_keys)
         return cls(
             config=config,
             layout=options.layout,
@@ -76,9 +81,9 @@ class Job:
                     **prepared.digests,
                     "template_kwargs": config.data.template_kwargs,
                     "schedule": asdict(schedule),
-                    "optimizer": {name: getattr(config.train, name) for name in _OPTIMIZER},
+                    "optimizer": {name: getattr(config.train, name) for name in optimizer},
                     "shuffle": config.data.shuffle,
-                    **_facts_of_part(prepared),
+                    **_facts_of_recipe(prepared),
                 },
             ),
             save_assets=prepared.save_assets,
@@ -100,12 +105,12 @@ class Job:
         }
 
 
-def _facts_of_part(prepared: Prepared) -> dict[str, Any]:
+def _facts_of_recipe(prepared: Prepared) -> dict[str, Any]:
     if not prepared.config.trains_part:
         return {}
-    from roll_sft.job.trained import trained_facts
+    from roll_sft.job.trained import recipe_facts
 
-    return trained_facts(prepared.config, prepared.source)
+    return recipe_facts(prepared.config, prepared.source)
 
 
 def micro_batch_tokens(config: RunConfig, layout: ParallelLayout) -> int:

@@ -51,7 +51,7 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
         refuse([*problems, str(error)])
         raise
     refuse([*problems, *model_problems(config, shape)])
-    if config.trains_part:
+    if config.trains_part or config.train.has_groups:
         from roll_sft.job.trained import check_trained
 
         check_trained(config, family, shape)

@@ -1,15 +1,21 @@
-"""A run that trains a part of a model: adapters, or what is not frozen.
+"""A run that is no plain full fine-tune: adapters, frozen weights, another loss.
 
 What it is checked for and remembered by before a worker exists, and how much it trains.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from roll_sft.base.errors import refuse
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.config.schema import RunConfig, TrainConfig, layout_of
+from roll_sft.data.steps.objective import step_scale
+from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.job.lora import base_facts, check_lora, lora_facts
 from roll_sft.models.adapter import num_trained_by
 from roll_sft.models.family import Family
@@ -17,34 +23,47 @@ from roll_sft.models.frozen import (
     freeze_problems,
     frozen_modules,
     frozen_parameters,
-    module_of,
     num_trained_of,
 )
+from roll_sft.models.module_names import EMBEDDING, group_problems, module_of
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_named
 
 
 def check_trained(config: RunConfig, family: Family, shape: ModelShape) -> None:
     """Raise `ConfigError` that lists what the model does not have of what is to be trained."""
+    if config.train.has_groups:
+        refuse(list(group_problems(family, shape, config.train)))
     if config.lora.rank:
         check_lora(config, family, shape)
-    else:
+    if config.train.freezes:
         refuse(list(freeze_problems(family, shape, config.train)))
 
 
-def trained_facts(config: RunConfig, source: ModelSource) -> dict[str, Any]:
+def recipe_facts(config: RunConfig, source: ModelSource) -> dict[str, Any]:
     """What a run that resumes must have in common, and an export is made of; plain values."""
+    train, facts = config.train, dict[str, Any]()
     if config.lora.rank:
-        return {"lora": lora_facts(config, source)}
-    frozen = frozen_modules(source.family, source.shape, config.train)
-    return {
-        "frozen": {
-            "freeze": config.train.freeze,
-            "num_layers_unfrozen": config.train.num_layers_unfrozen,
+        facts["lora"] = lora_facts(config, source)
+    if train.freezes:
+        frozen = frozen_modules(source.family, source.shape, train)
+        facts["frozen"] = {
+            "freeze": train.freeze,
+            "num_layers_unfrozen": train.num_layers_unfrozen,
             "modules": hashlib.sha256("\n".join(frozen).encode()).hexdigest()[:16],
             **base_facts(config, source),
         }
-    }
+    return facts
+
+
+def scale_of(train: TrainConfig, tokens: TokenSet) -> Callable[[NDArray[np.int32]], float]:
+    """The `loss_scale` of a step with given samples of `tokens`."""
+    supervised, weights = tokens.supervised, tokens.weights
+
+    def scale(ids: NDArray[np.int32]) -> float:
+        return step_scale(train, supervised[ids], None if weights is None else weights[ids])
+
+    return scale
 
 
 def num_trained(config: RunConfig, shape: ModelShape) -> int:
@@ -67,7 +86,7 @@ def share_of_flops(config: RunConfig, shape: ModelShape) -> float:
     products, largest, is_needed = 0, 0, False
     for name, sizes in family.hf_shapes(shape).items():
         module, size = module_of(name), math.prod(sizes)
-        if module != "model.embed_tokens" and len(sizes) == 2:
+        if module != EMBEDDING and len(sizes) == 2:
             products += size * (1 + (module not in frozen) + is_needed)
             largest += 3 * size
         is_needed = is_needed or module not in frozen

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import ConfigError, RollSftError
+from roll_sft.config.recipes import CHANGE_STEP, is_set
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.in_process import prepare_job
 from roll_sft.parity.measurement import RankParity
@@ -44,11 +45,12 @@ def run(config: RunConfig, *, samples: int | None) -> None:
             f"lora.rank: {config.lora.rank}, and parity compares the whole model; leave lora out:"
             " adapters change nothing before the first step"
         )
-    if config.train.freezes:
-        raise ConfigError(
-            "train.freeze: parity compares the gradient of every weight; leave it and"
-            " train.num_layers_unfrozen out: they change no loss before the first step"
-        )
+    for name in ("freeze", "num_layers_unfrozen", *CHANGE_STEP):
+        if is_set(config.train, name):
+            raise ConfigError(
+                f"train.{name}: {getattr(config.train, name)}, and parity compares the plain loss"
+                " and the gradients of all weights; leave it out"
+            )
     config = _bounded(config, samples=samples)
     with run_folder.claimed(run_folder.output_folder(config) / "parity") as folder:
         job = prepare_job(with_device_of_cluster(config))

@@ -23,6 +23,9 @@ _ACCEPTED = re.compile(r"[\w.\-: ]+(/[\w.\-: ]+)*")
 # Field of StepRecord -> its name in a tracker, whose pages group names by their first part.
 STEP_NAMES = {
     "train_loss": "train/loss",
+    "objective": "train/objective",
+    "label_smoothing_loss": "train/label_smoothing_loss",
+    "z_loss": "train/z_loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "epoch": "train/epoch",

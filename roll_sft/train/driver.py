@@ -119,10 +119,11 @@ def _train(
         while len(pending) > (0 if is_last or is_evaluated or is_saved else STEPS_AHEAD):
             _finish_step(*pending.popleft(), group=group, records=records)
         saves.look()
-        if is_evaluated:
-            _evaluate(job, group, records, step=step)
-        if is_saved:
+        is_stopped = is_evaluated and _evaluate(job, group, records, step=step)
+        if is_saved or (is_stopped and job.config.checkpoint.save):
             saves.begin(plan)
+        if is_stopped:
+            break
         if following is not None:
             plan = following
     saves.finish()
@@ -144,7 +145,8 @@ def _finish_step(plan: StepPlan, pending: Pending, *, group: WorkerGroup, record
     )
 
 
-def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> None:
+def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> bool:
+    """Whether the run ends here, by `train.early_stopping`."""
     for name, planner in job.validation.items():
         started = time.perf_counter()
         result = group.evaluate(name, planner.evaluation())
@@ -156,6 +158,11 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> N
             )
         records.evaluation(step, name, result, seconds=time.perf_counter() - started)
         LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
+    if job.config.train.early_stopping is None:
+        return False
+    from roll_sft.train.early_stopping import is_stopped
+
+    return is_stopped(job.config, records.folder, step=step)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from roll_sft.base import metrics
 from roll_sft.base.metrics import EvalMetrics, EvalRecord, StepMetrics, StepRecord
@@ -21,13 +22,13 @@ class Records:
     """The open files of a run and its display."""
 
     def __init__(self, job: Job, folder: Path, *, display: StepDisplay) -> None:
-        self._job, self._folder, self._display = job, folder, display
+        self._job, self.folder, self._display = job, folder, display
         self._files, self._all = contextlib.ExitStack(), list[JsonLines]()
         self.device_name: str | None = None
 
     def begin(self) -> None:
         """Open the files, to append to the lines that they have."""
-        folder = self._folder
+        folder = self.folder
         self._steps = self._open(folder / "steps.jsonl")
         self._evals = self._open(folder / "eval.jsonl") if self._job.validation else None
         wanted = self._job.config.train.log_samples
@@ -42,7 +43,7 @@ class Records:
         """Record a finished step."""
         names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
         record = self._record(plan, result, names)
-        self._steps.write(record)
+        self._steps.write(_with_told(record, result) if result.told else record)
         if self._samples is not None:
             self._samples.write({"step": plan.step, "samples": names})
         self._display.show(record, fill=plan.fill)
@@ -51,7 +52,7 @@ class Records:
     def bad_batch(self, plan: StepPlan, result: StepMetrics) -> None:
         """Record the samples of a step whose loss or gradient is not finite, in their own file."""
         names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
-        self._open(self._folder / "bad_batches.jsonl").write(
+        self._open(self.folder / "bad_batches.jsonl").write(
             {
                 "step": plan.step,
                 "train_loss": result.loss_sum / result.supervised_tokens,
@@ -125,6 +126,12 @@ class Records:
             windows=shape.windows,
         )
         return flops / device_seconds / peak
+
+
+def _with_told(record: StepRecord, result: StepMetrics) -> dict[str, Any]:
+    from roll_sft.data.steps.objective import with_told
+
+    return with_told(record, result)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,32 @@ def problems(train: dict[str, Any], **sections: Any) -> list[str]:
             {"polynomial_power": 2, "lr_scheduler_type": "linear"},
             ["train.polynomial_power: 2.0", "lr_scheduler_type=linear", "set polynomial"],
         ),
+        ({"label_smoothing": 1.0}, ["train.label_smoothing: 1.0", "below 1"]),
+        ({"label_smoothing": -0.1}, ["train.label_smoothing: -0.1", "at least 0"]),
+        ({"z_loss_coef": -1}, ["train.z_loss_coef: -1.0", "at least 0"]),
+        ({"neftune_noise_alpha": -5}, ["train.neftune_noise_alpha: -5.0", "at least 0"]),
+        ({"loss": "mean"}, ["train.loss: 'mean'", "token_mean, sample_mean"]),
+        ({"loss_reduction": "none"}, ["train.loss_reduction: 'none'", "mean, sum"]),
+        (
+            {"loss": "sample_mean", "loss_reduction": "sum"},
+            ["train.loss_reduction: sum", "train.loss=sample_mean", "set one of them"],
+        ),
+        (
+            {"learning_rate_factors": {"mlp": 0}},
+            ["train.learning_rate_factors: 0 of 'mlp'", "above 0", "train.freeze"],
+        ),
+        (
+            {"learning_rate_factors": {"mlp": "high"}},
+            ["train.learning_rate_factors: 'high' of 'mlp'", "must be a number"],
+        ),
+        (
+            {"early_stopping": "held_out", "eval_steps": 5},
+            ["train.early_stopping: 'held_out' is no validation set", "none is given"],
+        ),
+        (
+            {"early_stopping_patience": 5},
+            ["train.early_stopping_patience: 5", "name a validation set"],
+        ),
         ({"lr_scheduler_type": "polynom"}, ["'polynom'", "did you mean polynomial?"]),
     ],
 )
@@ -47,6 +73,13 @@ def test_a_wrong_value_is_answered_with_value_rule_and_remedy(
 ) -> None:
     (problem,) = problems(train)
     assert all(part in problem for part in named), problem
+
+
+def test_early_stopping_needs_evaluations() -> None:
+    data = {"train": [{"path": "a.jsonl"}], "validation": [{"path": "b.jsonl", "name": "b"}]}
+    (problem,) = problems({"early_stopping": "b"}, data=data)
+    assert problem == "train.early_stopping: 'b' is evaluated at the end only; set train.eval_steps"
+    assert problems({"early_stopping": "b", "eval_steps": 5}, data=data) == []
 
 
 @pytest.mark.parametrize("keys", [{"freeze": ["mlp"]}, {"num_layers_unfrozen": 1}])

@@ -203,7 +203,7 @@ def test_the_compiled_parts_of_the_softmax_are_a_softmax(num_real: int) -> None:
 def test_a_loss_that_weighs_rows_differently_is_refused() -> None:
     weights = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(AssertionError, match="one factor for all"):
-        loss._HeadLoss.backward(None, weights)
+        loss.HeadLoss.backward(None, weights)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from roll_sft.models.frozen import (
     freeze_problems,
     frozen_modules,
     frozen_parameters,
-    matches,
     num_trained_of,
 )
+from roll_sft.models.module_names import factor_of, group_problems, matches, modules_of
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from tests import parity
@@ -72,6 +72,43 @@ def test_unfrozen_layers_are_those_of_trlx(kind: str, num_unfrozen: int) -> None
 def test_a_tied_head_is_frozen_with_its_embedding() -> None:
     frozen = frozen_parameters(*model("qwen2-tied"), TrainConfig(freeze=["embed_tokens"]))
     assert frozen == {"embedding.word_embeddings.weight", "output_layer.weight"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "named"),
+    [
+        (
+            "qwen2",
+            {"learning_rate_factors": {"wte": 0.1}},
+            ["train.learning_rate_factors: 'wte'", "embed_tokens"],
+        ),
+        (
+            "qwen2",
+            {"learning_rate_factors": {"mlp": 2, "up_proj": 3}},
+            ["train.learning_rate_factors", "gate_proj, up_proj", "all of them"],
+        ),
+        ("qwen2", {"weight_decay_exclude": ["k_proj"]}, ["train.weight_decay_exclude", "q_proj"]),
+        ("qwen2-tied", {"weight_decay_exclude": ["lm_head"]}, ["'lm_head'", "embed_tokens"]),
+    ],
+)
+def test_groups_that_the_model_does_not_have_are_refused_with_what_it_has(
+    kind: str, keys: dict[str, Any], named: list[str]
+) -> None:
+    (problem,) = group_problems(*model(kind), TrainConfig(**keys))
+    assert all(part in problem for part in named), problem
+
+
+def test_the_last_pattern_that_fits_counts() -> None:
+    factors = {"mlp": 2.0, "layers.1": 3.0, "embeddings": 0.5}
+    found = {
+        module: factor_of(module, factors)
+        for module in modules_of(*model())
+        if module.endswith(("layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "norm", "lm_head"))
+    }
+    assert found["model.layers.0.mlp.up_proj"] == 2.0
+    assert found["model.layers.1.mlp.up_proj"] == 3.0
+    assert found["lm_head"] == 0.5
+    assert found["model.norm"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import roll_sft.run
 from roll_sft.base.metrics import StepRecord
+from roll_sft.checkpoint.resume import step_folders
+from roll_sft.data.steps.objective import TOLD
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker
 from tests import slow_worker
@@ -287,6 +289,38 @@ def test_mlflow_has_the_run_beside_the_folder_with_what_steps_jsonl_has(run):
     assert [point.step for point in evaluations] == [3, 4]
     artifacts = {item.path for item in client.list_artifacts(found.info.run_id)}
     assert artifacts == {"config.yaml", "data_report.json", "loss.png", "model"}
+
+
+def test_a_run_stops_early_tells_its_terms_and_exports_its_best_checkpoint(
+    assets, door, tmp_path, capfd
+):
+    output = tmp_path / "run"
+    overrides = {
+        "cluster__address": two_nodes().address,
+        "parallel__num_workers": 1,
+        "tracking__backends": "[jsonl]",
+        "train__eval_steps": 1,
+        "train__early_stopping": "held_out",
+        "train__early_stopping_patience": 1,
+        "train__early_stopping_min_delta": 1000,  # no step improves so much
+        "train__z_loss_coef": 1e-3,
+        "checkpoint__keep_best": "held_out",
+    }
+    assert door(arguments_of(assets, output, **overrides)) == 0
+    assert "early stopping after step 2: 1 evaluations" in capfd.readouterr().err
+    assert [line["step"] for line in lines_of(output / "eval.jsonl")] == [1, 2]
+    for step in (steps := lines_of(output / "steps.jsonl")):
+        assert list(step) == [*STEP_KEYS, *TOLD]
+        terms = step["train_loss"] + step["z_loss"] + step["label_smoothing_loss"]
+        assert step["objective"] == pytest.approx(terms, rel=1e-6)
+        assert step["z_loss"] > 0
+    assert len(steps) == 2
+    assert [path.name for path in step_folders(output / "checkpoints")] == ["step_00000002"]
+    assert (output / "hf" / "config.json").exists()
+    assert door(arguments_of(assets, output, **overrides)) == 0
+    told = capfd.readouterr().err
+    assert "early stopping after step 2" in told
+    assert "it is finished" in told
 
 
 def test_finished_run_started_again_says_so_and_changes_nothing(run, assets, door, capfd):

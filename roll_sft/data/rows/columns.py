@@ -49,9 +49,9 @@ _MEDIA = (
 _CONTEXT = ("context", "contexts", "passage", "document")
 _ANSWERS = ("chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output")
 _VERDICTS = ("label", "kto_tag", "desirable")
-# Weights of a row; 1 and true change nothing.
+WEIGHT = "weight"  # of a row; of other names for it 1 and true change nothing
 _WEIGHTS = (
-    *("train", "training", "weight", "sample_weight", "loss_weight", "loss_scale", "loss"),
+    *("train", "training", "sample_weight", "loss_weight", "loss_scale", "loss"),
     *("loss_mask", "mask", "masked"),
 )
 
@@ -64,8 +64,8 @@ _ONE_ANSWER = (
 )
 _NO_EXAMPLE = "false marks an answer that is not to be trained on: remove the row"
 _WHOLE = (
-    "a row is trained on with weight 1: write train, true or false, beside the role of a message, "
-    "or give the source a weight"
+    "the weight of a row is a number in column 'weight'; a message has train, true or false, beside"
+    " its role"
 )
 
 
@@ -141,7 +141,7 @@ def column_plan(row_format: RowFormat, keys: ColumnKeys) -> ColumnPlan:
     names, refused = column_names(keys), _refused(row_format, keys)
     used = {name for what in USES[row_format] for name in names[what]}
     reasoning = tuple(name for name in REASONING if name not in used and row_format == "alpaca")
-    own = {HISTORY} if row_format == "alpaca" else set()
+    own = {WEIGHT, HISTORY} if row_format == "alpaca" else {WEIGHT}
     template = frozenset() if row_format == "text" else _OF_TEMPLATE
     return ColumnPlan(
         names, reasoning, refused, template.union(used, own, reasoning, refused.keys())

@@ -44,7 +44,7 @@ class Conversation:
 
     `template_kwargs`: name -> value of the variables that the row sets in the chat template.
     `row` counts from 0 over the rows that are read (of a file, or a shard), `line` from 1 over the
-    lines of the file.
+    lines of the file. `weight`: what its supervised tokens count in the loss.
     """
 
     messages: tuple[Message, ...]
@@ -52,6 +52,7 @@ class Conversation:
     line: int
     tools: tuple[Mapping[str, Any], ...] = field(default=())
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Document:
     text: str
     row: int
     line: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

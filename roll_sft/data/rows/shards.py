@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.rows.checks import BadRowError, NoAnswerError, listed, shown
-from roll_sft.data.rows.columns import ColumnKeys, RowFormat
+from roll_sft.data.rows.columns import WEIGHT, ColumnKeys, RowFormat
 from roll_sft.data.rows.conversation import BadRow, Conversation, Document
 from roll_sft.data.rows.files import compression_of, kind_of_file, opened
 from roll_sft.data.rows.json_rows import (
@@ -138,6 +138,10 @@ class ShardRows(Iterator[Conversation | Document | BadRow]):
                 place=(row.row, row.line),
                 left_aside=self._left_aside,
             )
+            if WEIGHT in columns:
+                from roll_sft.data.rows.row_weight import weighted
+
+                sample = weighted(sample, columns[WEIGHT])
         except (BadRowError, RecursionError) as error:
             is_empty = isinstance(error, NoAnswerError)
             reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)

@@ -13,7 +13,7 @@ Asking for a step twice gives equal plans, whatever was asked in between.
 Assumes a set that is not empty, and no sample longer than the cap (both are asserted).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,8 @@ class RankWork:
 
     All ranks of one model replica get equal work. `supervised_tokens` counts the whole global
     batch: it is the denominator of the loss. An empty micro-batch runs as padding without loss.
-    `next_micro_batches` are those of the next step, to be built while this one runs.
+    `next_micro_batches` are those of the next step, to be built while this one runs. `loss_scale`
+    is that denominator over a recipe's own; see `objective.step_scale`.
     """
 
     step: int
@@ -58,6 +59,7 @@ class RankWork:
     supervised_tokens: int
     learning_rate: float
     next_micro_batches: tuple[tuple[int, ...], ...] | None = None
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class StepPlan:
     total_tokens_including_padding: int
     fill: float
     dp_imbalance: float
+    loss_scale: float = 1.0
 
     def work_for(
         self, data_rank: int, *, learning_rate: float, following: "StepPlan | None" = None
@@ -93,6 +96,7 @@ class StepPlan:
             self.supervised_tokens,
             learning_rate,
             None if following is None else following.ranks[data_rank],
+            self.loss_scale,
         )
 
 
@@ -101,7 +105,7 @@ class Planner:
 
     `lengths` and `supervised` are integer arrays [n]: tokens of each sample and how many of them
     are supervised. Neither is copied. `shares` say how many samples of which part an epoch draws,
-    by default each sample once.
+    by default each sample once. `loss_scale` of given samples is set where a recipe has one.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class Planner:
         self._lengths = lengths
         self._supervised = supervised
         self._options = options
+        self.loss_scale: Callable[[NDArray[np.int32]], float] = lambda _samples: 1.0
         self._epochs = Epochs(
             lengths,
             shares=shares or [Share(0, lengths.size, per_epoch=lengths.size)],
@@ -185,6 +190,7 @@ class Planner:
             total_tokens_including_padding=padded,
             fill=total / (num_packs * self._capacity),
             dp_imbalance=imbalance,
+            loss_scale=self.loss_scale(by_id),
         )
 
     def _deal(self, aligned: Sequence[int]) -> tuple[list[list[Bin]], float]:

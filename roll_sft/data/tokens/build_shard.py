@@ -249,6 +249,8 @@ def _build(folder: Path, tokenizer: ChatTokenizer, task: ShardTask) -> ShardRepo
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
+    if set(report.weights) == {1.0}:
+        report.weights.clear()
     if task.stamp is not None and stamp_of(source_file) != task.stamp:
         raise DataError(f"{source_file}: changed while it was read; run again once it is written")
     report.columns_used = sorted(rows.used)
@@ -307,16 +309,13 @@ def _add_rows(
         result = row if isinstance(row, BadRow) else next(results)
         if isinstance(result, BadRow) and result.is_empty:
             report.drop(EMPTY, at=at)
-        elif isinstance(result, BadRow | UnusableRow):
+        elif isinstance(row, BadRow) or isinstance(result, BadRow | UnusableRow):
             if not report.first_malformed:  # finding the reason tries templates, which takes time
-                report.first_malformed = _reason(result)
+                report.first_malformed = row.reason if isinstance(row, BadRow) else str(result)
             report.drop(MALFORMED, at=at)
         else:
             _add_samples(result, at, task.options, report=report, columns=columns)
-
-
-def _reason(row: BadRow | UnusableRow) -> str:
-    return row.reason if isinstance(row, BadRow) else str(row)
+            report.weights += [row.weight] * (report.samples - len(report.weights))
 
 
 def _add_samples(

@@ -73,6 +73,7 @@ class ShardReport:
     crc32: dict[str, int] = field(default_factory=dict)
     columns_used: list[str] = field(default_factory=list)
     columns_left_aside: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of each sample; empty where all are 1
 
     def drop(self, reason: str, *, at: list[int]) -> None:
         """Count one row, which lies `at` [line, row], under `reason`."""
@@ -204,6 +205,15 @@ class TokenSet:
     def supervised(self) -> NDArray[np.int32]:
         """Supervised tokens of each sample, int32 [n]."""
         return np.concatenate([cache.supervised for cache in self.caches])
+
+    @functools.cached_property
+    def weights(self) -> NDArray[np.float32] | None:
+        """What each sample counts in the loss, float32 [n]; None where each counts 1."""
+        if not any(cache.report.weights for cache in self.caches):
+            return None
+        return np.concatenate(
+            [c.report.weights or np.ones(len(c)) for c in self.caches], dtype="f4"
+        )
 
     @functools.cached_property
     def caches(self) -> tuple[TokenCache, ...]:

@@ -57,6 +57,26 @@ def expected(name: str, row: int, answer: str) -> TokenizedSample:
     return sample
 
 
+def test_weights_of_rows_are_those_of_their_samples_and_0_leaves_a_row_out(tmp_path: Path) -> None:
+    plain = TokenCache(make(tmp_path, ["one", "two"], "plain"))
+    source, weights = tmp_path / "rows.jsonl", [0.5, None, 0, 3]
+    rows = [
+        {"instruction": f"row {index}", "output": "yes", "weight": weight}
+        for index, weight in enumerate(weights)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = CachePlace(tmp_path / "cache")
+    chat = ChatTokenizer(tiny_tokenizer())
+    ((tokens, report),) = prepare_sources(
+        [Source(str(source), "rows")], tokenizer=chat, options=OPTIONS, place=place
+    )
+    assert report.dropped == {"empty_response": 1}
+    both = TokenSet([SourceTokens("plain", (plain,)), tokens])
+    assert both.weights is not None
+    assert both.weights.tolist() == [1, 1, 0.5, 1, 3]
+    assert one_source(plain).weights is None
+
+
 def test_samples_are_what_the_tokenizer_gave_row_by_row(tmp_path: Path) -> None:
     answers = ["one", "", "\u4f60 three", "four " * 20]
     cache = TokenCache(make(tmp_path, answers))
