@@ -67,7 +67,7 @@ class Case:
         return f"{self.kind}-{self.recipe}-{self.layout}-{'packed' if self.packing else 'single'}"
 
 
-SUBSET = [Case("qwen2", "all", "TP2xCP2+SP"), Case("qwen2-tied", "all_frozen", "PP2x2")]
+SUBSET = [Case("qwen2-tied", "all_frozen", "PP2x2"), Case("qwen2", "all", "TP2xCP2+SP")]
 ALL = [
     Case(("qwen2", "qwen2-tied")[(row + column) % 2], recipe, layout, packing=row % 2 == 0)
     for row, layout in enumerate(LAYOUTS)
