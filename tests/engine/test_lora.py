@@ -79,9 +79,16 @@ MORE = [
     Case("llama", "attention", "TP2xPP2x2+SP", packing=True, recompute="full"),
     Case("qwen2-one_kv_head", "some", "TP2xPP2+SP", packing=True),
 ]
+PARTS = "core_attn+mlp+layernorm"
+# Of families that are no plain decoders; a projection that the source fuses has one adapter.
+MORE += [
+    Case("phi3_partial", "all-16", "TP2xPP2+SP", packing=False, dropout=0.2),
+    Case("gemma3", "all", "TP2xCP2+SP", packing=True, recompute=PARTS),
+    Case("glm4", "all", "PP2x2", packing=True, recompute="full"),
+    Case("granite", "attention", "TP2+SP", packing=True),
+]
 # Every kind at every layout, with two of the adapters; packing takes turns. In the second turn of
 # each kind something else is on, too; with dropout a pipeline recomputes no MLP alone.
-PARTS = "core_attn+mlp+layernorm"
 TURNS: tuple[dict[str, Any], ...] = (
     {"overlaps": True},
     {"recompute": PARTS, "overlaps": True},
@@ -105,6 +112,7 @@ SUBSET = [
     Case("qwen3", "all-16", "TP2xCP2+SP", packing=True),
     Case("llama", "some", "TP2+SP", packing=False, recompute=PARTS),
     Case("qwen3", "all", "TP2xCP2+SP", packing=True, recompute="full", dropout=0.2, overlaps=True),
+    Case("phi3_partial", "all", "TP2+SP", packing=True),
 ]
 
 
