@@ -20,9 +20,9 @@ from roll_sft.job.job import Job
 from tests import parity
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# Of vLLM: the linear layers of a dense decoder, by the names before it fuses them, and the ranks
-# that `--max-lora-rank` may be.
-VLLM_MODULES = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}
+# Of vLLM: the linear layers of a dense decoder, by the names before it fuses them, those that the
+# model itself fuses (its Phi-3 and GLM-4), and the ranks that `--max-lora-rank` may be.
+VLLM_MODULES = {*ATTENTION, "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
