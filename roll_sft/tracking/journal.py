@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from roll_sft.data.steps.objective import TOLD
+
 LINES_AT_ONCE = 40  # of each file: fewer metrics than MLflow takes in one request
 MAX_NAME_LENGTH = 200  # MLflow's limit is 250 for a whole key, such as eval/<name>/perplexity
 _ACCEPTED = re.compile(r"[\w.\-: ]+(/[\w.\-: ]+)*")
@@ -23,9 +25,6 @@ _ACCEPTED = re.compile(r"[\w.\-: ]+(/[\w.\-: ]+)*")
 # Field of StepRecord -> its name in a tracker, whose pages group names by their first part.
 STEP_NAMES = {
     "train_loss": "train/loss",
-    "objective": "train/objective",
-    "label_smoothing_loss": "train/label_smoothing_loss",
-    "z_loss": "train/z_loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "epoch": "train/epoch",
@@ -40,6 +39,8 @@ STEP_NAMES = {
     "total_tokens": "data/total_tokens",
     "total_tokens_including_padding": "data/total_tokens_including_padding",
 }
+# What a recipe's loss tells beside these; see data/steps/objective.py.
+RECIPE_NAMES = {name: f"train/{name}" for name in TOLD}
 # Also recorded under these names of their own: dashboards of other SFT trainers look for them.
 DOCUMENTED_NAMES = (
     "train_loss",
@@ -111,7 +112,11 @@ def safe_name(name: str) -> str:
 
 
 def _step(line: Mapping[str, Any]) -> Iterator[Point]:
-    names = [*STEP_NAMES.items(), *((name, name) for name in DOCUMENTED_NAMES)]
+    names = [
+        *STEP_NAMES.items(),
+        *RECIPE_NAMES.items(),
+        *((name, name) for name in DOCUMENTED_NAMES),
+    ]
     return _numbers(line, names)
 
 
