@@ -16,14 +16,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from roll_sft.base.files import sync, write_durably
 from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, SCHEMA_VERSION, RunState, sha256_of
-from roll_sft.checkpoint.tensors import DTYPES, INDEX, ShardFile, take_parts
 from roll_sft.data.steps.plan import StepPlan
+
+if TYPE_CHECKING:
+    from roll_sft.checkpoint.tensors import ShardFile
 
 LATEST = "latest"
 METADATA = ".metadata"
@@ -44,6 +44,8 @@ def publish_step(
     `run` is the state of the run before its first step. `save_assets` writes into a folder what an
     export needs beside the weights.
     """
+    from roll_sft.checkpoint.tensors import take_parts  # torch, that only a save needs
+
     parts = take_parts(staging)
     write_descriptions(staging, parts)
     save_assets(staging / ASSETS)
@@ -59,8 +61,12 @@ def publish_step(
     return publish(staging, state=state, versions=versions_here(), hashes=hashes)
 
 
-def write_descriptions(folder: Path, parts: Sequence[ShardFile]) -> None:
+def write_descriptions(folder: Path, parts: "Sequence[ShardFile]") -> None:
     """Describe what the ranks wrote into `folder` to whoever reads it."""
+    import torch
+
+    from roll_sft.checkpoint.tensors import INDEX
+
     tensors: dict[str, dict[str, Any]] = {}
     for chunk in (chunk for part in parts for chunk in part.chunks):
         known = {"dtype": chunk.dtype, "shape": chunk.shape, "chunks": []}
@@ -74,9 +80,12 @@ def write_descriptions(folder: Path, parts: Sequence[ShardFile]) -> None:
         pickle.dump(_metadata(tensors, parts), file)
 
 
-def _metadata(tensors: dict[str, dict[str, Any]], parts: Sequence[ShardFile]) -> Any:
+def _metadata(tensors: dict[str, dict[str, Any]], parts: "Sequence[ShardFile]") -> Any:
     """PyTorch's own description, a `Metadata`."""
+    import torch
     from torch.distributed.checkpoint import filesystem, metadata  # slow to import
+
+    from roll_sft.checkpoint.tensors import DTYPES
 
     described: dict[str, Any] = {}
     places = {}
