@@ -18,7 +18,7 @@ from shared import measures
 
 from roll_sft.demo.demo import make_assets
 
-GOAL = "<= 25"
+GOAL = "<= 8"
 PACKAGES = ("ray", "torch", "megatron-core", "transformers")
 LINE = re.compile(r"begins ([\d.]+) s after the command: (.*)")
 STEP = re.compile(r"step 1/1 .*?([\d.]+) s\b")

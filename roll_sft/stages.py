@@ -68,33 +68,39 @@ def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp)
     config = _on_cluster(config)
     checkpoints = folder / run_folder.CHECKPOINTS
     checkpoint = find_checkpoint(config, checkpoints)
-    with preparing(config, folder / JOB) as prepared:
-        # Heavy imports meanwhile: Ray among them.
-        from roll_sft.job.overview import show_job
-        from roll_sft.train.driver import train_from
-        from roll_sft.train.loss_curve import CURVE, draw_losses
-        from roll_sft.train.summary import show_summary
+    with contextlib.ExitStack() as cluster:
+        with preparing(config, folder / JOB) as prepared:
+            # Heavy imports meanwhile, Ray's among them, and its start.
+            from roll_sft.runtime.cluster import starting
 
-        clock.passed("imports")
-        prepared()
-    job = Job.of(read_prepared(config, folder / JOB))
-    start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
-    show_job(job)
-    clock.passed("data and plan")
-    with _trackers(job, folder, start=start) as trackers:
-        reason = _why_finished(start, job, folder)
-        if reason is not None:
-            LOG.info("%s: %s: it is finished", folder, reason)
-        else:
-            train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
-        if not config.checkpoint.save and config.checkpoint.hf_export != "none":
-            LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
-        elif config.checkpoint.hf_export != "none" and not (
-            reason is not None and _is_exported(folder, config)
-        ):
-            _export(job.config, _checkpoint_to_export(job.config, folder, start), folder)
-        if reason is None or not (folder / CURVE).exists():
-            draw_losses(folder)
+            started = cluster.enter_context(starting(config))
+            from roll_sft.job.overview import show_job
+            from roll_sft.train.driver import train_from
+            from roll_sft.train.loss_curve import CURVE, draw_losses
+            from roll_sft.train.summary import show_summary
+
+            clock.passed("imports")
+            prepared()
+        job = Job.of(read_prepared(config, folder / JOB))
+        start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
+        show_job(job)
+        clock.passed("data and plan")
+        with _trackers(job, folder, start=start) as trackers:
+            reason = _why_finished(start, job, folder)
+            if reason is not None:
+                LOG.info("%s: %s: it is finished", folder, reason)
+            else:
+                started()
+                train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
+            cluster.close()
+            if not config.checkpoint.save and config.checkpoint.hf_export != "none":
+                LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
+            elif config.checkpoint.hf_export != "none" and not (
+                reason is not None and _is_exported(folder, config)
+            ):
+                _export(job.config, _checkpoint_to_export(job.config, folder, start), folder)
+            if reason is None or not (folder / CURVE).exists():
+                draw_losses(folder)
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 

@@ -35,7 +35,7 @@ MEASURES: tuple[tuple[int, str, tuple[str, ...] | str], ...] = (
     (11, "our step over a bare Megatron-Core loop", ("trainer_overhead",)),
     (12, "driver and Ray per step over an empty round trip", ("driver_overhead",)),
     (13, "a worker's wait at 64 times the tokens", ("worker_idle_at_64_times_the_tokens",)),
-    (14, "driver at 16 workers over 2; one message each", ("driver_at_16_workers",)),
+    (14, "the same at 16 workers, which share two cores", ("driver_at_16_workers",)),
     (15, "GPU idle between steps", GPU),
     (16, "step time at 1M rows over 1k", ("step_time_growth",)),
     (17, "driver's own memory, bytes a row", ("driver_bytes_a_row",)),

@@ -10,13 +10,16 @@ Assumes Linux. Promises:
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address
 
 LOG = logging.getLogger(__name__)
 MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
+KILL_TIMEOUT_S = 2.0
 SILENT_WAIT_S = 3.0  # a longer wait for resources is logged
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
@@ -54,7 +58,8 @@ def connected(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster_address(config)
     if address is None:
-        with _own_cluster(config):
+        with starting(config) as started:
+            started()
             yield
         return
     from roll_sft.runtime.joining import joined
@@ -64,15 +69,56 @@ def connected(config: RunConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_cluster(config: RunConfig) -> Iterator[None]:
-    with _reaper() as watch:
+def starting(config: RunConfig) -> Iterator[Callable[[], None]]:
+    """Start the cluster that `connected` would start, in a thread, if it would start one.
+
+    The block is given a function that waits for the start, and raises what `connected` does. A
+    cluster that is still starting when the block ends is killed.
+    """
+    # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized() or cluster_address(config) is not None:
+        yield lambda: None
+        return
+    started, leaving = Future[None](), threading.Event()
+
+    def start() -> None:
         try:
             with kept_sigterm():
                 _start(config)
+            started.set_result(None)
+        except BaseException as error:  # noqa: BLE001 -- raised where the start is waited for
+            started.set_exception(error)
+        leaving.wait()  # the kernel kills Ray's processes when the thread that started them ends
+
+    with _reaper() as watch:
+        others = psutil.Process().children(recursive=True)
+        threading.Thread(target=start, name="ray.init", daemon=True).start()
+
+        def finish() -> None:
+            started.result()
             watch(psutil.Process().children(recursive=True))
-            yield
+
+        try:
+            yield finish
         finally:
-            ray.shutdown()
+            _end(started, others)
+            leaving.set()
+
+
+def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
+    """End the cluster. `ray.init` cannot be stopped, so one that is starting is killed."""
+    if started.done():
+        ray.shutdown()
+        return
+    mute_ray()
+    ends = time.monotonic() + KILL_TIMEOUT_S
+    while not started.done() and time.monotonic() < ends:
+        for process in psutil.Process().children(recursive=True):
+            if process not in others:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        wait([started], timeout=0.1)
 
 
 @contextlib.contextmanager
@@ -93,18 +139,13 @@ def _reaper() -> Iterator[Callable[[list[psutil.Process]], None]]:
 
 @contextlib.contextmanager
 def kept_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block: Ray sets its own, in Python and in C++."""
-    handler = signal.getsignal(signal.SIGTERM)
-    in_main_thread = threading.current_thread() is threading.main_thread()
+    """Restore the handler of SIGTERM after the block, in any thread: Ray sets its own in C++."""
+    ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
+    handler = ctypes.pythonapi.PyOS_getsig(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # from Ray's handler
-        if callable(handler):
-            handler(signal.SIGTERM, None)
-        raise
     finally:
-        if in_main_thread and handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+        ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, ctypes.c_void_p(handler))
 
 
 def _start(config: RunConfig) -> None:
@@ -128,6 +169,16 @@ def _start(config: RunConfig) -> None:
             f"cluster: Ray does not start on this machine: {first_line(error)}; its logs are in"
             " /tmp/ray/session_latest/logs"
         ) from error
+
+
+def mute_ray() -> None:
+    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
+
+    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
+    """
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _make_token_private() -> None:

@@ -5,9 +5,7 @@ Promises: an address where nothing listens is refused at once, and one that cann
 """
 
 import contextlib
-import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,7 +15,7 @@ from ray.exceptions import RayError
 
 from roll_sft.base.errors import ConfigError, ResourceError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address, on_device
-from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm
+from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm, mute_ray
 
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 30.0
@@ -68,21 +66,11 @@ def _join(address: str) -> None:
         threading.Thread(target=init, name="ray.init", daemon=True).start()
         joined.result(timeout=JOIN_TIMEOUT_S)
     except TimeoutError as error:
-        _mute_ray()
+        mute_ray()
         reason = f"no Ray cluster answers there within {JOIN_TIMEOUT_S:g} s, or it needs a token"
         raise _cannot_join(address, reason) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise _cannot_join(address, first_line(error)) from error
-
-
-def _mute_ray() -> None:
-    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
-
-    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
-    """
-    sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _check_listening(address: str) -> None:

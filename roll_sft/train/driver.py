@@ -60,8 +60,6 @@ def train_from(
     tokens = verifying(job.data.folders)
     with tokens as verified, connected(config), reserved(config) as slots:
         clock.passed("Ray and placement")
-        for tracker in trackers:
-            tracker.start()
         with (
             open_records(job, folder, first_step=first_step) as records,
             workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
@@ -77,6 +75,7 @@ def train_from(
             records.begin()
             records.device_name = _device(job, group)
             for tracker in trackers:
+                tracker.start()  # not beside the workers' start, whose cores it would take
                 tracker.begin(device=f"{job.layout.world_size} x {records.device_name or 'CPU'}")
             LOG.info("step %d begins %s", first_step, clock)
             train(job, group, records, folder=folder, first_step=first_step)
