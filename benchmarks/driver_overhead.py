@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from roll_sft.runtime.placement import reserved
 from shared import measures
 
 from roll_sft.base.metrics import StepMetrics
@@ -32,7 +31,7 @@ from roll_sft.demo import demo
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
 from roll_sft.runtime import group as group_module
-from roll_sft.runtime.cluster import connected
+from roll_sft.runtime.cluster import connected, reserved
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.worker import Worker
 from roll_sft.train import driver

@@ -4,6 +4,7 @@
 `steps.jsonl`, which the driver makes from a step's plan and its metrics.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def flops_per_step(
     return 6.0 * num_matmul_parameters * sum(lengths) + 6.0 * attention_width * squares
 
 
+@functools.cache
 def peak_flops(device_name: str | None) -> float | None:
     """Datasheet bf16 peak of a device in FLOP/s; None for a CPU or a device not in the table."""
     for name in sorted(PEAK_FLOPS_BF16, key=len, reverse=True):

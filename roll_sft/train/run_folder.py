@@ -93,8 +93,10 @@ class JsonLines:
 
     def write(self, record: Any) -> None:
         """Append `record`, a mapping or a dataclass; a number that is not finite becomes null."""
-        is_instance = dataclasses.is_dataclass(record) and not isinstance(record, type)
-        values = dataclasses.asdict(record) if is_instance else record
+        values = record
+        if dataclasses.is_dataclass(record):  # a flat one: asdict would copy every value
+            names = (field.name for field in dataclasses.fields(record))
+            values = {name: getattr(record, name) for name in names}
         rest = memoryview((json.dumps(finite(values), allow_nan=False) + "\n").encode())
         with writing(self._path):
             found = os.fstat(self._file.fileno())
