@@ -36,6 +36,17 @@ with connected(build_config({"parallel": {"num_workers": cores + 2, "device": "c
     time.sleep(60)
 """
 
+# Begins to start an own cluster, and leaves it in the middle.
+LEFT_IN_THE_MIDDLE = """
+import sys, psutil
+from roll_sft.config.build import build_config
+from roll_sft.runtime.cluster import starting
+with starting(build_config({"parallel": {"num_workers": 2, "device": "cpu"}})):
+    while not any("gcs_server" in each.name() for each in psutil.Process().children()):
+        pass
+sys.exit("the cause")
+"""
+
 # Tries for a second to join a cluster, and ends as the doors do.
 JOIN = """
 import sys
@@ -178,3 +189,10 @@ def test_own_cluster_joins_nobody_is_private_and_is_gone_when_its_driver_is_kill
     assert len(own.left) > 5
     own.signal(9)
     assert own.wait(timeout_s=30) == -9
+
+
+@pytest.mark.slow
+def test_own_cluster_that_is_left_while_it_starts_is_gone_and_silent(program, tmp_path):
+    leaving = program("-c", LEFT_IN_THE_MIDDLE, HOME=str(tmp_path))
+    assert leaving.wait(timeout_s=60) == 1
+    assert leaving.errors == "the cause\n"
