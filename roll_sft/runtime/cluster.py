@@ -87,8 +87,11 @@ def starting(config: RunConfig) -> Iterator[Callable[[], None]]:
             with kept_sigterm():
                 _start(config)
             started.set_result(None)
-        except BaseException as error:  # noqa: BLE001 -- raised where the start is waited for
+        except ResourceError as error:
             started.set_exception(error)
+        except BaseException as error:  # a fault: nobody may wait for the start for ever
+            started.set_exception(error)
+            raise
         leaving.wait()  # the kernel kills Ray's processes when the thread that started them ends
 
     with _reaper() as watch:
