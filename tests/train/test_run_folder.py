@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from roll_sft.base.errors import ConfigError, ResourceError
+from roll_sft.base.files import json_lines
 from roll_sft.config.build import build_config
 from roll_sft.train import run_folder
 from roll_sft.train.run_folder import JsonLines, claimed, output_folder, write_json
@@ -133,8 +134,8 @@ def test_logs_of_another_run_take_the_place_of_what_is_there_which_is_kept(tmp_p
         line = json.dumps({"step": 1, "train_loss": loss}) + "\n"
         (tmp_path / folder / "steps.jsonl").write_text(line)
     run_folder.cut_logs(tmp_path / "own", step=1, origin=tmp_path / "origin")
-    assert run_folder.lines_of(tmp_path / "own" / "steps.jsonl")[0]["train_loss"] == 1.0
-    kept = run_folder.lines_of(tmp_path / "own" / ".set_aside_steps.jsonl")
+    assert next(json_lines(tmp_path / "own" / "steps.jsonl"))["train_loss"] == 1.0
+    kept = list(json_lines(tmp_path / "own" / ".set_aside_steps.jsonl"))
     assert kept[0]["train_loss"] == 2.0
     run_folder.cut_logs(tmp_path / "own", step=1, origin=tmp_path / "own")
     assert len(list((tmp_path / "own").iterdir())) == 2, "a cut that cuts nothing keeps a copy"
@@ -208,7 +209,7 @@ def test_a_full_disk_is_one_line_with_the_path_and_tears_nothing(kind, tmp_path)
     assert "\n" not in message
     assert ResourceError.exit_code == 4
     if kind == "lines":
-        lines = run_folder.lines_of(tmp_path / "steps.jsonl")
+        lines = list(json_lines(tmp_path / "steps.jsonl"))
         assert len(lines) == int(written) > 0, "a line is torn"
     assert not (tmp_path / "data_report.json").exists()
     assert not (tmp_path / "config.yaml").exists()
