@@ -49,7 +49,7 @@ def mask_by_places(
         final = _end_of_turn(trailing, turn, encoded, end_ids=end_ids, is_call=is_call)
         for start, end in turn.spans:
             first = _first_token(text.text, start, turn.message, encoded)
-            stop = final + 1
+            stop = final  # the end of the turn is set below
             if end < encoded.starts[final]:
                 stop = _first_token(text.text, end, turn.message, encoded)
             # The token before predicts. Nothing predicts the first token of a text.
