@@ -66,6 +66,7 @@ BY_NEED = {
     "roll_sft/data/steps/more_schedules.py": "schedules with a parameter of their own",
     "roll_sft/data/steps/objective.py": "another loss than the mean of tokens",
     "roll_sft/data/tokens/dropped_rows.py": "rows that are dropped",
+    "roll_sft/data/tokens/truncate.py": "samples that are cut",
     "roll_sft/data/tokens/workers.py": "data of more than 64 MiB",
     "roll_sft/engine/adapted_linear.py": "lora.rank above 0",
     "roll_sft/engine/attention_packages.py": "attention kernels that are installed apart",

@@ -174,16 +174,10 @@ def build_shard(tokenizer: ChatTokenizer, task: ShardTask) -> BuiltShard:
 
 def check_row_errors(report: ShardReport, task: ShardTask) -> None:
     """Raise `DataError`, with the place, for a row that the options make an error."""
-    if task.options.on_bad_row == "error" and MALFORMED in report.dropped:
-        place = task.place_of(report.dropped_at[MALFORMED][0])
-        raise DataError(f"{place}: {report.first_malformed}")
-    if task.options.overlong == "error" and report.first_overlong:
-        *at, length = report.first_overlong
-        raise DataError(
-            f"{task.place_of(at)}: the sample has {length} tokens, more than"
-            f" data.sequence_length={task.options.sequence_length}; raise it, or set"
-            " data.overlong to drop or truncate"
-        )
+    if report.dropped or report.first_overlong:
+        from roll_sft.data.tokens.dropped_rows import refuse_row
+
+        refuse_row(report, task)
 
 
 @contextmanager
@@ -362,19 +356,7 @@ def fitted(sample: TokenizedSample, options: SourceOptions) -> tuple[TokenizedSa
         return UNSUPERVISED
     if sample.token_ids.size <= limit:
         return sample, False
-    cut = _cut(sample, limit)
+    from roll_sft.data.tokens.truncate import cut_sample
+
+    cut = cut_sample(sample, limit)
     return (cut, True) if cut.label_mask.any() else OVERLONG
-
-
-def _cut(sample: TokenizedSample, limit: int) -> TokenizedSample:
-    """At most the first `limit` tokens of `sample`, up to a span that may not be cut.
-
-    No token is put in place of those that are lost, least of all an end of turn.
-    """
-    stop = limit
-    for start, end in sorted(sample.atomic, reverse=True):  # a span may lie in another
-        if start < stop < end:
-            stop = start
-    label_mask = sample.label_mask[:stop].copy()
-    label_mask[-1:] = 0  # the token that it predicts is gone
-    return TokenizedSample(sample.token_ids[:stop], label_mask)

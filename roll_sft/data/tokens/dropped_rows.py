@@ -4,12 +4,26 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from roll_sft.base.errors import DataError
-from roll_sft.data.tokens.build_shard import MALFORMED, OVERLONG, SourceOptions
+from roll_sft.data.tokens.build_shard import MALFORMED, OVERLONG, ShardTask, SourceOptions
 from roll_sft.data.tokens.cache import ShardReport, SourceReport
 
 _log = logging.getLogger(__name__)
 
 _DROPPED_SHARE = 0.05  # of the rows or samples of a source, above which a warning is given
+
+
+def refuse_row(report: ShardReport, task: ShardTask) -> None:
+    """Raise `DataError`, with the place, for a row that the options make an error."""
+    if task.options.on_bad_row == "error" and MALFORMED in report.dropped:
+        place = task.place_of(report.dropped_at[MALFORMED][0])
+        raise DataError(f"{place}: {report.first_malformed}")
+    if task.options.overlong == "error" and report.first_overlong:
+        *at, length = report.first_overlong
+        raise DataError(
+            f"{task.place_of(at)}: the sample has {length} tokens, more than"
+            f" data.sequence_length={task.options.sequence_length}; raise it, or set"
+            " data.overlong to drop or truncate"
+        )
 
 
 def check_dropped(

@@ -13,9 +13,10 @@ from roll_sft.base.errors import DataError
 from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import Document
-from roll_sft.data.tokens.build_shard import SourceOptions, _cut
+from roll_sft.data.tokens.build_shard import SourceOptions
 from roll_sft.data.tokens.cache import SourceReport, TokenSet
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
+from roll_sft.data.tokens.truncate import cut_sample
 from tests.tiny import tiny_tokenizer
 
 
@@ -90,7 +91,7 @@ def test_no_cut_goes_through_a_span_that_is_whole_or_nothing(
     atomic = tuple((start, min(start + length, size)) for start, length in spans if start < size)
     label_mask = np.ones(size, np.uint8)
     label_mask[-1] = 0
-    cut = _cut(TokenizedSample(np.arange(size, dtype=np.int32), label_mask, atomic), limit)
+    cut = cut_sample(TokenizedSample(np.arange(size, dtype=np.int32), label_mask, atomic), limit)
     stop = cut.token_ids.size
     assert stop <= limit
     assert cut.token_ids.tolist() == list(range(stop))
