@@ -40,7 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 ALL = [
     ("qwen2-wide", "some", "TP2+SP", "PP2", "full"),
     ("qwen2-wide", "all", "1", "1", "none"),
-    ("llama-wide", "all", "CP2", "DP2", "core_attn"),
+    ("llama-wide", "all", "CP2", "DP2", "full"),
     ("llama-wide", "some", "DP2", "TP2", "none"),
     ("llama-wide", "all", "TP2xPP2+SP", "CP2", "none"),
 ]
