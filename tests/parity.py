@@ -7,21 +7,26 @@ enough that attention matters, a RoPE base and an epsilon that are not the defau
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from roll_sft.config.build import build_config
@@ -39,6 +44,32 @@ from tests.pool import RankPool
 from tests.tiny import tiny_tokenizer
 
 NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
+# Kind -> its experts; narrower than the MLP of other kinds, and the loss of their load is telling.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 40, "router_aux_loss_coef": 0.3},
+    "olmoe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 40,
+        "router_aux_loss_coef": 0.0,
+        "eos_token_id": None,
+    },
+    "qwen2moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "router_aux_loss_coef": 0.3,
+    },
+    "qwen3moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "head_dim": 24,
+        "router_aux_loss_coef": 0.3,
+    },
+}
 
 
 def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
@@ -71,11 +102,17 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         shared["head_dim"] = 24
     if variant == "wide":  # inputs of whole blocks of NF4, also where two tensor ranks cut them
         shared |= {"hidden_size": 128, "intermediate_size": 256}
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         shared["sliding_window"] = None
     if family in FAMILIES:
         return FAMILIES[family](**shared)
+    if family in EXPERTS:
+        shared |= EXPERTS[family]
     classes: dict[str, type[PreTrainedConfig]] = {
+        "mixtral": MixtralConfig,
+        "olmoe": OlmoeConfig,
+        "qwen2moe": Qwen2MoeConfig,
+        "qwen3moe": Qwen3MoeConfig,
         "qwen2": Qwen2Config,
         "qwen3": Qwen3Config,
         "llama": LlamaConfig,
@@ -178,6 +215,8 @@ def reference_run(
     """
     path, train = job.config.model.path, job.config.train
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").to(dtype)
+    if job.source.shape.experts is not None:  # the other has no float64
+        model.set_experts_implementation("eager")
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -219,7 +258,9 @@ def reference_steps(
         plan = job.planner.step(step)
         optimizer.zero_grad()
         total = 0.0
-        for index in plan.sample_ids:
+        if balance_coefficient(job):
+            total = balanced_backward(job, model, plan.sample_ids, plan.supervised_tokens)
+        for index in () if balance_coefficient(job) else plan.sample_ids:
             before(step, int(index))
             loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
             (loss_sum / plan.supervised_tokens).backward()
@@ -230,6 +271,37 @@ def reference_steps(
         optimizer.step()
         steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
     return steps
+
+
+def balance_coefficient(job: Job) -> float:
+    """Of the auxiliary loss; 0 without experts."""
+    experts, given = job.source.shape.experts, job.config.moe.aux_loss_coef
+    return 0.0 if experts is None else experts.aux_loss_coef if given is None else given
+
+
+def balanced_backward(
+    job: Job, model: Any, sample_ids: Sequence[int], supervised_tokens: int
+) -> float:
+    """Backward of the loss and the auxiliary loss of one forward over all samples, padded.
+
+    Returns the sum of the samples' losses.
+    """
+    samples = [job.data.train.sample(index) for index in sample_ids]
+    longest = max(tokens.size for tokens, _ in samples)
+    ids, mask = (torch.zeros(len(samples), longest, dtype=torch.long) for _ in range(2))
+    for row, (tokens, _) in enumerate(samples):
+        ids[row, : tokens.size] = torch.from_numpy(tokens.astype(np.int64))
+        mask[row, : tokens.size] = 1
+    output = model(ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+    losses = []
+    for row, (tokens, label_mask) in enumerate(samples):
+        rows = torch.from_numpy(np.flatnonzero(label_mask))
+        labels = torch.from_numpy(tokens.astype(np.int64))[rows + 1]
+        losses.append(F.cross_entropy(output.logits[row, rows], labels, reduction="sum"))
+    loss_sum = torch.stack(losses).sum()
+    loss = loss_sum / supervised_tokens + balance_coefficient(job) * output.aux_loss
+    loss.backward()
+    return loss_sum.item()
 
 
 def model_logits(model: torch.nn.Module) -> torch.Tensor:

@@ -39,6 +39,7 @@ BY_NEED = {
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
     "roll_sft/checkpoint/index.py": "a run that goes on from a checkpoint",
     "roll_sft/config/lora.py": "lora.rank above 0",
+    "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
     "roll_sft/data/chat/advice.py": "rows that the template cannot write",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
@@ -71,6 +72,7 @@ BY_NEED = {
     "roll_sft/engine/adapted_linear.py": "lora.rank above 0",
     "roll_sft/engine/attention_packages.py": "attention kernels that are installed apart",
     "roll_sft/engine/cpu_backend.py": "a run without GPUs",
+    "roll_sft/engine/experts.py": "a model with experts",
     "roll_sft/engine/frozen.py": "train.freeze, and lora.rank above 0",
     "roll_sft/engine/load_state.py": "a run that goes on from a checkpoint",
     "roll_sft/engine/lora.py": "lora.rank above 0",
@@ -87,9 +89,14 @@ BY_NEED = {
     "roll_sft/engine/recompute.py": "norms that are recomputed",
     "roll_sft/engine/variation.py": "a model that is no plain decoder",
     "roll_sft/engine/varied_kernels.py": "a model that is no plain decoder",
+    "roll_sft/job/expert_memory.py": "a model with experts",
+    "roll_sft/job/experts.py": "a model with experts",
     "roll_sft/job/lora.py": "lora.rank above 0",
     "roll_sft/job/lora_memory.py": "lora.rank above 0",
     "roll_sft/job/trained.py": "lora.rank above 0, and train.freeze",
+    "roll_sft/base/expert_load.py": "a model with experts",
+    "roll_sft/models/experts.py": "a model with experts",
+    "roll_sft/models/stored_shape.py": "a model that is no plain decoder",
     "roll_sft/models/adapter.py": "lora.rank above 0",
     "roll_sft/models/frozen.py": "train.freeze",
     "roll_sft/models/hub.py": "a model of the hub",
@@ -106,10 +113,11 @@ BY_NEED = {
     "roll_sft/train/early_stopping.py": "train.early_stopping",
     "roll_sft/tracking/": "trackers",
 }
-# A small source is encoded quickly, too; without these the ids are the same. The section `lora` and
-# the keys of recipes are loaded for their defaults, which say that they are off.
+# A small source is encoded quickly, too; without these the ids are the same. The sections `lora`,
+# `moe` and the keys of recipes are loaded for their defaults, which say that they are off.
 ALLOWED = (
     "roll_sft/config/lora.py",
+    "roll_sft/config/moe.py",
     "roll_sft/config/recipes.py",
     "roll_sft/data/chat/fast/",
     "roll_sft/engine/cpu_backend.py",

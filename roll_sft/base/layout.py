@@ -31,6 +31,7 @@ class ParallelLayout:
     context_size: int = 1
     sequence_parallel: bool = False
     virtual_size: int = 1  # model chunks that each pipeline stage holds
+    expert_size: int = 1  # consecutive ranks of a stage that share the experts of its layers
 
     def __post_init__(self) -> None:
         degrees = self.tensor_size * self.pipeline_size * self.context_size

@@ -9,6 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from roll_sft.base.expert_load import ExpertLoad
 
 # Start of a device's name -> dense bf16 peak in FLOP/s, from the vendors' datasheets (no sparsity).
 # The longest start that fits counts: variants of one chip differ in clock and power.
@@ -45,6 +49,7 @@ class StepMetrics:
     data_wait_s: float
     peak_memory_gib: float  # since the step before: of the device, or on a CPU the process's own
     told: tuple[float, ...] = ()  # of a recipe's loss; see data/steps/objective.py
+    experts: "ExpertLoad | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.tensors import Piece, Shape
 
 _LAYERS = "decoder.layers."
+_EXPERTS, _STORED_EXPERTS = "experts.local_experts.", "experts.experts."
 _OPTIMIZER = "optimizer."
 _MASTERS = "optimizer.state.param."
 # The local layer spec stores its norms under the names they have when fused into the next linear
@@ -30,17 +31,17 @@ _STORED_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """The stored tensor `key` of a parameter, which is the whole of it or one `layer`."""
+    """The stored tensor `key` of a parameter, which is it or holds it at `index`."""
 
     key: str
-    layer: int | None
+    index: tuple[int, ...]
     dtype: torch.dtype
     shape: Shape
 
     @property
     def shape_of_one(self) -> Shape:
         """The parameter's own shape."""
-        return self.shape if self.layer is None else self.shape[1:]
+        return self.shape[len(self.index) :]
 
 
 class Reader:
@@ -90,28 +91,25 @@ class Reader:
             tensor = scratch[:num_bytes].view(stored.dtype).view(sizes)
         self._num_read[self._place(name)[0]] += tensor.numel()
         corner = (first, *(0 for _ in sizes[1:]))
-        if stored.layer is None:
-            self._index.fill(Piece(stored.key, stored.shape, corner, tensor))
-        else:
-            place = (stored.layer, *corner)
-            self._index.fill(Piece(stored.key, stored.shape, place, tensor[None]))
+        place, piece = (*stored.index, *corner), tensor[(None,) * len(stored.index)]
+        self._index.fill(Piece(stored.key, stored.shape, place, piece))
         return tensor
 
     def _stored(self, name: str) -> "_Stored":
-        key, layer = self._place(name)
+        key, index = self._place(name)
         dtype, shape = self._index.stored(key)
-        if layer is not None and layer >= shape[0]:
+        if any(number >= size for number, size in zip(index, shape, strict=False)):
             raise CheckpointError(f"{self.folder}: {name} is not in this checkpoint")
         if dtype != self._dtype and self._dtype is not None and _MASTERS + key in self._index.keys:
             key = _MASTERS + key
             dtype, shape = self._index.stored(key)
-        return _Stored(key, layer, dtype, shape)
+        return _Stored(key, index, dtype, shape)
 
-    def _place(self, name: str) -> tuple[str, int | None]:
-        """The stored tensor of `name`, and the layer in it if it holds all layers."""
-        key, layer = stored_name(name)
-        of_layer = key.replace(_LAYERS, f"{_LAYERS}{layer}.")
-        return (of_layer, None) if of_layer in self._index.keys else (key, layer)
+    def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The stored tensor of `name`, and its place in the first dims of that."""
+        key, index = stored_name(name)
+        of_layer = key.replace(_LAYERS, f"{_LAYERS}{index[0]}.") if index else key
+        return (of_layer, index[1:]) if of_layer in self._index.keys else (key, index)
 
     def check_all_read(self) -> None:
         """Raise `CheckpointError` for a tensor of the model that was not read, or not all of it."""
@@ -127,12 +125,19 @@ class Reader:
                 )
 
 
-def stored_name(name: str) -> tuple[str, int | None]:
-    """The name that parameter `name` is stored under, and its layer if it has one."""
+def stored_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """The name that parameter `name` is stored under, and its place in that tensor's first dims.
+
+    That is its layer, and its expert behind it, if it has them.
+    """
     prefix, dot, rest = name.partition(_LAYERS)
     if not dot:
-        return name, None
-    index, _, tail = rest.partition(".")
+        return name, ()
+    layer, _, tail = rest.partition(".")
     for ours, stored in _STORED_NAMES.items():
         tail = tail.replace(ours, stored)
-    return f"{prefix}{dot}{tail}", int(index)
+    before, of_expert, rest = tail.partition(_EXPERTS)
+    if not of_expert:
+        return f"{prefix}{dot}{tail}", (int(layer),)
+    expert, _, tail = rest.partition(".")
+    return f"{prefix}{dot}{before}{_STORED_EXPERTS}{tail}", (int(layer), int(expert))

@@ -30,13 +30,14 @@ ABBREVIATIONS = {
     "tp": "parallel.tensor_model_parallel_size",
     "pp": "parallel.pipeline_model_parallel_size",
     "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
     "world_size": "parallel.num_workers",
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
-    {"evaluation", "moe", "export", "cluster.max_restarts", "cluster.elastic"}
-    | {"cluster.grace_s", "parallel.expert_model_parallel_size"}
-    | {"parallel.expert_tensor_parallel_size", "train.on_nan", "train.max_duration"}
+    {"evaluation", "export", "cluster.max_restarts", "cluster.elastic", "cluster.grace_s"}
+    | {"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"}
+    | {"train.on_nan", "train.max_duration"}
 )
 # Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {

@@ -15,6 +15,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import redacted
 from roll_sft.config.keys import key
 from roll_sft.config.lora import LoraConfig
+from roll_sft.config.moe import MoeConfig
 from roll_sft.config.recipes import RecipeKeys, ScheduleKind
 
 RecomputeModule: TypeAlias = Literal["core_attn", "mlp", "layernorm"]  # of Megatron's
@@ -147,6 +148,7 @@ class ParallelConfig:
         at_least=1,
     )
     context_parallel_size: int = key(1, "Ranks that share each sequence.", unit="ranks", at_least=1)
+    expert_model_parallel_size: int = key(1, "Ranks that share experts.", unit="ranks", at_least=1)
     sequence_parallel: bool = key(
         False, "Split norms and residuals over tensor ranks too; needs tensor parallelism."
     )
@@ -166,11 +168,7 @@ class ParallelConfig:
         1, "CPUs that each worker reserves, and its number of threads.", unit="CPUs", at_least=1
     )
     placement_timeout_s: float = key(
-        120.0,
-        "Longest wait for resources that other jobs hold.",
-        unit="seconds",
-        above=0,
-        at_most=1e7,
+        120.0, "Longest wait for resources of other jobs.", unit="seconds", above=0, at_most=1e7
     )
 
 
@@ -180,10 +178,7 @@ class TrainConfig(RecipeKeys):
 
     num_train_epochs: int = key(1, "Passes over the training data.", unit="epochs", at_least=1)
     max_steps: int | None = key(
-        None,
-        "Optimizer steps of the run; wins over num_train_epochs.",
-        unit="steps",
-        at_least=1,
+        None, "Optimizer steps of the run; wins over num_train_epochs.", unit="steps", at_least=1
     )
     global_batch_size: int = key(
         128, "Samples of one optimizer step, over all workers.", unit="samples", at_least=1
@@ -232,10 +227,7 @@ class TrainConfig(RecipeKeys):
         " [core_attn]), or of whole layers.",
     )
     eval_steps: int | None = key(
-        None,
-        "Evaluate every so many steps; null evaluates at the end only.",
-        unit="steps",
-        at_least=1,
+        None, "Evaluate every so many steps; null evaluates at the end.", unit="steps", at_least=1
     )
     save_steps: int | None = key(
         None,
@@ -346,6 +338,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -387,6 +380,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
         context_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         virtual_size=parallel.virtual_pipeline_model_parallel_size or 1,
+        expert_size=parallel.expert_model_parallel_size,
     )
 
 

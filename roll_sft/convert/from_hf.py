@@ -63,7 +63,8 @@ def import_model(
     check_assets(model)
     wanted = DTYPES[dtype] if dtype else None
     stored = wanted or source.dtype("model.norm.weight")
-    mappings, num_layers = family.weights(shape), shape.num_layers
+    mappings = family.weights(shape)
+    sizes = (shape.num_layers, shape.experts.num_experts if shape.experts else 1)
     dtypes = _dtypes(mappings, source, wanted)
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
         for name in asset_files(model):
@@ -75,8 +76,8 @@ def import_model(
                 with one_thread():
                     write(
                         folder,
-                        _pieces(group, num_layers, source=source, dtypes=dtypes),
-                        objects=_objects(names, num_layers),
+                        _pieces(group, sizes, source=source, dtypes=dtypes),
+                        objects=_objects(names, sizes),
                         writer=Writer(rank, len(groups), optimizer_step=None),
                     )
             except NotFiniteError as error:
@@ -141,15 +142,18 @@ def _dtypes(
 
 def _pieces(
     mappings: Mapping[str, WeightMapping],
-    num_layers: int,
+    sizes: tuple[int, ...],
     *,
     source: TensorSource,
     dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[Piece]:
-    """Every parameter of `mappings` as rectangles of the tensor that it is stored in."""
+    """Every parameter of `mappings` as rectangles of the tensor that it is stored in.
+
+    `sizes` are the numbers of layers and of experts, the first dims of a stored tensor.
+    """
     read: deque[torch.Tensor] = deque()
     for name, mapping in mappings.items():
-        key, layer = stored_name(name)
+        key, index = stored_name(name)
         num_rows = sum(shape[0] for shape in mapping.hf_shapes.values())
         full_shape = (num_rows, *next(iter(mapping.hf_shapes.values()))[1:])
         first = 0
@@ -163,11 +167,8 @@ def _pieces(
                 check = partial(_check_block, name=part_name, tensor=part)
             corner = (first, *(0 for _ in full_shape[1:]))
             first += len(part)
-            if layer is None:
-                yield Piece(key, full_shape, corner, part, check=check)
-            else:
-                place = (layer, *corner)
-                yield Piece(key, (num_layers, *full_shape), place, part[None], check=check)
+            stored_shape, place = (*sizes[: len(index)], *full_shape), (*index, *corner)
+            yield Piece(key, stored_shape, place, part[(None,) * len(index)], check=check)
 
 
 def _parts(
@@ -207,16 +208,17 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
-def _objects(names: Iterable[str], num_layers: int) -> dict[str, bytes]:
+def _objects(names: Iterable[str], sizes: tuple[int, ...]) -> dict[str, bytes]:
     """Empty objects that Megatron-Core requires beside the tensors of `names`."""
     empty = io.BytesIO()
     torch.save([None], empty)
     objects = {}
     for name in names:
-        key, layer = stored_name(name)
+        key, index = stored_name(name)
         linear = _LINEAR.match(key)
-        if linear and layer is not None:
-            objects[f"{linear[1]}._extra_state/shard_{layer}_{num_layers}"] = empty.getvalue()
+        if linear and index:
+            place, whole = (".".join(map(str, each)) for each in (index, sizes[: len(index)]))
+            objects[f"{linear[1]}._extra_state/shard_{place}_{whole}"] = empty.getvalue()
     return objects
 
 

@@ -114,7 +114,17 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        **_of_experts(shape, layout),
     )
+
+
+def _of_experts(shape: ModelShape, layout: ParallelLayout) -> dict[str, Any]:
+    """The fields of a model with experts."""
+    if shape.experts is None:
+        return {}
+    from roll_sft.engine.experts import expert_settings
+
+    return expert_settings(shape.experts, layout)
 
 
 def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
@@ -285,6 +295,10 @@ def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Par
                 index, _, tail = rest.partition(".")
                 layer: Any = chunk.decoder.layers[int(index)]
                 name = f"{prefix}{dot}{int(layer.layer_number) - 1}.{tail}"  # counts from 1
+                if ".local_experts." in name:
+                    from roll_sft.engine.experts import global_name
+
+                    name = global_name(name, num_experts=chunk.config.num_moe_experts or 0)
             yield name, parameter
 
 

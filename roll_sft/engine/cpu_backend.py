@@ -10,7 +10,9 @@ second: a quarter of a core for four idle ranks. Here all groups share one devic
 """
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ def install() -> None:
     cuda.stream = _same
     cuda.max_memory_allocated = _peak_resident_bytes
     cuda.reset_peak_memory_stats = _reset_peak
+    distributed: Any = dist
+    distributed.all_to_all_single = functools.partial(_all_to_all, dist.all_to_all_single)
     torch.Tensor.cuda = _same  # type: ignore[assignment]
     torch.nn.Module.cuda = _same  # type: ignore[assignment,method-assign]
 
@@ -50,6 +54,15 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = _set_rng_state
     CudaToCpu().__enter__()
     _share_gloo_device()
+
+
+def _all_to_all(exchange: Callable[..., Any], *tensors: torch.Tensor, **options: Any) -> Any:
+    """`exchange` with sizes as numbers: where experts exchange tokens, Megatron brings them to the
+    host from CUDA alone."""
+    for name in ("output_split_sizes", "input_split_sizes"):
+        if isinstance(options.get(name), torch.Tensor):
+            options[name] = options[name].tolist()
+    return exchange(*tensors, **options)
 
 
 def _share_gloo_device() -> None:

@@ -41,6 +41,7 @@ from roll_sft.models.source import ModelSource
 
 if TYPE_CHECKING:
     from roll_sft.checkpoint.background import BackgroundWriter
+    from roll_sft.engine.experts import Experts
     from roll_sft.engine.recipe import Recipe
 
 
@@ -109,6 +110,7 @@ class Engine:
         else:
             build.clear_weights(self.chunks)
         self._recipe = self._prepare(source, is_new=checkpoint is None)
+        self._experts = self._mark_experts(source)
         self._wrapped = build.wrap_model(self.chunks, self._transformer, parallel=config.parallel)
         self._gathers_ahead = build.overlaps(config.parallel)[1]
         if self._gathers_ahead:
@@ -134,6 +136,14 @@ class Engine:
 
         return prepared(self.chunks, source, config, layers=layers, data=data, is_new=is_new)
 
+    def _mark_experts(self, source: ModelSource) -> "Experts | None":
+        """The load of experts, where the model has some."""
+        if source.shape.experts is None:
+            return None
+        from roll_sft.engine.experts import Experts
+
+        return Experts(self.chunks, source.shape, self._config, is_plain=self._recipe is None)
+
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step; `work` is this rank's share of the global batch.
 
@@ -155,6 +165,7 @@ class Engine:
 
             begin_gather(self._wrapped)
         loss_sum, supervised, *told = report.read()
+        experts = None if self._experts is None else self._experts.load()
         if not self._is_reporter:
             return None
         assert supervised == work.supervised_tokens, (
@@ -173,6 +184,7 @@ class Engine:
             data_wait_s=data_wait_s,
             peak_memory_gib=peak_memory / 2**30,
             told=tuple(told),
+            experts=experts,
         )
 
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
@@ -256,6 +268,8 @@ class Engine:
         )
         if self._recipe is not None:
             batches = self._recipe.keyed(batches, indices, tokens)
+        if self._experts is not None:
+            batches = self._experts.marked(batches, indices, tokens, self._rank.context_rank)
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:
@@ -271,6 +285,8 @@ class Engine:
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._experts is not None:
+            self._experts.begin(batches, lambda: self._run_schedule(batches, forward_only=True))
         self._run_schedule(batches, forward_only=False)
 
     def reduce_losses(self) -> tuple[float, int]:
@@ -342,6 +358,7 @@ class Engine:
                 token_keys=batch.token_keys,
             ),
             **loss_arguments(batch.rows),
+            **({} if self._experts is None else self._experts.arguments(batch, model)),
         )
 
         def loss(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

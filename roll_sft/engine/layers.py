@@ -28,7 +28,12 @@ class LayerConfig(TransformerConfig):
     variation: Any = None  # the model's `models.variation.Variation`
     loss_terms: Any = None  # `objective.Terms`, of a recipe that has any
 
+    recompute_modules: list[str] | None = None  # Megatron's own
+
     def __post_init__(self) -> None:
+        if self.num_moe_experts:  # Megatron's name for the experts in place of the MLP
+            names = self.recompute_modules or []
+            self.recompute_modules = ["moe" if name == "mlp" else name for name in names]
         super().__post_init__()
         # Megatron's name for an MLP that takes its activation from the layer spec.
         self.use_te_activation_func = self.is_compiled
@@ -69,11 +74,11 @@ class SwiGLU(MegatronModule):
     """The activation of a compiled MLP, one function of the joint projection."""
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
-        """[N, 1, 2 F], the gates and then what they gate -> [N, 1, F], same dtype."""
+        """[N, 1, 2 F], or [N, 2 F], the gates and then what they gate -> F in place of 2 F."""
         # A view, not `pairs[:, 0]`: the backward of an index fills and copies the whole activation.
-        rows = pairs.flatten(0, 1)
+        rows = pairs.flatten(0, -2)
         activated: torch.Tensor = run_compiled(swiglu, [rows], self.config.activation_func)
-        return activated.unsqueeze(1)
+        return activated.view(*pairs.shape[:-1], -1)
 
 
 def swiglu(
@@ -125,4 +130,8 @@ def layer_spec(shape: ModelShape, *, core_attention: Any) -> ModuleSpec:
         from roll_sft.engine.other_norms import use_other_norms
 
         use_other_norms(layer, shape)
+    if shape.experts is not None:
+        from roll_sft.engine.experts import expert_spec
+
+        layer.submodules.mlp = expert_spec(shape)
     return layer

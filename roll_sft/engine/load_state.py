@@ -2,13 +2,12 @@
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint.index import Index
 from roll_sft.engine.build import named_parameters, not_finite
-from roll_sft.engine.state import RankState, data_rank
+from roll_sft.engine.state import RankState, is_mine, replicas
 
 
 def load_state(index: Index, state: RankState) -> None:
@@ -16,17 +15,16 @@ def load_state(index: Index, state: RankState) -> None:
 
     Raises `CheckpointError` for a piece that is missing, not whole or damaged.
     """
-    group, rank = parallel_state.get_data_parallel_group(with_context_parallel=True), data_rank()
     with torch.no_grad():
         # All reads come first, so that a rank that fails does so outside of any collective.
         for each in state.pieces:
-            if each.owner == rank:
+            if is_mine(each):
                 index.fill(each.piece)
-        if dist.get_world_size(group) > 1:
-            for each in state.pieces:
-                if each.is_shared:
-                    source = dist.get_global_rank(group, each.owner)
-                    dist.broadcast(each.piece.tensor, src=source, group=group)
+        for each in state.pieces:
+            group = replicas(each.piece)
+            if each.is_shared and dist.get_world_size(group) > 1:
+                source = dist.get_global_rank(group, each.owner)
+                dist.broadcast(each.piece.tensor, src=source, group=group)
 
 
 def check_loaded(chunks: list[GPTModel], folder: object) -> None:

@@ -83,6 +83,7 @@ class MicroBatch:
     rows: SupervisedRows
     token_keys: torch.Tensor | None = None  # int32 [T], where dropout or noise needs them
     noise_T: torch.Tensor | None = None  # float32 [T], the largest noise on each embedding
+    padding: torch.Tensor | None = None  # bool [1, T], True for padding, where experts need it
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory."""
@@ -96,8 +97,9 @@ class MicroBatch:
         pack = replace(
             self.pack, tokens_T=move(self.pack.tokens_T), positions_T=move(self.pack.positions_T)
         )
-        extra = [each if each is None else move(each) for each in (self.token_keys, self.noise_T)]
-        return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move), *extra)
+        extra = (self.token_keys, self.noise_T, self.padding)
+        moved = [None if each is None else move(each) for each in extra]
+        return MicroBatch(pack, self.segments.moved(move), self.rows.moved(move), *moved)
 
 
 def build_micro_batches(

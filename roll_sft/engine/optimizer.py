@@ -79,6 +79,12 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """Euclidean norm of the gradients over all parameters of the model once; collective."""
     is_overflow = optimizer.prepare_grads()
     assert not is_overflow, "only a loss scale finds an overflow, and there is none"
+    squares = [_square(inner) for inner in inner_optimizers(optimizer)]  # experts have their own
+    return float(sum(square.item() for square in squares) ** 0.5)
+
+
+def _square(optimizer: Any) -> torch.Tensor:
+    """Square of the norm of an inner optimizer's gradients, float32 []; collective."""
     gradients = [
         parameter.grad
         for group in optimizer.param_groups
@@ -92,7 +98,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     else:
         square = torch.zeros((), device=torch.cuda.current_device())
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-    return float(square.item() ** 0.5)
+    return square
 
 
 def make_optimizer_state(optimizer: MegatronOptimizer, *, step: int) -> None:

@@ -81,6 +81,8 @@ def process_groups(
             layout.pipeline_size,
             layout.virtual_size if layout.virtual_size > 1 else None,
             context_parallel_size=layout.context_size,
+            expert_model_parallel_size=layout.expert_size,
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=max(1, round(rendezvous.collective_timeout_s / 60)),
             # Beside NCCL nothing uses gloo, whose mesh fails where a host's name is 127.0.1.1.
             create_gloo_process_groups=device == "cpu",

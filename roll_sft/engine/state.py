@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -35,28 +36,29 @@ from roll_sft.checkpoint.tensors import Piece, rectangles
 from roll_sft.engine.build import not_finite
 from roll_sft.engine.optimizer import MOMENTS, inner_optimizers, main_parameters
 
+EXPERTS = ".mlp.experts."  # in the key of every tensor of experts
+
 
 @dataclass(frozen=True, slots=True)
 class HeldPiece:
     """A piece of the state that shares this rank's memory."""
 
     piece: Piece
-    owner: int  # the data rank that writes and reads it; this one if no other holds it
-    is_shared: bool  # whether every data rank holds it
+    owner: int  # the replica that writes and reads it; this one if no other holds it
+    is_shared: bool  # whether every replica holds it
     is_copy: bool  # whether another model-parallel rank writes it
 
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """The state of a rank. Data ranks hold as many shared pieces, in the same order."""
+    """The state of a rank. Replicas hold as many shared pieces, in the same order."""
 
     pieces: list[HeldPiece]
     objects: dict[str, bytes]  # empty values that Megatron-Core looks for beside the tensors
 
     def written(self) -> list[Piece]:
         """The pieces that this rank writes."""
-        rank = data_rank()
-        return [each.piece for each in self.pieces if each.owner == rank and not each.is_copy]
+        return [each.piece for each in self.pieces if is_mine(each) and not each.is_copy]
 
 
 def rank_state(
@@ -80,9 +82,8 @@ def rank_state(
             for name, value in values.items():
                 pieces = places.cut(parameter, value, name=name, start=start)
                 (own if is_distributed else shared).extend(pieces)
-    rank = data_rank()
-    owners = _owners([piece.tensor.numel() for piece, _ in shared])
-    held = [HeldPiece(piece, rank, is_shared=False, is_copy=copy) for piece, copy in own]
+    held = [HeldPiece(p, _replica(p), is_shared=False, is_copy=copy) for p, copy in own]
+    owners = _owners([piece for piece, _ in shared])
     held += [
         HeldPiece(piece, owner, is_shared=True, is_copy=copy)
         for (piece, copy), owner in zip(shared, owners, strict=True)
@@ -90,10 +91,21 @@ def rank_state(
     return RankState(held, places.objects)
 
 
-def data_rank() -> int:
+def replicas(piece: Piece) -> dist.ProcessGroup:
+    """The ranks that hold the same weights: for experts others than for the rest."""
+    if EXPERTS in piece.key:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _replica(piece: Piece) -> int:
     """This rank among those that hold the same weights."""
-    rank: int = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return rank
+    return dist.get_rank(replicas(piece))
+
+
+def is_mine(held: HeldPiece) -> bool:
+    """Whether this rank writes and reads the piece."""
+    return held.owner == _replica(held.piece)
 
 
 def check_written(pieces: Sequence[Piece]) -> None:
@@ -122,7 +134,9 @@ class Places:
         self.all = [*also]
         self.objects: dict[str, bytes] = {}
         for chunk in chunks:
-            state = chunk.sharded_state_dict()
+            # A shared expert asks for the group, others find it themselves.
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            state = chunk.sharded_state_dict(metadata={"dp_cp_group": group})
             apply_factories(state)
             for value in nested_values(state):
                 if isinstance(value, ShardedTensor):
@@ -188,12 +202,14 @@ def _place(sharded: ShardedTensor) -> Place:
     return Place(data.data_ptr(), piece, any(replica[:-1]))  # the last is the data rank
 
 
-def _owners(sizes: list[int]) -> list[int]:
-    """The owner of each shared piece: even shares of numbers, the same answer on all ranks."""
-    loads = [0] * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    owners = [0] * len(sizes)
+def _owners(pieces: list[Piece]) -> list[int]:
+    """The owner of each shared piece: even shares of numbers, the same answer on all replicas."""
+    loads: dict[bool, list[int]] = {}  # of experts, and of the rest: their replicas differ
+    owners = [0] * len(pieces)
+    sizes = [piece.tensor.numel() for piece in pieces]
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        owner = loads.index(min(loads))
-        owners[index] = owner
-        loads[owner] += sizes[index]
+        size = dist.get_world_size(replicas(pieces[index]))
+        load = loads.setdefault(EXPERTS in pieces[index].key, [0] * size)
+        owners[index] = owner = load.index(min(load))
+        load[owner] += sizes[index]
     return owners

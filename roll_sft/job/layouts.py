@@ -4,6 +4,7 @@ Each layout appears once, with the recomputation and the virtual stages that sui
 estimated by `job.memory`, time by `job.step_time`.
 """
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ DEGREES = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
     "sequence_parallel",
     "device",
 )
@@ -72,6 +74,7 @@ class Candidate:
             "PP": self.layout.pipeline_size,
             "CP": self.layout.context_size,
             "DP": self.layout.data_size,
+            **({"EP": self.layout.expert_size} if self.layout.expert_size > 1 else {}),
         }
         return " ".join(f"{axis}{size}" for axis, size in sizes.items())
 
@@ -84,6 +87,7 @@ class Candidate:
             "pipeline": layout.pipeline_size > 1,
             "virtual stages": layout.virtual_size > 1,
             "context": layout.context_size > 1,
+            "expert": layout.expert_size > 1,
             "recomputation": self.config.train.recompute != "none",
         }
         return tuple(axis for axis, is_used in used.items() if is_used)
@@ -144,7 +148,7 @@ def refusals(config: RunConfig, shape: ModelShape, gpus: Gpus) -> list[str]:
     """Why the model cannot have some of the degrees at all, each reason once."""
     problems = (
         problem
-        for parallel in splits(config, gpus)
+        for parallel in splits(config, shape, gpus)
         if parallel.virtual_pipeline_model_parallel_size is None
         for problem in model_problems(replace(config, parallel=parallel), shape)
     )
@@ -154,7 +158,7 @@ def refusals(config: RunConfig, shape: ModelShape, gpus: Gpus) -> list[str]:
 def variants(config: RunConfig, shape: ModelShape, work: Work, gpus: Gpus) -> Iterator[Candidate]:
     """Every layout that can run, with and without recomputation and virtual stages."""
     machine = Machine(gpus_per_node=gpus.per_node)
-    for parallel in splits(config, gpus):
+    for parallel in splits(config, shape, gpus):
         layout = layout_of(parallel)
         for recompute in RECOMPUTE:
             train = replace(config.train, recompute=recompute)
@@ -171,8 +175,8 @@ def variants(config: RunConfig, shape: ModelShape, work: Work, gpus: Gpus) -> It
             )
 
 
-def splits(config: RunConfig, gpus: Gpus) -> Iterator[ParallelConfig]:
-    """Degrees that divide the GPUs; tensor ranks share a node, as Ray places them.
+def splits(config: RunConfig, shape: ModelShape, gpus: Gpus) -> Iterator[ParallelConfig]:
+    """Degrees that divide the GPUs, and the experts; tensor ranks share a node, as Ray places them.
 
     Sequence parallelism is on: it exchanges no more, and cuts what tensor ranks else hold alike.
     """
@@ -182,16 +186,19 @@ def splits(config: RunConfig, gpus: Gpus) -> Iterator[ParallelConfig]:
             for context in _divisors(gpus.number // tensor // stages):
                 if context > most_context:
                     break
-                for virtual in (None, 2) if stages > 1 else (None,):
-                    yield replace(
-                        config.parallel,
-                        num_workers=gpus.number,
-                        tensor_model_parallel_size=tensor,
-                        pipeline_model_parallel_size=stages,
-                        virtual_pipeline_model_parallel_size=virtual,
-                        context_parallel_size=context,
-                        sequence_parallel=tensor > 1,
-                    )
+                num_experts = shape.experts.num_experts if shape.experts else 1
+                for experts in _divisors(math.gcd(num_experts, gpus.number // stages)):
+                    for virtual in (None, 2) if stages > 1 else (None,):
+                        yield replace(
+                            config.parallel,
+                            num_workers=gpus.number,
+                            tensor_model_parallel_size=tensor,
+                            pipeline_model_parallel_size=stages,
+                            virtual_pipeline_model_parallel_size=virtual,
+                            context_parallel_size=context,
+                            expert_model_parallel_size=experts,
+                            sequence_parallel=tensor > 1,
+                        )
 
 
 def _divisors(number: int) -> list[int]:

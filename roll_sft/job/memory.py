@@ -80,7 +80,9 @@ def stage_estimate(config: RunConfig, shape: ModelShape, *, stage: int) -> Memor
         saved_bytes, widest = saved_by_quantization(config, shape, weight_bytes=weight_bytes)
     # The distributed optimizer cuts masters and moments over data x context ranks.
     is_cut = config.parallel.use_distributed_optimizer
-    replicas = layout.data_size * layout.context_size if is_cut else 1
+    replicas: float = layout.data_size * layout.context_size if is_cut else 1
+    if is_cut and shape.experts is not None:
+        replicas = _mean_replicas(run, parameters)
     state = parameters * weight_bytes + trained * (4 + (master_bytes + 8) / replicas) - saved_bytes
 
     tokens = run.pack_tokens // layout.context_size
@@ -127,13 +129,37 @@ def _parameters(run: _Run, stage: int) -> float:
     """Of a rank of `stage`; what tensor ranks hold alike is too little to count."""
     shape, layout = run.shape, run.layout
     tied = shape.tie_word_embeddings
-    in_layers = shape.num_parameters - (1 if tied else 2) * shape.vocab_size * shape.hidden_size
+    in_layers: float = (
+        shape.num_parameters - (1 if tied else 2) * shape.vocab_size * shape.hidden_size
+    )
     share = -(-shape.num_layers // layout.pipeline_size) / shape.num_layers
+    experts = _experts(run)
     is_first, is_last = stage == 0, stage == layout.pipeline_size - 1
     # A tied head is the embedding; on another stage it is a copy of it.
     ends = is_first + (is_last and not (tied and is_first))
     embedding = shape.padded_vocab_size(layout.tensor_size) * shape.hidden_size
-    return (in_layers * share + ends * embedding) / layout.tensor_size
+    if shape.experts is not None:
+        in_layers -= experts / share * layout.expert_size
+    return (in_layers * share + ends * embedding) / layout.tensor_size + experts
+
+
+def _experts(run: _Run) -> float:
+    """Parameters of the experts of a rank."""
+    if run.shape.experts is None:
+        return 0.0
+    from roll_sft.job.expert_memory import expert_parameters
+
+    layers, stages = run.shape.num_layers, run.layout.pipeline_size
+    return expert_parameters(run.shape, run.layout, share=-(-layers // stages) / layers)
+
+
+def _mean_replicas(run: _Run, parameters: float) -> float:
+    """Ranks that share the optimizer's state of a parameter: of experts others than of the rest."""
+    from roll_sft.job.expert_memory import expert_replicas
+
+    experts, layout = _experts(run), run.layout
+    others = (parameters - experts) / (layout.data_size * layout.context_size)
+    return parameters / (others + experts / expert_replicas(layout))
 
 
 def _layers_in_flight(run: _Run, stage: int) -> int:
@@ -165,7 +191,11 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
     core = q + (k * (2 * layout.context_size + 1) if is_gathered else k)
     # Where that is recomputed, what enters it stays: the queries in a copy of their own.
     entering = q + is_normed * k + (0 if projected else q + 2 * k)
-    mlp = (3 if _is_compiled(run) else 5) * shape.ffn_hidden_size
+    mlp: float = (3 if _is_compiled(run) else 5) * shape.ffn_hidden_size
+    if shape.experts is not None:
+        from roll_sft.job.expert_memory import kept_of_experts
+
+        mlp = kept_of_experts(shape, is_compiled=_is_compiled(run))
     parts = {
         "layernorm": 0 if shape.norm_placement == "post" else 2 * hidden,
         "core_attn": (core - entering) / layout.tensor_size,
@@ -216,8 +246,12 @@ def _gradients_of_layer(run: _Run, tokens: int) -> float:
     On a GPU the weight's gradient is added to the buffer that the state counts.
     """
     shape, tensor_size = run.shape, run.layout.tensor_size
-    wide = 3 * tokens * shape.ffn_hidden_size
-    if run.config.parallel.device == "cpu" and not run.config.lora.rank:
+    wide: float = 3 * tokens * shape.ffn_hidden_size
+    if shape.experts is not None:
+        from roll_sft.job.expert_memory import width_of_backward
+
+        wide = tokens * width_of_backward(shape)
+    elif run.config.parallel.device == "cpu" and not run.config.lora.rank:
         wide += 2 * shape.ffn_hidden_size * shape.hidden_size
     return 2 * tokens * shape.hidden_size + wide / tensor_size
 

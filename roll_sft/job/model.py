@@ -50,7 +50,12 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
     except ConfigError as error:
         refuse([*problems, str(error)])
         raise
-    refuse([*problems, *model_problems(config, shape)])
+    problems += model_problems(config, shape)
+    if shape.experts or config.parallel.expert_model_parallel_size > 1 or config.moe.aux_loss_coef:
+        from roll_sft.job.experts import expert_problems
+
+        problems += expert_problems(config, shape)
+    refuse(problems)
     if config.trains_part or config.train.has_groups:
         from roll_sft.job.trained import check_trained
 

@@ -94,7 +94,10 @@ def _table(title: str, *columns: str) -> Table:
 
 def _layout_table(overview: Overview) -> Table:
     layout = overview.layout
-    table = _table("Layout", "workers", "TP", "PP", "CP", "DP", "SP", "tokens per pack", "device")
+    # Ranks that share experts are tensor, context and data ranks, not ones beside these.
+    experts = {} if overview.shape.experts is None else {"EP": str(layout.expert_size)}
+    columns = ("workers", "TP", "PP", "CP", "DP", "SP", "tokens per pack", "device", *experts)
+    table = _table("Layout", *columns)
     table.add_row(
         *map(
             str,
@@ -107,6 +110,7 @@ def _layout_table(overview: Overview) -> Table:
                 "on" if layout.sequence_parallel else "off",
                 overview.pack_tokens,
                 overview.config.parallel.device,
+                *experts.values(),
             ),
         )
     )
@@ -117,6 +121,10 @@ def _model_table(overview: Overview) -> Table:
     shape = overview.shape
     table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
     parameters = f"{shape.num_parameters:,}"
+    if shape.experts is not None:
+        from roll_sft.models.experts import num_active_parameters
+
+        parameters += f", {num_active_parameters(shape):,} active"
     if overview.config.trains_part:
         from roll_sft.job.trained import num_trained
 

@@ -68,10 +68,10 @@ def read_prepared(config: RunConfig, folder: Path) -> Prepared:
     values = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     shape = values["shape"]
     shape["rotary_inv_freq"] = tuple(shape["rotary_inv_freq"])
-    if shape["variation"] is not None:
-        from roll_sft.models.variation import Variation
+    if shape["experts"] or shape["variation"]:
+        from roll_sft.models.stored_shape import parts_of
 
-        shape["variation"] = Variation.of(shape["variation"])
+        shape |= parts_of(shape)
     config = replace(
         config,
         model=replace(

@@ -22,6 +22,8 @@ through each rank, to gather or to reduce-scatter it.
   the backward (Llama Team 2024, arXiv:2407.21783, section 3.3.2): 4 T k (c-1) / t numbers.
 - pipeline: T h / t numbers each way, for each virtual stage and micro-batch (arXiv:2104.04473,
   sections 3.2 and 4.1).
+- experts: T h n (e-1)/e / t numbers to n of the experts on e ranks and back, forward and backward,
+  for each layer and micro-batch; counted with the tensor ranks' exchanges.
 - data: P gradients reduce-scattered and P weights gathered, once a step, over d c ranks (ZeRO,
   Rajbhandari et al. 2020, arXiv:1910.02054, section 7).
 """
@@ -32,6 +34,7 @@ from dataclasses import astuple, dataclass
 
 from roll_sft.base.layout import ParallelLayout, round_up
 from roll_sft.base.metrics import flops_per_step
+from roll_sft.job.expert_time import active_mlp, exchanged_tokens_s, gradients_s
 from roll_sft.models.shape import ModelShape
 
 ACTIVATION_BYTES, GRADIENT_BYTES, WEIGHT_BYTES = 2, 4, 2
@@ -121,10 +124,13 @@ def step_time(
     )
     sends = 2 * layout.virtual_size * number if stages > 1 else 0
     pipeline_s = sends * exchange.send_s(hidden / tensor, span=layout.world_size)
-    replicas = layout.data_size * context
-    parameters = shape.num_parameters / (tensor * stages)
+    tensor_s += (
+        passes
+        * tensor_times
+        * exchanged_tokens_s(shape, layout, hidden_bytes=hidden, exchange=exchange.seconds)
+    )
     data_s = sum(
-        exchange.seconds(parameters * each, replicas, span=replicas * tensor)
+        gradients_s(shape, layout, bytes_of_each=each, exchange=exchange.seconds)
         for each in (GRADIENT_BYTES, WEIGHT_BYTES)
     )
     busy_s = compute + again + tensor_s + context_s + pipeline_s
@@ -175,7 +181,7 @@ def _step_flops(shape: ModelShape, work: Work) -> float:
 def _recomputed_flops(shape: ModelShape, work: Work, recompute: Collection[str]) -> float:
     """Of the forward of what is recomputed: two for each weight and token, and its scores."""
     head = shape.vocab_size * shape.hidden_size
-    mlp = 3 * shape.ffn_hidden_size * shape.hidden_size * shape.num_layers
+    mlp = active_mlp(shape)
     length = _mean_length(work)
     unseen = sum(n * max(0, length - window) ** 2 for window, n in shape.windows.items())
     scores = shape.attention_width * (length * shape.num_layers - unseen / length)

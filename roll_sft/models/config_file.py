@@ -98,6 +98,8 @@ def load_hf_config(path: str, *, trust_remote_code: bool) -> "PreTrainedConfig":
 
 def value_problems(content: Mapping[str, Any]) -> list[str]:
     """Key, value and rule of each bad value in `content`, the object of a config.json."""
+    if content.get("use_sliding_window") is False and content.get("sliding_window") == 0:
+        content = {**content, "sliding_window": None}  # transformers writes 0 for Qwen2-MoE
     found = [*_broken(content, _RULES)]
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(content.get(key), Mapping):

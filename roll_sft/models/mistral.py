@@ -20,7 +20,11 @@ def mistral_shape(config: "PreTrainedConfig") -> ModelShape:
 
     config = own_config(config, MistralConfig, architecture=_ARCHITECTURE)
     shape = decoder_shape(config, architecture=_ARCHITECTURE)
-    window = config.sliding_window
+    return with_window(shape, config.sliding_window)
+
+
+def with_window(shape: ModelShape, window: int | None) -> ModelShape:
+    """`shape` with `window` in every layer, where a sample can outgrow it."""
     if window is None or window >= shape.max_position_embeddings:
         return shape
     from roll_sft.models.variation import LayerAttention, Variation  # where there is one alone

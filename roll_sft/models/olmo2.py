@@ -38,11 +38,11 @@ def olmo2_shape(config: "PreTrainedConfig") -> ModelShape:
 
 def olmo2_weights(shape: ModelShape) -> WeightTable:
     """Every parameter of Megatron's GPTModel for `shape`, with the layer's global index."""
-    parts = (attention, _projection_norms, _post_attention_norm, mlp, _post_mlp_norm)
+    parts = (attention, projection_norms, _post_attention_norm, mlp, _post_mlp_norm)
     return decoder_weights(shape, layer_parts=parts)
 
 
-def _projection_norms(shape: ModelShape, *, layer: int) -> WeightTable:
+def projection_norms(shape: ModelShape, *, layer: int) -> WeightTable:
     """The norms over all query heads and over all key heads, cut in whole heads."""
     hf, ours = f"model.layers.{layer}.self_attn", f"decoder.layers.{layer}.self_attention"
     sizes = {"q": shape.num_attention_heads, "k": shape.num_key_value_heads}

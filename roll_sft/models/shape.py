@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from roll_sft.base.layout import round_up
 
 if TYPE_CHECKING:
+    from roll_sft.models.experts import ExpertShape
     from roll_sft.models.variation import Variation
 
 QKNorm: TypeAlias = Literal["none", "head", "projection"]
@@ -20,7 +21,7 @@ class ModelShape:
     K = `head_dim`. `qk_norm` is an RMSNorm on queries and keys: over each head alone, or over all
     heads of the projection at once. `norm_placement` says whether a layer's norms come before
     attention and MLP, or after them and before the residual addition, or both. `variation` is what
-    else a family has that is not of a plain decoder.
+    else a family has that is not of a plain decoder. `experts` stand in place of the MLP.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class ModelShape:
     qk_norm: QKNorm = "none"
     norm_placement: NormPlacement = "pre"
     variation: "Variation | None" = None
+    experts: "ExpertShape | None" = None
 
     @property
     def attention_width(self) -> int:
@@ -53,8 +55,9 @@ class ModelShape:
 
     @property
     def num_matmul_parameters(self) -> int:
-        """Weights that multiply activations: all matrices and the LM head, not the embedding."""
-        return self.num_layers * self._num_layer_matmul_parameters + self._num_embedding_parameters
+        """Weights that multiply a token: matrices and the LM head, not the embedding."""
+        layer = self._num_layer_matmul_parameters(is_active=True)
+        return self.num_layers * layer + self._num_embedding_parameters
 
     @property
     def num_parameters(self) -> int:
@@ -62,7 +65,8 @@ class ModelShape:
         num_biases = self._qkv_width if self.qkv_bias else 0
         num_norms = (4 if self.norm_placement == "both" else 2) * self.hidden_size
         num_norms += self._num_qk_norm_parameters
-        per_layer = self._num_layer_matmul_parameters + num_biases + num_norms
+        matrices = self._num_layer_matmul_parameters(is_active=False)
+        per_layer = matrices + num_biases + num_norms
         num_vocab_matrices = 1 if self.tie_word_embeddings else 2
         return (
             self.num_layers * per_layer
@@ -87,9 +91,9 @@ class ModelShape:
         }
         return num_heads[self.qk_norm] * self.head_dim
 
-    @property
-    def _num_layer_matmul_parameters(self) -> int:
-        width = self._qkv_width + self.attention_width + 3 * self.ffn_hidden_size
+    def _num_layer_matmul_parameters(self, *, is_active: bool) -> int:
+        experts, width = self.experts, self._qkv_width + self.attention_width
+        width += 3 * self.ffn_hidden_size if experts is None else experts.width(is_active=is_active)
         return self.hidden_size * width
 
     @property

@@ -26,11 +26,15 @@ _PLACES = {  # architecture -> module of this folder, and the name in it
     "GraniteForCausalLM": ("granite", "GRANITE"),
     "LlamaForCausalLM": ("llama", "LLAMA"),
     "MistralForCausalLM": ("mistral", "MISTRAL"),
+    "MixtralForCausalLM": ("mixtral", "MIXTRAL"),
     "Olmo2ForCausalLM": ("olmo2", "OLMO2"),
     "Olmo3ForCausalLM": ("olmo3", "OLMO3"),
+    "OlmoeForCausalLM": ("olmoe", "OLMOE"),
     "Phi3ForCausalLM": ("phi3", "PHI3"),
     "Qwen2ForCausalLM": ("qwen", "QWEN2"),
+    "Qwen2MoeForCausalLM": ("qwen_moe", "QWEN2_MOE"),
     "Qwen3ForCausalLM": ("qwen", "QWEN3"),
+    "Qwen3MoeForCausalLM": ("qwen_moe", "QWEN3_MOE"),
     "SmolLM3ForCausalLM": ("smollm3", "SMOLLM3"),
 }
 ARCHITECTURES = tuple(_PLACES)

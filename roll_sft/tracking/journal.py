@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from roll_sft.data.steps.objective import TOLD
 
-LINES_AT_ONCE = 40  # of each file: fewer metrics than MLflow takes in one request
+LINES_AT_ONCE = 30  # of each file: fewer metrics than MLflow takes in one request
 MAX_NAME_LENGTH = 200  # MLflow's limit is 250 for a whole key, such as eval/<name>/perplexity
 _ACCEPTED = re.compile(r"[\w.\-: ]+(/[\w.\-: ]+)*")
 
@@ -41,6 +41,11 @@ STEP_NAMES = {
 }
 # What a recipe's loss tells beside these; see data/steps/objective.py.
 RECIPE_NAMES = {name: f"train/{name}" for name in TOLD}
+EXPERT_NAMES = {  # field of ExpertLoad, likewise
+    "expert_aux_loss": "experts/aux_loss",
+    "expert_max_over_mean": "experts/max_over_mean",
+    "dropped_tokens": "experts/dropped_tokens",
+}
 # Also recorded under these names of their own: dashboards of other SFT trainers look for them.
 DOCUMENTED_NAMES = (
     "train_loss",
@@ -115,6 +120,7 @@ def _step(line: Mapping[str, Any]) -> Iterator[Point]:
     names = [
         *STEP_NAMES.items(),
         *RECIPE_NAMES.items(),
+        *EXPERT_NAMES.items(),
         *((name, name) for name in DOCUMENTED_NAMES),
     ]
     return _numbers(line, names)

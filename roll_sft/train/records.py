@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class Records:
         """Record a finished step."""
         names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
         record = self._record(plan, result, names)
-        self._steps.write(_with_told(record, result) if result.told else record)
+        more = result.told or result.experts
+        self._steps.write(_with_more(record, result) if more else record)
         if self._samples is not None:
             self._samples.write({"step": plan.step, "samples": names})
         self._display.show(record, fill=plan.fill)
@@ -128,7 +130,10 @@ class Records:
         return flops / device_seconds / peak
 
 
-def _with_told(record: StepRecord, result: StepMetrics) -> dict[str, Any]:
+def _with_more(record: StepRecord, result: StepMetrics) -> dict[str, Any]:
+    """The line of a step with what a recipe's loss and experts tell besides."""
+    if result.experts is not None:
+        return asdict(record) | asdict(result.experts)
     from roll_sft.data.steps.objective import with_told
 
     return with_told(record, result)

@@ -44,7 +44,8 @@ KEYS = {
     "data.validation.": "path name split weight samples",
     "parallel.": "num_workers tensor_model_parallel_size pipeline_model_parallel_size"
     " virtual_pipeline_model_parallel_size context_parallel_size"
-    " sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather device"
+    " expert_model_parallel_size sequence_parallel use_distributed_optimizer"
+    " overlap_grad_reduce overlap_param_gather device"
     " cpus_per_worker placement_timeout_s",
     "train.": "num_train_epochs max_steps global_batch_size global_batch_tokens micro_batch_tokens"
     " learning_rate min_learning_rate lr_scheduler_type warmup_ratio warmup_steps wsd_decay_ratio"
@@ -55,6 +56,7 @@ KEYS = {
     " early_stopping_min_delta",
     "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path"
     " quantize_base",
+    "moe.": "aux_loss_coef",
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
     " hf_export",
     "tracking.": "backends mlflow_uri experiment",
@@ -378,7 +380,7 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
 @pytest.mark.parametrize(
     "key",
     [
-        "moe.aux_loss_coef",
+        "moe.z_loss_coef",
         "moe.dispatcher",
         "export.push_to_hub",
         "evaluation.prompts",
@@ -386,7 +388,6 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
         "cluster.max_restarts",
         "cluster.elastic",
         "cluster.grace_s",
-        "parallel.expert_model_parallel_size",
         "parallel.expert_tensor_parallel_size",
         "train.on_nan",
         "train.max_duration",

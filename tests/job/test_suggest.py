@@ -64,7 +64,7 @@ def test_candidates_can_run_are_complete_and_begin_with_the_quickest(
         assert each.layout.tensor_size <= gpus.per_node
         assert [*layout_problems(each.config.parallel), *model_problems(each.config, shape)] == []
     # Each way to split the GPUs is there, or the model refuses it.
-    for parallel in splits(config, gpus):
+    for parallel in splits(config, shape, gpus):
         layout, asked = layout_of(parallel), replace(config, parallel=parallel)
         name = (
             f"TP{layout.tensor_size} PP{layout.pipeline_size} CP{layout.context_size}"

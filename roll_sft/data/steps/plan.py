@@ -7,7 +7,8 @@ there is no iterator to restore.
 
 Invariants: every draw of an epoch is in exactly one of its steps. A batch never crosses epochs; the
 last one of an epoch may be short. Every rank has at least one micro-batch, and a multiple of the
-layout's `micro_batch_multiple`; empty ones make up the number. No micro-batch exceeds the cap.
+layout's `micro_batch_multiple`, and as many as the others where they share experts; empty ones make
+up the number. No micro-batch exceeds the cap.
 Asking for a step twice gives equal plans, whatever was asked in between.
 
 Assumes a set that is not empty, and no sample longer than the cap (both are asserted).
@@ -205,7 +206,11 @@ class Planner:
         all_costs = cost.of_all(aligned)
         costs = [sum(all_costs[i] for i in rank) for rank in ranks]
         imbalance = max(1.0, max(costs) * len(costs) / sum(costs))  # the mean rounds
-        return [self._micro_batches(rank, aligned) for rank in ranks], imbalance
+        batches = [self._micro_batches(rank, aligned) for rank in ranks]
+        # Data ranks that exchange tokens wait for each other in every micro-batch.
+        is_shared = layout.tensor_size * layout.context_size % layout.expert_size > 0
+        most = max(map(len, batches)) if is_shared else 0
+        return [rank + [()] * (most - len(rank)) for rank in batches], imbalance
 
     def _micro_batches(self, rank: Bin, aligned: Sequence[int]) -> list[Bin]:
         own, cost = [aligned[i] for i in rank], self._options.cost

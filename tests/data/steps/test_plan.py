@@ -248,6 +248,28 @@ def test_ranks_without_samples_get_one_empty_micro_batch() -> None:
     assert plan.dp_imbalance == pytest.approx(4 * 9 * 1009 / (9 * 1009 + 5 * 1005))
 
 
+@pytest.mark.parametrize("virtual_size", [1, 2])
+def test_data_ranks_that_share_experts_run_equally_many_micro_batches(virtual_size: int) -> None:
+    """A data rank with fewer samples than others takes part in their exchanges."""
+    layout = ParallelLayout(8, pipeline_size=2, virtual_size=virtual_size, expert_size=2)
+    apart = dataclasses.replace(layout, expert_size=1)
+    ranks = planner([128] + 8 * [5], layout=layout, packing=False).step(1).ranks
+    alone = planner([128] + 8 * [5], layout=apart, packing=False).step(1).ranks
+    assert len({len(rank) for rank in alone}) > 1
+    assert len({len(rank) for rank in ranks}) == 1
+    assert [[pack for pack in rank if pack] for rank in ranks] == [
+        [pack for pack in rank if pack] for rank in alone
+    ]
+
+
+def test_experts_within_a_data_rank_change_no_plan() -> None:
+    layout = ParallelLayout(4, tensor_size=2, sequence_parallel=True, expert_size=2)
+    apart = dataclasses.replace(layout, expert_size=1)
+    lengths = [128, 5, 5, 5, 5]
+    plans = [planner(lengths, layout=each, packing=False).step(1) for each in (layout, apart)]
+    assert plans[0].ranks == plans[1].ranks
+
+
 def test_imbalance_is_max_over_mean_of_the_modelled_cost() -> None:
     plan = planner([3, 1], layout=ParallelLayout(2), cost=CostModel(0.0)).step(1)
     assert plan.dp_imbalance == pytest.approx(9 / 5)

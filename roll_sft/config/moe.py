@@ -1,0 +1,18 @@
+"""The section `moe`, of models with experts."""
+
+from dataclasses import dataclass
+
+from roll_sft.config.keys import key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """What is trained of a model with experts besides the loss of its answers."""
+
+    aux_loss_coef: float | None = key(
+        None,
+        "Coefficient of the loss that balances experts; null takes the model's own,"
+        " 0 turns it off.",
+        at_least=0,
+        at_most=1e6,
+    )

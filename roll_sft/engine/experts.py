@@ -1,0 +1,287 @@
+"""Experts: Megatron's layer of them with a router of ours, and the balance of their load.
+
+Legend: N tokens of this rank's part of the sequence, E experts, D hidden size, L layers.
+
+A token goes to the `experts_per_token` experts of its largest scores, a softmax over all of them;
+none is dropped. Padding goes to no expert and counts nowhere. Experts lie on consecutive ranks of a
+pipeline stage, tensor ranks included, and each is whole on its rank. So the gradient of an expert
+is summed over the ranks that hold the same one, and not over data ranks.
+
+The auxiliary loss is transformers' `load_balancing_loss_func` of the whole global batch, its real
+tokens alone: E * sum over experts of f * p, where f is the number of tokens sent to an expert and p
+the sum of its scores, over all layers and tokens, both divided by the number of (layer, token)
+pairs. Only p has a gradient, and it needs f of the whole batch. Megatron's own loss is one of each
+micro-batch, so it would depend on the layout, and its scale on the loss mask. So a forward pass
+over all micro-batches counts first; without the loss (coefficient 0) there is none, and the counts
+are those of the training pass.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer import MegatronModule, ModuleSpec
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_attr_wrapped_model
+
+from roll_sft.base.errors import ConfigError
+from roll_sft.base.expert_load import ExpertLoad
+from roll_sft.base.layout import ParallelLayout
+from roll_sft.config.schema import RunConfig, layout_of
+from roll_sft.data.steps.batch import zigzag_indices
+from roll_sft.data.tokens.cache import TokenSet
+from roll_sft.engine.layers import LayerConfig, SwiGLU
+from roll_sft.engine.micro_batch import Indices, MicroBatch
+from roll_sft.models.experts import ExpertShape
+from roll_sft.models.shape import ModelShape
+
+LOCAL = ".local_experts."
+
+
+def expert_settings(experts: ExpertShape, layout: ParallelLayout) -> dict[str, Any]:
+    """Fields of Megatron's configuration that a model with `experts` needs besides."""
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.experts_per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": experts.has_shared_gate,
+        "expert_model_parallel_size": layout.expert_size,
+        "expert_tensor_parallel_size": 1,
+        "moe_router_load_balancing_type": "none",  # ours is in the router
+        "moe_router_pre_softmax": True,
+    }
+
+
+def expert_spec(shape: ModelShape) -> Any:
+    """Megatron's local layer of experts with our router and activation, for a layer spec."""
+    assert shape.experts is not None, f"{shape.architecture} has no experts"
+    spec = get_moe_module_spec(
+        use_te=False, num_experts=shape.experts.num_experts, moe_grouped_gemm=False
+    )
+    submodules = _submodules(spec)
+    submodules.router = functools.partial(Router, is_normalized=shape.experts.is_normalized)
+    for mlp in (submodules.experts, submodules.shared_experts):
+        _submodules(mlp).activation_func = SwiGLU
+    return spec
+
+
+def _submodules(spec: Any) -> Any:
+    # megatron-core 0.19 gives a builder, older ones a ModuleSpec.
+    return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
+
+
+class Router(MegatronModule):
+    """Scores every expert for each token and chooses the best."""
+
+    def __init__(self, config: LayerConfig, *, is_normalized: bool, **_: Any) -> None:
+        super().__init__(config=config)
+        assert config.num_moe_experts is not None, "a router needs experts"
+        size = config.num_moe_experts, config.hidden_size
+        self.weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype))
+        # finalize_model_grads sums the gradients of marked parameters over the tensor group.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
+        self._is_normalized = is_normalized
+        self.balance: Callable[..., torch.Tensor] | None = None  # of this layer
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """The layer's index in the model, from 1; called by Megatron."""
+        self.layer_number = layer_number
+
+    def forward(
+        self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden` [N, 1, D], `padding_mask` bool [N, 1], True where a token is padding.
+
+        Returns the weight of each expert [N, E], 0 where it is not chosen, in the dtype of
+        `hidden`, and whether it is chosen, bool [N, E].
+        """
+        rows = hidden.flatten(0, 1)
+        scores = F.linear(rows, self.weight).softmax(dim=-1, dtype=torch.float32)
+        chosen_scores, chosen = scores.topk(self.config.moe_router_topk, dim=-1)
+        is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+        if padding_mask is not None:
+            is_chosen &= ~padding_mask.reshape(-1, 1)
+        if self.balance is not None:
+            scores = self.balance(scores, is_chosen)
+            chosen_scores = scores.gather(1, chosen)
+        if self._is_normalized:
+            chosen_scores = chosen_scores / chosen_scores.sum(dim=-1, keepdim=True)
+        weights = torch.zeros_like(scores).scatter(1, chosen, chosen_scores)
+        return weights.to(rows.dtype), is_chosen
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint entry: the same on every tensor rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
+
+
+class _AddGradient(torch.autograd.Function):
+    """Scores as they are, whose gradient gets that of the auxiliary loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: torch.Tensor, is_real: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(is_real, gradient)
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        is_real, gradient = ctx.saved_tensors
+        return grads[0] + is_real * gradient, None, None
+
+
+class Experts:
+    """The experts of this rank's model: the marks of their parameters, and their load."""
+
+    def __init__(
+        self, chunks: list[GPTModel], shape: ModelShape, config: RunConfig, *, is_plain: bool
+    ) -> None:
+        """Mark the parameters of `chunks`, which are not wrapped yet.
+
+        Raises `ConfigError` for data with weights, where the loss `is_plain` no more.
+        """
+        assert shape.experts is not None, f"{shape.architecture} has no experts"
+        if not is_plain:
+            raise ConfigError(
+                f"data.train: rows have weights, and {shape.architecture} has experts, which this"
+                " version trains by the plain loss; remove that column"
+            )
+        self._experts, self._layout = shape.experts, layout_of(config.parallel)
+        coefficient = config.moe.aux_loss_coef
+        self._coefficient = shape.experts.aux_loss_coef if coefficient is None else coefficient
+        recompute = config.train.recompute
+        self._is_recomputed = recompute == "full" or "mlp" in recompute
+        # Tokens sent to each expert of each layer and sums of their scores.
+        device = torch.cuda.current_device()
+        size = (2, shape.num_layers, shape.experts.num_experts)
+        self._totals = torch.zeros(size, dtype=torch.float64, device=device)
+        self._gradient: torch.Tensor | None = None
+        # Supervised and real tokens: of this rank, and when reduced of the global batch.
+        self._tokens: list[Any] = [0, 0]
+        self._is_counting = False
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, Router):
+                    module.balance = functools.partial(self._balance, module.layer_number - 1)
+            self._mark(chunk)
+
+    def _mark(self, chunk: GPTModel) -> None:
+        """Have the gradients of experts summed over the ranks that hold the same ones.
+
+        Megatron's own mark forgets tensor ranks that hold the same experts: it is made of the size
+        of the expert group alone.
+        """
+        is_apart = self._layout.expert_size * self._layout.tensor_size > 1
+        for name, parameter in chunk.named_parameters():
+            if LOCAL in name:
+                setattr(parameter, "allreduce", not is_apart)  # noqa: B010 -- a mark
+
+    def marked(
+        self, batches: list[MicroBatch], indices: Indices, tokens: TokenSet, context_rank: int
+    ) -> list[MicroBatch]:
+        """`batches` of the samples `indices`, and which of their tokens are padding."""
+        marked = []
+        for batch, ids in zip(batches, indices, strict=True):
+            bounds = batch.pack.cu_seqlens
+            is_padding = torch.ones(int(bounds[-1]), dtype=torch.bool)
+            for start, index in zip(bounds.tolist(), ids, strict=False):
+                is_padding[start : start + int(tokens.lengths[index])] = False
+            mine = zigzag_indices(
+                bounds, context_size=self._layout.context_size, context_rank=context_rank
+            )
+            marked.append(replace(batch, padding=is_padding[mine][None]))
+        return marked
+
+    def arguments(self, batch: MicroBatch, model: Any) -> dict[str, Any]:
+        """Keyword arguments of the model's forward that keep padding from the experts."""
+        padding = batch.padding
+        assert padding is not None, "`marked` says what is padding"
+        # The first stage cuts the mask over tensor ranks as it cuts the sequence, no other does.
+        if self._layout.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            padding = padding.chunk(self._layout.tensor_size, dim=1)[rank]
+        return {"padding_mask": padding}
+
+    def begin(self, batches: Sequence[MicroBatch], forward: Callable[[], None]) -> None:
+        """Before the gradients of `batches`: count, by a `forward` pass over them. Collective."""
+        self._totals.zero_()
+        self._tokens = [
+            sum(batch.pack.num_supervised for batch in batches),
+            sum(int((~batch.padding).sum()) for batch in batches if batch.padding is not None),
+        ]
+        self._gradient, self._is_counting = None, True
+        if self._coefficient == 0:
+            return
+        with torch.no_grad():
+            forward()
+        self._reduce()
+        slope = self._coefficient * self._experts.num_experts * self._counts / self._rows.square()
+        # The loss is a sum until it is divided by the supervised tokens of the global batch.
+        self._gradient = (slope * self._tokens[0]).float()
+
+    def load(self) -> ExpertLoad:
+        """The load of the last global batch; collective, after its gradients."""
+        if self._is_counting:
+            self._reduce()
+        per_layer, scores = self._totals
+        loss = self._experts.num_experts * (self._counts * scores.sum(0)).sum()
+        pairs = self._tokens[1] * len(per_layer) * self._experts.experts_per_token
+        return ExpertLoad(
+            expert_aux_loss=float(loss / self._rows.square()),
+            expert_max_over_mean=float((per_layer.amax(1) / per_layer.mean(1)).max()),
+            dropped_tokens=round(float(pairs - self._counts.sum())),
+            tokens_per_expert=tuple(int(count) for count in self._counts),
+        )
+
+    @property
+    def _counts(self) -> torch.Tensor:
+        """Tokens of all layers on each expert, float64 [E]."""
+        return self._totals[0].sum(0)
+
+    @property
+    def _rows(self) -> torch.Tensor:
+        """Pairs of a layer and a token, float64 []."""
+        return self._counts.sum() / self._experts.experts_per_token
+
+    def _balance(self, layer: int, scores: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
+        """Count tokens and scores of one layer, and attach the gradient of the auxiliary loss."""
+        is_real = is_chosen.any(dim=1, keepdim=True)
+        # A layer that is recomputed runs twice, the first time without gradients.
+        if self._is_counting and not (self._is_recomputed and torch.is_grad_enabled()):
+            with torch.no_grad():
+                self._totals[0, layer] += is_chosen.sum(0)
+                self._totals[1, layer] += (scores * is_real).sum(0)
+        if self._gradient is None:
+            return scores
+        added: torch.Tensor = _AddGradient.apply(scores, is_real, self._gradient)
+        return added
+
+    def _reduce(self) -> None:
+        """Sum totals and tokens over all ranks: of those to the global batch."""
+        tokens = torch.tensor(self._tokens, dtype=torch.float64, device=self._totals.device)
+        both = torch.cat([self._totals.flatten(), tokens])
+        # Tensor ranks have parts of the sequence, and stages layers of their own.
+        dist.all_reduce(both)
+        self._totals, self._is_counting = both[:-2].view_as(self._totals), False
+        # Both have the same micro-batches.
+        self._tokens = list(both[-2:] / (self._layout.tensor_size * self._layout.pipeline_size))
+
+
+def global_name(name: str, *, num_experts: int) -> str:
+    """The parameter `name` of this rank, with the expert's index among all of its layer."""
+    before, _, rest = name.partition(LOCAL)
+    index, _, tail = rest.partition(".")
+    num_local = num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * num_local
+    return f"{before}{LOCAL}{first + int(index)}.{tail}"

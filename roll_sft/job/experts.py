@@ -1,0 +1,51 @@
+"""Checks of a run whose model has experts, or that asks for them."""
+
+from collections.abc import Iterator
+
+from roll_sft.config.schema import RunConfig
+from roll_sft.models.shape import ModelShape
+
+_EP = "parallel.expert_model_parallel_size"
+
+
+def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    """What the configuration asks of the experts that a model of `shape` does not have or allow."""
+    parallel, experts = config.parallel, shape.experts
+    size, tensor_size = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    ranks = parallel.num_workers // max(1, parallel.pipeline_model_parallel_size)
+    if size >= 1 and ranks % size:
+        yield (
+            f"{_EP}: {size} does not divide the {ranks} ranks of a pipeline stage (num_workers /"
+            f" pipeline_model_parallel_size); choose a divisor of {ranks}"
+        )
+    if experts is None:
+        if size > 1:
+            yield f"{_EP}: {size}, and {shape.architecture} has no experts; set it to 1"
+        if config.moe.aux_loss_coef is not None:
+            yield (
+                f"moe.aux_loss_coef: {config.moe.aux_loss_coef}, and {shape.architecture} has no"
+                " experts; leave it out"
+            )
+        return
+    if size >= 1 and experts.num_experts % size:
+        yield f"{_EP}: {size} does not divide the model's {experts.num_experts} experts"
+    if tensor_size > 1 and not parallel.sequence_parallel:
+        yield (
+            f"parallel.sequence_parallel: false, and experts on {tensor_size} tensor ranks need"
+            " parts of the sequence on each; set it to true"
+        )
+    if tensor_size >= 1 and experts.shared_ffn_hidden_size % tensor_size:
+        yield (
+            f"parallel.tensor_model_parallel_size: {tensor_size} does not divide the model's"
+            f" shared_expert_intermediate_size {experts.shared_ffn_hidden_size}; choose a divisor"
+        )
+    if config.lora.rank:
+        yield (
+            f"lora.rank: {config.lora.rank}, and adapters of {shape.architecture}, which has"
+            " experts, are not in this version; set lora.rank=0"
+        )
+    for key in config.train.changed_keys:
+        yield (
+            f"train.{key}: {shape.architecture} has experts, which this version trains by the plain"
+            " loss and all together; leave it out"
+        )

@@ -1,0 +1,135 @@
+"""Models with experts against transformers + AdamW, step by step, at every layout."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from roll_sft.config.schema import layout_of
+from roll_sft.job.in_process import prepare_job
+from tests import parity
+from tests.pool import RankPool
+
+pytestmark = pytest.mark.slow
+
+SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP, CP = {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}
+LAYOUTS: dict[str, Mapping[str, Any]] = {
+    "1": {"num_workers": 1},
+    "EP2": {"num_workers": 2, "expert_model_parallel_size": 2},
+    "TP2+SP": {"num_workers": 2, **SP},
+    "TP2xEP2+SP": {"num_workers": 2, "expert_model_parallel_size": 2, **SP},
+    "PP2": {"num_workers": 2, **PP},
+    "CP2xEP2": {"num_workers": 2, "expert_model_parallel_size": 2, **CP},
+    "DP2": {"num_workers": 2},
+    "EP2xDP2": {"num_workers": 4, "expert_model_parallel_size": 2},
+    "EP4": {"num_workers": 4, "expert_model_parallel_size": 4},
+    "EP2xPP2": {"num_workers": 4, "expert_model_parallel_size": 2, **PP},
+    "TP2xDP2xEP4+SP": {"num_workers": 4, "expert_model_parallel_size": 4, **SP},
+    "TP2xPP2xEP2+SP": {"num_workers": 4, "expert_model_parallel_size": 2, **SP, **PP},
+    "TP2xCP2xEP4+SP": {"num_workers": 4, "expert_model_parallel_size": 4, **SP, **CP},
+    "EP2xPP2x2": {
+        "num_workers": 4,
+        "expert_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        **PP,
+    },
+}
+LOSS_TOLERANCE = {True: 2e-6, False: 1e-6}  # with the auxiliary loss, and without
+NORM_TOLERANCE = 5e-5
+TIMES_OF_TRANSFORMERS = 4.0  # our distance from float64, in terms of transformers' own
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    layout: str
+    packing: bool = True
+    capacity: int = 1  # micro_batch_tokens in units of sequence_length
+    recompute: Any = "none"
+
+    @property
+    def name(self) -> str:
+        packing = "packed" if self.packing else "single"
+        more = "" if self.recompute == "none" else f"-{self.recompute}"
+        return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x{more}"
+
+
+KINDS = tuple(parity.EXPERTS)
+ALL = [
+    Case(kind, layout, packing=(row + column) % 3 != 0, capacity=1 if (row + column) % 2 else 4)
+    for row, layout in enumerate(LAYOUTS)
+    for column, kind in enumerate(KINDS)
+] + [
+    Case("qwen3moe", "EP2", recompute="full"),
+    Case("qwen2moe", "EP2xPP2", recompute="full"),
+    Case("mixtral", "TP2xEP2+SP", recompute=["core_attn", "mlp", "layernorm"]),
+]
+# Each family once, on two ranks.
+SUBSET = [
+    Case("qwen3moe", "EP2"),
+    Case("mixtral", "TP2xEP2+SP", packing=False),
+    Case("olmoe", "CP2xEP2"),
+    Case("qwen2moe", "PP2"),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = ALL if metafunc.config.getoption("--all-layouts") else SUBSET
+        metafunc.parametrize("case", cases, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model of each kind, and the rows."""
+    root = tmp_path_factory.mktemp("experts")
+    for kind in KINDS:
+        (root / kind).mkdir()
+        parity.write_model(root / kind / "model", kind=kind)
+        parity.write_rows(root / kind / "rows.jsonl")
+    return root
+
+
+@cache
+def reference(
+    home: Path, dtype: torch.dtype = torch.float32
+) -> tuple[list[dict[str, float]], torch.Tensor]:
+    return parity.reference_run(prepare_job(parity.parity_config(home)), dtype)
+
+
+def test_every_step_equals_transformers_and_so_does_the_exported_model(
+    case: Case, folder: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    home = folder / case.kind
+    config = parity.parity_config(
+        home,
+        parallel=dict(LAYOUTS[case.layout]),
+        data={"packing": case.packing},
+        train={"micro_batch_tokens": 200 * case.capacity, "recompute": case.recompute},
+    )
+    job = prepare_job(config)
+    wanted, logits = reference(home)
+    _, exact = reference(home, torch.float64)
+    staging = tmp_path / "checkpoints" / ".staging_00000008"
+    staging.mkdir(parents=True)
+    ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, staging)
+    (steps,) = [rank for rank in ranks if rank is not None]
+    model = parity.export_run(job, staging, tmp_path / "hf")
+    errors = {
+        "loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(steps, wanted, strict=True)),
+        "grad_norm": max(
+            abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(steps, wanted, strict=True)
+        ),
+        "logits": float((parity.model_logits(model) - exact).abs().max()),
+        "their logits": float((logits - exact).abs().max()),
+    }
+    print(f"parity {case.name}", {name: f"{value:.1e}" for name, value in errors.items()})
+    assert len(steps) == 8
+    assert errors["loss"] < LOSS_TOLERANCE[parity.balance_coefficient(job) > 0]
+    assert errors["grad_norm"] < NORM_TOLERANCE
+    assert errors["logits"] < TIMES_OF_TRANSFORMERS * errors["their logits"]
