@@ -3,7 +3,8 @@
 Megatron-Core cuts the buffer of weights into buckets. A hook before each module's forward waits for
 the buckets of the module's own parameters and begins the next one, so one exchange at a time runs
 beside the computation. The first begins behind the update, and the virtual stages of a pipeline
-form one chain. Whoever reads weights outside of a forward pass calls `gather_weights` before.
+form one chain. Experts have buffers of their own, whose first exchange begins in the forward pass.
+Whoever reads weights outside of a forward pass calls `gather_weights` before.
 """
 
 import itertools
@@ -31,7 +32,8 @@ def begin_gather(wrapped: Sequence[DistributedDataParallel]) -> None:
 def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Exchange what is not exchanged yet; then every data rank holds all weights. Collective."""
     for stage in wrapped:
-        for group in reversed(stage.bucket_groups):
+        groups = [*stage.expert_parallel_bucket_groups, *stage.bucket_groups]
+        for group in reversed(groups):
             if group.param_gather_handle is not None or not group.param_gather_dispatched:
                 group.start_param_sync(force_sync=True)
 

@@ -51,11 +51,13 @@ class Case:
     packing: bool = True
     capacity: int = 1  # micro_batch_tokens in units of sequence_length
     recompute: Any = "none"
+    overlaps: bool = False
 
     @property
     def name(self) -> str:
         packing = "packed" if self.packing else "single"
         more = "" if self.recompute == "none" else f"-{self.recompute}"
+        more += "-overlap" * self.overlaps
         return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x{more}"
 
 
@@ -68,6 +70,8 @@ ALL = [
     Case("qwen3moe", "EP2", recompute="full"),
     Case("qwen2moe", "EP2xPP2", recompute="full"),
     Case("mixtral", "TP2xEP2+SP", recompute=["core_attn", "mlp", "layernorm"]),
+    Case("qwen2moe", "EP2", overlaps=True),
+    Case("qwen3moe", "EP2xPP2x2", overlaps=True),
 ]
 # Each family once, on two ranks.
 SUBSET = [
@@ -108,7 +112,7 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     home = folder / case.kind
     config = parity.parity_config(
         home,
-        parallel=dict(LAYOUTS[case.layout]),
+        parallel={**LAYOUTS[case.layout], "overlap_param_gather": case.overlaps or None},
         data={"packing": case.packing},
         train={"micro_batch_tokens": 200 * case.capacity, "recompute": case.recompute},
     )
