@@ -28,7 +28,10 @@ def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             )
         return
     if size >= 1 and experts.num_experts % size:
-        yield f"{_EP}: {size} does not divide the model's {experts.num_experts} experts"
+        yield (
+            f"{_EP}: {size} does not divide the model's {experts.num_experts} experts; choose a"
+            f" divisor of {experts.num_experts}"
+        )
     if tensor_size > 1 and not parallel.sequence_parallel:
         yield (
             f"parallel.sequence_parallel: false, and experts on {tensor_size} tensor ranks need"
