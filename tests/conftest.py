@@ -37,7 +37,8 @@ LANES = (
         "tests/train/test_driver.py",
         "tests/test_killed.py",
     ),
-    ("tests/engine/", "tests/checkpoint/", "tests/convert/", "tests/job/", "tests/parity/"),
+    ("tests/engine/", "tests/parity/"),
+    ("tests/checkpoint/", "tests/convert/", "tests/job/"),
 )
 
 

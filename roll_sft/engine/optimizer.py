@@ -79,8 +79,8 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """Euclidean norm of the gradients over all parameters of the model once; collective."""
     is_overflow = optimizer.prepare_grads()
     assert not is_overflow, "only a loss scale finds an overflow, and there is none"
-    squares = [_square(inner) for inner in inner_optimizers(optimizer)]  # experts have their own
-    return float(sum(square.item() for square in squares) ** 0.5)
+    first, *others = map(_square, inner_optimizers(optimizer))  # experts have one of their own
+    return float(sum(others, first).item() ** 0.5)  # one wait for the device
 
 
 def _square(optimizer: Any) -> torch.Tensor:

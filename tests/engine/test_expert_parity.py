@@ -73,11 +73,9 @@ ALL = [
     Case("qwen2moe", "EP2", overlaps=True),
     Case("qwen3moe", "EP2xPP2x2", overlaps=True),
 ]
-# Each family once, on two ranks.
 SUBSET = [
     Case("qwen3moe", "EP2"),
     Case("mixtral", "TP2xEP2+SP", packing=False),
-    Case("olmoe", "CP2xEP2"),
     Case("qwen2moe", "PP2"),
 ]
 

@@ -34,10 +34,8 @@ class Case:
 
 
 SUBSET_LAYOUTS = {
-    "smollm3": "PP2",
     "phi3_partial": "TP2+SP",
     "granite": "TP2+SP",
-    "mistral_window": "CP2",
     "olmo3": "TP2xCP2+SP",
     "gemma2": "TP2xCP2+SP",
     "gemma3": "TP2xPP2+SP",

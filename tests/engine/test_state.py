@@ -23,11 +23,10 @@ def test_shared_pieces_have_the_models_order_wherever_they_lie() -> None:
             )
             for index, place in enumerate(places)
         }
-        chunk: Any = SimpleNamespace(sharded_state_dict=lambda weights=weights: dict(weights))
-        with patch.multiple(
-            state.parallel_state,
-            get_data_parallel_rank=lambda **_: 0,
-            get_data_parallel_world_size=lambda **_: 2,
+        chunk: Any = SimpleNamespace(sharded_state_dict=lambda weights=weights, **_: dict(weights))
+        with (
+            patch.multiple(state.parallel_state, get_data_parallel_group=lambda **_: None),
+            patch.multiple(state.dist, get_rank=lambda _: 0, get_world_size=lambda _: 2),
         ):
             held = state.rank_state([chunk], None).pieces
         assert [(each.piece.key, each.owner) for each in held] == [

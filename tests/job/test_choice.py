@@ -389,7 +389,7 @@ class DyingTee(tensors._Tee):
 KILLS: dict[str, Any] = {
     "before a byte is written": lambda: patch.object(tensors, "_write_file", die),
     "in the middle of a shard": lambda: patch.object(tensors, "_Tee", DyingTee),
-    "after the shards": lambda: patch.object(publish, "take_parts", die),
+    "after the shards": lambda: patch.object(tensors, "take_parts", die),
     "before the manifest": lambda: patch.object(publish, "write_durably", die),
     "between manifest and rename": lambda: patch.object(Path, "rename", die),
     "between rename and latest": lambda: patch.object(publish, "write_durably", die_at_latest),

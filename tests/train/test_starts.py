@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from roll_sft.base.errors import CheckpointError, ResourceError, RollSftError
+from roll_sft.runtime import cluster
 from roll_sft.train import driver
 from tests import doors
 from tests.doors import Door, contents, write_rows
@@ -42,8 +43,15 @@ def fails_in(monkeypatch: pytest.MonkeyPatch, name: str, error: RollSftError) ->
         raise error
         yield
 
-    monkeypatch.setattr(driver, "connected", lambda *_: contextlib.nullcontext())
+    without_ray(monkeypatch, "connected")
     monkeypatch.setattr(driver, name, failing)
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have the driver skip `names`, and no cluster start while data is prepared."""
+    monkeypatch.setattr(cluster, "starting", lambda _: contextlib.nullcontext(lambda: None))
+    for name in names:
+        monkeypatch.setattr(driver, name, lambda *_, **__: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(
@@ -88,8 +96,7 @@ def test_a_damaged_token_cache_is_found_before_step_1_and_mended_by_the_same_com
     (tokens,) = tmp_path.glob("cache/*/tokens.bin")
     intact = tokens.read_bytes()
     tokens.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])
-    for name in ("connected", "reserved", "workers"):
-        monkeypatch.setattr(driver, name, lambda *_, **__: contextlib.nullcontext())
+    without_ray(monkeypatch, "connected", "reserved", "workers")
     outcome = door(*given)
     doors.refused(outcome, 3, "tokens.bin: its bytes are not those", "run the same command again")
     after = contents(tmp_path / "run")
