@@ -28,6 +28,8 @@ ROOM = 0.9  # of the device, for what the plan estimates
 class Tokens:
     """Samples of random tokens, of the given lengths, the second half of each supervised."""
 
+    weights = None  # all count the same
+
     def __init__(self, lengths: NDArray[np.int32], vocab_size: int) -> None:
         self.lengths, self.supervised = lengths, (lengths // 2).astype(np.int32)
         self._vocab_size = vocab_size

@@ -108,6 +108,8 @@ class Case:
 class Tokens:
     """Samples whose token ids are all one; of each the last `supervised` can be trained on."""
 
+    weights = None  # all count the same
+
     def __init__(self, case: Case) -> None:
         if case.is_even:
             self.lengths = np.full(64, PACK_TOKENS, np.int32)
