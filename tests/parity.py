@@ -177,6 +177,22 @@ def write_rows(path: Path, *, num_rows: int = NUM_ROWS) -> Path:
     return path
 
 
+def home_of(root: Path, kind: str, *, num_layers: int = 4) -> Path:
+    """The folder `root`/`kind`, made once: a model of that kind beside the rows of `root`."""
+    home = root / kind
+    if not home.exists():
+        home.mkdir()
+        write_model(home / "model", kind=kind, num_layers=num_layers)
+        (home / "rows.jsonl").symlink_to(root / "rows.jsonl")
+    return home
+
+
+def worst(steps: list[dict[str, float]], wanted: list[dict[str, float]], key: str) -> float:
+    """The largest relative difference of `key` over all steps."""
+    assert len(steps) == len(wanted)
+    return max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
+
+
 def parity_config(
     folder: Path, *, deterministic: bool = False, **sections: dict[str, Any]
 ) -> RunConfig:

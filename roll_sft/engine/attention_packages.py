@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from roll_sft.engine.attention_kernels import varlen
 from roll_sft.engine.micro_batch import Segments
 
 
@@ -29,17 +30,18 @@ def fa3(
 ) -> torch.Tensor:
     """flash-attention 3, which torch 2.11 puts under its own operators for flash attention.
 
-    They stay so in this process until `attention_kernels.use_own_kernels`. Needs the package's
-    module `flash_attn_interface` and compute capability 9.0.
+    Needs the package's module `flash_attn_interface` and compute capability 9.0.
     """
+    use_fa3()
+    return varlen(query, key, value, segments)
+
+
+def use_fa3() -> None:
+    """Let torch's operators run flash-attention 3, until `attention_kernels.use_own_kernels`."""
     from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
     if current_flash_attention_impl() != "FA3":
         activate_flash_attention_impl("FA3")
-    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, *segments.bounds(), 0.0, True, return_debug_mask=False
-    )[0]
-    return output
 
 
 def flash(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from roll_sft.engine.attention_packages import use_fa3
 from roll_sft.engine.micro_batch import Segments
 from roll_sft.models.variation import LayerAttention, Variation
 
@@ -100,10 +101,7 @@ def fa3(
     style: Style,
 ) -> torch.Tensor:
     """flash-attention 3 under torch's operators; see `attention_packages.fa3`."""
-    from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
-
-    if current_flash_attention_impl() != "FA3":
-        activate_flash_attention_impl("FA3")
+    use_fa3()
     return varlen(query, key, value, segments, style=style)
 
 

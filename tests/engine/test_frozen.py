@@ -80,15 +80,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@cache
-def home_of(root: Path, kind: str) -> Path:
-    home = root / kind
-    home.mkdir()
-    parity.write_model(home / "model", kind=kind)
-    (home / "rows.jsonl").symlink_to(root / "rows.jsonl")
-    return home
-
-
 def config_of(home: Path, frozen: str, **sections: dict[str, Any]) -> RunConfig:
     keys = FROZEN[frozen][0]
     train = {"max_steps": STEPS, **keys, **sections.pop("train", {})}
@@ -100,15 +91,10 @@ def reference(home: Path, name: str) -> tuple[list[dict[str, float]], torch.nn.M
     return recipes.reference_run(prepare_job(config_of(home, name)), frozen=FROZEN[name][1])
 
 
-def worst(steps: list[dict[str, float]], wanted: list[dict[str, float]], key: str) -> float:
-    assert len(steps) == len(wanted)
-    return max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-
-
 def test_every_step_equals_transformers_and_the_export_has_all_weights(
     case: Case, folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    home, modules = home_of(folder, case.kind), case.recompute.split("+")
+    home, modules = parity.home_of(folder, case.kind), case.recompute.split("+")
     config = config_of(
         home,
         case.frozen,
@@ -133,8 +119,8 @@ def test_every_step_equals_transformers_and_the_export_has_all_weights(
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     logits = parity.model_logits(theirs)
     errors = {
-        "loss": worst(steps, wanted, "loss"),
-        "grad_norm": worst(steps, wanted, "grad_norm"),
+        "loss": parity.worst(steps, wanted, "loss"),
+        "grad_norm": parity.worst(steps, wanted, "grad_norm"),
         "logits": float((parity.model_logits(ours) - logits).abs().max() / logits.abs().max()),
     }
     print(f"frozen {case.name}", {name: f"{value:.1e}" for name, value in errors.items()})
@@ -147,7 +133,7 @@ def test_a_run_goes_on_on_another_layout_from_what_was_trained(
     folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     """Rank 0 of the second layout trains nothing, so others say how many updates there were."""
-    home, steps, checkpoint = home_of(folder, "qwen2-tied"), [], None
+    home, steps, checkpoint = parity.home_of(folder, "qwen2-tied"), [], None
     wanted, _ = reference(home, "bottom")
     for last, layout in ((2, "TP2+SP"), (4, "PP2"), (STEPS, "DP2")):
         config = config_of(home, "bottom", parallel=LAYOUTS[layout])
@@ -159,8 +145,8 @@ def test_a_run_goes_on_on_another_layout_from_what_was_trained(
         steps += next(filter(None, ranks))
         checkpoint = parity.published(prepare_job(config), staging, last)
         assert read_manifest(checkpoint).state.optimizer_step == last
-    assert worst(steps, wanted, "loss") < LOSS_TOLERANCE
-    assert worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
+    assert parity.worst(steps, wanted, "loss") < LOSS_TOLERANCE
+    assert parity.worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
     assert checkpoint is not None
     reader = Reader(checkpoint)
     assert reader.has("decoder.layers.2.mlp.linear_fc1.weight")

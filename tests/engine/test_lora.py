@@ -131,15 +131,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def home_of(root: Path, kind: str) -> Path:
-    home = root / kind
-    home.mkdir()
-    parity.write_model(home / "model", kind=kind)
-    (home / "rows.jsonl").symlink_to(root / "rows.jsonl")
-    return home
-
-
-@cache
 def adapter_of(home: Path, name: str) -> Path:
     options = dict(ADAPTERS[name])
     targets = options.pop("target_modules", "all-linear")
@@ -164,15 +155,10 @@ def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     return max(float((found[name] - value).abs().max()) for name, value in wanted.items())
 
 
-def worst(steps: list[dict[str, float]], wanted: list[dict[str, float]], key: str) -> float:
-    assert len(steps) == len(wanted)
-    return max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-
-
 def test_every_step_and_the_exported_adapter_equal_peft(
     case: Case, folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    home = home_of(folder, case.kind)
+    home = parity.home_of(folder, case.kind)
     adapter = adapter_of(home, case.adapter)
     config = lora.lora_config(home, adapter, lora=case.lora, **case.sections())
     wanted, tensors, logits = reference(home, case.adapter, case.dropout)
@@ -189,8 +175,8 @@ def test_every_step_and_the_exported_adapter_equal_peft(
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     found = parity.model_logits(loaded)
     errors = {
-        "loss": worst(steps, wanted, "loss"),
-        "grad_norm": worst(steps, wanted, "grad_norm"),
+        "loss": parity.worst(steps, wanted, "loss"),
+        "grad_norm": parity.worst(steps, wanted, "grad_norm"),
         "adapter": apart(exported, tensors),
         "logits": float((found - logits).abs().max() / logits.abs().max()),
     }
@@ -242,7 +228,7 @@ def test_a_run_goes_on_on_other_layouts_from_megabytes(
     folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     """Both ends of modules_to_save are trained too, on padded vocabularies."""
-    home = home_of(folder, "qwen3")
+    home = parity.home_of(folder, "qwen3")
     options = {"dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head"]}
     wanted, checkpoint = None, None
     steps: list[dict[str, float]] = []
@@ -261,8 +247,8 @@ def test_a_run_goes_on_on_other_layouts_from_megabytes(
         steps += found
         checkpoint = parity.published(prepare_job(config), staging, last)
     assert wanted is not None
-    assert worst(steps, wanted, "loss") < LOSS_TOLERANCE
-    assert worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
+    assert parity.worst(steps, wanted, "loss") < LOSS_TOLERANCE
+    assert parity.worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
     assert checkpoint is not None
     check_content(checkpoint, wanted=prepare_job(config).state.facts)
 

@@ -61,15 +61,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def home_of(root: Path, kind: str) -> Path:
-    home = root / kind
-    home.mkdir()
-    parity.write_model(home / "model", kind=kind, num_layers=2)
-    (home / "rows.jsonl").symlink_to(root / "rows.jsonl")
-    return home
-
-
-@cache
 def adapter_of(home: Path, name: str) -> Path:
     options = dict(ADAPTERS[name])
     targets = options.pop("target_modules", "all-linear")
@@ -94,7 +85,7 @@ def reference(
 
 
 def test_a_run_goes_on_to_the_last_bit(folder: Path, pool: RankPool, tmp_path: Path) -> None:
-    home = home_of(folder, "qwen2-wide")
+    home = parity.home_of(folder, "qwen2-wide", num_layers=2)
     config = quantized_config(home, "some")
     staging = tmp_path / "checkpoints" / ".staging_00000002"
     staging.mkdir(parents=True)
@@ -105,17 +96,12 @@ def test_a_run_goes_on_to_the_last_bit(folder: Path, pool: RankPool, tmp_path: P
     assert rest == whole[2:]
 
 
-def worst(steps: list[dict[str, float]], wanted: list[dict[str, float]], key: str) -> float:
-    assert len(steps) == len(wanted)
-    return max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-
-
 def test_every_step_and_the_exported_adapter_equal_peft_and_bitsandbytes(
     case: tuple[str, str, str, str, str], folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     """With a resume on another layout, which quantises the base again."""
     kind, name, *layouts, recompute = case
-    home = home_of(folder, kind)
+    home = parity.home_of(folder, kind, num_layers=2)
     wanted, tensors, logits = reference(home, name)
     step, steps = None, []
     for last, layout in zip((6, 10), layouts, strict=True):
@@ -131,8 +117,8 @@ def test_every_step_and_the_exported_adapter_equal_peft_and_bitsandbytes(
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert exported.keys() == tensors.keys()
     errors = {
-        "loss": worst(steps, wanted, "loss"),
-        "grad_norm": worst(steps, wanted, "grad_norm"),
+        "loss": parity.worst(steps, wanted, "loss"),
+        "grad_norm": parity.worst(steps, wanted, "grad_norm"),
         "adapter": max(float((exported[k] - v).abs().max()) for k, v in tensors.items()),
     }
     print(f"qlora {'-'.join(case)}", {name: f"{value:.1e}" for name, value in errors.items()})

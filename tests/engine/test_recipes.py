@@ -90,15 +90,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@cache
-def home_of(root: Path, kind: str) -> Path:
-    home = root / kind
-    home.mkdir()
-    parity.write_model(home / "model", kind=kind)
-    (home / "rows.jsonl").symlink_to(root / "rows.jsonl")
-    return home
-
-
 def config_of(home: Path, recipe: str, **sections: dict[str, Any]) -> RunConfig:
     return parity.parity_config(home, train={"max_steps": STEPS, **RECIPES[recipe]}, **sections)
 
@@ -111,15 +102,10 @@ def reference(home: Path, recipe: str) -> tuple[recipes.Steps, torch.Tensor]:
     return steps, parity.model_logits(model.eval())
 
 
-def worst(steps: recipes.Steps, wanted: recipes.Steps, key: str) -> float:
-    assert len(steps) == len(wanted)
-    return max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-
-
 def test_every_step_and_the_export_equal_transformers(
     case: Case, folder: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    home = home_of(folder, case.kind)
+    home = parity.home_of(folder, case.kind)
     layout = {"parallel": LAYOUTS[case.layout], "data": {"packing": case.packing}}
     config = config_of(home, case.recipe, **layout)
     wanted, logits = reference(home, case.recipe)
@@ -128,7 +114,7 @@ def test_every_step_and_the_export_equal_transformers(
     ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, staging)
     (steps,) = [rank for rank in ranks if rank is not None]
     model = parity.export_run(prepare_job(config), staging, tmp_path / "hf")
-    errors = {key: worst(steps, wanted, key) for key in ("loss", "objective", "grad_norm")}
+    errors = {key: parity.worst(steps, wanted, key) for key in ("loss", "objective", "grad_norm")}
     found = parity.model_logits(model)
     errors["logits"] = float((found - logits).abs().max() / logits.abs().max())
     print(f"recipe {case.name}", {name: f"{value:.1e}" for name, value in errors.items()})
