@@ -2,7 +2,8 @@
 
 Assumes Linux. Promises:
 - a cluster of our own never is one that happens to run, lets in nobody without its token, and ends
-  with the process; SIGTERM keeps its handler. `runtime/joining.py` joins;
+  with the process; its processes have sessions of their own, so that a signal to the group of the
+  driver reaches the driver alone; SIGTERM keeps its handler. `runtime/joining.py` joins;
 - workers that the cluster can never hold are refused at once, and within `placement_timeout_s`
   where other jobs hold the resources, both with a table;
 - ranks of one tensor-parallel group share a bundle, which lies on one node; ranks are numbered node
@@ -11,6 +12,7 @@ Assumes Linux. Promises:
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -84,7 +86,7 @@ def starting(config: RunConfig) -> Iterator[Callable[[], None]]:
 
     def start() -> None:
         try:
-            with kept_sigterm():
+            with kept_sigterm(), _in_own_sessions():
                 _start(config)
             started.set_result(None)
         except ResourceError as error:
@@ -100,7 +102,8 @@ def starting(config: RunConfig) -> Iterator[Callable[[], None]]:
 
         def finish() -> None:
             started.result()
-            watch(psutil.Process().children(recursive=True))
+            family = psutil.Process().children(recursive=True)
+            watch([process for process in family if process not in others])
 
         try:
             yield finish
@@ -149,6 +152,30 @@ def kept_sigterm() -> Iterator[None]:
         yield
     finally:
         ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, ctypes.c_void_p(handler))
+
+
+@contextlib.contextmanager
+def _in_own_sessions() -> Iterator[None]:
+    """Have each process that this thread starts in the block lead a session of its own.
+
+    For processes that are started with a `preexec_fn`, as all of Ray's are.
+    """
+    threads, own = _threads_with_sessions(), threading.get_ident()
+    threads.add(own)
+    try:
+        yield
+    finally:
+        threads.discard(own)
+
+
+@functools.cache
+def _threads_with_sessions() -> set[int]:
+    """Identifiers of the threads in `_in_own_sessions`; the hook of a fork cannot be taken back."""
+    threads = set[int]()
+    os.register_at_fork(
+        after_in_child=lambda: os.setsid() if threading.get_ident() in threads else None
+    )
+    return threads
 
 
 def _start(config: RunConfig) -> None:

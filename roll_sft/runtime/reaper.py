@@ -4,9 +4,11 @@ A driver that is killed takes the head and the raylet with it. Ray's agents stay
 they report the end of the raylet to the head, which is gone, with a timeout of 60 s
 (`create_check_raylet_task` in ray/_private/process_watcher.py). This program reads a process id a
 line until its input ends, which happens when the driver ends for any reason, and then kills those
-processes that are still there.
+processes that are still there, and all in the sessions that they lead: a raylet leads that of its
+workers, of which a stopped one ends by nothing else.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,10 +17,15 @@ from pathlib import Path
 
 def main() -> None:
     """Wait for the end of standard input, then kill the processes that it named."""
-    watched = [(int(line), start_time(int(line))) for line in sys.stdin]
-    for pid, started in watched:
-        if started is not None and start_time(pid) == started:
-            os.kill(pid, signal.SIGKILL)
+    watched = {int(line): start_time(int(line)) for line in sys.stdin}
+    # Whoever has one of these ids now is another process than the one that was named.
+    strangers = {pid for pid, started in watched.items() if start_time(pid) not in (None, started)}
+    for path in Path("/proc").glob("[0-9]*"):
+        pid, session = int(path.name), (_fields(int(path.name)) or [""] * 4)[3]
+        named = {pid, int(session)} if session else {pid}
+        if (named & watched.keys()) - strangers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def start_time(pid: int) -> str | None:
@@ -26,12 +33,18 @@ def start_time(pid: int) -> str | None:
 
     The kernel may use a process id again. Id and start time together name one process.
     """
+    fields = _fields(pid)
+    return None if fields is None else fields[19]
+
+
+def _fields(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on: state, parent, group, session, ..."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The second field is a name in parentheses, which may hold anything; the 22nd is the time.
-    return stat.rpartition(")")[2].split()[19]
+    # The second field is a name in parentheses, which may hold anything.
+    return stat.rpartition(")")[2].split()
 
 
 if __name__ == "__main__":

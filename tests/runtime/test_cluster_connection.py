@@ -15,6 +15,7 @@ from tests.runtime.ray_cluster import free_port
 # Prints what an own cluster is, then waits to be ended.
 OWN_CLUSTER = """
 import json, logging, os, signal, sys, time
+import psutil
 from pathlib import Path
 handler = lambda number, frame: sys.exit(99)
 signal.signal(signal.SIGTERM, handler)
@@ -31,6 +32,10 @@ with connected(build_config({"parallel": {"num_workers": cores + 2, "device": "c
         "mode": oct((Path.home() / ".ray" / "auth_token").stat().st_mode),
         "auth": os.environ["RAY_AUTH_MODE"],
         "handler": signal.getsignal(signal.SIGTERM) is handler,
+        "shared": [
+            each.name() for each in psutil.Process().children(recursive=True)
+            if os.getsid(each.pid) == os.getsid(0)
+        ],
     }
     print(json.dumps(facts), flush=True)
     time.sleep(60)
@@ -184,9 +189,12 @@ def test_own_cluster_joins_nobody_is_private_and_is_gone_when_its_driver_is_kill
     assert facts["address"].rpartition(":")[2] != cluster.address.rpartition(":")[2]
     assert (facts["mode"], facts["auth"]) == ("0o100600", "token")
     assert facts["handler"], "SIGTERM is Ray's after all"
+    assert facts["shared"] == [], "a signal to the driver's group reaches Ray"
     warning = f"WARNING {facts['cores'] + 2} workers share {facts['cores']} cores of this machine\n"
     assert own.errors == warning
     assert len(own.left) > 5
+    stopped = next(each for each in own.left if each.name().startswith("ray::"))
+    stopped.suspend()  # a worker that does not see that its raylet is gone
     own.signal(9)
     assert own.wait(timeout_s=30) == -9
 
