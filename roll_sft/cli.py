@@ -184,6 +184,18 @@ def _merge_lora(arguments: list[str]) -> int:
     return merge_lora.main(arguments, program="roll-sft merge-lora")
 
 
+def _chat(arguments: list[str]) -> int:
+    from roll_sft.chat import command
+
+    return command.chat(arguments)
+
+
+def _generate(arguments: list[str]) -> int:
+    from roll_sft.chat import command
+
+    return command.generate(arguments)
+
+
 def _rows(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers of rows, from 0, such as 3,17")
@@ -219,6 +231,8 @@ COMMANDS = {
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
     "convert": Command("a checkpoint to a folder that transformers loads, or back", _convert),
     "merge-lora": Command("an adapter merged into its base model", _merge_lora),
+    "chat": Command("talk to a model, or to the model of a run", _chat),
+    "generate": Command("its answers to a file of prompts", _generate),
 }
 
 
