@@ -131,7 +131,7 @@ def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:
         if is_composed:
             raise
         # Hydra's own errors, and those that it lets through: of YAML, of files, of values.
-        raise ConfigError(_hydra_message(error, arguments, flags.config_dir)) from error
+        raise ConfigError(hydra_message(error, arguments, flags.config_dir)) from error
     finally:
         sys.argv = program
     for result in outcome:
@@ -212,7 +212,7 @@ def _shipped_names(folder: str | None = None) -> list[str]:
     return sorted({path.removesuffix(".yaml") for path in paths if path.endswith(".yaml")})
 
 
-def _hydra_message(error: Exception, arguments: list[str], config_dir: str | None) -> str:
+def hydra_message(error: Exception, arguments: list[str], config_dir: str | None) -> str:
     """One line of what Hydra refused, with the nearest real name where a name is wrong."""
     text, cause = str(error), error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):

@@ -29,10 +29,11 @@ LOG = logging.getLogger(__name__)
 JOB = "job"  # the folder of a run that joins the stages
 
 
-def run(config: RunConfig, *, composed_yaml: str) -> None:
+def run(config: RunConfig, *, composed_yaml: str, as_guest: bool = False) -> None:
     """Do what `config` says; `composed_yaml` is kept with the results.
 
-    Raises errors of `roll_sft.base.errors`, each with the exit code that the doors end with.
+    `as_guest` is for a user's own program, which goes on after the run. Raises errors of
+    `roll_sft.base.errors`, each with the exit code that the doors end with.
     """
     if config.lora.adapter_path is not None:  # workers have another current folder
         path = str(Path(config.lora.adapter_path).absolute())
@@ -43,13 +44,13 @@ def run(config: RunConfig, *, composed_yaml: str) -> None:
 
         show_overview(dry_overview(config))
         return
-    clock = StartUp()
+    clock = StartUp(as_guest=as_guest)
     folder = run_folder.output_folder(config)
     with run_folder.claimed(folder, resumes=config.resume != NONE) as folder:
         if config.prepare_only:
             _prepare_only(config, folder, composed_yaml=composed_yaml)
         else:
-            _run(config, folder, composed_yaml=composed_yaml, clock=clock)
+            _run(config, folder, composed_yaml=composed_yaml, clock=clock, as_guest=as_guest)
 
 
 def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> None:
@@ -64,7 +65,9 @@ def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> Non
         run_folder.write_text(folder / "config.yaml", composed_yaml)
 
 
-def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp) -> None:
+def _run(
+    config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp, as_guest: bool
+) -> None:
     config = _on_cluster(config)
     checkpoints = folder / run_folder.CHECKPOINTS
     checkpoint = find_checkpoint(config, checkpoints)
@@ -73,7 +76,7 @@ def _run(config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp)
             # Heavy imports meanwhile, Ray's among them, and its start.
             from roll_sft.runtime.cluster import starting
 
-            started = cluster.enter_context(starting(config))
+            started = cluster.enter_context(starting(config, as_guest=as_guest))
             from roll_sft.job.overview import show_job
             from roll_sft.train.driver import train_from
             from roll_sft.train.loss_curve import CURVE, draw_losses

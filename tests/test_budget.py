@@ -38,6 +38,7 @@ BY_NEED = {
     "roll_sft/checkpoint/choice.py": "a run that goes on from a checkpoint",
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
     "roll_sft/checkpoint/index.py": "a run that goes on from a checkpoint",
+    "roll_sft/config/evolve.py": "the Python API",
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",

@@ -43,10 +43,10 @@ def stdout_console() -> Console:
 
 
 def set_up_logging() -> None:
-    """Send the package's log to stderr."""
+    """Send the package's log to stderr; in a notebook, which paints that red, to stdout."""
     handler: logging.Handler = _TerminalHandler()
     if not CONSOLE.is_terminal:
-        handler = logging.StreamHandler()
+        handler = logging.StreamHandler(sys.stdout if CONSOLE.is_jupyter else None)
         handler.setFormatter(_PlainFormatter())
     logger = logging.getLogger("roll_sft")
     logger.handlers[:] = [handler]

@@ -53,7 +53,7 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
     """
     given: Any = OmegaConf.to_container(composed, resolve=False)
     try:
-        full = OmegaConf.create(_over(dataclasses.asdict(RunConfig()), given))
+        full = OmegaConf.create(over(dataclasses.asdict(RunConfig()), given))
         values: Any = OmegaConf.to_container(full, resolve=True)
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "configuration"
@@ -112,11 +112,16 @@ def yaml_as_typed() -> Iterator[None]:
         omegaconf._utils.get_yaml_loader = original
 
 
-def _over(defaults: Any, values: Any) -> Any:
+def text_of(values: Any) -> str:
+    """Plain `values` as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def over(defaults: Any, values: Any) -> Any:
     """`values` over `defaults`, section by section; anything that is no section replaces."""
     if not (isinstance(defaults, dict) and isinstance(values, dict)):
         return values
-    return {**defaults, **{name: _over(defaults.get(name), values[name]) for name in values}}
+    return {**defaults, **{name: over(defaults.get(name), values[name]) for name in values}}
 
 
 def _to_quote(context: Any, name: str) -> Iterator[tuple[int, int]]:

@@ -40,20 +40,14 @@ class ModelConfig:
         "Type of weights and activations: auto is bf16 on GPUs and fp32 on CPUs; gradients and"
         " master weights are always fp32.",
     )
-    random_init: bool = key(
-        False, "Start from random weights, which depend on config.json and seed alone."
-    )
-    trust_remote_code: bool = key(
-        False, "Run Python code that the model's folder brings for its tokenizer or configuration."
-    )
+    random_init: bool = key(False, "Start from random weights, of config.json and seed alone.")
+    trust_remote_code: bool = key(False, "Run Python code that the model's folder brings.")
     attention_backend: Literal["auto", "te", "fa3", "flash", "varlen", "sdpa"] = key(
         "auto",
         "Attention kernel: Transformer Engine, flash-attention 3 or 2, torch's varlen or SDPA;"
         " auto takes the first that works.",
     )
-    compile: bool | None = key(
-        None, "Compile element-wise operations with torch.compile; null compiles on GPUs only."
-    )
+    compile: bool | None = key(None, "Compile element-wise operations; null: on GPUs only.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +130,7 @@ class DataConfig:
 class ParallelConfig:
     """How the model and the data are spread over workers."""
 
-    num_workers: int = key(
-        1, "World size; each worker has one GPU or a CPU share.", unit="workers", at_least=1
-    )
+    num_workers: int = key(1, "World size; a GPU or CPUs each.", unit="workers", at_least=1)
     tensor_model_parallel_size: int = key(1, "Ranks that share a matrix.", unit="ranks", at_least=1)
     pipeline_model_parallel_size: int = key(1, "Stages of the layers.", unit="stages", at_least=1)
     virtual_pipeline_model_parallel_size: int | None = key(
@@ -180,9 +172,7 @@ class TrainConfig(RecipeKeys):
     max_steps: int | None = key(
         None, "Optimizer steps of the run; wins over num_train_epochs.", unit="steps", at_least=1
     )
-    global_batch_size: int = key(
-        128, "Samples of one optimizer step, over all workers.", unit="samples", at_least=1
-    )
+    global_batch_size: int = key(128, "Samples of an optimizer step.", unit="samples", at_least=1)
     global_batch_tokens: int | None = key(
         None,
         "Tokens of one optimizer step, without padding; wins over global_batch_size.",
@@ -347,6 +337,12 @@ class RunConfig:
     def trains_part(self) -> bool:
         """Whether adapters or a part of the weights are trained, and not all of them."""
         return self.lora.rank > 0 or self.train.freezes
+
+    def evolve(self, **changes: Any) -> "RunConfig":
+        """A changed copy, as in `evolve(train=dict(learning_rate=1e-5))`; see `evolved`."""
+        from roll_sft.config.evolve import evolved
+
+        return evolved(self, changes)
 
 
 def on_device(config: RunConfig, device: Literal["cpu", "cuda"]) -> RunConfig:

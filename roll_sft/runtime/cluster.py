@@ -71,11 +71,12 @@ def connected(config: RunConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def starting(config: RunConfig) -> Iterator[Callable[[], None]]:
+def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[[], None]]:
     """Start the cluster that `connected` would start, in a thread, if it would start one.
 
     The block is given a function that waits for the start, and raises what `connected` does. A
-    cluster that is still starting when the block ends is killed.
+    cluster that is still starting when the block ends is killed; `as_guest`, in a process that goes
+    on after the run, it is waited for and ended.
     """
     # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -108,6 +109,8 @@ def starting(config: RunConfig) -> Iterator[Callable[[], None]]:
         try:
             yield finish
         finally:
+            if as_guest:  # Ray would end this process some time after its start was killed
+                wait([started])
             _end(started, others)
             leaving.set()
 
