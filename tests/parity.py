@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -47,6 +48,15 @@ NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
 # Kind -> its experts; narrower than the MLP of other kinds, and the loss of their load is telling.
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 40, "router_aux_loss_coef": 0.3},
+    "gptoss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 40,
+        "head_dim": 24,
+        "sliding_window": 24,
+        "swiglu_limit": 2.0,
+        "router_aux_loss_coef": 0.3,
+    },
     "olmoe": {
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -108,7 +118,19 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         return FAMILIES[family](**shared)
     if family in EXPERTS:
         shared |= EXPERTS[family]
+    if family == "gptoss":
+        shared["rope_parameters"] = {
+            "rope_type": "yarn",
+            "rope_theta": 70_000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        }
+        shared["max_position_embeddings"] = 256
     classes: dict[str, type[PreTrainedConfig]] = {
+        "gptoss": GptOssConfig,
         "mixtral": MixtralConfig,
         "olmoe": OlmoeConfig,
         "qwen2moe": Qwen2MoeConfig,
@@ -132,6 +154,8 @@ def write_model(folder: Path, *, kind: str = "qwen2", num_layers: int = 4) -> Pa
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
+            if name.endswith("sinks"):
+                parameter.normal_(0.5, 1.0)
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
@@ -233,8 +257,10 @@ def reference_run(
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").to(dtype)
     if job.source.shape.experts is not None:  # the other has no float64
         model.set_experts_implementation("eager")
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    # The biases of experts are vectors, which transformers 5 keeps in one tensor.
+    is_decayed = {p: p.ndim >= 2 and "bias" not in name for name, p in model.named_parameters()}
+    decayed = [p for p, decays in is_decayed.items() if decays]
+    others = [p for p, decays in is_decayed.items() if not decays]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": train.weight_decay},

@@ -25,12 +25,13 @@ from roll_sft.checkpoint.publish import versions_here, write_descriptions, write
 from roll_sft.checkpoint.reader import stored_name
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts, write
 from roll_sft.convert.new_folder import new_folder
-from roll_sft.models.assets import asset_files, check_assets, copy_file
+from roll_sft.models.assets import asset_files, check_assets, config_of, copy_file
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
+from roll_sft.models.json_files import write_json
 from roll_sft.models.model_folder import check_source
-from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
+from roll_sft.models.safetensors_in import SafetensorsSource, StoredSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from roll_sft.models.weight_map import GatedMLP, SingleTensor, VocabSplit, WeightMapping
@@ -58,7 +59,7 @@ def import_model(
     config = load_hf_config(str(model), trust_remote_code=False)
     family = family_of(config)
     shape = family.shape(config)
-    source = SafetensorsSource(model)
+    source = family.opened(SafetensorsSource(model))
     check_source(family, shape, source=source)
     check_assets(model)
     wanted = DTYPES[dtype] if dtype else None
@@ -69,6 +70,8 @@ def import_model(
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
         for name in asset_files(model):
             copy_file(model / name, folder / ASSETS / name)
+        if getattr(config, "quantization_config", None) is not None:
+            write_json(folder / ASSETS / "config.json", config_of(model))
         groups = list(_groups(family, shape, dtype=stored))
         for rank, names in enumerate(groups):
             group = {name: mappings[name] for name in names}
@@ -125,7 +128,7 @@ def _groups(family: Family, shape: ModelShape, *, dtype: torch.dtype) -> Iterato
 
 
 def _dtypes(
-    mappings: Mapping[str, WeightMapping], source: SafetensorsSource, wanted: torch.dtype | None
+    mappings: Mapping[str, WeightMapping], source: StoredSource, wanted: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """The dtype of each stored tensor: `wanted`, or one that holds all that becomes part of it.
 

@@ -65,6 +65,6 @@ def whole_model(
             " no folder here; give the folder of that model with --base"
         )
     check_fingerprint(wanted, reader.folder, folder, key="--base")
-    source = SafetensorsSource(folder)
+    source = family.opened(SafetensorsSource(folder))
     check_source(family, shape, source=source)
     return WholeModel(reader, source, family.weights(shape))

@@ -168,7 +168,7 @@ def _base_source(
                 initializer_range=shape.initializer_range,
             )
         check_fingerprint(wanted, stored.folder, base, key="--adapter")
-    source = SafetensorsSource(base)
+    source = family.opened(SafetensorsSource(base))
     check_source(family, shape, source=source)
     return source
 

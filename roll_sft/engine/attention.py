@@ -92,7 +92,13 @@ class PackedAttention(MegatronModule):
                 ]
                 for states in (key, value)
             )
-        return self.kernel(query, key, value, segments).flatten(1)
+        return self.attend(query, key, value, segments).flatten(1)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """The kernel's [T, H, E]."""
+        return self.kernel(query, key, value, segments)
 
     def rotated(
         self, query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor

@@ -155,10 +155,10 @@ def build_model(shape: ModelShape, config: LayerConfig, *, kernel: Kernel) -> li
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
     attention: Any = PackedAttention
     if shape.variation is not None:
-        from roll_sft.engine.variation import VariedAttention, use_activation
+        from roll_sft.engine.variation import VariedAttention, use_settings
 
         attention = VariedAttention
-        use_activation(config)
+        use_settings(config)
     layer = layer_spec(shape, core_attention=functools.partial(attention, kernel=kernel))
     if config.quantizes_base:
         from roll_sft.engine.quantized import use_quantized_linears
@@ -232,11 +232,10 @@ def load_weights(
     Raises `CheckpointError` that names a tensor of `source` which is not finite.
     """
     mappings = family.weights(shape)
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            value = mappings[name].local(source, tensor_rank=tensor_rank, tensor_size=tensor_size)
+            rank, size = rank_and_size(name)
+            value = mappings[name].local(source, tensor_rank=rank, tensor_size=size)
             assert value.shape == parameter.shape, (
                 f"{name}: HuggingFace gives {tuple(value.shape)}, Megatron has"
                 f" {tuple(parameter.shape)}"
@@ -247,6 +246,17 @@ def load_weights(
         # One parameter may hold several tensors of theirs; name the first that is at fault.
         theirs = ([(hf_name, source.read(hf_name))] for hf_name in mappings[name].hf_shapes)
         raise unusable(source, *next(filter(None, map(not_finite, theirs)), found))
+
+
+def rank_and_size(name: str) -> tuple[int, int]:
+    """This rank and the number of ranks over which parameter `name` is cut."""
+    if ".mlp.experts." in name:
+        rank = parallel_state.get_expert_model_parallel_rank()
+        return rank, parallel_state.get_expert_model_parallel_world_size()
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
 
 
 def unusable(source: TensorSource, name: str, problem: str) -> CheckpointError:

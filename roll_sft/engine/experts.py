@@ -39,6 +39,7 @@ from roll_sft.data.steps.batch import zigzag_indices
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.engine.layers import LayerConfig, SwiGLU
 from roll_sft.engine.micro_batch import Indices, MicroBatch
+from roll_sft.engine.state import EXPERTS
 from roll_sft.models.experts import ExpertShape
 from roll_sft.models.shape import ModelShape
 
@@ -67,9 +68,13 @@ def expert_spec(shape: ModelShape) -> Any:
         use_te=False, num_experts=shape.experts.num_experts, moe_grouped_gemm=False
     )
     submodules = _submodules(spec)
-    submodules.router = functools.partial(Router, is_normalized=shape.experts.is_normalized)
+    submodules.router = functools.partial(Router, experts=shape.experts)
     for mlp in (submodules.experts, submodules.shared_experts):
         _submodules(mlp).activation_func = SwiGLU
+    if shape.experts.has_biases:
+        from roll_sft.engine.biased_experts import biased_experts
+
+        submodules.experts = biased_experts(shape.experts, replaced=submodules.experts)
     return spec
 
 
@@ -81,14 +86,19 @@ def _submodules(spec: Any) -> Any:
 class Router(MegatronModule):
     """Scores every expert for each token and chooses the best."""
 
-    def __init__(self, config: LayerConfig, *, is_normalized: bool, **_: Any) -> None:
+    def __init__(self, config: LayerConfig, *, experts: ExpertShape, **_: Any) -> None:
         super().__init__(config=config)
         assert config.num_moe_experts is not None, "a router needs experts"
         size = config.num_moe_experts, config.hidden_size
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype))
-        # finalize_model_grads sums the gradients of marked parameters over the tensor group.
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
-        self._is_normalized = is_normalized
+        self.bias: torch.nn.Parameter | None = None
+        if experts.has_biases:
+            bias = torch.empty(config.num_moe_experts, dtype=config.params_dtype)
+            self.bias = torch.nn.Parameter(bias)
+        for parameter in self.parameters():
+            # finalize_model_grads sums the gradients of marked parameters over the tensor group.
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
+        self._experts = experts
         self.balance: Callable[..., torch.Tensor] | None = None  # of this layer
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -104,7 +114,7 @@ class Router(MegatronModule):
         `hidden`, and whether it is chosen, bool [N, E].
         """
         rows = hidden.flatten(0, 1)
-        scores = F.linear(rows, self.weight).softmax(dim=-1, dtype=torch.float32)
+        scores = F.linear(rows, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
         chosen_scores, chosen = scores.topk(self.config.moe_router_topk, dim=-1)
         is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
         if padding_mask is not None:
@@ -112,7 +122,7 @@ class Router(MegatronModule):
         if self.balance is not None:
             scores = self.balance(scores, is_chosen)
             chosen_scores = scores.gather(1, chosen)
-        if self._is_normalized:
+        if self._experts.is_normalized:
             chosen_scores = chosen_scores / chosen_scores.sum(dim=-1, keepdim=True)
         weights = torch.zeros_like(scores).scatter(1, chosen, chosen_scores)
         return weights.to(rows.dtype), is_chosen
@@ -184,7 +194,7 @@ class Experts:
         """
         is_apart = self._layout.expert_size * self._layout.tensor_size > 1
         for name, parameter in chunk.named_parameters():
-            if LOCAL in name:
+            if EXPERTS in name:
                 setattr(parameter, "allreduce", not is_apart)  # noqa: B010 -- a mark
 
     def marked(

@@ -5,16 +5,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from roll_sft.engine.attention import PackedAttention
 from roll_sft.engine.attention_kernels import Kernel
 from roll_sft.engine.layers import LayerConfig
+from roll_sft.engine.micro_batch import Segments
 from roll_sft.engine.varied_kernels import styled
 from roll_sft.models.variation import Variation
 
 
 class VariedAttention(PackedAttention):
-    """`PackedAttention` with the rotation, window, scale and soft-cap of its layer."""
+    """`PackedAttention` with the rotation, window, scale, soft-cap and sinks of its layer."""
 
     def __init__(
         self, config: LayerConfig, *, kernel: Kernel, layer_number: int, **rest: Any
@@ -23,6 +26,32 @@ class VariedAttention(PackedAttention):
         variation: Variation = config.variation
         self._layer = variation.layers[layer_number - 1]
         super().__init__(config, kernel=styled(kernel, variation, self._layer), **rest)
+        if variation.has_sinks:
+            num_heads = config.num_attention_heads // config.tensor_model_parallel_size
+            # Megatron's name, which its checkpoints have.
+            self.softmax_offset = torch.nn.Parameter(
+                torch.zeros(num_heads, dtype=config.params_dtype)
+            )
+            set_tensor_model_parallel_attributes(
+                self.softmax_offset, is_parallel=True, dim=0, stride=1
+            )
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """With the sinks of this rank's heads, if the model has them."""
+        if not self.config.variation.has_sinks:
+            return super().attend(query, key, value, segments)
+        kernel: Any = self.kernel  # of `varied_kernels`
+        output: torch.Tensor = kernel(query, key, value, segments, sinks=self.softmax_offset)
+        return output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint entry: sinks are cut along the heads."""
+        state, axes = self.state_dict(prefix="", keep_vars=True), {"softmax_offset": 0}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
     def rotated(
         self, query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
@@ -57,8 +86,9 @@ class VariedAttention(PackedAttention):
         return angles if layer.rotary_scaling == 1.0 else angles * layer.rotary_scaling
 
 
-def use_activation(config: LayerConfig) -> None:
-    """Make `config` ask for the activation of the model's MLP."""
+def use_settings(config: LayerConfig) -> None:
+    """Make `config` ask for the activation of the model's MLP, and a bias behind attention."""
+    config.add_bias_linear = config.variation.has_output_bias
     if config.variation.activation == "gelu_tanh":
         config.activation_func = gelu_tanh
 

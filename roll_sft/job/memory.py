@@ -201,7 +201,7 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
         "core_attn": (core - entering) / layout.tensor_size,
         "mlp": mlp / layout.tensor_size,
     }
-    if shape.variation is not None and shape.variation.attention_softcap is not None:
+    if (v := shape.variation) and (v.attention_softcap is not None or v.has_sinks):
         parts["core_attn"] += _scores(run)
     kept = rest + sum(parts.values()) + entering / layout.tensor_size
     if run.config.lora.rank:
@@ -220,7 +220,7 @@ def _kept_per_layer(run: _Run) -> tuple[float, float]:
 
 
 def _scores(run: _Run) -> float:
-    """Numbers of a token's scores that a soft-cap keeps where SDPA computes it, as on a CPU.
+    """Numbers of a token's scores that a soft-cap or sinks keep where SDPA computes them: on a CPU.
 
     What left tanh and what left the softmax, each in fp32, of every head and key of a full sample.
     """

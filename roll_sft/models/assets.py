@@ -94,12 +94,22 @@ def save_assets(model: Path, *, trained: TrainedTokenizer, output: Path) -> None
         for name in asset_files(folder):
             if _matches(name, patterns):
                 copy_file(folder / name, output / name)
-    write_json(output / "config.json", read_json(model / "config.json"))
+    write_json(output / "config.json", config_of(model))
     _complete_tokenizer(trained.tokenizer, output)
     if trained.chat_template is not None:
         _set_template(output, trained.chat_template)
     write_json(output / GENERATION_CONFIG, _generation(model, trained))
     check_assets(output)  # now, and not after the training
+
+
+def config_of(model: Path) -> dict[str, Any]:
+    """The config.json of an export of `model`: that of its folder, unless weights are in MXFP4."""
+    config = read_json(model / "config.json")
+    if "quantization_config" in config:
+        from roll_sft.models.mxfp4 import plain_config
+
+        config = plain_config(config)
+    return config
 
 
 def generation_of(folder: Path) -> dict[str, Any] | None:

@@ -181,6 +181,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(
         ("final_logit_softcapping", "attn_logit_softcapping"), _positive(1e6, is_optional=True)
     ),
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), _positive(1e6)),
     "query_pre_attn_scalar": _positive(1e6),
     "sliding_window_pattern": _count(2**12),
     "partial_rotary_factor": _positive(1.0),
@@ -202,6 +203,7 @@ _ROPE_RULES: dict[str, _Rule] = {
     "original_max_position_embeddings": _count(2**30),
     "partial_rotary_factor": _positive(1.0),
     "attention_factor": _positive(1e6, is_optional=True),
+    "truncate": _switch,
     "rope_type": _text,
     "type": _text,
 }

@@ -59,7 +59,8 @@ def decoder_shape(
 ) -> ModelShape:
     """The shape of a decoder with norms before attention and MLP, and without biases.
 
-    The family reads the settings in `own` itself: of hidden_act, layer_types, rope_parameters.
+    The family reads the settings in `own` itself: of hidden_act, layer_types, rope_parameters,
+    quantization_config.
     Raises `ConfigError` that lists the family's own `problems`, each a value and its rule, and
     those that this function finds.
     """
@@ -114,7 +115,8 @@ def _problems(config: "DecoderConfig", own: Collection[str]) -> list[str]:
         problems.append(f"hidden_act {activation} (only silu)")
     if config.attention_dropout:
         problems.append(f"attention_dropout {config.attention_dropout} (only 0)")
-    if getattr(config, "quantization_config", None) is not None:
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if is_quantized and "quantization_config" not in own:
         problems.append("quantization_config (only unquantized weights)")
     num_heads, num_groups = config.num_attention_heads, _num_key_value_heads(config)
     if num_groups < 1 or num_heads % num_groups:

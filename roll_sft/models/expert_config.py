@@ -3,19 +3,27 @@
 Promise: a setting of experts that no family builds is refused by name.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from roll_sft.base.text import shown
 
 if TYPE_CHECKING:
-    from transformers import MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+    from transformers import (
+        GptOssConfig,
+        MixtralConfig,
+        OlmoeConfig,
+        Qwen2MoeConfig,
+        Qwen3MoeConfig,
+    )
+
+    ExpertConfig: TypeAlias = (
+        GptOssConfig | MixtralConfig | OlmoeConfig | Qwen2MoeConfig | Qwen3MoeConfig
+    )
 
 MOST, WIDEST, LARGEST = 2**16, 2**20, 1e6  # far above the values of every published model
 
 
-def expert_problems(
-    config: "MixtralConfig | OlmoeConfig | Qwen2MoeConfig | Qwen3MoeConfig", *, num_experts: int
-) -> list[str]:
+def expert_problems(config: "ExpertConfig", *, num_experts: int) -> list[str]:
     """Value and rule of each setting of experts that cannot be built."""
     problems, chosen = list[str](), config.num_experts_per_tok
     if not 2 <= num_experts <= MOST:

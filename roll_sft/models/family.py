@@ -26,17 +26,21 @@ from roll_sft.models.weight_map import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from roll_sft.models.safetensors_in import SafetensorsSource, StoredSource
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture. A new one is a file that holds these two functions.
 
-    `shape` raises `ConfigError` for anything in the configuration that is not implemented.
+    `shape` raises `ConfigError` for anything in the configuration that is not implemented. `opened`
+    gives the tensors of the table where files of a model hold others.
     """
 
     architecture: str
     shape: Callable[["PreTrainedConfig"], ModelShape]
     weights: Callable[[ModelShape], WeightTable]
+    opened: Callable[["SafetensorsSource"], "StoredSource"] = lambda source: source
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, Shape]:
         """Every Hugging Face tensor of the family, in the order an export writes them."""

@@ -10,9 +10,9 @@ from roll_sft.models.shape import ModelShape
 from roll_sft.models.variation import LayerAttention, Variation
 
 if TYPE_CHECKING:
-    from transformers import Gemma2Config, Gemma3TextConfig, Olmo3Config
+    from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, Olmo3Config
 
-    KindConfig: TypeAlias = Gemma2Config | Gemma3TextConfig | Olmo3Config
+    KindConfig: TypeAlias = Gemma2Config | Gemma3TextConfig | GptOssConfig | Olmo3Config
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

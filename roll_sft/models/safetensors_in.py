@@ -5,6 +5,7 @@ loading one can run code.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -38,6 +39,14 @@ class TensorSource(Protocol):
 
     def read_slice(self, name: str, *, start: int, stop: int, dim: int) -> torch.Tensor:
         """Entries `start` to `stop` along `dim`, contiguous. Copy before writing into it."""
+        ...
+
+
+class StoredSource(TensorSource, Protocol):
+    """Tensors of files."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` returns a tensor in, without reading it."""
         ...
 
 
@@ -83,6 +92,11 @@ class SafetensorsSource:
         # A cut along dim 1 comes as a strided view of the mapped file.
         tensor: torch.Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
         return tensor.contiguous()
+
+    def read_bytes(self, name: str) -> torch.Tensor:
+        """The whole tensor, which holds bytes that are no numbers by themselves."""
+        tensor: torch.Tensor = self._view(name, dtypes={"U8": torch.uint8})[...]
+        return tensor
 
     def _find_tensors(self, folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
@@ -136,7 +150,7 @@ class SafetensorsSource:
                 ) from error
         return self._handles[path]
 
-    def _view(self, name: str) -> Any:
+    def _view(self, name: str, *, dtypes: Mapping[str, torch.dtype] = FLOATS) -> Any:
         path = self._file_of.get(name)
         if path is None:
             raise CheckpointError(
@@ -150,9 +164,9 @@ class SafetensorsSource:
                 f"model.path: the index of '{self}' puts {name} in {path.name}, which does not "
                 "hold it; download both again"
             ) from error
-        if view.get_dtype() not in FLOATS:
+        if view.get_dtype() not in dtypes:
             raise ConfigError(
-                f"model.path: '{self}' has {name} in {view.get_dtype()}, and weights are read in"
-                f" {', '.join(FLOATS)}; give an unquantized checkpoint"
+                f"model.path: '{self}' has {name} in {view.get_dtype()}, and it is read in"
+                f" {', '.join(dtypes)}; give an unquantized checkpoint"
             )
         return view

@@ -63,6 +63,11 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Every trained number once: embedding, head (unless tied), matrices, biases and norms."""
         num_biases = self._qkv_width if self.qkv_bias else 0
+        if self.variation is not None:
+            num_biases += self.variation.has_output_bias * self.hidden_size
+            num_biases += self.variation.has_sinks * self.num_attention_heads
+        if self.experts is not None:
+            num_biases += self.experts.num_biases(self.hidden_size)
         num_norms = (4 if self.norm_placement == "both" else 2) * self.hidden_size
         num_norms += self._num_qk_norm_parameters
         matrices = self._num_layer_matmul_parameters(is_active=False)

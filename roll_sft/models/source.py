@@ -23,6 +23,7 @@ _PLACES = {  # architecture -> module of this folder, and the name in it
     "Gemma2ForCausalLM": ("gemma", "GEMMA2"),
     "Gemma3ForCausalLM": ("gemma", "GEMMA3"),
     "Glm4ForCausalLM": ("glm4", "GLM4"),
+    "GptOssForCausalLM": ("gpt_oss", "GPT_OSS"),
     "GraniteForCausalLM": ("granite", "GRANITE"),
     "LlamaForCausalLM": ("llama", "LLAMA"),
     "MistralForCausalLM": ("mistral", "MISTRAL"),
@@ -74,9 +75,9 @@ class ModelSource:
                 initializer_range=self.shape.initializer_range,
             )
         if self.hub is not None:
-            return SafetensorsSource(self.hub.folder())
+            return self.family.opened(SafetensorsSource(self.hub.folder()))
         assert self.folder is not None, "a model without weights"
-        return SafetensorsSource(self.folder)
+        return self.family.opened(SafetensorsSource(self.folder))
 
 
 def family_named(architecture: str) -> "Family":

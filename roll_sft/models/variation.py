@@ -32,6 +32,8 @@ class Variation:
     2i + 1 of a head are rotated together, and not i and i + half. `softmax_scale` multiplies the
     attention scores, by default 1 / sqrt(head_dim); `attention_softcap` c then makes them
     c * tanh(score / c). A norm with `norm_adds_one` multiplies by 1 + weight.
+    With `has_sinks` each query head has a learnable score beside those of the keys, which takes a
+    share of the softmax and has no value. `has_output_bias` is a bias on what leaves attention.
     `embedding_multiplier` multiplies what enters the first layer; if `rounds_embedding_multiplier`,
     rounded to the dtype of the weights, inside the embedding. `residual_multiplier` multiplies the
     outputs of attention and MLP before they are added. Logits are divided by `logits_divisor`, and
@@ -43,6 +45,8 @@ class Variation:
     softmax_scale: float | None = None
     attention_softcap: float | None = None
     norm_adds_one: bool = False
+    has_sinks: bool = False
+    has_output_bias: bool = False
     activation: Activation = "silu"
     embedding_multiplier: float = 1.0
     rounds_embedding_multiplier: bool = False

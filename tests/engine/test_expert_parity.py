@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from roll_sft.config.schema import layout_of
+from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.pool import RankPool
@@ -77,6 +78,7 @@ SUBSET = [
     Case("qwen3moe", "EP2"),
     Case("mixtral", "TP2xEP2+SP", packing=False),
     Case("qwen2moe", "PP2"),
+    Case("gptoss", "TP2xEP2+SP"),
 ]
 
 
@@ -135,3 +137,52 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     assert errors["loss"] < LOSS_TOLERANCE[parity.balance_coefficient(job) > 0]
     assert errors["grad_norm"] < NORM_TOLERANCE
     assert errors["logits"] < TIMES_OF_TRANSFORMERS * errors["their logits"]
+
+
+def first_gradients(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The gradients of step 1 of routers, of sinks, and of experts' biases. In a pool."""
+    import torch.distributed as dist
+
+    from roll_sft.engine.build import named_parameters
+    from roll_sft.engine.engine import Engine
+
+    job = prepare_job(config)
+    engine = Engine(config, source=job.source, data=job.data)
+    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    work = job.planner.step(1).work_for(data_rank, learning_rate=0.0)
+    engine.accumulate_gradients(engine.build(job.data.train, work.micro_batches))
+    return {
+        name: parameter.main_grad.clone()
+        for name, parameter in named_parameters(engine.chunks)
+        if ".router." in name or "softmax_offset" in name or name.endswith("experts.down.bias")
+    }
+
+
+def test_gradients_of_routers_sinks_and_biases_equal_transformers(
+    folder: Path, pool: RankPool
+) -> None:
+    """Packed, with samples longer than the window, and experts and samples on two ranks."""
+    home = folder / "gptoss"
+    config = parity.parity_config(
+        home,
+        parallel={**LAYOUTS["EP2"], "use_distributed_optimizer": False},
+        train={"micro_batch_tokens": 800},
+    )
+    job = prepare_job(config)
+    ranks = pool.run(first_gradients, layout_of(config.parallel), config)
+    model = AutoModelForCausalLM.from_pretrained(home / "model", attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    plan = job.planner.step(1)
+    assert max(job.data.train.lengths[list(plan.sample_ids)]) > 24
+    parity.balanced_backward(job, model, plan.sample_ids, plan.supervised_tokens)
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    table = job.source.family.weights(job.source.shape)
+    assert len(ranks[0]) == 4 * job.source.shape.num_layers
+    for name, found in ranks[0].items():
+        if name.endswith("experts.down.bias"):
+            found = torch.cat([rank[name] for rank in ranks])
+        ((hf_name, _),) = table[name].hf_shapes.items()
+        right = wanted[hf_name]
+        assert right is not None
+        assert float(right.abs().max()) > 1e-4
+        torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-6 * float(right.abs().max()))
