@@ -196,6 +196,15 @@ def _generate(arguments: list[str]) -> int:
     return command.generate(arguments)
 
 
+def _sync(arguments: list[str]) -> int:
+    from roll_sft.run import be_quiet
+
+    be_quiet()
+    from roll_sft.tracking import sync
+
+    return sync.main(arguments, program="roll-sft sync")
+
+
 def _rows(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers of rows, from 0, such as 3,17")
@@ -233,6 +242,7 @@ COMMANDS = {
     "merge-lora": Command("an adapter merged into its base model", _merge_lora),
     "chat": Command("talk to a model, or to the model of a run", _chat),
     "generate": Command("its answers to a file of prompts", _generate),
+    "sync": Command("points of a run sent to trackers that missed them", _sync),
 }
 
 

@@ -51,6 +51,7 @@ QUIET = {
     # So that a dead server is known, and said, in seconds; the tracker tries again by itself.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 
@@ -64,8 +65,7 @@ def main(
     `action` is what to do with the configuration and its text instead of running it.
     """
     leave_quickly()
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    be_quiet()
     signals: list[int] = []
 
     def leave(number: int, _frame: FrameType | None) -> None:
@@ -91,6 +91,12 @@ def main(
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         return report(error)
     return 0
+
+
+def be_quiet() -> None:
+    """Turn telemetry and long retries off, unless the user has asked for them."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def compose(arguments: list[str]) -> tuple[RunConfig, str] | None:

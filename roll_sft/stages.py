@@ -23,7 +23,7 @@ from roll_sft.train import run_folder
 from roll_sft.train.terminal import StartUp
 
 if TYPE_CHECKING:
-    from roll_sft.tracking.trackers import Tracker
+    from roll_sft.tracking.recorder import Recorder
 
 LOG = logging.getLogger(__name__)
 JOB = "job"  # the folder of a run that joins the stages
@@ -83,6 +83,10 @@ def _run(
             from roll_sft.train.summary import show_summary
 
             clock.passed("imports")
+            if config.tracking.services:
+                from roll_sft.tracking.trackers import check_trackers
+
+                check_trackers(config)
             prepared()
         job = Job.of(read_prepared(config, folder / JOB))
         start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
@@ -107,9 +111,9 @@ def _run(
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 
-def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManager[list[Tracker]]":
+def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManager[list[Recorder]]":
     """The trackers of `job`; each is loaded where a configuration names it."""
-    if "mlflow" not in job.config.tracking.backends:
+    if not job.config.tracking.services:
         return contextlib.nullcontext([])
     from roll_sft.tracking.trackers import tracked
 

@@ -42,6 +42,7 @@ BY_NEED = {
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
+    "roll_sft/config/tracking.py": "trackers",
     "roll_sft/data/chat/advice.py": "rows that the template cannot write",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
     "roll_sft/data/chat/cut_text.py": "tokens that span the end of a header",
@@ -117,11 +118,12 @@ BY_NEED = {
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `lora`,
-# `moe` and the keys of recipes are loaded for their defaults, which say that they are off.
+# `moe`, `tracking` and the keys of recipes are loaded for their defaults: they are off.
 ALLOWED = (
     "roll_sft/config/lora.py",
     "roll_sft/config/moe.py",
     "roll_sft/config/recipes.py",
+    "roll_sft/config/tracking.py",
     "roll_sft/data/chat/fast/",
     "roll_sft/engine/cpu_backend.py",
 )

@@ -48,6 +48,8 @@ ONLY_IN = {
     "mlflow": ("roll_sft/tracking/",),
     "omegaconf": ("roll_sft/config/composed.py", "roll_sft/run.py"),
     "ray": ("roll_sft/runtime/", *DOORS),
+    "tensorboard": ("roll_sft/tracking/",),
+    "wandb": ("roll_sft/tracking/",),
 }
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")  # split, or this line would be one
 

@@ -44,8 +44,6 @@ RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",
     ("checkpoint.hf_export", "every_save"): "final, and `roll-sft convert` for other checkpoints",
     ("lora.init", "pissa"): "default or gaussian",
-    ("tracking.backends", "tensorboard"): "mlflow",
-    ("tracking.backends", "wandb"): "mlflow",
 }
 SYNONYMS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True}

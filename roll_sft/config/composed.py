@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import omegaconf._utils
@@ -22,7 +23,7 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from roll_sft.base.errors import ConfigError
+from roll_sft.base.errors import ConfigError, first_line
 from roll_sft.base.text import shown
 from roll_sft.config.build import RESERVED
 from roll_sft.config.fields import all_keys, all_names, section_of
@@ -60,6 +61,19 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{name}: {reason}; mend the reference or write the value") from error
     return dict(values)
+
+
+def stored_values(path: Path) -> dict[str, Any]:
+    """Plain values of the composed configuration at `path`, which a run has written.
+
+    Raises `ConfigError` where it cannot be read.
+    """
+    try:
+        with yaml_as_typed():
+            composed: Any = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {first_line(error)}; restore it") from error
+    return resolved(composed)
 
 
 def override_as_typed(argument: str) -> str:

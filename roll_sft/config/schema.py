@@ -17,6 +17,7 @@ from roll_sft.config.keys import key
 from roll_sft.config.lora import LoraConfig
 from roll_sft.config.moe import MoeConfig
 from roll_sft.config.recipes import RecipeKeys, ScheduleKind
+from roll_sft.config.tracking import TrackingConfig
 
 RecomputeModule: TypeAlias = Literal["core_attn", "mlp", "layernorm"]  # of Megatron's
 # What may differ between a checkpoint and the run that goes on from it, if it is asked for.
@@ -268,19 +269,6 @@ class CheckpointConfig:
         "final",
         "Export of the final model; of LoRA the adapter, the merged model, or (final) both.",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrackingConfig:
-    """Where metrics go besides the run's folder."""
-
-    backends: list[Literal["jsonl", "mlflow"]] = key(
-        ["jsonl", "mlflow"], "Trackers to write to; steps.jsonl is always written."
-    )
-    mlflow_uri: str | None = key(
-        None, "MLflow server or database; null takes mlflow.db beside the run folders."
-    )
-    experiment: str = key("roll_sft", "MLflow experiment.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,23 @@
-"""Reads the metrics of a run from its files, with the names that a tracker shows.
+"""Reads the metrics and generated samples of a run from its files, for its trackers.
 
-A tracker reads `steps.jsonl` and `eval.jsonl` while the driver appends to them. So no metric is
-kept in memory: a tracker that lost its server continues where it stopped, and the tracker of a
-resumed run reads from the start.
+A tracker reads `steps.jsonl`, `eval.jsonl` and `generations.jsonl` while the driver appends to
+them. So the files are the queue: nothing is kept in memory, a tracker that lost its server
+continues where it stopped, and the tracker of a resumed run reads from the start.
 
-Assumes that the files only grow. Promises: every complete line is read once, in order; MLflow
-accepts every name, and validation sets with different names keep different names.
+Assumes that the files only grow, and that the lines of an evaluation after step N are written
+before the line of step N + 1. Promises: every complete line is read once; steps never go back;
+MLflow accepts every name, and validation sets with different names keep different names.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +60,10 @@ DOCUMENTED_NAMES = (
     "per_device_tps",
     "per_device_tps_including_padding",
 )
-# Field of EvalRecord -> its name in a tracker, {} standing for the validation set.
+# Field of EvalRecord -> its name in a tracker, {} standing for the validation set. Other numbers of
+# a line are recorded as eval/<set>/<key>.
 EVAL_NAMES = {"loss": "eval/{}/loss", "perplexity": "eval/{}/perplexity"}
+NOT_RECORDED = ("step", "supervised_tokens", "time_s")  # of an evaluation
 
 
 class Point(NamedTuple):
@@ -67,6 +74,14 @@ class Point(NamedTuple):
     step: int
 
 
+class Record(NamedTuple):
+    """What the files hold of one step: metrics, and lines of `generations.jsonl`."""
+
+    step: int
+    points: list[Point]
+    samples: list[dict[str, Any]]
+
+
 class Journal:
     """Reads the metrics of the run in `folder`.
 
@@ -74,33 +89,70 @@ class Journal:
     """
 
     def __init__(self, folder: Path, *, logging_steps: int, total_steps: int) -> None:
-        self._folder = folder
         self._logging_steps, self._total_steps = logging_steps, total_steps
-        self._read = {"steps.jsonl": 0, "eval.jsonl": 0}  # bytes
+        self._steps, self._evals, self._generations = (
+            _Lines(folder / name) for name in ("steps.jsonl", "eval.jsonl", "generations.jsonl")
+        )
+        self._step = 0  # of the last line of steps.jsonl that was read
 
-    def points(self) -> Iterator[list[Point]]:
-        """The metrics written since the last call, in lists that fit one request."""
-        while steps := self._lines("steps.jsonl"):
-            yield [point for line in steps if self._is_due(line["step"]) for point in _step(line)]
-        while evals := self._lines("eval.jsonl"):
-            yield [point for line in evals for point in _evaluation(line)]
+    def batches(self, *, is_last: bool = False) -> Iterator[list[Record]]:
+        """What was written since the last call, by step, in lists that fit one request.
 
-    def _is_due(self, step: int) -> bool:
+        A step may come twice: evaluations follow the step. Samples of the newest step are held back
+        until a later step is there, or the last call: some of their lines may not be written yet.
+        """
+        while True:
+            steps = self._steps.next(LINES_AT_ONCE)
+            is_end = len(steps) < LINES_AT_ONCE
+            self._step = steps[-1]["step"] if steps else self._step
+            # After the steps, so that evaluations before the last of these are there.
+            evals = self._evals.until(None if is_end else self._step)
+            samples = self._generations.until(None if is_end and is_last else self._step - 1)
+            found = [
+                *(Record(each["step"], [*_step(each)], []) for each in steps if self._is_due(each)),
+                *(Record(each["step"], [*_evaluation(each)], []) for each in evals),
+                *(Record(step, [], [*rows]) for step, rows in groupby(samples, itemgetter("step"))),
+            ]
+            if found:
+                yield sorted(found, key=itemgetter(0))  # stable: a step, then what follows it
+            if is_end:
+                return
+
+    def _is_due(self, line: Mapping[str, Any]) -> bool:
+        step = int(line["step"])
         return step % self._logging_steps == 0 or step == self._total_steps
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        """The next complete lines of a file; none while it does not exist."""
+
+class _Lines:
+    """The complete lines of a file that grows, each given once; none while it does not exist."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0  # bytes
+        self._ahead = deque[dict[str, Any]]()  # read, and not given yet
+
+    def next(self, most: int) -> list[dict[str, Any]]:
+        """At most `most` further lines."""
         found = list[dict[str, Any]]()
         try:
-            with (self._folder / name).open("rb") as file:
-                file.seek(self._read[name])
-                while len(found) < LINES_AT_ONCE and (line := file.readline()).endswith(b"\n"):
-                    self._read[name] += len(line)
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                while len(found) < most and (line := file.readline()).endswith(b"\n"):
+                    self._read += len(line)
                     with contextlib.suppress(ValueError):  # half a line, left by a full disk
                         found.append(json.loads(line))
         except FileNotFoundError:
             pass
         return found
+
+    def until(self, step: int | None) -> list[dict[str, Any]]:
+        """Further lines up to `step`; all that there are where it is None."""
+        found = list[dict[str, Any]]()
+        while True:
+            if not self._ahead:
+                self._ahead.extend(self.next(LINES_AT_ONCE))
+            if not self._ahead or (step is not None and self._ahead[0]["step"] > step):
+                return found
+            found.append(self._ahead.popleft())
 
 
 def safe_name(name: str) -> str:
@@ -127,8 +179,20 @@ def _step(line: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def _evaluation(line: Mapping[str, Any]) -> Iterator[Point]:
-    name = safe_name(line["name"])
-    return _numbers(line, [(key, pattern.format(name)) for key, pattern in EVAL_NAMES.items()])
+    prefix = f"eval/{safe_name(line['name'])}"
+    for key, value in _flat(line):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in NOT_RECORDED and is_number and math.isfinite(value):
+            yield Point(f"{prefix}/{safe_name(key)}", float(value), line["step"])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of `values` and of the mappings in it, their keys joined by slashes."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _numbers(line: Mapping[str, Any], names: list[tuple[str, str]]) -> Iterator[Point]:

@@ -27,7 +27,7 @@ from roll_sft.train.saves import Saves, check_room
 from roll_sft.train.terminal import StartUp
 
 if TYPE_CHECKING:
-    from roll_sft.tracking.trackers import Tracker
+    from roll_sft.tracking.recorder import Recorder
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
@@ -37,7 +37,7 @@ def train_from(
     start: Start,
     job: Job,
     folder: Path,
-    trackers: "Sequence[Tracker]",
+    trackers: "Sequence[Recorder]",
     *,
     composed_yaml: str,
     clock: StartUp,
@@ -75,8 +75,8 @@ def train_from(
             records.begin()
             records.device_name = _device(job, group)
             for tracker in trackers:
-                tracker.start()  # not beside the workers' start, whose cores it would take
-                tracker.begin(device=f"{job.layout.world_size} x {records.device_name or 'CPU'}")
+                # Not beside the workers' start, whose cores it would take.
+                tracker.start(device=f"{job.layout.world_size} x {records.device_name or 'CPU'}")
             LOG.info("step %d begins %s", first_step, clock)
             train(job, group, records, folder=folder, first_step=first_step)
 

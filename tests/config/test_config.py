@@ -367,8 +367,6 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
         ("model.dtype", "fp16"),
         ("checkpoint.hf_export", "every_save"),
         ("lora.init", "pissa"),
-        ("tracking.backends", ["wandb"]),
-        ("tracking.backends", ["tensorboard"]),
     ],
 )
 def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) -> None:

@@ -28,7 +28,7 @@ def write(path, records):
 
 
 def read(journal):
-    return [point for points in journal.points() for point in points]
+    return [point for records in journal.batches() for record in records for point in record.points]
 
 
 def test_every_number_of_a_step_has_a_name_in_a_group_and_documented_names_stay():
@@ -71,7 +71,8 @@ def test_a_torn_line_is_passed_over(tmp_path):
 def test_a_long_history_comes_in_parts_that_fit_a_request(tmp_path):
     fields = dict.fromkeys(STEP_NAMES, 1.0)
     write(tmp_path / "steps.jsonl", [{"step": n, **fields} for n in range(1, 301)])
-    parts = list(Journal(tmp_path, logging_steps=1, total_steps=300).points())
+    journal = Journal(tmp_path, logging_steps=1, total_steps=300)
+    parts = [[point for record in part for point in record.points] for part in journal.batches()]
     assert len(parts) == -(-300 // LINES_AT_ONCE)
     assert max(map(len, parts)) <= 1000
     assert sum(map(len, parts)) == 300 * 20

@@ -16,31 +16,33 @@ import pytest
 from roll_sft.base.errors import DivergedError
 from roll_sft.checkpoint.resume import Start
 from roll_sft.config.build import build_config
-from roll_sft.tracking import mlflow_pages, mlflow_run, trackers
+from roll_sft.tracking import mlflow_pages, mlflow_run, recorder, trackers
 from roll_sft.tracking.journal import Journal
 from roll_sft.tracking.mlflow_pages import noted_run
-from roll_sft.tracking.mlflow_run import FAILED, FINISHED, Address, MlflowRun
+from roll_sft.tracking.mlflow_run import Address, MlflowRun
+from roll_sft.tracking.recorder import Recorder
 from roll_sft.tracking.run_facts import DataInput, RunFacts
 from tests.runtime.ray_cluster import wait_until
 
+FINISHED, FAILED = "FINISHED", "FAILED"
 NO_FACTS = RunFacts(params={}, tags={}, inputs=())
 TWO_STARTS = """
 import sys
 from pathlib import Path
 from roll_sft.tracking.run_facts import RunFacts
 from roll_sft.tracking.journal import Journal
-from roll_sft.tracking import mlflow_run
+from roll_sft.tracking import recorder
 from roll_sft.tracking.mlflow_run import Address, MlflowRun
-mlflow_run.CLOSE_TIMEOUT_S = 100.0
+recorder.CLOSE_TIMEOUT_S = 100.0
 folder = Path(sys.argv[1])
-run = MlflowRun(
-    Address(f"sqlite:///{folder.parent}/mlflow.db", "experiment", folder.name),
+address = Address(f"sqlite:///{folder.parent}/mlflow.db", "experiment", folder.name)
+run = recorder.Recorder(
+    MlflowRun(address, folder),
     folder,
     journal=Journal(folder, logging_steps=1, total_steps=9),
     facts=lambda: RunFacts(params={}, tags={}, inputs=()),
 )
 run.start()
-run.begin()
 run.close("FINISHED")
 """
 
@@ -50,9 +52,9 @@ def settings(monkeypatch):
     """What the doors set."""
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(mlflow_run, "SEND_EVERY_S", 0.05)
+    monkeypatch.setattr(recorder, "SEND_EVERY_S", 0.05)
     # A busy machine is no trouble.
-    monkeypatch.setattr(mlflow_run, "CLOSE_TIMEOUT_AFTER_FAILURE_S", 30.0)
+    monkeypatch.setattr(recorder, "CLOSE_TIMEOUT_AFTER_FAILURE_S", 30.0)
 
 
 @pytest.fixture(scope="session")
@@ -73,15 +75,14 @@ def outputs(tmp_path, empty_database):
 
 def tracker_of(folder, uri=None, facts=NO_FACTS, continues=False, device=None):
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = MlflowRun(
-        Address(uri or f"sqlite:///{folder.parent / 'mlflow.db'}", "experiment", folder.name),
+    address = Address(uri or f"sqlite:///{folder.parent / 'mlflow.db'}", "experiment", folder.name)
+    tracker = Recorder(
+        MlflowRun(address, folder, continues=continues),
         folder,
         journal=Journal(folder, logging_steps=1, total_steps=1000),
         facts=lambda: facts,
-        continues=continues,
     )
-    tracker.start()
-    tracker.begin(device=device)
+    tracker.start(device=device)
     return tracker
 
 
@@ -201,9 +202,7 @@ def test_a_request_that_mlflow_refuses_costs_only_itself(outputs, caplog, monkey
     for step in range(1, 5):
         write_steps(folder, [step])
         wait_until(
-            lambda: (
-                tracker._journal._read["steps.jsonl"] == (folder / "steps.jsonl").stat().st_size
-            ),
+            lambda: tracker._journal._steps._read == (folder / "steps.jsonl").stat().st_size,
             timeout_s=60,
             what="a read",
         )
@@ -247,14 +246,13 @@ def test_runs_of_one_parent_share_database_and_experiment_and_keep_their_artifac
     ],
 )
 def test_every_end_of_a_run_leaves_its_status(end, status, outputs, monkeypatch):
-    monkeypatch.setattr(mlflow_run, "facts_of", lambda job: NO_FACTS)
+    monkeypatch.setattr(trackers, "facts_of", lambda job: NO_FACTS)
     folder = outputs / "first"
     folder.mkdir()
     job = SimpleNamespace(config=build_config({}), total_steps=4)
     try:
         with trackers.tracked(job, folder, start=Start(0, None)) as (tracker,):
             tracker.start()
-            tracker.begin()
             wait_until(lambda: noted_run(folder), timeout_s=60, what="a run")
             if end is not None:
                 raise end
@@ -322,15 +320,15 @@ def test_a_copy_of_a_run_is_another_run(outputs):
 def test_only_the_same_command_goes_on_in_the_same_mlflow_run(settings_, is_same, tmp_path):
     job = SimpleNamespace(config=build_config(settings_), total_steps=4)
     with trackers.tracked(job, tmp_path, start=Start(2, None)) as (tracker,):
-        assert tracker._continues == is_same
+        assert tracker._tracker._continues == is_same
     with trackers.tracked(job, tmp_path, start=Start(0, None)) as (tracker,):
-        assert not tracker._continues
+        assert not tracker._tracker._continues
 
 
 def test_what_was_not_recorded_of_a_finished_run_is_recorded_by_the_next_start(
     outputs, monkeypatch
 ):
-    monkeypatch.setattr(mlflow_run, "facts_of", lambda job: NO_FACTS)
+    monkeypatch.setattr(trackers, "facts_of", lambda job: NO_FACTS)
     folder, run_id = killed_run(outputs, 2)
     write_steps(folder, [3, 4])
     job = SimpleNamespace(config=build_config({}), total_steps=4)
@@ -406,7 +404,7 @@ def test_database_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
 def test_dead_server_costs_one_warning_without_its_password_and_a_bounded_close(
     tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(mlflow_run, "RETRY_PAUSES_S", (0.1,))
+    monkeypatch.setattr(recorder, "RETRY_PAUSES_S", (0.1,))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         uri = f"http://me:secret@127.0.0.1:{unused.getsockname()[1]}"
@@ -422,13 +420,16 @@ def test_dead_server_costs_one_warning_without_its_password_and_a_bounded_close(
 
 
 def test_server_that_never_answers_is_left_after_a_bounded_wait(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(mlflow_run, "CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(recorder, "CLOSE_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         tracker = tracker_of(tmp_path / "run", uri=uri)
         tracker.close(FINISHED)
         assert tracker._thread.is_alive(), "it was waited for"
-    assert "is too slow: not all metrics are recorded; steps.jsonl has all" in caplog.text
+    assert (
+        "is too slow: not all is recorded; the files of the run have all: `roll-sft sync"
+        in caplog.text
+    )
 
 
 def test_a_server_that_was_away_is_sent_every_step_when_it_answers_again(
@@ -444,7 +445,7 @@ def test_a_server_that_was_away_is_sent_every_step_when_it_answers_again(
         return log_batch(self, run_id, **what)
 
     monkeypatch.setattr(MlflowClient, "log_batch", away)
-    monkeypatch.setattr(mlflow_run, "RETRY_PAUSES_S", (0.05,))
+    monkeypatch.setattr(recorder, "RETRY_PAUSES_S", (0.05,))
     folder = outputs / "run"
     write_steps(folder, range(1, 500))
     tracker = tracker_of(folder)

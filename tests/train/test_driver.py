@@ -123,6 +123,7 @@ def test_every_file_of_the_contract_is_there_and_no_other(run):
     assert names == {
         ".lock",
         ".mlflow_run",
+        ".tracking.json",
         "checkpoints",
         "config.yaml",
         "data_report.json",
