@@ -205,6 +205,12 @@ def _sync(arguments: list[str]) -> int:
     return sync.main(arguments, program="roll-sft sync")
 
 
+def _import_config(arguments: list[str]) -> int:
+    from roll_sft.migrate import command
+
+    return command.main(arguments, program="roll-sft import-config")
+
+
 def _rows(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers of rows, from 0, such as 3,17")
@@ -243,6 +249,7 @@ COMMANDS = {
     "chat": Command("talk to a model, or to the model of a run", _chat),
     "generate": Command("its answers to a file of prompts", _generate),
     "sync": Command("points of a run sent to trackers that missed them", _sync),
+    "import-config": Command("another trainer's configuration into ours", _import_config),
 }
 
 

@@ -1,0 +1,1 @@
+"""Other trainers' configurations into ours, every key accounted for."""
