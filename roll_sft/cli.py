@@ -172,6 +172,12 @@ def _preview(arguments: list[str]) -> int:
     return run.main(rest, action=action)
 
 
+def _report(arguments: list[str]) -> int:
+    from roll_sft.report import command
+
+    return command.main(arguments)
+
+
 def _convert(arguments: list[str]) -> int:
     from roll_sft.convert import command
 
@@ -243,6 +249,7 @@ COMMANDS = {
     "plan": Command("what a run would do, without starting it", _plan),
     "prepare": Command("the data of a run made ready, as training finds it", _prepare),
     "preview": Command("rows as they are trained on, token by token", _preview),
+    "report": Command("a page about a run, or several beside each other", _report),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
     "convert": Command("a checkpoint to a folder that transformers loads, or back", _convert),
     "merge-lora": Command("an adapter merged into its base model", _merge_lora),

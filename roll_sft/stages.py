@@ -78,8 +78,8 @@ def _run(
 
             started = cluster.enter_context(starting(config, as_guest=as_guest))
             from roll_sft.job.overview import show_job
+            from roll_sft.report.starts import reported
             from roll_sft.train.driver import train_from
-            from roll_sft.train.loss_curve import CURVE, draw_losses
             from roll_sft.train.summary import show_summary
 
             clock.passed("imports")
@@ -92,8 +92,9 @@ def _run(
         start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
         show_job(job)
         clock.passed("data and plan")
-        with _trackers(job, folder, start=start) as trackers:
-            reason = _why_finished(start, job, folder)
+        reason = _why_finished(start, job, folder)
+        record = reported(job, folder, first_step=None if reason else start.step + 1)
+        with _trackers(job, folder, start=start) as trackers, record:
             if reason is not None:
                 LOG.info("%s: %s: it is finished", folder, reason)
             else:
@@ -106,8 +107,6 @@ def _run(
                 reason is not None and _is_exported(folder, config)
             ):
                 _export(job.config, _checkpoint_to_export(job.config, folder, start), folder)
-            if reason is None or not (folder / CURVE).exists():
-                draw_losses(folder)
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 

@@ -20,6 +20,7 @@ from roll_sft.checkpoint import tensors
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.engine.engine import Engine
 from roll_sft.job.job import Job
+from roll_sft.report import starts
 from roll_sft.train import driver
 from tests.doors import prepares_here
 
@@ -108,6 +109,7 @@ def main_job(arguments: Sequence[str], fault: Fault = Fault()) -> tuple[int, str
         for name, stand_in in (("connected", nothing), ("reserved", nothing), ("workers", workers)):
             stack.enter_context(patch.object(driver, name, stand_in))
         stack.enter_context(patch.object(stages, "preparing", prepares_here))
+        stack.enter_context(patch.object(starts, "make_report", nothing))
         stack.enter_context(patch.object(tensors, "write", slowly(tensors.write)))
         code = run.main([*arguments])
     logger.handlers[:] = handlers

@@ -79,6 +79,7 @@ class StepRecord:
     mfu: float | None
     peak_memory_gib: float
     dp_imbalance: float
+    pack_fill: float
     sample_ids_sha256: str
 
 

@@ -39,6 +39,7 @@ STEP_NAMES = {
     "step_time_s": "perf/step_time_s",
     "data_wait_s": "perf/data_wait_s",
     "dp_imbalance": "perf/dp_imbalance",
+    "pack_fill": "perf/pack_fill",
     "peak_memory_gib": "perf/peak_memory_gib",
     "supervised_tokens": "data/supervised_tokens",
     "total_tokens": "data/total_tokens",

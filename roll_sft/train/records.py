@@ -48,7 +48,7 @@ class Records:
         self._steps.write(_with_more(record, result) if more else record)
         if self._samples is not None:
             self._samples.write({"step": plan.step, "samples": names})
-        self._display.show(record, fill=plan.fill)
+        self._display.show(record)
         return record
 
     def bad_batch(self, plan: StepPlan, result: StepMetrics) -> None:
@@ -108,6 +108,7 @@ class Records:
             mfu=self._mfu(plan, seconds),
             peak_memory_gib=result.peak_memory_gib,
             dp_imbalance=plan.dp_imbalance,
+            pack_fill=plan.fill,
             sample_ids_sha256=hashlib.sha256("\n".join(names).encode()).hexdigest(),
         )
 

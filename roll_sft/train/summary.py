@@ -100,6 +100,8 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
     steps = sorted(folder.glob(f"{run_folder.CHECKPOINTS}/step_*"))
     if steps:
         yield "newest checkpoint", f"{_shown(steps[-1])} ({_size(steps[-1])})"
+    if (report := folder / "report.html").exists():
+        yield "report", _shown(report)
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     names = [f"{path.name}/" if path.is_dir() else path.name for path in visible]
     yield "all files", f"{_shown(folder)}: {', '.join(names)}"

@@ -35,11 +35,8 @@ class StepDisplay:
                 "", total=total_steps, completed=done, text="starting workers"
             )
 
-    def show(self, record: StepRecord, *, fill: float) -> None:
-        """Report one finished step; a line each `logging_steps` and on the last.
-
-        `fill` is the share of its packs that holds tokens.
-        """
+    def show(self, record: StepRecord) -> None:
+        """Report one finished step; a line each `logging_steps` and on the last."""
         loss, eta = f"loss {record.train_loss:.4f}", f"ETA {self._time_left(record)}"
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, text=f"{loss}  {eta}")
@@ -54,7 +51,7 @@ class StepDisplay:
             f"lr {record.learning_rate:.2e}",
             f"grad {record.grad_norm:.3f}",
             f"{record.step_time_s:.2f} s",
-            f"packs {100 * fill:.0f} % full",
+            f"packs {100 * record.pack_fill:.0f} % full",
         ]
         LOG.info("%s", "  ".join(fields if self._progress is None else _fitting(fields)))
 

@@ -75,7 +75,7 @@ def test_a_long_history_comes_in_parts_that_fit_a_request(tmp_path):
     parts = [[point for record in part for point in record.points] for part in journal.batches()]
     assert len(parts) == -(-300 // LINES_AT_ONCE)
     assert max(map(len, parts)) <= 1000
-    assert sum(map(len, parts)) == 300 * 20
+    assert sum(map(len, parts)) == 300 * 21
 
 
 @pytest.mark.parametrize(

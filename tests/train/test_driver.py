@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ import roll_sft.run
 from roll_sft.base.metrics import StepRecord
 from roll_sft.checkpoint.resume import step_folders
 from roll_sft.data.steps.objective import TOLD
+from roll_sft.report import command, starts
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker
 from tests import slow_worker
@@ -49,6 +51,7 @@ STEP_KEYS = [
     "mfu",
     "peak_memory_gib",
     "dp_imbalance",
+    "pack_fill",
     "sample_ids_sha256",
 ]
 
@@ -67,7 +70,9 @@ def door():
     """The main job in this process; what it changes here is put back."""
     handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("roll_sft")
     environment, propagate = dict(os.environ), logger.propagate
-    yield lambda arguments: roll_sft.run.main(arguments)
+    # The report of each run in this process, which imports matplotlib once for all.
+    with patch.object(starts, "make_report", lambda folder: command.make([folder], None)):
+        yield lambda arguments: roll_sft.run.main(arguments)
     signal.signal(signal.SIGTERM, handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -133,7 +138,9 @@ def test_every_file_of_the_contract_is_there_and_no_other(run):
         "logs",
         "loss.png",
         "mlflow",
+        "report.html",
         "samples.jsonl",
+        "starts.jsonl",
         "steps.jsonl",
     }
     assert {path.name for path in (run / "logs").iterdir()} == {"rank_00.log", "rank_01.log"}

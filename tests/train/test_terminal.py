@@ -32,6 +32,7 @@ def record(step: int) -> StepRecord:
         mfu=None,
         peak_memory_gib=1.0,
         dp_imbalance=1.0,
+        pack_fill=0.59,
         sample_ids_sha256="0" * 64,
     )
 
@@ -53,7 +54,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
         console.set_up_logging()
         with terminal.step_display(TOTAL, logging_steps=5) as display:
             for step in range(1, 11):
-                display.show(record(step), fill=0.59)
+                display.show(record(step))
         return file.getvalue()
 
     yield show
@@ -94,7 +95,7 @@ def test_without_a_terminal_a_line_is_plain_and_has_everything(
     console.set_up_logging()
     with terminal.step_display(TOTAL, logging_steps=5) as display:
         for step in (449, 450):
-            display.show(record(step), fill=0.59)
+            display.show(record(step))
     logging.getLogger("roll_sft.train.driver").warning("no such thing")
     last, warned = capsys.readouterr().err.splitlines()
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "

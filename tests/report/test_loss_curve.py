@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from roll_sft.train.loss_curve import draw_losses
+from roll_sft.report.loss_curve import draw_losses
 
 
 def write(path, records):

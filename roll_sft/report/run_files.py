@@ -1,0 +1,193 @@
+"""The files of a run, read for a report: whatever is there, and nothing that must be.
+
+Assumes nothing of the content: a folder may come from an earlier version, a failed run, or another
+machine. Promise: no file and no value in one raises; what cannot be read is left out.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from roll_sft.base.errors import ConfigError
+from roll_sft.base.text import redacted
+from roll_sft.report.starts import PACKS, STARTS
+
+Array = NDArray[np.float64]
+STEPS, EVALS = "steps.jsonl", "eval.jsonl"
+GENERATIONS, BAD_BATCHES = "generations.jsonl", "bad_batches.jsonl"
+NOT_NUMBERS = ("sample_ids_sha256",)
+_MOST_KEYS = 2_000  # of a configuration
+_MOST_BYTES = 4 << 20  # of a file that is read whole
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What the files of a run say.
+
+    `steps`: of each key of steps.jsonl the values, float64 [n], NaN where a line has none; `step`
+    ascends. `experts`: step -> tokens of each expert. `config`: flattened, a value as text.
+    """
+
+    folder: Path
+    name: str
+    steps: dict[str, Array]
+    experts: dict[int, list[float]] = field(default_factory=dict)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
+    bad_batches: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, str] = field(default_factory=dict)
+    data: list[dict[str, Any]] = field(default_factory=list)
+    packs: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def column(self, key: str) -> Array:
+        """The values of `key` of each step, NaN where it has none."""
+        return self.steps.get(key, np.full(len(self.step), np.nan))
+
+    @property
+    def step(self) -> Array:
+        """The numbers of the steps, float64 [n]."""
+        return self.steps.get("step", np.empty(0))
+
+
+def read_run(folder: Path) -> RunFiles:
+    """The run in `folder`. Raises `ConfigError` for a folder that is of no run."""
+    if not any((folder / name).is_file() for name in (STEPS, "config.yaml", STARTS)):
+        what = "has neither steps.jsonl nor config.yaml" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"RUN: {str(folder)!r} {what}; give the output_dir of a run")
+    lines = [line for line in records(folder / STEPS) if _step(line) is not None]
+    config = dict(islice(flat(_yaml(folder / "config.yaml")), _MOST_KEYS))
+    starts = list(records(folder / STARTS))
+    return RunFiles(
+        folder=folder,
+        name=redacted(config.get("run_name") or folder.resolve().name),
+        steps=_columns(lines),
+        experts={int(line["step"]): found for line in lines if (found := _experts(line))},
+        evals=[line for line in records(folder / EVALS) if _step(line) is not None],
+        generations=[line for line in records(folder / GENERATIONS) if _step(line) is not None],
+        bad_batches=[line for line in records(folder / BAD_BATCHES) if _step(line) is not None],
+        starts=[line for line in starts if line.get("event") in ("start", "end")],
+        config=config,
+        data=_sources(_json(folder / "data_report.json")),
+        packs=_json(folder / PACKS),
+        versions=_versions(folder, starts),
+    )
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records of a file of JSON lines; a run may be writing the last one."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n") and isinstance(found := _parsed(line), dict):
+                    yield found
+    except OSError:
+        return
+
+
+def number(value: object) -> float:
+    """`value` as a number, NaN for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.nan
+    return math.nan
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of nested mappings as `section.key`, each value as text."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float | list | None):
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield f"{prefix}{key}", redacted(text)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _step(line: Mapping[str, Any]) -> int | None:
+    value = number(line.get("step"))
+    return int(value) if 0 <= value < 1e12 else None
+
+
+def _columns(lines: list[dict[str, Any]]) -> dict[str, Array]:
+    if not lines:
+        return {}
+    lines = sorted(lines, key=lambda line: number(line["step"]))
+    keys = dict.fromkeys(key for line in (lines[0], lines[-1]) for key in line)
+    columns = {}
+    for key in keys:
+        if key not in NOT_NUMBERS:
+            columns[key] = np.array([number(line.get(key)) for line in lines])
+    return columns
+
+
+def _experts(line: Mapping[str, Any]) -> list[float]:
+    found = line.get("tokens_per_expert")
+    return [number(value) for value in found] if isinstance(found, list) else []
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError:
+        return ""
+    return content.decode("utf-8", "replace") if len(content) <= _MOST_BYTES else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = _parsed(_text(path).encode())
+    return found if isinstance(found, dict) else {}
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.load(_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for kind, title in (("sources", "train"), ("validation", "validation")):
+        entries = report.get(kind)
+        for each in entries if isinstance(entries, list) else []:
+            if isinstance(each, dict):
+                found.append({"kind": title, **each})
+    return found
+
+
+def _versions(folder: Path, starts: list[dict[str, Any]]) -> dict[str, str]:
+    """Of the last start, or of a run that has no starts.jsonl, of its newest checkpoint."""
+    found: Any = next((line.get("versions") for line in reversed(starts) if "versions" in line), {})
+    if not found:
+        steps = sorted(folder.glob("checkpoints/step_*"))
+        found = _json(steps[-1] / "manifest.json").get("versions") if steps else {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def age_s(path: Path, now: float) -> float | None:
+    """Seconds since `path` was written; None where there is no such file."""
+    try:
+        return max(0.0, now - os.stat(path).st_mtime)
+    except OSError:
+        return None
