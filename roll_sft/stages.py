@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from roll_sft.tracking.recorder import Recorder
 
 LOG = logging.getLogger(__name__)
-JOB = "job"  # the folder of a run that joins the stages
+JOB = run_folder.JOB  # the folder of a run that joins the stages
 
 
 def run(config: RunConfig, *, composed_yaml: str, as_guest: bool = False) -> None:

@@ -35,6 +35,7 @@ LANES = (
         "tests/runtime/",
         "tests/test_cluster.py",
         "tests/train/test_driver.py",
+        "tests/train/test_restarts.py",
         "tests/test_killed.py",
     ),
     ("tests/engine/", "tests/parity/"),

@@ -29,8 +29,14 @@ MOST = {TRAIN: (48, 9_000), PREPARE: (30, 5_000), MODEL: (20, 2_500)}  # modules
 OF_PLAN = ("roll_sft/job/memory.py",)
 # Opening a config.json, which preparing does for training.
 OF_MODEL = ("roll_sft/models/decoder_shape.py",)
+# The section `cluster`, which training reads; preparing has its address alone.
+OF_CLUSTER = ("roll_sft/config/cluster.py",)
 # Read by itself, in another part or with its own budget.
-APART = {TRAIN: (*OF_MODEL, *OF_PLAN), PREPARE: ("roll_sft/job/model.py", "roll_sft/models/")}
+APART = {
+    TRAIN: (*OF_MODEL, *OF_PLAN),
+    PREPARE: ("roll_sft/job/model.py", "roll_sft/models/", *OF_CLUSTER),
+    MODEL: OF_CLUSTER,
+}
 
 # Loaded where it is needed, which is not in a plain run.
 BY_NEED = {
@@ -39,6 +45,7 @@ BY_NEED = {
     "roll_sft/checkpoint/fingerprint.py": "a run that goes on from a checkpoint",
     "roll_sft/checkpoint/index.py": "a run that goes on from a checkpoint",
     "roll_sft/config/evolve.py": "the Python API",
+    "roll_sft/config/debug.py": "debug.faults",
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
@@ -112,14 +119,18 @@ BY_NEED = {
     "roll_sft/models/variation.py": "a model that is no plain decoder",
     "roll_sft/models/random_weights.py": "a model that starts from random weights",
     "roll_sft/runtime/failures.py": "workers that fail",
+    "roll_sft/runtime/faults.py": "debug.faults",
+    "roll_sft/runtime/regroup.py": "workers that fail",
     "roll_sft/runtime/joining.py": "a cluster that others started",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/train/early_stopping.py": "train.early_stopping",
+    "roll_sft/train/supervisor.py": "workers that fail",
     "roll_sft/tracking/": "trackers",
 }
-# A small source is encoded quickly, too; without these the ids are the same. The sections `lora`,
-# `moe`, `tracking` and the keys of recipes are loaded for their defaults: they are off.
+# A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,
+# `lora`, `moe`, `tracking` and the keys of recipes are loaded for their defaults: they are off.
 ALLOWED = (
+    "roll_sft/config/debug.py",
     "roll_sft/config/lora.py",
     "roll_sft/config/moe.py",
     "roll_sft/config/recipes.py",

@@ -61,9 +61,19 @@ class CheckpointError(RollSftError):
 
 
 class WorkerError(RollSftError):
-    """A worker died, hung past its deadline, or raised an error of ours."""
+    """A worker died, hung past its deadline, or raised an error of ours.
+
+    `rank` and `host` are those that caused it, where they are known. `may_pass` says whether new
+    workers may succeed: after a death, a hang, or an error of a device or a network.
+    """
 
     exit_code = 7
+
+    def __init__(
+        self, message: str, *, rank: int | None = None, host: str = "", may_pass: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.host, self.may_pass = rank, host, may_pass
 
 
 def first_line(error: BaseException) -> str:

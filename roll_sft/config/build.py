@@ -35,7 +35,7 @@ ABBREVIATIONS = {
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
-    {"evaluation", "export", "cluster.max_restarts", "cluster.elastic", "cluster.grace_s"}
+    {"evaluation", "export", "cluster.grace_s"}
     | {"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"}
     | {"train.on_nan", "train.max_duration"}
 )

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
+from roll_sft.config.debug import FaultConfig
 from roll_sft.config.fields import (
     Key,
     all_keys,
@@ -29,6 +30,7 @@ file. `--help` prints the same list. A number that breaks its range, a text that
 choices and a key that is not listed here are refused before anything starts.
 """
 _INDENT = "      "
+_LISTS = {"sources": SourceConfig, "faults": FaultConfig}  # title -> the entries of a list
 
 
 def page() -> str:
@@ -69,7 +71,8 @@ def _groups() -> Iterator[tuple[str, str, list[Key]]]:
             inherited = {name for base in item.type.__mro__[1:-1] for name in all_names(base)}
             own.sort(key=lambda each: each.name.rpartition(".")[2] in inherited)
             yield item.name, _about(item.type), own
-    yield "sources", _about(SourceConfig), list(all_keys(SourceConfig))
+    for title, entry in _LISTS.items():
+        yield title, _about(entry), list(all_keys(entry))
 
 
 def _about(section: type) -> str:
@@ -85,8 +88,8 @@ def _takes(each: Key) -> str:
     elif each.choices:
         words = ", ".join(each.choices)
         words = f"list of {words}" if get_origin(inner) is list else f"one of {words}"
-    elif section_of(inner) is not None:
-        words = "list of sources"
+    elif (entry := section_of(inner)) is not None:
+        words = f"list of {next(title for title, each in _LISTS.items() if each is entry)}"
     else:
         words = _type_in_words(inner)
     words += f", {each.unit}" if each.unit else ""

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import redacted
+from roll_sft.config.cluster import ClusterConfig
+from roll_sft.config.debug import DebugConfig
 from roll_sft.config.keys import key
 from roll_sft.config.lora import LoraConfig
 from roll_sft.config.moe import MoeConfig
@@ -272,27 +274,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig:
-    """The Ray cluster and its deadlines."""
-
-    address: str | None = key(
-        None,
-        "host:port of a Ray cluster to join; null takes RAY_ADDRESS, or starts a cluster here.",
-    )
-    step_timeout_s: float = key(1800.0, "Longest step.", unit="seconds", above=0, at_most=1e7)
-    setup_timeout_s: float = key(
-        900.0,
-        "Longest start of the workers, with loading the model.",
-        unit="seconds",
-        above=0,
-        at_most=1e7,
-    )
-    checkpoint_timeout_s: float = key(
-        3600.0, "Longest save of a checkpoint.", unit="seconds", above=0, at_most=1e7
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """The run itself."""
 
@@ -320,6 +301,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     @property
     def trains_part(self) -> bool:

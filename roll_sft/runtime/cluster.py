@@ -246,11 +246,9 @@ def reserved(config: RunConfig) -> Iterator[Slots]:
     tensor_size = parallel.tensor_model_parallel_size
     device = parallel.device
     assert device != "auto", "the device is decided before resources are reserved"
-    bundle = {"CPU": float(tensor_size * parallel.cpus_per_worker)}
-    if device == "cuda":
-        bundle["GPU"] = float(tensor_size)
+    bundle = bundle_of(parallel)
     num_bundles = parallel.num_workers // tensor_size
-    if _bundles_that_fit(bundle) < num_bundles:
+    if bundles_that_fit(bundle) < num_bundles:
         raise ResourceError(_shortfall(parallel, bundle, reason="the cluster has less in total"))
     group = placement_group([bundle] * num_bundles, strategy="PACK")
     try:
@@ -283,7 +281,16 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _bundles_that_fit(bundle: Mapping[str, float]) -> int:
+def bundle_of(parallel: ParallelConfig) -> dict[str, float]:
+    """What one tensor-parallel group takes, on one node."""
+    tensor_size = parallel.tensor_model_parallel_size
+    bundle = {"CPU": float(tensor_size * parallel.cpus_per_worker)}
+    if parallel.device == "cuda":
+        bundle["GPU"] = float(tensor_size)
+    return bundle
+
+
+def bundles_that_fit(bundle: Mapping[str, float]) -> int:
     """How many bundles the nodes hold when no other job runs; a bundle lies on one node."""
     return sum(
         min(int(node["Resources"].get(name, 0) // amount) for name, amount in bundle.items())

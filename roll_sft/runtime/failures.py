@@ -49,6 +49,11 @@ class Ranks:
         """Rank, host and process."""
         return str(self.addresses[rank]) if self.addresses else f"rank {rank}"
 
+    def error(self, rank: int, message: str, *, may_pass: bool = True) -> WorkerError:
+        """The error that `rank` caused."""
+        host = self.addresses[rank].host if self.addresses else ""
+        return WorkerError(message, rank=rank, host=host, may_pass=may_pass)
+
     def log(self, rank: int) -> str:
         """The end of the rank's log, at most `LOG_TAIL_BYTES`, without earlier runs."""
         try:
@@ -98,9 +103,10 @@ def missed_deadline(
         found.append(f"likewise {_listed(culprits[MAX_SHOWN:])}")
     if waiting and culprits != waiting:
         found.append(f"{_listed(waiting)} waited for that")
-    return WorkerError(
+    return ranks.error(
+        culprits[0],
         f"{phase} did not finish within {deadline_s:g} s: {'; '.join(found)}; the stacks are at the"
-        f" end of {log_path(ranks.logs, culprits[0])} and of the other logs beside it"
+        f" end of {log_path(ranks.logs, culprits[0])} and of the other logs beside it",
     )
 
 
@@ -128,9 +134,15 @@ def _as_ours(phase: str, rank: int, failure: RayError, ranks: Ranks) -> RollSftE
         fault = failure.cause.fault
         if fault.exit_code is None:  # a bug: log the traceback
             LOG.error("%s\n%s", ranks.name(rank), fault.details)
-        return KINDS.get(fault.exit_code or 0, WorkerError)(f"{fault}; {_see_log(rank, ranks)}")
+        message = f"{fault}; {_see_log(rank, ranks)}"
+        if (kind := KINDS.get(fault.exit_code or 0)) is not None:
+            return kind(message)
+        return ranks.error(rank, message, may_pass=fault.may_pass)
     reason = _reason_of_death(failure, ranks.log(rank))
-    return WorkerError(f"{ranks.name(rank)} died during {phase}: {reason}; {_see_log(rank, ranks)}")
+    # An actor that cannot even be made would fail again.
+    may_pass = not (isinstance(failure, RayActorError) and failure.actor_init_failed)
+    message = f"{ranks.name(rank)} died during {phase}: {reason}; {_see_log(rank, ranks)}"
+    return ranks.error(rank, message, may_pass=may_pass)
 
 
 def _reason_of_death(failure: RayError, log: str) -> str:

@@ -67,7 +67,12 @@ class WorkerGroup:
         with writing(logs):
             logs.mkdir(parents=True, exist_ok=True)
             self._nonce.touch()
-        actor: Any = ray.remote(Worker)
+        worker = Worker
+        if config.debug.faults:
+            from roll_sft.runtime.faults import with_faults
+
+            worker = with_faults(Worker)
+        actor: Any = ray.remote(worker)
         self._actors: list[Any] = [
             actor.options(
                 num_cpus=slots.cpus_per_worker,

@@ -80,14 +80,15 @@ class RankFault:
     """An error of one rank.
 
     `is_collateral` marks an error that reports a lost or late peer, where the cause is.
-    `exit_code` is set for errors of `roll_sft.base.errors`, None for any other. `details` is the
-    traceback.
+    `may_pass` marks one that new workers may not meet again. `exit_code` is set for errors of
+    `roll_sft.base.errors`, None for any other. `details` is the traceback.
     """
 
     address: WorkerAddress
     phase: str
     summary: str
     is_collateral: bool
+    may_pass: bool
     exit_code: int | None
     details: str
 
@@ -299,6 +300,8 @@ def _fault_of(error: BaseException, address: WorkerAddress, *, phase: str) -> Ra
         phase=phase,
         summary=str(error) if code is not None else f"{type(error).__name__}: {first_line(error)}",
         is_collateral=_is_collateral(error),
+        # torch's errors of devices and of communication are RuntimeErrors.
+        may_pass=isinstance(error, RuntimeError | OSError),
         exit_code=code,
         details=traceback.format_exc(),
     )

@@ -4,15 +4,17 @@ A tracker reads `steps.jsonl`, `eval.jsonl` and `generations.jsonl` while the dr
 them. So the files are the queue: nothing is kept in memory, a tracker that lost its server
 continues where it stopped, and the tracker of a resumed run reads from the start.
 
-Assumes that the files only grow, and that the lines of an evaluation after step N are written
-before the line of step N + 1. Promises: every complete line is read once; steps never go back;
-MLflow accepts every name, and validation sets with different names keep different names.
+Assumes that the files grow, or are cut to their own beginning where the workers of a run are
+restarted, and that the lines of an evaluation after step N are written before the line of step
+N + 1. Promises: every complete line is read once, also where a restart writes it again; steps never
+go back; MLflow accepts every name, and validation sets with different names keep different names.
 """
 
 import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -129,6 +131,8 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, 0  # bytes
+        self._file = (0, 0)  # device and inode of the file that was read
+        self._step, self._names = 0, set[Any]()  # of the last lines that were read
         self._ahead = deque[dict[str, Any]]()  # read, and not given yet
 
     def next(self, most: int) -> list[dict[str, Any]]:
@@ -136,11 +140,16 @@ class _Lines:
         found = list[dict[str, Any]]()
         try:
             with self._path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._read:
+                    self._file, self._read = (stat.st_dev, stat.st_ino), 0
                 file.seek(self._read)
                 while len(found) < most and (line := file.readline()).endswith(b"\n"):
                     self._read += len(line)
                     with contextlib.suppress(ValueError):  # half a line, left by a full disk
-                        found.append(json.loads(line))
+                        record = json.loads(line)
+                        if self._is_new(record):
+                            found.append(record)
         except FileNotFoundError:
             pass
         return found
@@ -154,6 +163,15 @@ class _Lines:
             if not self._ahead or (step is not None and self._ahead[0]["step"] > step):
                 return found
             found.append(self._ahead.popleft())
+
+    def _is_new(self, line: Mapping[str, Any]) -> bool:
+        """Whether the line was not read before; in a file that was cut, it may have been."""
+        step, name = line["step"], line.get("name", line.get("index"))
+        if step < self._step or (step == self._step and name in self._names):
+            return False
+        self._names = self._names | {name} if step == self._step else {name}
+        self._step = step
+        return True
 
 
 def safe_name(name: str) -> str:

@@ -10,11 +10,12 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roll_sft.base.errors import DivergedError
+from roll_sft.base.errors import DivergedError, WorkerError
 from roll_sft.checkpoint.resume import Start, make_way
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.verify import verifying
@@ -33,6 +34,17 @@ LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
 
 
+@dataclass(slots=True)
+class Attempt:
+    """What a group of workers begins with. `begun` is called where its first step begins."""
+
+    job: Job
+    start: Start
+    slots: Slots
+    begun: Callable[[], None]
+    is_begun: bool = False
+
+
 def train_from(
     start: Start,
     job: Job,
@@ -44,41 +56,70 @@ def train_from(
 ) -> None:
     """Train `job` to the end in `folder`, on workers that begin where `start` says.
 
-    `composed_yaml` is kept with the results.
+    Where they fail, others go on, see `train/supervisor.py`. `composed_yaml` is kept with the
+    results.
     """
     config, first_step = job.config, start.step + 1
-    checkpoints = folder / run_folder.CHECKPOINTS
     check_room(
         config,
         job.source.shape,
-        checkpoints,
+        folder / run_folder.CHECKPOINTS,
         first_step=start.step,
         total_steps=job.total_steps,
     )
-    if start.checkpoint is not None:
-        LOG.info("goes on from %s, with step %d", start.checkpoint, first_step)
+    unstarted = deque(trackers)
+
+    def begin(attempt: Attempt, group: WorkerGroup, records: Records) -> None:
+        verified()
+        clock.passed("workers and model")
+        _make_folder_begin(attempt, folder, composed_yaml=composed_yaml)
+        records.begin()
+        records.device_name = _device(attempt.job, group)
+        while unstarted:
+            # Not beside the workers' start, whose cores it would take.
+            device = f"{job.layout.world_size} x {records.device_name or 'CPU'}"
+            unstarted.popleft().start(device=device)
+        attempt.is_begun = True
+        attempt.begun()
+
     tokens = verifying(job.data.folders)
     with tokens as verified, connected(config), reserved(config) as slots:
         clock.passed("Ray and placement")
-        with (
-            open_records(job, folder, first_step=first_step) as records,
-            workers(job, folder, slots=slots, checkpoint=start.checkpoint) as group,
-        ):
-            verified()
-            clock.passed("workers and model")
-            # Not before: a start that fails leaves logs and checkpoints as they were.
-            make_way(checkpoints, start)
-            origin = start.checkpoint.parents[1] if start.checkpoint else folder
-            run_folder.cut_logs(folder, step=start.step, origin=origin)
-            run_folder.write_text(folder / "config.yaml", composed_yaml)
-            run_folder.write_json(folder / "data_report.json", job.data_report())
-            records.begin()
-            records.device_name = _device(job, group)
-            for tracker in trackers:
-                # Not beside the workers' start, whose cores it would take.
-                tracker.start(device=f"{job.layout.world_size} x {records.device_name or 'CPU'}")
-            LOG.info("step %d begins %s", first_step, clock)
-            train(job, group, records, folder=folder, first_step=first_step)
+        first = Attempt(
+            job, start, slots, begun=lambda: LOG.info("step %d begins %s", first_step, clock)
+        )
+        try:
+            train_on(first, folder, begin)
+        except WorkerError as error:
+            from roll_sft.train.supervisor import restarted
+
+            restarted(error, first, folder, train=lambda next: train_on(next, folder, begin))
+
+
+def train_on(
+    attempt: Attempt, folder: Path, begin: Callable[[Attempt, WorkerGroup, Records], None]
+) -> None:
+    """Train on new workers; `begin` is called when they are ready."""
+    job, start = attempt.job, attempt.start
+    if start.checkpoint is not None:
+        LOG.info("goes on from %s, with step %d", start.checkpoint, start.step + 1)
+    with (
+        open_records(job, folder, first_step=start.step + 1) as records,
+        workers(job, folder, slots=attempt.slots, checkpoint=start.checkpoint) as group,
+    ):
+        begin(attempt, group, records)
+        train(job, group, records, folder=folder, first_step=start.step + 1)
+
+
+def _make_folder_begin(attempt: Attempt, folder: Path, *, composed_yaml: str) -> None:
+    """Leave in `folder` what a run has that begins at the start of `attempt`."""
+    # Not before the workers are ready: a start that fails leaves logs and checkpoints as they were.
+    start = attempt.start
+    make_way(folder / run_folder.CHECKPOINTS, start)
+    origin = start.checkpoint.parents[1] if start.checkpoint else folder
+    run_folder.cut_logs(folder, step=start.step, origin=origin)
+    run_folder.write_text(folder / "config.yaml", composed_yaml)
+    run_folder.write_json(folder / "data_report.json", attempt.job.data_report())
 
 
 def train(

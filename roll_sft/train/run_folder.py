@@ -27,6 +27,7 @@ from roll_sft.config.schema import RunConfig
 LOG = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 MODEL, ADAPTER = "hf", "adapter"  # what is exported
+JOB = "job"  # what joins the stages
 # Each line of these has a `step`.
 LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl", "bad_batches.jsonl")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

@@ -60,7 +60,10 @@ KEYS = {
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
     " hf_export",
     "tracking.": "backends mlflow_uri experiment",
-    "cluster.": "address step_timeout_s setup_timeout_s checkpoint_timeout_s",
+    "cluster.": "address prepare_timeout_s setup_timeout_s step_timeout_s checkpoint_timeout_s"
+    " max_restarts elastic straggler_factor",
+    "debug.": "faults",
+    "debug.faults.": "kind where step rank",
 }
 SECTIONS = [section.removesuffix(".") for section in KEYS if section.count(".") == 1]
 
@@ -183,7 +186,7 @@ def test_help_explains_every_key_within_the_width(
     assert max(map(len, outcome.stdout.splitlines())) <= width
     text = " ".join(outcome.stdout.split())
     for each in all_keys(RunConfig):
-        if not each.name.startswith(("data.train.", "data.validation.")):
+        if not each.name.startswith(("data.train.", "data.validation.", "debug.faults.")):
             assert f" {each.name}=" in text
         assert each.sentence in text
         assert ", ".join(each.choices) in text
@@ -383,8 +386,6 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
         "export.push_to_hub",
         "evaluation.prompts",
         "evaluation.max_new_tokens",
-        "cluster.max_restarts",
-        "cluster.elastic",
         "cluster.grace_s",
         "parallel.expert_tensor_parallel_size",
         "train.on_nan",

@@ -17,6 +17,7 @@ from roll_sft.tracking.journal import (
     safe_name,
 )
 from roll_sft.tracking.system_metrics import SystemMetrics
+from roll_sft.train.run_folder import cut_logs
 
 NOT_NUMBERS = {"step", "sample_ids_sha256"}
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -60,6 +61,28 @@ def test_journal_gives_each_complete_line_once_and_what_comes_later(tmp_path):
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('_loss": 0.25}\n{"step": 5, "train_loss": 0.2}\n')
     assert [point[2] for point in read(journal)] == [4, 4, 5, 5]
+
+
+def test_journal_reads_no_step_again_from_logs_that_a_restart_has_cut(tmp_path):
+    def step(number):
+        return {"step": number, "train_loss": number}
+
+    def evaluation(number, name):
+        return {"step": number, "name": name, "loss": number, "perplexity": number}
+
+    steps, evals = tmp_path / "steps.jsonl", tmp_path / "eval.jsonl"
+    journal = Journal(tmp_path, logging_steps=1, total_steps=9)
+    write(steps, [step(1), step(2), step(3)])
+    write(evals, [evaluation(1, "a"), evaluation(1, "b"), evaluation(3, "a")])
+    assert [point.step for point in read(journal) if point.name == "train/loss"] == [1, 2, 3]
+    cut_logs(tmp_path, step=1, origin=tmp_path)
+    assert read(journal) == []
+    write(steps, [step(2), step(3), step(4)])
+    write(evals, [evaluation(3, "a"), evaluation(3, "b")])
+    assert [point[1:] for point in read(journal) if point.name == "train/loss"] == [(4, 4)]
+    write(evals, [evaluation(4, "a")])
+    losses = [point for point in read(journal) if point.name.endswith("/loss")]
+    assert losses == [("eval/a/loss", 4, 4)]
 
 
 def test_a_torn_line_is_passed_over(tmp_path):

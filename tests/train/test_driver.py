@@ -375,7 +375,11 @@ def test_killed_worker_ends_the_run_with_one_line_that_names_it(
         killed["workers"][1].kill()
 
     meanwhile(kill)
-    overrides = {"cluster__address": two_nodes().address, "train__max_steps": 5000}
+    overrides = {
+        "cluster__address": two_nodes().address,
+        "cluster__max_restarts": 0,
+        "train__max_steps": 5000,
+    }
     code = door(arguments_of(assets, output, **overrides))
     seconds = time.monotonic() - killed["at"]
     output_text, errors = capfd.readouterr()
