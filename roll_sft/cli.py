@@ -178,6 +178,12 @@ def _report(arguments: list[str]) -> int:
     return command.main(arguments)
 
 
+def _watch(arguments: list[str]) -> int:
+    from roll_sft.report import watch
+
+    return watch.main(arguments)
+
+
 def _convert(arguments: list[str]) -> int:
     from roll_sft.convert import command
 
@@ -250,6 +256,7 @@ COMMANDS = {
     "prepare": Command("the data of a run made ready, as training finds it", _prepare),
     "preview": Command("rows as they are trained on, token by token", _preview),
     "report": Command("a page about a run, or several beside each other", _report),
+    "watch": Command("a run as it goes, from its files", _watch),
     "parity": Command("the first batch of a run, computed by it and by transformers", _parity),
     "convert": Command("a checkpoint to a folder that transformers loads, or back", _convert),
     "merge-lora": Command("an adapter merged into its base model", _merge_lora),

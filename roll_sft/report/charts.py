@@ -9,7 +9,7 @@ import numpy as np
 
 from roll_sft.report import drawing
 from roll_sft.report.curves import Curve, curve, smoothed
-from roll_sft.report.run_files import Array, RunFiles, number
+from roll_sft.report.run_files import Array, RunFiles, evaluations, number, restarts
 
 MAX_ROWS = 12  # of the table behind a chart
 MAX_GROUPS = 8  # of a validation set, and of colours
@@ -143,23 +143,6 @@ def charts_of(runs: Sequence[RunFiles]) -> list[Chart]:
         found += [_packs(run, prefix=f"{run.name}: " if len(runs) > 1 else ""), _experts(run)]
     numbers = count(1)
     return [replace(each, key=f"c{next(numbers)}-{each.key}") for each in found if each is not None]
-
-
-def evaluations(run: RunFiles) -> dict[str, tuple[Array, Array]]:
-    """Validation set -> steps and losses, float64 [n] each."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for line in run.evals:
-        loss = number(line.get("loss"))
-        if math.isfinite(loss):
-            points.setdefault(str(line.get("name")), []).append((number(line["step"]), loss))
-    arrays = {name: np.array(each) for name, each in points.items()}
-    return {name: (each[:, 0], each[:, 1]) for name, each in arrays.items()}
-
-
-def restarts(run: RunFiles) -> list[float]:
-    """The steps with which a command went on."""
-    found = (number(line.get("step")) for line in run.starts if line.get("event") == "start")
-    return sorted({step for step in found if step > 1})
 
 
 def _loss(runs: Sequence[RunFiles]) -> Chart | None:

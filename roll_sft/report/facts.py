@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from roll_sft.base.text import printable
-from roll_sft.report.charts import evaluations
-from roll_sft.report.run_files import RunFiles, number
+from roll_sft.report.run_files import RunFiles, evaluations, number
 from roll_sft.report.state import State
 from roll_sft.train.terminal import format_seconds
 

@@ -4,7 +4,6 @@ The template engine escapes every text and names control characters, so a page r
 file of the run says.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from roll_sft.report import facts
 from roll_sft.report.charts import Chart, charts_of
 from roll_sft.report.drawing import titled
 from roll_sft.report.run_files import RunFiles
-from roll_sft.report.state import State, state_of
+from roll_sft.report.state import current_state
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
-_LAST_STEPS = 50  # whose time says how long a step takes
 
 
 def page_of(runs: Sequence[RunFiles]) -> str:
@@ -45,12 +43,6 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         samples=facts.samples(runs),
         tables=[table for table in tables if table is not None],
     )
-
-
-def current_state(run: RunFiles) -> State:
-    """How `run` stands now."""
-    times = run.column("step_time_s")[-_LAST_STEPS:].tolist()
-    return state_of(run.folder, run.starts, times, now=time.time())
 
 
 def _titled(chart: Chart) -> str:

@@ -84,6 +84,23 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
+def evaluations(run: RunFiles) -> dict[str, tuple[Array, Array]]:
+    """Validation set -> steps and losses, float64 [n] each."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in run.evals:
+        loss = number(line.get("loss"))
+        if math.isfinite(loss):
+            points.setdefault(str(line.get("name")), []).append((number(line["step"]), loss))
+    arrays = {name: np.array(each) for name, each in points.items()}
+    return {name: (each[:, 0], each[:, 1]) for name, each in arrays.items()}
+
+
+def restarts(run: RunFiles) -> list[float]:
+    """The steps with which a command went on."""
+    found = (number(line.get("step")) for line in run.starts if line.get("event") == "start")
+    return sorted({step for step in found if step > 1})
+
+
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The whole records of a file of JSON lines; a run may be writing the last one."""
     try:

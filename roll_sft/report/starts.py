@@ -46,7 +46,8 @@ def reported(job: Job, folder: Path, *, first_step: int | None) -> Iterator[None
         yield
         return
     begun = {"event": "start", "step": first_step, "host": os.uname().nodename, "pid": os.getpid()}
-    about = {"python": sys.version.split()[0], "device": job.config.parallel.device}
+    about: dict[str, Any] = {"python": sys.version.split()[0], "device": job.config.parallel.device}
+    about["total_steps"] = job.total_steps
     with _never_fails():
         write_json(folder / PACKS, packs_of(job, first_step or job.total_steps))
         _add(folder, begun | about | {"versions": _versions()})

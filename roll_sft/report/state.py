@@ -8,6 +8,7 @@ lines.
 import math
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from roll_sft.report.run_files import EVALS, GENERATIONS, STEPS, age_s, number
+from roll_sft.report.run_files import EVALS, GENERATIONS, STEPS, RunFiles, age_s, number
 from roll_sft.train.terminal import format_seconds
 
 Kind = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "unknown"]
 SIGNALLED = 128  # codes above are of signals, as a shell says them
 PREEMPTED = 75
+_LAST_STEPS = 50  # whose time says how long a step takes
 QUIET_S = 300.0  # without a line, at least: evaluations and saves take their time
 QUIET_STEPS = 20  # without a line for as long as so many steps took
 
@@ -38,6 +40,12 @@ class State:
     def is_over(self) -> bool:
         """Whether no process trains."""
         return self.kind in ("finished", "stopped", "failed", "unknown")
+
+
+def current_state(run: RunFiles) -> State:
+    """How `run` stands now."""
+    times = run.column("step_time_s")[-_LAST_STEPS:].tolist()
+    return state_of(run.folder, run.starts, times, now=time.time())
 
 
 def state_of(
