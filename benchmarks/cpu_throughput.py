@@ -196,7 +196,7 @@ def engine_of(folder: Path) -> Iterator[tuple[Any, Job]]:
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 1)
-    rendezvous = Rendezvous("", 0, 0, 1, 60.0, 60.0)
+    rendezvous = Rendezvous(0, 0, 1, 60.0, 60.0)
     with process_groups(rendezvous, job.layout, device="cpu", store=store):
         yield Engine(job.config, source=job.source, data=job.data), job
 

@@ -33,7 +33,7 @@ from roll_sft.job.job import Job
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.cluster import connected, reserved
 from roll_sft.runtime.group import WorkerGroup
-from roll_sft.runtime.worker import Worker
+from roll_sft.runtime.worker import StoreAddress, Worker
 from roll_sft.train import driver
 from roll_sft.train.records import open_records
 
@@ -131,10 +131,10 @@ class EmptyEngine:
 class EmptyWorker(Worker):
     """A worker with an empty engine and no process groups."""
 
-    def serve_store(self) -> tuple[str, int]:
-        return "", 0
+    def serve_store(self, *, is_spread: bool) -> StoreAddress:
+        return StoreAddress("", 0)
 
-    def setup(self, store: tuple[str, int], inputs: Any) -> None:
+    def setup(self, store: StoreAddress, inputs: Any) -> None:
         reporting_rank = layout_of(self._spec.config.parallel).reporting_rank
         self._engine: Any = EmptyEngine(is_reporting=self._spec.rank == reporting_rank)
 

@@ -194,7 +194,7 @@ def engines(folder: Path) -> Iterator[tuple[Any, Any, Job]]:
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 1)
-    rendezvous = Rendezvous("", 0, 0, 1, 60.0, 60.0)
+    rendezvous = Rendezvous(0, 0, 1, 60.0, 60.0)
     whole = replace(job.config, lora=replace(job.config.lora, rank=0))
     with process_groups(rendezvous, job.layout, device="cpu", store=store):
         full, lora = (

@@ -123,7 +123,7 @@ def _one_rank() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)
         layout = ParallelLayout(world_size=1)
-        rendezvous = Rendezvous("", 0, 0, 1, 60.0, 60.0)
+        rendezvous = Rendezvous(0, 0, 1, 60.0, 60.0)
         with process_groups(rendezvous, layout, device=device, store=store):
             yield
 

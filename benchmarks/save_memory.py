@@ -61,7 +61,7 @@ def _rank(rank: int, folder: Path, results: Any) -> None:
     for kind in ("blocking", "asynchronous"):
         job = prepare_job(_config(folder, is_async=kind == "asynchronous"))
         store = dist.FileStore(str(folder / f"store_{kind}"), NUM_RANKS)
-        rendezvous = Rendezvous("", 0, rank, NUM_RANKS, 120.0, 120.0)
+        rendezvous = Rendezvous(0, rank, NUM_RANKS, 120.0, 120.0)
         with process_groups(rendezvous, job.layout, device="cpu", store=store):
             engine = Engine(job.config, source=job.source, data=job.data)
             engine.train_step(job.planner.step(1).work_for(rank, learning_rate=1e-4))

@@ -1,6 +1,6 @@
 """Preparation in a process of its own, so that the process that trains loads nothing of it.
 
-    python -m roll_sft.preparing FOLDER DESCRIPTOR     (a pickled RunConfig on stdin)
+    python -m roll_sft.preparing FOLDER DESCRIPTOR     (RunConfig and references, pickled, on stdin)
 
 The child writes what it found into FOLDER. An error of ours crosses to the parent through the pipe
 DESCRIPTOR and is raised there; a fault keeps its traceback in the child. Promise: the child ends
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from roll_sft.base.console import set_up_logging
 from roll_sft.base.errors import FAULT, RollSftError, report
+from roll_sft.base.text import refer, references
 from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.job.prepared import write_prepared
 
@@ -48,7 +49,7 @@ def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
         stack.callback(_end, child)
         assert child.stdin is not None, "the child has a pipe for its input"
         with contextlib.suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(pickle.dumps(config))
+            child.stdin.write(pickle.dumps((config, references())))
 
         def finish() -> None:
             pickled = answer.read()
@@ -92,7 +93,9 @@ def main(arguments: list[str]) -> int:
     with os.fdopen(writer, "wb") as answer:
         try:
             set_up_logging()
-            prepare_into(pickle.loads(sys.stdin.buffer.read()), folder)
+            config, known = pickle.loads(sys.stdin.buffer.read())
+            refer(known)
+            prepare_into(config, folder)
         except RollSftError as error:
             pickle.dump(error, answer)
         except KeyboardInterrupt:

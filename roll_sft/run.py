@@ -30,7 +30,13 @@ from roll_sft.base.errors import FAULT, ConfigError, RollSftError, report
 from roll_sft.base.gc_pauses import imports_kept, leave_quickly
 from roll_sft.base.text import redacted_tree, shown
 from roll_sft.config.build import build_config, no_such_key
-from roll_sft.config.composed import override_as_typed, resolved, schema, yaml_as_typed
+from roll_sft.config.composed import (
+    environment_values,
+    override_as_typed,
+    resolved,
+    schema,
+    yaml_as_typed,
+)
 from roll_sft.config.fields import section_of
 from roll_sft.config.reference import help_text
 from roll_sft.config.schema import RunConfig

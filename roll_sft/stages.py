@@ -62,7 +62,7 @@ def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> Non
     show_job(job)
     run_folder.write_json(folder / "data_report.json", job.data_report())
     if not (folder / "steps.jsonl").exists():  # else it is of the run that wrote those
-        run_folder.write_text(folder / "config.yaml", composed_yaml)
+        run_folder.write_config(folder, composed_yaml)
 
 
 def _run(

@@ -98,7 +98,6 @@ def _run(job: Job, steps: range, *, loads: Path | None, saves: Path | None) -> N
     cluster, parallel = job.config.cluster, job.config.parallel
     store, rank, world_size = next(dist.rendezvous("env://"))
     rendezvous = Rendezvous(
-        host="",
         port=0,
         rank=rank,
         world_size=world_size,

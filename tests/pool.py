@@ -98,7 +98,7 @@ def _serve(pipe: Connection) -> None:
             if layout is None:
                 value = function(*args)
             else:
-                rendezvous = Rendezvous("", 0, rank, layout.world_size, 60.0, 60.0)
+                rendezvous = Rendezvous(0, rank, layout.world_size, 60.0, 60.0)
                 file_store = dist.FileStore(store, layout.world_size)
                 with process_groups(rendezvous, layout, device="cpu", store=file_store):
                     value = function(*args)

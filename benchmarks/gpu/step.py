@@ -119,7 +119,7 @@ def main() -> int:
     options = parser.parse_args()
     set_variables(deterministic=False)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    rendezvous = Rendezvous("", 0, rank, world_size, 120.0, 600.0)
+    rendezvous = Rendezvous(0, rank, world_size, 120.0, 600.0)
     with process_groups(rendezvous, ParallelLayout(1), device=options.device, store=store):
         bench = Bench(options)
         # Ours first, of all shapes: a peer has meaning only beside it.

@@ -48,9 +48,15 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 LOG.warning("%s:%d: is no whole record, and is passed over", path, number)
 
 
-def write_durably(path: Path, text: str | bytes) -> None:
-    """Replace `path` by `text` (UTF-8) atomically, on disk before this returns."""
+def write_durably(path: Path, text: str | bytes, *, mode: int | None = None) -> None:
+    """Replace `path` by `text` (UTF-8) atomically, on disk before this returns.
+
+    `mode` are its permissions; None leaves them to the system.
+    """
     staging = path.with_name(f".{path.name}.tmp")
+    if mode is not None:
+        staging.touch(mode)
+        staging.chmod(mode)
     staging.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
     sync(staging)
     staging.replace(path)

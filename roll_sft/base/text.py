@@ -1,9 +1,11 @@
 """Text for files, consoles and trackers: without credentials, control characters or long values.
 
 Everything that a run writes passes through `redacted`. Promise: it masks the user and password of a
-URL, its query, and tokens of the hub.
+URL, its query, and tokens of the hub, and it writes the reference where a value of the
+configuration came from the environment.
 """
 
+import os
 import re
 import reprlib
 import unicodedata
@@ -17,12 +19,37 @@ _AS_YAML = {None: "null", True: "true", False: "false"}
 _URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.\-]{0,30}://)(\S*)")
 _PARAMETER = re.compile(r"([?&][\w.\-]{1,64}=)[^&\s'\"]+")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_SHORTEST_VALUE = 6  # a shorter one is in texts that have nothing to do with it
+_references: dict[str, str] = {}  # value -> reference, such as ${oc.env:HF_TOKEN}
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+def refer(references: Mapping[str, str]) -> None:
+    """Have `redacted` write the reference in place of each value, as in `{value: reference}`.
+
+    As it is: numbers, values of less than six characters, and paths that are here.
+    """
+    for value, reference in references.items():
+        is_number = value.replace(".", "", 1).isdigit()
+        if len(value) >= _SHORTEST_VALUE and not is_number and not os.path.exists(value):
+            _references[value] = reference
+
+
+def references() -> dict[str, str]:
+    """What `refer` was given, for another process to be told."""
+    return dict(_references)
+
+
 def redacted(text: str) -> str:
-    """`text` with the credentials of every URL in it masked."""
-    text = _URL.sub(_without_credentials, text)
+    """`text` with references for values of the environment, and without credentials."""
+    for value, reference in _references.items():
+        text = text.replace(value, reference)
+    return without_credentials(text)
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the credentials of every URL in it masked, in every process alike."""
+    text = _URL.sub(_masked, text)
     # A part of a URL, such as its suffix, may be quoted without its beginning.
     return _HUB_TOKEN.sub(f"hf_{MASK}", _PARAMETER.sub(rf"\1{MASK}", text))
 
@@ -60,7 +87,7 @@ class _Short(reprlib.Repr):
         return super().repr_str(redacted(value), level)
 
 
-def _without_credentials(match: re.Match[str]) -> str:
+def _masked(match: re.Match[str]) -> str:
     scheme, rest = match.groups()
     is_web = scheme.lower() in ("http://", "https://")
     head, _, tail = rest.partition("/")

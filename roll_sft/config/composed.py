@@ -9,6 +9,7 @@ loader; both are pinned, and tested.
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from roll_sft.base.errors import ConfigError, first_line
-from roll_sft.base.text import shown
+from roll_sft.base.text import refer, shown
 from roll_sft.config.build import RESERVED
 from roll_sft.config.fields import all_keys, all_names, section_of
 from roll_sft.config.schema import RunConfig
@@ -33,6 +34,7 @@ _NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
 _LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
 # YAML 1.1 reads 010 as eight and 1:30 as ninety; the configuration reads ten, and refuses 1:30.
 _YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^\s,}]+)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
 
@@ -50,9 +52,11 @@ def schema() -> DictConfig:
 def resolved(composed: DictConfig) -> dict[str, Any]:
     """Plain values of `composed`, references resolved, over all defaults, which they may refer to.
 
+    What comes from the environment is written as its reference from now on.
     Raises `ConfigError` for a reference that leads nowhere.
     """
     given: Any = OmegaConf.to_container(composed, resolve=False)
+    refer(_environment_values(given))
     try:
         full = OmegaConf.create(over(dataclasses.asdict(RunConfig()), given))
         values: Any = OmegaConf.to_container(full, resolve=True)
@@ -74,6 +78,16 @@ def stored_values(path: Path) -> dict[str, Any]:
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read: {first_line(error)}; restore it") from error
     return resolved(composed)
+
+
+def _environment_values(unresolved: Any) -> dict[str, str]:
+    """Value -> reference, of each variable of the environment that `unresolved` refers to."""
+    if isinstance(unresolved, dict):
+        unresolved = list(unresolved.values())
+    if isinstance(unresolved, list):
+        return {v: name for each in unresolved for v, name in _environment_values(each).items()}
+    names = _ENVIRONMENT.findall(unresolved) if isinstance(unresolved, str) else []
+    return {os.environ[name]: f"${{oc.env:{name}}}" for name in names if name in os.environ}
 
 
 def override_as_typed(argument: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.base.text import redacted
+from roll_sft.base.text import without_credentials
 from roll_sft.config.cluster import ClusterConfig
 from roll_sft.config.debug import DebugConfig
 from roll_sft.config.keys import key
@@ -352,7 +352,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
 
 def source_name(source: SourceConfig) -> str:
     """The name of a source in reports and logs: its own, or the last part of its path."""
-    path = redacted(source.path or "")  # a name is written to every file of a run
+    path = without_credentials(source.path or "")  # a name is written to every file of a run
     if "://" in path:
         path = re.sub(r"^[^:]*://([^/]*@)?|[?#][^/]*$", "", path)
     parts = [part for part in path.split("/") if part and not re.search(r"[*?[]", part)]

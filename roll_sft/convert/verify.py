@@ -128,7 +128,7 @@ def _logits_of_megatron(
     from roll_sft.engine.process_groups import Rendezvous, process_groups
 
     layout = ParallelLayout(1)
-    alone = Rendezvous("", 0, 0, 1, setup_timeout_s=60.0, collective_timeout_s=60.0)
+    alone = Rendezvous(0, 0, 1, setup_timeout_s=60.0, collective_timeout_s=60.0)
     with (
         process_groups(alone, layout, device="cpu", store=dist.HashStore()),
         torch.no_grad(),

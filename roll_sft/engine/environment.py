@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
+LOOPBACK = "127.0.0.1"
 OLD_ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"  # before torch 2.9, which warns of it
 
 # Warnings that a user cannot act on: (beginning of the message, module that warns).
@@ -74,3 +75,18 @@ def set_variables(*, deterministic: bool) -> None:
     if deterministic:
         # cuBLAS needs a fixed workspace to repeat itself.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def listen_at(ip: str) -> None:
+    """Have gloo listen on the interface of `ip`; on loopback NCCL's rendezvous too.
+
+    NCCL chooses among the networks between nodes by itself. A variable that the user has set stays.
+    """
+    import psutil  # without Ray it may not be installed
+
+    addresses = psutil.net_if_addrs().items()
+    names = [name for name, each in addresses if ip in (address.address for address in each)]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+        if ip == LOOPBACK:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", names[0])

@@ -5,6 +5,7 @@ Assumes one process per rank and no groups yet. Promises that Megatron places ev
 """
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,13 +15,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from roll_sft.base.layout import Coordinate, ParallelLayout
+from roll_sft.engine.environment import LOOPBACK
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """How a rank finds the others. Rank 0 serves the store at `host` and `port` already."""
+    """How a rank finds the others. Rank 0 serves the store, which `port` of loopback leads to."""
 
-    host: str
     port: int
     rank: int
     world_size: int
@@ -29,18 +30,20 @@ class Rendezvous:
     local_device: int = 0  # among the GPUs that this process sees; a Ray worker sees its own
 
 
-def serve_store(host: str, *, world_size: int, timeout_s: float) -> dist.TCPStore:
-    """The rendezvous store, served by this process on a free port that the kernel picks.
+def serve_store(*, world_size: int, timeout_s: float) -> dist.TCPStore:
+    """The rendezvous store, served by this process on a free port of loopback.
 
-    The port is bound before anybody learns it, so no other program can take it.
+    Left to itself, torch listens on every interface, and its store asks nobody who it is.
     """
+    listening = socket.create_server((LOOPBACK, 0))
     return dist.TCPStore(
-        host,
-        0,
+        LOOPBACK,
+        listening.getsockname()[1],
         world_size,
         is_master=True,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
+        master_listen_fd=listening.detach(),  # the store closes it
     )
 
 
@@ -60,7 +63,7 @@ def process_groups(
         torch.cuda.set_device(rendezvous.local_device)
     if store is None:
         store = dist.TCPStore(
-            rendezvous.host,
+            LOOPBACK,
             rendezvous.port,
             rendezvous.world_size,
             is_master=False,

@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -195,13 +196,38 @@ def _start(config: RunConfig) -> None:
         LOG.warning("%d workers share %d cores of this machine", num_workers, cores)
     try:
         _make_token_private()
-        # address="local" never joins a cluster that happens to run on this machine.
-        ray.init(address="local", num_cpus=max(cores, num_cpus), include_dashboard=False, **QUIET)
+        with _on_loopback():
+            # address="local" never joins a cluster that happens to run on this machine.
+            ray.init(
+                address="local",
+                num_cpus=max(cores, num_cpus),
+                include_dashboard=False,
+                _system_config={"enable_metrics_collection": False},  # it answers without a token
+                **QUIET,
+            )
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ResourceError(
             f"cluster: Ray does not start on this machine: {first_line(error)}; its logs are in"
             " /tmp/ray/session_latest/logs"
         ) from error
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within the block, a cluster that `ray.init` starts listens on loopback alone.
+
+    Ray takes the address of the network even for `_node_ip_address="127.0.0.1"`, except where
+    clusters of several machines are off, as by default on a Mac:
+    https://github.com/ray-project/ray/issues/18730
+    The variable for this (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) counts only before Ray is imported,
+    and would also keep a run from joining a cluster.
+    """
+    kept = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
 def mute_ray() -> None:

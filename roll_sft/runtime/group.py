@@ -95,7 +95,8 @@ class WorkerGroup:
         finally:
             self._nonce.unlink(missing_ok=True)
         self._fetch_model(source)
-        stores = [actor.serve_store.remote() for actor in self._actors]
+        is_spread = len({address.node_id for address in self.addresses}) > 1
+        stores = [actor.serve_store.remote(is_spread=is_spread) for actor in self._actors]
         store_address = self._collect(Pending("rendezvous", deadline_s, stores))[0]
         inputs = ray.put((source, data))
         ready = [actor.setup.remote(store_address, inputs) for actor in self._actors]

@@ -15,8 +15,8 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,15 +26,21 @@ import ray.util
 from roll_sft.base.errors import ConfigError, ResourceError, RollSftError, first_line, of_user
 from roll_sft.base.files import writing
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
-from roll_sft.base.text import printable
+from roll_sft.base.text import printable, refer, references
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.engine.environment import compiler_left_out, set_variables, silence_warnings
+from roll_sft.engine.environment import (
+    compiler_left_out,
+    listen_at,
+    set_variables,
+    silence_warnings,
+)
 
 if TYPE_CHECKING:
     from roll_sft.data.steps.plan import RankWork
     from roll_sft.data.tokens.cache import TokenData
     from roll_sft.models.hub import HubModel
     from roll_sft.models.source import ModelSource
+    from roll_sft.runtime.store_gate import Gate
 
 LOG = logging.getLogger(__name__)
 # Gloo reports a lost peer by text alone; other libraries by type, see `_is_collateral`.
@@ -51,6 +57,7 @@ class WorkerSpec:
     logs: Path
     nonce: str  # names a file that the driver created in `logs`
     checkpoint: Path | None = None  # resume from it
+    references: Mapping[str, str] = field(default_factory=references)  # of the driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,15 @@ class WorkerAddress:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} ({self.ip}, pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """The rendezvous store: its port on the loopback of rank 0's node, and the gate to it."""
+
+    node_id: str
+    port: int
+    gate: "Gate | None" = None  # where ranks are spread over nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +138,20 @@ class Worker:
 
     def start(self) -> WorkerAddress:
         """Open the log and set the environment, before the engine is imported."""
+        refer(self._spec.references)
         with self._errors_of("start"):
             _check_shared(self._spec, self._address)
             self._log = _open_log(self._spec, self._address)
             set_variables(deterministic=self._spec.config.deterministic)
+            listen_at(self._address.ip)
             silence_warnings()
         return self._address
 
-    def serve_store(self) -> tuple[str, int] | None:
-        """Import the engine, and on rank 0 serve the rendezvous store; its host and port."""
+    def serve_store(self, *, is_spread: bool) -> StoreAddress | None:
+        """Import the engine, and on rank 0 serve the rendezvous store.
+
+        Where ranks are spread over nodes, a gate leads there from the other nodes.
+        """
         cluster = self._spec.config.cluster
         with self._phase("rendezvous", cluster.setup_timeout_s):
             gc.disable()  # a search through what is being imported takes a sixth of the time
@@ -144,11 +165,16 @@ class Worker:
             if self._spec.rank != 0:
                 return None
             self._store = serve_store(
-                self._address.ip,
                 world_size=self._spec.config.parallel.num_workers,
                 timeout_s=cluster.setup_timeout_s,
             )
-            return self._address.ip, self._store.port
+            address = StoreAddress(self._address.node_id, self._store.port)
+            if not is_spread:
+                return address
+            from roll_sft.runtime.store_gate import gate_to
+
+            gate = gate_to(address.port, host=self._address.ip)
+            return replace(address, gate=self._resources.enter_context(gate))
 
     def fetch_model(self, model: "HubModel | None") -> None:
         """Download the model of the hub to this node; None does nothing."""
@@ -156,7 +182,7 @@ class Worker:
             if model is not None:
                 model.fetch()
 
-    def setup(self, store: tuple[str, int], inputs: "tuple[ModelSource, TokenData]") -> Gpu | None:
+    def setup(self, store: StoreAddress, inputs: "tuple[ModelSource, TokenData]") -> Gpu | None:
         """Join the process groups and build the engine; returns the GPU, if there is one."""
         cluster = self._spec.config.cluster
         with self._phase("setup", setup_deadline_s(self._spec.config, self._spec.checkpoint)):
@@ -169,7 +195,7 @@ class Worker:
             check_tokens_visible(data.folders, address=self._address)
             torch.set_num_threads(self._spec.config.parallel.cpus_per_worker)
             rendezvous = Rendezvous(
-                *store,
+                port=self._port_to(store),
                 rank=self._spec.rank,
                 world_size=self._spec.config.parallel.num_workers,
                 setup_timeout_s=cluster.setup_timeout_s,
@@ -232,6 +258,15 @@ class Worker:
 
     def no_op(self) -> None:
         """Do nothing; benchmarks measure the driver against it."""
+
+    def _port_to(self, store: StoreAddress) -> int:
+        """The port of this node's loopback that leads to the store."""
+        if store.node_id == self._address.node_id:
+            return store.port
+        from roll_sft.runtime.store_gate import port_behind
+
+        assert store.gate is not None, "ranks are spread over nodes, and rank 0 has no gate"
+        return self._resources.enter_context(port_behind(store.gate))
 
     @contextlib.contextmanager
     def _phase(self, phase: str, deadline_s: float) -> Iterator[None]:

@@ -118,7 +118,7 @@ def _make_folder_begin(attempt: Attempt, folder: Path, *, composed_yaml: str) ->
     make_way(folder / run_folder.CHECKPOINTS, start)
     origin = start.checkpoint.parents[1] if start.checkpoint else folder
     run_folder.cut_logs(folder, step=start.step, origin=origin)
-    run_folder.write_text(folder / "config.yaml", composed_yaml)
+    run_folder.write_config(folder, composed_yaml)
     run_folder.write_json(folder / "data_report.json", attempt.job.data_report())
 
 

@@ -170,10 +170,15 @@ def write_json(path: Path, value: Any) -> None:
         write_durably(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` atomically by `text`."""
+def write_config(folder: Path, text: str) -> None:
+    """Replace config.yaml atomically by `text`.
+
+    It is for its owner alone where it names an address or the environment: credentials of a kind
+    that is not known may be in it.
+    """
+    path, is_private = folder / "config.yaml", "://" in text or "${oc." in text
     with writing(path):
-        write_durably(path, text)
+        write_durably(path, text, mode=0o600 if is_private else None)
 
 
 def _holder(folder: Path) -> str:

@@ -46,7 +46,7 @@ def main() -> int:
     options = parser.parse_args()
     set_variables(deterministic=True)  # as some of the runs are
     store, rank, world_size = next(dist.rendezvous("env://"))
-    rendezvous = Rendezvous("", 0, rank, world_size, 120.0, 600.0)
+    rendezvous = Rendezvous(0, rank, world_size, 120.0, 600.0)
     with (
         process_groups(rendezvous, ParallelLayout(1), device=options.device, store=store),
         tempfile.TemporaryDirectory() as folder,

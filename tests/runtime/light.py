@@ -15,7 +15,7 @@ from roll_sft.data.steps.plan import RankWork, StepPlan
 from roll_sft.data.tokens.cache import TokenData
 from roll_sft.models.source import ModelSource
 from roll_sft.runtime import group
-from roll_sft.runtime.worker import Worker, check_tokens_visible
+from roll_sft.runtime.worker import StoreAddress, Worker, check_tokens_visible
 
 # For engines that need neither.
 NO_INPUTS: Any = (ModelSource(None), TokenData(SimpleNamespace(caches=()), {}))  # type: ignore[arg-type]
@@ -67,10 +67,10 @@ class LightWorker(Worker):
 
     fault: Fault | None = None
 
-    def serve_store(self) -> tuple[str, int]:
-        return "", 0
+    def serve_store(self, *, is_spread: bool) -> StoreAddress:
+        return StoreAddress("", 0)
 
-    def setup(self, store: tuple[str, int], inputs: Any) -> None:
+    def setup(self, store: StoreAddress, inputs: Any) -> None:
         with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
             check_tokens_visible(inputs[1].folders, address=self._address)
             num_ranks = self._spec.config.parallel.num_workers
@@ -95,7 +95,7 @@ def gloo_worker(fault: Fault) -> type[LightWorker]:
     """As `light_worker`, with a real collective after the fault, which all ranks must reach."""
 
     class Gloo(LightWorker):
-        def setup(self, store: tuple[str, int], inputs: Any) -> None:
+        def setup(self, store: StoreAddress, inputs: Any) -> None:
             with self._phase("setup", self._spec.config.cluster.setup_timeout_s):
                 import torch
                 import torch.distributed as dist

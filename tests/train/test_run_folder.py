@@ -184,7 +184,7 @@ def write_until_full(folder, kind):
         elif kind == "report":
             write_json(folder / "data_report.json", [line] * 9)
         elif kind == "config":
-            run_folder.write_text(folder / "config.yaml", "x" * 999)
+            run_folder.write_config(folder, "x" * 999)
         else:
             run_folder.cut_logs(folder / "own", step=9, origin=folder / "origin")
     except ResourceError as error:

@@ -114,7 +114,7 @@ class Rank:
         """What a step of `case` does."""
         config = case.config()
         layout = layout_of(config.parallel)
-        rendezvous = Rendezvous("", 0, case.rank, layout.world_size, 60.0, 60.0)
+        rendezvous = Rendezvous(0, case.rank, layout.world_size, 60.0, 60.0)
         tokens: Any = Tokens(case)
         family = family_of(case.model())
         shape = family.shape(case.model())
