@@ -26,10 +26,11 @@ FAKE_GPU_PYTHON ?= $(BIN)/python
 RUNTIME := $(VENV)/.runtime
 TOOLS := $(VENV)/.tools
 OLDER := $(VENV)/transformers4
+AUDITING := $(VENV)/.audit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu fake-gpu check fmt parity fuzz mutate bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-gpu fake-gpu check fmt parity fuzz audit mutate bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +78,9 @@ bench-gpu: ## a training step on one GPU, as test-gpu
 fake-gpu: $(if $(filter file,$(origin FAKE_GPU_PYTHON)),$(RUNTIME)) ## the engine on fake CUDA tensors, with torch's CUDA build and no GPU; ARGS="7B TP2"
 	$(FAKE_GPU_PYTHON) -m tools.fake_gpu $(ARGS)
 
+audit: $(AUDITING) ## known vulnerabilities, secrets in the tree, licences; ARGS="--skip vulnerabilities" without a network
+	$(BIN)/python tools/audit.py $(ARGS)
+
 bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in benchmarks/results; QUICK=1
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \
 		KEEP=1 $(BIN)/python $$benchmark || status=$$?; \
@@ -103,6 +107,11 @@ $(RUNTIME): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 
 $(TOOLS): $(RUNTIME)
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+# Only `make audit` needs it, and it brings twenty packages.
+$(AUDITING): $(TOOLS)
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) pip-audit==2.10.1
 	@touch $@
 
 # Without it one test says that it is skipped, so no failure here ends anything.

@@ -31,7 +31,6 @@ from roll_sft.base.gc_pauses import imports_kept, leave_quickly
 from roll_sft.base.text import redacted_tree, shown
 from roll_sft.config.build import build_config, no_such_key
 from roll_sft.config.composed import (
-    environment_values,
     override_as_typed,
     resolved,
     schema,

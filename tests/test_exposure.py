@@ -57,7 +57,7 @@ def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     with served(assets.parent) as port:
         (assets.parent / OF_REFERENCE).symlink_to(assets)
         url = f"http://127.0.0.1:{port}/{OF_REFERENCE}/rows.jsonl"
-        password = f"http://me:{OF_URL}@127.0.0.1:{port}/{assets.name}/rows.jsonl?token={OF_URL}"
+        password = f"http://me:{OF_URL}@127.0.0.1:{port}/{assets.name}/rows.jsonl"
         arguments = [
             f"model.path={assets / 'model'}",
             "data.train=[{path: '${oc.env:ROWS}'}]",

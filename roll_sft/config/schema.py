@@ -44,7 +44,9 @@ class ModelConfig:
         " master weights are always fp32.",
     )
     random_init: bool = key(False, "Start from random weights, of config.json and seed alone.")
-    trust_remote_code: bool = key(False, "Run Python code that the model's folder brings.")
+    trust_remote_code: bool = key(
+        False, "Run Python code that the model's folder brings; needs a local folder."
+    )
     attention_backend: Literal["auto", "te", "fa3", "flash", "varlen", "sdpa"] = key(
         "auto",
         "Attention kernel: Transformer Engine, flash-attention 3 or 2, torch's varlen or SDPA;"

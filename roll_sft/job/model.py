@@ -28,6 +28,11 @@ def located(config: RunConfig) -> "tuple[RunConfig, HubModel | None]":
     config = on_device(config, "cuda" if torch.cuda.is_available() else "cpu")
     model = config.model
     assert model.path is not None, "check_config refuses a missing model.path"
+    if model.trust_remote_code:
+        from roll_sft.models.remote_code import check_code_is_here
+
+        check_code_is_here(model.path, key="model.path")
+        check_code_is_here(model.tokenizer_path or model.path, key="model.tokenizer_path")
     needs_weights = not (model.random_init or config.dry_run)
     path, hub = local_model(model.path, with_weights=needs_weights)
     tokenizer_path = model.tokenizer_path

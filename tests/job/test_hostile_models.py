@@ -1,14 +1,17 @@
 """Files of a model that are not what they should: refused in a line that names what is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from roll_sft.base.errors import ConfigError
+from roll_sft.config.schema import ModelConfig, RunConfig
 from roll_sft.convert.from_hf import import_model
 from roll_sft.job.in_process import prepare_job
+from roll_sft.job.model import located
 from tests.parity import parity_config, write_model, write_rows
 
 
@@ -101,3 +104,22 @@ def test_a_model_is_not_converted_with_a_file_that_its_export_cannot_read(home: 
     with pytest.raises(ConfigError, match=r"model/tokenizer_config\.json\b"):
         import_model(home / "model", home / "out", dtype=None, replace=False)
     assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["model.path", "model.tokenizer_path"])
+def test_code_of_the_hub_is_not_run(tmp_path: Path, key: str) -> None:
+    (tmp_path / "here").mkdir()
+    given = {"path": str(tmp_path / "here"), key.removeprefix("model."): "org/model"}
+    config = RunConfig(model=ModelConfig(trust_remote_code=True, **given))
+    with pytest.raises(ConfigError, match=rf"trust_remote_code: {re.escape(key)} 'org/model' is"):
+        located(config)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_not_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"auto_map": {"AutoModel": ["org/other--evil.Model", null]}}')
+    config = RunConfig(model=ModelConfig(trust_remote_code=True, path=str(tmp_path)))
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: auto_map .*org/other--evil"):
+        located(config)
+    (tmp_path / name).write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
+    assert located(config)[0].model.path == str(tmp_path)
