@@ -194,6 +194,8 @@ def world_size(draft: Draft, given: Given, gpus: int | None) -> int:
     visible = given.take(f"{WORLD}CUDA_VISIBLE_DEVICES")
     if gpus is not None:
         found, origin = gpus, "--gpus"
+    elif total is not None and f"{WORLD}num_nodes" in given:  # mason.py's, which starts each node
+        found, origin = nodes * _number(total, 1), f"{nodes} nodes x {total} processes"
     elif total is not None:
         found, origin = _number(total, 1), f"num_processes: {total}"
     elif each is not None:

@@ -107,7 +107,7 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     meanings.attention(draft, given, f"{_M}attn_implementation")
     _training(draft, given)
     _lora(draft, given)
-    meanings.trackers(draft, given, "track_with", default=["none"])
+    meanings.trackers(draft, given, "track_with", default=["tensorboard"])
     draft.copy(given, {"tracking.experiment": "tracker_kwargs.project"})
     meanings.run_folder(draft, given, "output_dir", "exp_name")
     if (resume := given.take("resume_from_checkpoint")) not in (*OFF, True):

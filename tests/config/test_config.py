@@ -532,18 +532,22 @@ def test_a_shipped_configuration_runs_once_model_and_data_are_given(name: str) -
 
 
 @pytest.mark.parametrize(
-    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "path",
+    sorted(set(CONF.glob("*/*.yaml")) - set(CONF.glob("recipes/*"))),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_a_shipped_part_changes_its_section_alone(path: Path) -> None:
     section = path.parent.name
     config = built(composition("base", [f"+{section}={path.stem}"]))
     changed = {name for name in SECTIONS if getattr(config, name) != getattr(RunConfig(), name)}
-    assert changed == {section}
+    assert changed <= {section}
+    assert changed or path.stem == "full"
 
 
-def test_no_shipped_configuration_names_columns() -> None:
+def test_no_shipped_configuration_names_columns_but_of_a_data_set_that_it_names() -> None:
     for path in CONF.rglob("*.yaml"):
-        assert "_key:" not in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        assert "_key:" not in text or "  train:\n    - {path: " in text, path
 
 
 @pytest.mark.parametrize("backend", ["te", "fa3", "flash", "varlen"])

@@ -47,7 +47,8 @@ FILES: dict[str, str] = {
            --gradient_checkpointing --use_wandb $WANDB_TOKEN
     """,
     "open_instruct.sh": r"""
-        accelerate launch --mixed_precision bf16 --num_processes 8 open_instruct/finetune.py \
+        python mason.py --cluster a/b --num_nodes 2 --gpus 8 -- accelerate launch \
+            --mixed_precision bf16 --num_processes 8 --use_deepspeed open_instruct/finetune.py \
             --model_name_or_path meta-llama/Llama-3.1-8B --tokenizer_name meta-llama/Llama-3.1-8B \
             --max_seq_length 4096 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 \
             --learning_rate 5e-06 --lr_scheduler_type linear --warmup_ratio 0.03 --weight_decay 0 \
@@ -62,33 +63,38 @@ FILES: dict[str, str] = {
     """,
     "roll.yaml": """
         hydra: {run: {dir: .}, output_subdir: null}
-        exp_name: qwen2.5-7B-sft
+        exp_name: qwen2.5-7B-sft-config
         seed: 42
-        output_dir: ./output
-        pretrain: Qwen/Qwen2.5-7B
-        sequence_length: 4096
-        prompt_key: instruction
-        response_key: output
-        global_template: qwen2_5
+        logging_dir: ./output/logs
+        output_dir: ./output_sft
+        system_envs: {USE_MODELSCOPE: "1"}
+        track_with: tensorboard
+        tracker_kwargs: {log_dir: /data/tensorboard}
+        num_gpus_per_node: 8
         save_steps: 100
         logging_steps: 1
-        track_with: tensorboard
-        num_gpus_per_node: 8
+        eval_steps: 10
+        resume_from_checkpoint: false
+        sequence_length: 2048
+        pretrain: Qwen/Qwen2.5-7B
+        prompt_key: instruction
+        query_key: input
+        response_key: output
+        global_template: qwen2_5
+        validation: {data_args: {file_name: code_alpaca_20k.json, template: qwen2_5}}
         sft_train:
-          model_args: {dtype: bf16, disable_gradient_checkpointing: true}
-          training_args:
-            learning_rate: 1.0e-5
-            per_device_train_batch_size: 1
-            gradient_accumulation_steps: 8
-            num_train_epochs: 1
-            warmup_steps: 20
-          data_args: {file_name: data/code_KodCode_data.jsonl, preprocessing_num_workers: 4}
+          model_args: {dtype: bf16}
+          training_args: {num_train_epochs: 1, learning_rate: 5.0e-6,
+            per_device_train_batch_size: 2, gradient_accumulation_steps: 16}
+          data_args: {file_name: code_alpaca_20k.json, template: qwen2_5,
+            preprocessing_num_workers: 4}
           strategy_args:
             strategy_name: megatron_train
             strategy_config: {tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2,
-              sequence_parallel: true, use_distributed_optimizer: true, moe_grouped_gemm: true}
+              context_parallel_size: 2, sequence_parallel: true, use_distributed_optimizer: true}
           device_mapping: list(range(0,8))
-          infer_batch_size: 8
+          infer_batch_size: 2
+          use_sequence_packing: true
     """,
     "verl.sh": r"""
         torchrun --nnodes=1 --nproc_per_node=8 -m verl.trainer.sft_trainer \
@@ -220,14 +226,14 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "parallel.num_workers": 8,
     },
     "open_instruct.sh": {
-        "train.global_batch_size": 16,
+        "train.global_batch_size": 32,
         "train.loss_reduction": "sum",
         "train.max_grad_norm": 0.0,
         "data.train": [
             {"path": "allenai/tulu-3-sft-mixture", "split": "train"},
             {"path": "other/set", "samples": 5000, "split": "train"},
         ],
-        "parallel.num_workers": 8,
+        "parallel.num_workers": 16,
     },
     "olmo_core.sh": {
         "train.global_batch_tokens": 2 * 2 * 4096,
@@ -236,13 +242,16 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "train.max_steps": 100,
     },
     "roll.yaml": {
-        "train.global_batch_size": 16,
+        "train.global_batch_size": 32,
         "parallel.num_workers": 8,
+        "parallel.context_parallel_size": 2,
         "data.overlong": "error",
         "data.chat_template": "qwen",
+        "data.packing": True,
         "train.lr_scheduler_type": "linear",
-        "train.warmup_steps": 20,
-        "train.recompute": "none",
+        "train.warmup_ratio": 0.0,
+        "train.recompute": "full",
+        "tracking.backends": ["jsonl", "tensorboard"],
     },
     "verl.sh": {
         "train.global_batch_size": 96,
