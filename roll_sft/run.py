@@ -159,15 +159,20 @@ def shipped_configurations() -> Path:
 
 
 def _checked(composed: DictConfig) -> RunConfig:
+    config = build_config(resolved(complete(composed)))
+    check_config(config)
+    return config
+
+
+def complete(composed: DictConfig) -> DictConfig:
+    """`composed`, which builds on base; raises `ConfigError` if it does not."""
     absent = [field.name for field in dataclasses.fields(RunConfig) if field.name not in composed]
     if absent:
         raise ConfigError(
             f"--config-name: the configuration lacks {absent[0]!r}, so it does not build on base;"
             " begin its file with `defaults: [base, _self_]`"
         )
-    config = build_config(resolved(composed))
-    check_config(config)
-    return config
+    return composed
 
 
 def _run(config: RunConfig, composed_yaml: str) -> None:

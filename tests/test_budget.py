@@ -127,6 +127,7 @@ BY_NEED = {
     "roll_sft/runtime/store_gate.py": "ranks on several nodes",
     "roll_sft/train/early_stopping.py": "train.early_stopping",
     "roll_sft/train/supervisor.py": "workers that fail",
+    "roll_sft/train/notebook.py": "a run in a notebook",
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,

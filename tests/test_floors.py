@@ -37,6 +37,7 @@ FLOORS = (
     ("roll_sft/migrate/", 7),
     ("roll_sft/parity/", 7),
     ("roll_sft/preview/", 7),
+    ("roll_sft/python_api/", 7),
     ("roll_sft/report/", 7),
     ("roll_sft/tracking/", 7),
     ("roll_sft/train/", 7),

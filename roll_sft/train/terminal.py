@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,22 +17,30 @@ from rich.progress import BarColumn, Progress, TextColumn
 from roll_sft.base.console import CLOCK, CONSOLE
 from roll_sft.base.metrics import StepRecord
 
+if TYPE_CHECKING:
+    from roll_sft.train.notebook import NotebookProgress
+
 LOG = logging.getLogger(__name__)
 BAR_WIDTH = 40  # columns at most; a narrow terminal has fewer
 
 
 class StepDisplay:
-    """Shows finished steps; `progress` is the live line, None without a terminal."""
+    """Shows finished steps; `progress` is the live line, None in a file."""
 
     def __init__(
-        self, progress: Progress | None, total_steps: int, *, logging_steps: int, first_step: int
+        self,
+        progress: "Progress | NotebookProgress | None",
+        total_steps: int,
+        *,
+        logging_steps: int,
+        first_step: int,
     ) -> None:
         self._progress, self._logging_steps = progress, logging_steps
         self._total = total_steps
         self._first: tuple[int, float] | None = None  # the first finished step, and when it was
         if progress is not None:
             done = first_step - 1
-            self._task = progress.add_task(
+            self._task: Any = progress.add_task(
                 "", total=total_steps, completed=done, text="starting workers"
             )
 
@@ -41,6 +50,8 @@ class StepDisplay:
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, text=f"{loss}  {eta}")
         if record.step % self._logging_steps and record.step != self._total:
+            return
+        if CONSOLE.is_jupyter:  # whose output would keep a line of each
             return
         # In the order of importance: a narrow terminal shows the first ones.
         fields = [
@@ -70,6 +81,12 @@ def step_display(
     total_steps: int, *, logging_steps: int, first_step: int = 1
 ) -> Iterator[StepDisplay]:
     """The run's only progress display."""
+    if CONSOLE.is_jupyter:
+        from roll_sft.train.notebook import NotebookProgress
+
+        bar = NotebookProgress()
+        yield StepDisplay(bar, total_steps, logging_steps=logging_steps, first_step=first_step)
+        return
     if not CONSOLE.is_terminal:
         yield StepDisplay(None, total_steps, logging_steps=logging_steps, first_step=first_step)
         return
