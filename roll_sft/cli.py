@@ -223,6 +223,15 @@ def _import_config(arguments: list[str]) -> int:
     return command.main(arguments, program="roll-sft import-config")
 
 
+def _push(arguments: list[str]) -> int:
+    from roll_sft.run import be_quiet
+
+    be_quiet()
+    from roll_sft.convert import push
+
+    return push.main(arguments, program="roll-sft push")
+
+
 def _rows(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers of rows, from 0, such as 3,17")
@@ -262,6 +271,7 @@ COMMANDS = {
     "merge-lora": Command("an adapter merged into its base model", _merge_lora),
     "chat": Command("talk to a model, or to the model of a run", _chat),
     "generate": Command("its answers to a file of prompts", _generate),
+    "push": Command("the exported model of a run to a repository of the hub", _push),
     "sync": Command("points of a run sent to trackers that missed them", _sync),
     "import-config": Command("another trainer's configuration into ours", _import_config),
 }

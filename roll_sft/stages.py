@@ -6,16 +6,15 @@ processes of their own. A reader of one need not open the others.
 
 import contextlib
 import logging
-import subprocess
-import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roll_sft.base.errors import CheckpointError, DivergedError
 from roll_sft.checkpoint.resume import NONE, Start, find_checkpoint, start_from, step_folders
 from roll_sft.config.schema import RunConfig, cluster_address
+from roll_sft.convert.exports import export_final
 from roll_sft.job.job import Job
 from roll_sft.job.prepared import read_prepared
 from roll_sft.preparing import preparing
@@ -83,10 +82,7 @@ def _run(
             from roll_sft.train.summary import show_summary
 
             clock.passed("imports")
-            if config.tracking.services:
-                from roll_sft.tracking.trackers import check_trackers
-
-                check_trackers(config)
+            _check_ahead(config)
             prepared()
         job = Job.of(read_prepared(config, folder / JOB))
         start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
@@ -94,19 +90,25 @@ def _run(
         clock.passed("data and plan")
         reason = _why_finished(start, job, folder)
         record = reported(job, folder, first_step=None if reason else start.step + 1)
-        with _trackers(job, folder, start=start) as trackers, record:
+        exports, trackers_of_run = _exports(job, folder), _trackers(job, folder, start=start)
+        with exports as finish_exports, trackers_of_run as trackers, record:
             if reason is not None:
                 LOG.info("%s: %s: it is finished", folder, reason)
             else:
                 started()
                 train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
             cluster.close()
+            finish_exports()
             if not config.checkpoint.save and config.checkpoint.hf_export != "none":
                 LOG.warning("checkpoint.save=false: there is no checkpoint to make a model of")
             elif config.checkpoint.hf_export != "none" and not (
                 reason is not None and _is_exported(folder, config)
             ):
-                _export(job.config, _checkpoint_to_export(job.config, folder, start), folder)
+                last = _checkpoint_to_export(job.config, folder, start)
+                assert last is not None, "a run that is finished has a checkpoint"
+                export_final(job.config, last, folder)
+            if config.export.push_to_hub.repo_id is not None:
+                _push(config, folder)
     show_summary(config, folder, elapsed_s=clock.elapsed_s())
 
 
@@ -117,6 +119,39 @@ def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManage
     from roll_sft.tracking.trackers import tracked
 
     return tracked(job, folder, start=start)
+
+
+def _check_ahead(config: RunConfig) -> None:
+    """Raise `ConfigError` for a tracker or a repository that would fail after training."""
+    if config.tracking.services:
+        from roll_sft.tracking.trackers import check_trackers
+
+        check_trackers(config)
+    push = config.export.push_to_hub
+    if push.repo_id is not None:
+        from roll_sft.convert.push import Destination, check_push
+
+        check_push(Destination(push.repo_id, push.private, push.revision))
+
+
+def _exports(job: Job, folder: Path) -> "AbstractContextManager[Callable[[], None]]":
+    """The exports of each checkpoint, where a configuration asks for them."""
+    if job.config.checkpoint.hf_export != "every_save" or not job.config.checkpoint.save:
+        return contextlib.nullcontext(lambda: None)
+    from roll_sft.convert.each_save import exporting_saves
+
+    return exporting_saves(job.config, folder, last_step=job.total_steps)
+
+
+def _push(config: RunConfig, folder: Path) -> None:
+    """Push what is exported; nothing that an earlier attempt has pushed is sent again."""
+    from roll_sft.convert.push import Destination, push_run
+
+    push = config.export.push_to_hub
+    assert push.repo_id is not None, "there is a repository to push to"
+    destination = Destination(push.repo_id, push.private, push.revision)
+    for line in push_run(folder, destination, what=push.what):
+        LOG.info("%s", line)
 
 
 def _on_cluster(config: RunConfig) -> RunConfig:
@@ -154,34 +189,3 @@ def _checkpoint_to_export(config: RunConfig, folder: Path, start: Start) -> Path
             return best
     own = step_folders(folder / run_folder.CHECKPOINTS)
     return own[-1] if own else start.checkpoint
-
-
-def _export(config: RunConfig, checkpoint: Path | None, folder: Path) -> None:
-    """Make of a checkpoint what `checkpoint.hf_export` asks for."""
-    assert checkpoint is not None, "a run that is finished has a checkpoint"
-    convert = ["roll_sft.convert.command", "--checkpoint", str(checkpoint)]
-    if config.train.freezes:
-        convert += ["--base", str(config.model.path)]
-    if not config.lora.rank:
-        _convert(convert, folder / run_folder.MODEL)
-        return
-    wanted = config.checkpoint.hf_export
-    if wanted in ("adapter", "final"):
-        _convert(convert, folder / run_folder.ADAPTER)
-    if wanted in ("merged", "final"):
-        merge = ["roll_sft.convert.merge_lora", "--adapter", str(checkpoint)]
-        merge += ["--dequantize"] if config.lora.quantize_base != "none" else []
-        _convert([*merge, "--base", str(config.model.path)], folder / run_folder.MODEL)
-
-
-def _convert(command: list[str], output: Path) -> None:
-    """Run a module and its arguments, as a process of its own: no workers and no Ray are needed."""
-    LOG.info("exporting %s", command[2])
-    command = [sys.executable, "-m", *command, "--output", str(output), "--replace"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        kind = DivergedError if result.returncode == DivergedError.exit_code else CheckpointError
-        raise kind(f"the export to {output} failed: {lines[-1]}")
-    told = "; ".join(result.stdout.strip().splitlines()[:-1])  # the last is the folder
-    LOG.info("Hugging Face folder %s (%s)", output, told)

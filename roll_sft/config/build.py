@@ -35,14 +35,13 @@ ABBREVIATIONS = {
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
-    {"evaluation", "export", "cluster.grace_s"}
+    {"evaluation", "cluster.grace_s"}
     | {"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"}
     | {"train.on_nan", "train.max_duration"}
 )
 # Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",
-    ("checkpoint.hf_export", "every_save"): "final, and `roll-sft convert` for other checkpoints",
     ("lora.init", "pissa"): "default or gaussian",
 }
 SYNONYMS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}

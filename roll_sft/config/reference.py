@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -64,10 +63,12 @@ def help_text(*, width: int) -> str:
 def _groups() -> Iterator[tuple[str, str, list[Key]]]:
     """(title, what it is about, keys) of the run's own keys and of each section."""
     keys = list(all_keys(RunConfig))
+    lists = {each.name for each in keys}  # whose entries have keys of their own
     yield "run", _about(RunConfig), [each for each in keys if "." not in each.name]
     for item in dataclasses.fields(RunConfig):
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
-            own = [each for each in keys if re.fullmatch(rf"{item.name}\.\w+", each.name)]
+            mine = (each for each in keys if each.name.startswith(f"{item.name}."))
+            own = [each for each in mine if each.name.rpartition(".")[0] not in lists]
             inherited = {name for base in item.type.__mro__[1:-1] for name in all_names(base)}
             own.sort(key=lambda each: each.name.rpartition(".")[2] in inherited)
             yield item.name, _about(item.type), own

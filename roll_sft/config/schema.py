@@ -15,6 +15,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import without_credentials
 from roll_sft.config.cluster import ClusterConfig
 from roll_sft.config.debug import DebugConfig
+from roll_sft.config.export import ExportConfig
 from roll_sft.config.keys import key
 from roll_sft.config.lora import LoraConfig
 from roll_sft.config.moe import MoeConfig
@@ -269,9 +270,10 @@ class CheckpointConfig:
     save_optimizer: bool = key(
         True, "Keep optimizer state in checkpoints; a run cannot resume exactly without it."
     )
-    hf_export: Literal["none", "final", "adapter", "merged"] = key(
+    hf_export: Literal["none", "final", "every_save", "adapter", "merged"] = key(
         "final",
-        "Export of the final model; of LoRA the adapter, the merged model, or (final) both.",
+        "Export of the final model; of LoRA the adapter, the merged model, or (final) both."
+        " every_save exports each checkpoint, too, in the background: of LoRA the adapter.",
     )
 
 
@@ -301,6 +303,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)

@@ -13,6 +13,7 @@ from typing import Any
 from roll_sft.base.errors import refuse
 from roll_sft.base.text import is_hostile, shown
 from roll_sft.config.debug import fault_problems
+from roll_sft.config.export import export_problems
 from roll_sft.config.layout_checks import backend_problems
 from roll_sft.config.lora import lora_problems
 from roll_sft.config.recipes import recipe_problems
@@ -96,6 +97,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
     yield from lora_problems(config)
     yield from recipe_problems(config)
     yield from fault_problems(config)
+    yield from export_problems(config)
     yield from _source_problems(data)
 
 
