@@ -46,6 +46,7 @@ BY_NEED = {
     "roll_sft/checkpoint/index.py": "a run that goes on from a checkpoint",
     "roll_sft/config/evolve.py": "the Python API",
     "roll_sft/config/debug.py": "debug.faults",
+    "roll_sft/config/export.py": "a model that is pushed",
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
@@ -131,9 +132,10 @@ BY_NEED = {
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,
-# `lora`, `moe`, `tracking` and the keys of recipes are loaded for their defaults: they are off.
+# `export`, `lora`, `moe`, `tracking` and the keys of recipes are loaded for their defaults.
 ALLOWED = (
     "roll_sft/config/debug.py",
+    "roll_sft/config/export.py",
     "roll_sft/config/lora.py",
     "roll_sft/config/moe.py",
     "roll_sft/config/recipes.py",

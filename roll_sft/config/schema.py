@@ -272,8 +272,8 @@ class CheckpointConfig:
     )
     hf_export: Literal["none", "final", "every_save", "adapter", "merged"] = key(
         "final",
-        "Export of the final model; of LoRA the adapter, the merged model, or (final) both."
-        " every_save exports each checkpoint, too, in the background: of LoRA the adapter.",
+        "Export of the final model, of LoRA of adapter and merged model both, or of one;"
+        " every_save exports each checkpoint, too.",
     )
 
 

@@ -59,6 +59,8 @@ KEYS = {
     "moe.": "aux_loss_coef",
     "checkpoint.": "save async_save keep_last keep_best verify allow_changes save_optimizer"
     " hf_export",
+    "export.": "push_to_hub",
+    "export.push_to_hub.": "repo_id private revision what",
     "tracking.": "backends mlflow_uri experiment",
     "cluster.": "address prepare_timeout_s setup_timeout_s step_timeout_s checkpoint_timeout_s"
     " max_restarts elastic straggler_factor",
@@ -368,7 +370,6 @@ def test_a_value_is_refused_with_the_rule(overrides: dict[str, Any], problem: st
     ("key", "value"),
     [
         ("model.dtype", "fp16"),
-        ("checkpoint.hf_export", "every_save"),
         ("lora.init", "pissa"),
     ],
 )
@@ -383,7 +384,6 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
     [
         "moe.z_loss_coef",
         "moe.dispatcher",
-        "export.push_to_hub",
         "evaluation.prompts",
         "evaluation.max_new_tokens",
         "cluster.grace_s",
