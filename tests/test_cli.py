@@ -119,7 +119,7 @@ def test_each_command_says_what_it_takes(script: Door, command: str, parts: list
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ([], ["roll-sft: no command; there are train, plan, prepare, preview, parity, convert"]),
+        ([], ["roll-sft: no command; there are train, plan, prepare, preview"]),
         (["parety"], ["there is no command 'parety'; did you mean 'parity'? there are train,"]),
         (["--config-name", "demo"], ["no command '--config-name'; did you mean 'train'?"]),
         (["model.path=m"], ["no command 'model.path=m'; did you mean 'train'?"]),
