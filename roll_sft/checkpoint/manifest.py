@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from roll_sft.base.errors import CheckpointError
+from roll_sft.base.files import json_text
 from roll_sft.base.layout import ParallelLayout
 
 MANIFEST = "manifest.json"
@@ -158,7 +159,7 @@ def _values(folder: Path) -> dict[str, Any]:
     try:
         if path.is_symlink():
             raise ValueError("it is a link")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(json_text(path))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:

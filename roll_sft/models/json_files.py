@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_sft.base.errors import ConfigError
+from roll_sft.base.files import json_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in the file `path`; `ConfigError` if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(json_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); correct the file") from error
     if not isinstance(content, dict):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from roll_sft.base.errors import CheckpointError, ConfigError
+from roll_sft.base.files import json_text
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -118,7 +119,7 @@ class SafetensorsSource:
 
     def _read_index(self, folder: Path) -> dict[str, Path]:
         try:
-            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            index = json.loads(json_text(folder / INDEX_FILE))
             files = {str(name): str(file) for name, file in index["weight_map"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(

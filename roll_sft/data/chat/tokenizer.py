@@ -7,11 +7,14 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError, first_line
+from roll_sft.base.files import MOST_JSON_BYTES, json_text
 from roll_sft.base.text import shown
 
 _KEY = "model.tokenizer_path"
 _REMEDY = "give a folder with tokenizer.json and tokenizer_config.json"
 # Any tokenizer has one at least: its JSON, its vocabulary, SentencePiece's or tiktoken's file.
+_READ_BY_TRANSFORMERS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_LONGEST_TEMPLATE = 1 << 20  # characters; published ones have some 20,000
 _FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -29,6 +32,7 @@ def load_tokenizer(
     """
     if not Path(path).is_dir():
         raise ConfigError(f"{_KEY}: {shown(path)} is not a folder; give one, or a hub id")
+    _check_sizes(Path(path))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
@@ -57,6 +61,24 @@ def load_tokenizer(
     return tokenizer
 
 
+def _check_sizes(folder: Path) -> None:
+    """Refuse files that would fill the memory, before transformers reads them."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _READ_BY_TRANSFORMERS or not file.is_file():
+            continue
+        try:
+            if file.suffix == ".json":
+                json_text(file)
+            elif file.stat().st_size > MOST_JSON_BYTES:
+                raise ValueError(f"it has more than {MOST_JSON_BYTES >> 20} MiB")
+        except UnicodeDecodeError:
+            continue  # whoever reads it says so
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{_KEY}: {shown(str(file))} cannot be read ({error}); {_REMEDY}"
+            ) from error
+
+
 def _none_in(path: str) -> NoTokenizerError:
     return NoTokenizerError(f"{_KEY}: {shown(path)} holds no tokenizer; {_REMEDY}")
 
@@ -67,7 +89,7 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():  # a pipe would be waited for
             continue
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = json.loads(json_text(folder / name))
         except (OSError, ValueError, RecursionError) as error:
             return f"{name}: {first_line(error)}"
         if not isinstance(content, dict):
@@ -81,6 +103,11 @@ def _check_template(template: object, *, path: str) -> None:
         raise ConfigError(
             f"{_KEY}: the chat_template of {shown(path)} is {shown(template)}, not a text or named"
             " texts; mend its tokenizer_config.json"
+        )
+    if (longest := max(map(len, texts), default=0)) > _LONGEST_TEMPLATE:
+        raise ConfigError(
+            f"{_KEY}: the chat_template of {shown(path)} has {longest:,} characters, which is no"
+            f" template; give one of at most {_LONGEST_TEMPLATE:,}"
         )
     if lone := re.search("[\ud800-\udfff]", "".join(map(str, texts))):
         raise ConfigError(
