@@ -104,7 +104,7 @@ def _check_template(template: object, *, path: str) -> None:
             f"{_KEY}: the chat_template of {shown(path)} is {shown(template)}, not a text or named"
             " texts; mend its tokenizer_config.json"
         )
-    if (longest := max(map(len, texts), default=0)) > _LONGEST_TEMPLATE:
+    if (longest := max((len(str(text)) for text in texts), default=0)) > _LONGEST_TEMPLATE:
         raise ConfigError(
             f"{_KEY}: the chat_template of {shown(path)} has {longest:,} characters, which is no"
             f" template; give one of at most {_LONGEST_TEMPLATE:,}"
