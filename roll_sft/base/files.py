@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 from roll_sft.base.errors import ResourceError, RollSftError
 
 LOG = logging.getLogger(__name__)
-# The largest tokenizer.json has 35 MB and a million lists; a list takes 56 bytes.
-MOST_JSON_BYTES, MOST_JSON_PARTS = 256 << 20, 8_000_000
 
 
 @contextlib.contextmanager
@@ -49,23 +46,6 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
             elif line.strip():
                 LOG.warning("%s:%d: is no whole record, and is passed over", path, number)
-
-
-def json_text(path: Path, *, most: int = MOST_JSON_BYTES, most_parts: int = MOST_JSON_PARTS) -> str:
-    """The text (UTF-8) of a JSON file of others, which fits in memory once it is parsed.
-
-    Raises `OSError`, or `ValueError` for a file of more than `most` bytes or `most_parts` lists and
-    objects, and for what is no file: a pipe would be waited for.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no file")
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"it has more than {most >> 20} MiB")
-    if (num_parts := content.count(b"[") + content.count(b"{")) > most_parts:
-        raise ValueError(f"it has {num_parts:,} lists and objects")
-    return content.decode("utf-8")
 
 
 def write_durably(path: Path, text: str | bytes, *, mode: int | None = None) -> None:

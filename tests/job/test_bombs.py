@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "a vast tokenizer": (
         lambda home: vast(home / "model" / "tokenizer.json"),
-        ("tokenizer.json", "more than 256 MiB"),
+        ("tokenizer.json", "more than 128 MiB"),
     ),
     "a vast template": (
         lambda home: set_template(home, "{{ x }}" * 300_000),

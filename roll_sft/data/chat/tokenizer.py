@@ -7,13 +7,13 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from roll_sft.base.errors import ConfigError, first_line
-from roll_sft.base.files import MOST_JSON_BYTES, json_text
 from roll_sft.base.text import shown
 
 _KEY = "model.tokenizer_path"
 _REMEDY = "give a folder with tokenizer.json and tokenizer_config.json"
 # Any tokenizer has one at least: its JSON, its vocabulary, SentencePiece's or tiktoken's file.
-_READ_BY_TRANSFORMERS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_MOST_BYTES = 128 << 20  # the largest tokenizer.json has 35 MB
 _LONGEST_TEMPLATE = 1 << 20  # characters; published ones have some 20,000
 _FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -32,7 +32,9 @@ def load_tokenizer(
     """
     if not Path(path).is_dir():
         raise ConfigError(f"{_KEY}: {shown(path)} is not a folder; give one, or a hub id")
-    _check_sizes(Path(path))
+    for file in Path(path).iterdir():  # which transformers would read whole
+        if file.suffix in _READ_WHOLE and file.is_file() and file.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{_KEY}: {file} has more than {_MOST_BYTES >> 20} MiB; {_REMEDY}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
@@ -61,24 +63,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def _check_sizes(folder: Path) -> None:
-    """Refuse files that would fill the memory, before transformers reads them."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in _READ_BY_TRANSFORMERS or not file.is_file():
-            continue
-        try:
-            if file.suffix == ".json":
-                json_text(file)
-            elif file.stat().st_size > MOST_JSON_BYTES:
-                raise ValueError(f"it has more than {MOST_JSON_BYTES >> 20} MiB")
-        except UnicodeDecodeError:
-            continue  # whoever reads it says so
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{_KEY}: {shown(str(file))} cannot be read ({error}); {_REMEDY}"
-            ) from error
-
-
 def _none_in(path: str) -> NoTokenizerError:
     return NoTokenizerError(f"{_KEY}: {shown(path)} holds no tokenizer; {_REMEDY}")
 
@@ -89,7 +73,7 @@ def _damage(folder: Path) -> str | None:
         if not (folder / name).is_file():  # a pipe would be waited for
             continue
         try:
-            content = json.loads(json_text(folder / name))
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             return f"{name}: {first_line(error)}"
         if not isinstance(content, dict):
@@ -105,10 +89,7 @@ def _check_template(template: object, *, path: str) -> None:
             " texts; mend its tokenizer_config.json"
         )
     if (longest := max((len(str(text)) for text in texts), default=0)) > _LONGEST_TEMPLATE:
-        raise ConfigError(
-            f"{_KEY}: the chat_template of {shown(path)} has {longest:,} characters, which is no"
-            f" template; give one of at most {_LONGEST_TEMPLATE:,}"
-        )
+        raise ConfigError(f"{_KEY}: the chat_template of {shown(path)} has {longest:,} characters")
     if lone := re.search("[\ud800-\udfff]", "".join(map(str, texts))):
         raise ConfigError(
             f"{_KEY}: the chat_template of {shown(path)} holds {shown(lone.group())}, one half of a"
