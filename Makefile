@@ -63,6 +63,9 @@ parity: $(TOOLS) ## the loss on every parallel layout against one process
 	$(BIN)/python -m pytest -q tests/engine/test_expert_parity.py --all-layouts
 	$(BIN)/python -m pytest -q tests/test_killed.py -k adapters --all-layouts
 
+examples: $(TOOLS) ## the examples and the notebook, from an installed copy
+	$(BIN)/python -m pytest -q tests/test_installed.py --all-layouts
+
 fuzz: $(TOOLS) ## spoilt configurations, data, checkpoints and models; ARGS="--cases 2000"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 

@@ -1,11 +1,7 @@
 """What pyproject.toml and constraints/ say, against what is in the tree."""
 
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,24 +39,6 @@ def test_every_package_folder_is_declared():
     folders = [path.parent for path in (ROOT / "roll_sft").rglob("__init__.py")]
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"roll_sft.conf"}
-
-
-@pytest.mark.slow
-def test_wheel_holds_every_module_and_every_configuration_file(tmp_path):
-    tree = tmp_path / "tree"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("roll_sft", "conf"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    pip = [sys.executable, "-m", "pip", "-qq", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tree)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = set(archive.namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "roll_sft").rglob("*.py")}
-    settings = {f"roll_sft/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert modules | settings <= packed
 
 
 def test_every_name_of_the_architecture_is_in_the_file_beside_it():

@@ -134,6 +134,20 @@ class Result:
             shutil.copytree(model, draft, dirs_exist_ok=True)
         return target
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = True, revision: str | None = None
+    ) -> list[str]:
+        """Push the exported model, of LoRA all that was exported, to a repository of the hub.
+
+        A missing repository is made, `private` unless said otherwise, and so is the branch
+        `revision`. Returns a line for each push. Raises `ConfigError` without a token, rights or a
+        model, `ResourceError` where the hub does not answer: the same call goes on from there.
+        """
+        from roll_sft.convert.push import Destination, push_run
+
+        with as_guest():
+            return push_run(self.folder, Destination(repo_id, private, revision))
+
     def report(self) -> Path:
         """Write `report.html` and `loss.png` into the folder of the run; returns the page's path.
 

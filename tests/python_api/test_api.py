@@ -185,5 +185,7 @@ def test_the_history_has_an_entry_for_each_step(tmp_path: Path) -> None:
     assert repr(result) == f"<Result of {tmp_path}: 3 steps, train_loss 0.3333>"
     assert result.checkpoint is result.model is None
     assert "held_out" in result.report().read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="nothing to push"):
+        result.push_to_hub("me/my_model")
     with pytest.raises(CheckpointError, match="neither a model nor a checkpoint to save"):
         result.save_pretrained(tmp_path / "copy")

@@ -1,0 +1,195 @@
+"""An installed copy: what the wheel holds, and programs of users that run with it.
+
+With --all-layouts (`make examples`) the examples run too, and the notebook.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+from tests.doors import write_rows
+from tests.parity import write_model
+from tests.wheel import ROOT, unpacked_wheel
+
+pytestmark = pytest.mark.slow
+
+# What a program's process is like; what differs at the end is printed.
+STATE = """
+import logging, os, signal, sys, threading
+def state():
+    logs = [logging.getLogger(name) for name in ("", "roll_sft", "ray", "mlflow")]
+    return dict(os.environ) | {
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+        "signals": [signal.getsignal(each) for each in sorted(signal.valid_signals())],
+        "logs": [(each.handlers[:], each.level, each.propagate) for each in logs],
+        "streams": (sys.stdout, sys.stderr, os.fstat(2).st_ino), "argv": sys.argv[:],
+    }
+BEFORE = state()
+"""
+CHECKS = """
+import psutil, ray
+after = state()
+changed = [name for name in BEFORE.keys() | after if BEFORE.get(name) != after.get(name)]
+family = [each.name() for each in psutil.Process().children(recursive=True)]
+facts = {"changed": changed, "family": family, "ray": ray.is_initialized()}
+"""
+TELL = """
+import json
+print(json.dumps(facts | {"file": roll_sft.__file__}))
+"""
+IN_FOUND_RAY = """
+import asyncio, ray
+ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+import roll_sft
+from roll_sft.base.errors import ConfigError
+config = roll_sft.load_config("base").evolve(
+    model={"path": "Qwen/Qwen2.5-0.5B"}, data={"sequence_length": 100},
+    parallel={"device": "cpu"}, train={"max_steps": 2, "global_batch_size": 4},
+    checkpoint={"hf_export": "none"}, tracking={"backends": ["jsonl"]},
+)
+pairs = [(f"Say {n}.", f"It is {n}.") for n in range(8)]
+async def main():
+    first = await asyncio.to_thread(roll_sft.train, pairs, config=config)
+    second = roll_sft.train(pairs, config=config)
+    try:
+        roll_sft.train(pairs, config=config.evolve(parallel={"tensor_model_parallel_size": 2}))
+    except ConfigError as error:
+        return first, second, str(error)
+first, second, refused = asyncio.run(main())
+is_up = ray.get(ray.remote(lambda: 3).remote()) == 3
+facts = {
+    "folders": [str(first.folder), str(second.folder)], "losses": first.history["train_loss"],
+    "again": second.history["train_loss"], "refused": refused, "is_up": is_up,
+    "checkpoint": str(second.checkpoint),
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A user's folder: a model under the name of the README's, and a file of rows."""
+    model = write_model(tmp_path / "Qwen" / "Qwen2.5-0.5B", kind="qwen2-tied", num_layers=2)
+    config = json.loads((model / "config.json").read_text())
+    # As long as samples may be by default.
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(9)]
+    write_rows(tmp_path / "my.jsonl", rows)
+    return tmp_path
+
+
+def environment(site: Path, place: Path) -> dict[str, str]:
+    known = {"PYTHONPATH": str(site), "HOME": str(place), "RAY_AUTH_MODE": ""}
+    known["RAY_TMPDIR"] = f"/tmp/r{os.getpid()}"  # sockets have short names
+    kept = {name: each for name, each in os.environ.items() if name != "RAY_AUTH_MODE"}
+    return kept | {name: each for name, each in known.items() if each}
+
+
+def output_of(program: str, site: Path, place: Path, *arguments: str) -> list[str]:
+    """The lines on stdout of a script, which has no `__main__` guard."""
+    (place / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=place,
+        env=environment(site, place),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_wheel_holds_every_module_and_every_configuration_file(site: Path) -> None:
+    packed = {path.relative_to(site).as_posix() for path in site.rglob("*")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "roll_sft").rglob("*.py")}
+    settings = {f"roll_sft/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert modules | settings <= packed
+
+
+def test_the_lines_of_the_readme_run_and_leave_the_process_as_it_was(
+    site: Path, place: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.M | re.S)
+    assert len([line for line in code.splitlines() if line]) == 3
+    *_, told, facts = output_of(f"{STATE}{code}{CHECKS}{TELL}", site, place)
+    assert re.fullmatch(r"\[\d\.\d+\] \['.*'\]", told), told
+    found = json.loads(facts)
+    assert found["file"] == str(site / "roll_sft" / "__init__.py")
+    assert (found["changed"], found["family"], found["ray"]) == ([], [], False)
+    (folder,) = (place / "outputs").glob("sft_*")
+    assert (folder / "hf" / "model.safetensors").is_file()
+
+
+def test_a_found_ray_serves_a_thread_and_a_loop_and_stays(site: Path, place: Path) -> None:
+    found = json.loads(output_of(f"{IN_FOUND_RAY}{TELL}", site, place)[-1])
+    assert found["is_up"]
+    assert len(found["losses"]) == 2
+    assert found["again"] == found["losses"]  # the same call is the same run, which is finished
+    assert len(set(found["folders"])) == 1
+    assert found["checkpoint"] == f"{found['folders'][0]}/checkpoints/step_00000002"
+    assert found["refused"].startswith("parallel: tensor_model_parallel_size 2 x ")
+
+
+@pytest.fixture
+def _all(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--all-layouts"):
+        pytest.skip("the examples run by `make examples`")
+
+
+@pytest.mark.usefixtures("_all")
+def test_the_notebook_runs_and_shows_one_bar(
+    site: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
+    for name, value in environment(site, place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("MODEL", "Qwen/Qwen2.5-0.5B")
+    monkeypatch.setenv("STEPS", "4")
+    client = nbclient.NotebookClient(
+        notebook, timeout=280, resources={"metadata": {"path": str(place)}}
+    )
+    client.execute()
+    (cell,) = [each for each in notebook.cells if "roll_sft.train(" in each.source]
+    shown = [output for output in cell.outputs if output.output_type == "display_data"]
+    bars = [output.data["text/html"] for output in shown if "<progress" in str(output.data)]
+    assert len(bars) == 1
+    assert 'value="4" max="4"' in bars[0]
+    assert not [each for each in cell.outputs if "step 2/4" in each.get("text", "")]
+    assert (place / "my_model" / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("_all")
+def test_two_calls_each_with_a_ray_of_its_own(site: Path, place: Path) -> None:
+    program = (
+        IN_FOUND_RAY.split("async def")[0].replace("ray.init(", "dict(")
+        + """
+import threading
+first = roll_sft.train(pairs, config=config)
+results = []
+thread = threading.Thread(
+    target=lambda: results.append(roll_sft.train(pairs[1:], config=config))
+)
+thread.start()
+thread.join()
+other = [first.folder != results[0].folder, len(results[0].history["train_loss"])]
+"""
+    )
+    tell = f'{CHECKS}facts["other"] = other\n{TELL}'
+    found = json.loads(output_of(f"{STATE}{program}{tell}", site, place)[-1])
+    assert (found["changed"], found["family"], found["ray"]) == ([], [], False)
+    assert found["other"] == [True, 2]
