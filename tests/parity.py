@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -48,6 +49,19 @@ NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
 # Kind -> its experts; narrower than the MLP of other kinds, and the loss of their load is telling.
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 40, "router_aux_loss_coef": 0.3},
+    "glm4moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "head_dim": 24,
+    },
     "gptoss": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -118,6 +132,8 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         return FAMILIES[family](**shared)
     if family in EXPERTS:
         shared |= EXPERTS[family]
+    if family == "glm4moe":
+        shared["rope_parameters"] = {**shared["rope_parameters"], "partial_rotary_factor": 0.5}
     if family == "gptoss":
         shared["rope_parameters"] = {
             "rope_type": "yarn",
@@ -130,6 +146,7 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         }
         shared["max_position_embeddings"] = 256
     classes: dict[str, type[PreTrainedConfig]] = {
+        "glm4moe": Glm4MoeConfig,
         "gptoss": GptOssConfig,
         "mixtral": MixtralConfig,
         "olmoe": OlmoeConfig,
@@ -158,6 +175,9 @@ def write_model(folder: Path, *, kind: str = "qwen2", num_layers: int = 4) -> Pa
                 parameter.normal_(0.5, 1.0)
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

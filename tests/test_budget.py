@@ -116,6 +116,7 @@ BY_NEED = {
     "roll_sft/models/module_names.py": "patterns of modules, in train.freeze and others",
     "roll_sft/models/nf4.py": "lora.quantize_base",
     "roll_sft/models/peft_folder.py": "lora.adapter_path",
+    "roll_sft/models/fused_experts.py": "a model with experts",
     "roll_sft/models/fused_rows.py": "a family that fuses projections",
     "roll_sft/models/remote_code.py": "model.trust_remote_code",
     "roll_sft/models/rotary.py": "rotary embeddings that are scaled or partial",

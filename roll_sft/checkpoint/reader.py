@@ -17,7 +17,7 @@ from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.tensors import Piece, Shape
 
-_LAYERS = "decoder.layers."
+LAYERS = "decoder.layers."
 _EXPERTS, _STORED_EXPERTS = "experts.local_experts.", "experts.experts."
 _OPTIMIZER = "optimizer."
 _MASTERS = "optimizer.state.param."
@@ -108,7 +108,7 @@ class Reader:
     def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The stored tensor of `name`, and its place in the first dims of that."""
         key, index = stored_name(name)
-        of_layer = key.replace(_LAYERS, f"{_LAYERS}{index[0]}.") if index else key
+        of_layer = key.replace(LAYERS, f"{LAYERS}{index[0]}.") if index else key
         return (of_layer, index[1:]) if of_layer in self._index.keys else (key, index)
 
     def check_all_read(self) -> None:
@@ -130,7 +130,7 @@ def stored_name(name: str) -> tuple[str, tuple[int, ...]]:
 
     That is its layer, and its expert behind it, if it has them.
     """
-    prefix, dot, rest = name.partition(_LAYERS)
+    prefix, dot, rest = name.partition(LAYERS)
     if not dot:
         return name, ()
     layer, _, tail = rest.partition(".")

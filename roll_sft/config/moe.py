@@ -16,3 +16,10 @@ class MoeConfig:
         at_least=0,
         at_most=1e6,
     )
+    router_bias_update_rate: float = key(
+        0.0,
+        "What each step adds to the score bias of an expert with fewer tokens than the mean, and"
+        " takes from one with more; 0 leaves the biases. For routers that have them (GLM-4.5).",
+        at_least=0,
+        at_most=1,
+    )

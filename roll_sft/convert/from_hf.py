@@ -12,9 +12,10 @@ import math
 import mmap
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -22,7 +23,7 @@ from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.checkpoint.manifest import ASSETS, MANIFEST, RunState
 from roll_sft.checkpoint.publish import versions_here, write_descriptions, write_manifest
-from roll_sft.checkpoint.reader import stored_name
+from roll_sft.checkpoint.reader import LAYERS, stored_name
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts, write
 from roll_sft.convert.new_folder import new_folder
 from roll_sft.models.assets import asset_files, check_assets, config_of, copy_file
@@ -65,8 +66,8 @@ def import_model(
     wanted = DTYPES[dtype] if dtype else None
     stored = wanted or source.dtype("model.norm.weight")
     mappings = family.weights(shape)
-    sizes = (shape.num_layers, shape.experts.num_experts if shape.experts else 1)
-    dtypes = _dtypes(mappings, source, wanted)
+    place = partial(_place, shape=shape)
+    dtypes = _dtypes(mappings, source, wanted, place)
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
         for name in asset_files(model):
             copy_file(model / name, folder / ASSETS / name)
@@ -79,8 +80,8 @@ def import_model(
                 with one_thread():
                     write(
                         folder,
-                        _pieces(group, sizes, source=source, dtypes=dtypes),
-                        objects=_objects(names, sizes),
+                        _pieces(group, place, source=source, dtypes=dtypes),
+                        objects=_objects(names, place),
                         writer=Writer(rank, len(groups), optimizer_step=None),
                     )
             except NotFiniteError as error:
@@ -128,7 +129,10 @@ def _groups(family: Family, shape: ModelShape, *, dtype: torch.dtype) -> Iterato
 
 
 def _dtypes(
-    mappings: Mapping[str, WeightMapping], source: StoredSource, wanted: torch.dtype | None
+    mappings: Mapping[str, WeightMapping],
+    source: StoredSource,
+    wanted: torch.dtype | None,
+    place: "_Placing",
 ) -> dict[str, torch.dtype]:
     """The dtype of each stored tensor: `wanted`, or one that holds all that becomes part of it.
 
@@ -136,7 +140,7 @@ def _dtypes(
     """
     dtypes: dict[str, torch.dtype] = {}
     for name, mapping in mappings.items():
-        key, _ = stored_name(name)
+        key, *_ = place(name)
         for part in mapping.hf_shapes:
             own = wanted or source.dtype(part)
             dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
@@ -145,18 +149,15 @@ def _dtypes(
 
 def _pieces(
     mappings: Mapping[str, WeightMapping],
-    sizes: tuple[int, ...],
+    place: "_Placing",
     *,
     source: TensorSource,
     dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[Piece]:
-    """Every parameter of `mappings` as rectangles of the tensor that it is stored in.
-
-    `sizes` are the numbers of layers and of experts, the first dims of a stored tensor.
-    """
+    """Every parameter of `mappings` as rectangles of the tensor that it is stored in."""
     read: deque[torch.Tensor] = deque()
     for name, mapping in mappings.items():
-        key, index = stored_name(name)
+        key, index, sizes = place(name)
         num_rows = sum(shape[0] for shape in mapping.hf_shapes.values())
         full_shape = (num_rows, *next(iter(mapping.hf_shapes.values()))[1:])
         first = 0
@@ -170,8 +171,8 @@ def _pieces(
                 check = partial(_check_block, name=part_name, tensor=part)
             corner = (first, *(0 for _ in full_shape[1:]))
             first += len(part)
-            stored_shape, place = (*sizes[: len(index)], *full_shape), (*index, *corner)
-            yield Piece(key, stored_shape, place, part[(None,) * len(index)], check=check)
+            stored_shape, offset = (*sizes, *full_shape), (*index, *corner)
+            yield Piece(key, stored_shape, offset, part[(None,) * len(index)], check=check)
 
 
 def _parts(
@@ -211,16 +212,30 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
-def _objects(names: Iterable[str], sizes: tuple[int, ...]) -> dict[str, bytes]:
+_Placing: TypeAlias = Callable[[str], tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+def _place(name: str, *, shape: ModelShape) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """The stored tensor of parameter `name`, its place in the first dims, and the sizes of these.
+
+    These are the layer and the expert. Where layers differ each has a tensor of its own.
+    """
+    key, index = stored_name(name)
+    sizes = (shape.num_layers, shape.experts.num_experts if shape.experts else 1)[: len(index)]
+    if index and shape.experts is not None and shape.experts.num_dense_layers:
+        return key.replace(LAYERS, f"{LAYERS}{index[0]}."), index[1:], sizes[1:]
+    return key, index, sizes
+
+
+def _objects(names: Iterable[str], placing: "_Placing") -> dict[str, bytes]:
     """Empty objects that Megatron-Core requires beside the tensors of `names`."""
     empty = io.BytesIO()
     torch.save([None], empty)
     objects = {}
     for name in names:
-        key, index = stored_name(name)
-        linear = _LINEAR.match(key)
-        if linear and index:
-            place, whole = (".".join(map(str, each)) for each in (index, sizes[: len(index)]))
+        key, index, sizes = placing(name)
+        if linear := _LINEAR.match(key):
+            place, whole = (".".join(map(str, each)) for each in (index or (0,), sizes or (1,)))
             objects[f"{linear[1]}._extra_state/shard_{place}_{whole}"] = empty.getvalue()
     return objects
 

@@ -125,7 +125,8 @@ def merge(
     chosen = DTYPES[dtype] if dtype else _dtype_of(source)
     if _is_quantized(stored, dequantize=dequantize):
         source = _dequantized(stored, source, family, shape)
-    plan = plan_shards(family.hf_shapes(shape), dtype=chosen)
+    in_fp32 = family.names_in_fp32(shape)
+    plan = plan_shards(family.hf_shapes(shape), dtype=chosen, in_fp32=in_fp32)
     rounding = _Rounding()
     with (
         new_folder(output, kind="model", marker="config.json", replace=replace) as folder,

@@ -151,7 +151,9 @@ def _is_shard(name: str) -> bool:
 
 def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None:
     """Write assets and tensors into `folder`, while beside it every file is hashed."""
-    plan = plan_shards(source.family.hf_shapes(source.shape), dtype=dtype)
+    family, shape = source.family, source.shape
+    in_fp32 = family.names_in_fp32(shape)
+    plan = plan_shards(family.hf_shapes(shape), dtype=dtype, in_fp32=in_fp32)
     reader = _opened(source, dtype=dtype)
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
     with _verified_beside(source.folder, shards), one_thread():

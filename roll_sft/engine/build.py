@@ -124,7 +124,7 @@ def _of_experts(shape: ModelShape, layout: ParallelLayout) -> dict[str, Any]:
         return {}
     from roll_sft.engine.experts import expert_settings
 
-    return expert_settings(shape.experts, layout)
+    return expert_settings(shape, layout)
 
 
 def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,9 +176,12 @@ def build_model(shape: ModelShape, config: LayerConfig, *, kernel: Kernel) -> li
 def _build_chunk(
     shape: ModelShape, config: LayerConfig, layer: ModuleSpec, stage: int | None
 ) -> GPTModel:
-    block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=RMSNorm
-    )
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=stage)
+    if shape.experts is not None and shape.experts.num_dense_layers:
+        from roll_sft.engine.experts import with_dense_layers
+
+        layers = with_dense_layers(layers, shape, config, stage=stage)
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     model_class = GPTModel if HAS_OUTPUT_PROCESSOR else SupervisedGPTModel
     model = model_class(
         config,

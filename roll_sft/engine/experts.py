@@ -2,10 +2,10 @@
 
 Legend: N tokens of this rank's part of the sequence, E experts, D hidden size, L layers.
 
-A token goes to the `experts_per_token` experts of its largest scores, a softmax over all of them;
-none is dropped. Padding goes to no expert and counts nowhere. Experts lie on consecutive ranks of a
-pipeline stage, tensor ranks included, and each is whole on its rank. So the gradient of an expert
-is summed over the ranks that hold the same one, and not over data ranks.
+A token goes to the `experts_per_token` experts of its largest scores, a softmax over all of them or
+a sigmoid of each; none is dropped. Padding goes to no expert and counts nowhere. Experts lie on
+consecutive ranks of a pipeline stage, tensor ranks included, and each is whole on its rank. So the
+gradient of an expert is summed over the ranks that hold the same one, and not over data ranks.
 
 The auxiliary loss is transformers' `load_balancing_loss_func` of the whole global batch, its real
 tokens alone: E * sum over experts of f * p, where f is the number of tokens sent to an expert and p
@@ -28,6 +28,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import MegatronModule, ModuleSpec
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_attr_wrapped_model
 
@@ -37,7 +38,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.batch import zigzag_indices
 from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.engine.layers import LayerConfig, SwiGLU
+from roll_sft.engine.layers import LayerConfig, SwiGLU, layer_spec
 from roll_sft.engine.micro_batch import Indices, MicroBatch
 from roll_sft.engine.state import EXPERTS
 from roll_sft.models.experts import ExpertShape
@@ -46,8 +47,10 @@ from roll_sft.models.shape import ModelShape
 LOCAL = ".local_experts."
 
 
-def expert_settings(experts: ExpertShape, layout: ParallelLayout) -> dict[str, Any]:
-    """Fields of Megatron's configuration that a model with `experts` needs besides."""
+def expert_settings(shape: ModelShape, layout: ParallelLayout) -> dict[str, Any]:
+    """Fields of Megatron's configuration that a model with experts needs besides."""
+    experts = shape.experts
+    assert experts is not None, f"{shape.architecture} has no experts"
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.experts_per_token,
@@ -58,7 +61,14 @@ def expert_settings(experts: ExpertShape, layout: ParallelLayout) -> dict[str, A
         "expert_tensor_parallel_size": 1,
         "moe_router_load_balancing_type": "none",  # ours is in the router
         "moe_router_pre_softmax": True,
+        **({"moe_layer_freq": _layers_with_experts(shape)} if experts.num_dense_layers else {}),
     }
+
+
+def _layers_with_experts(shape: ModelShape) -> list[int]:
+    """1 for each layer with experts, and 0 for one without, as Megatron wants it."""
+    with_experts = shape.num_expert_layers
+    return [0] * (shape.num_layers - with_experts) + [1] * with_experts
 
 
 def expert_spec(shape: ModelShape) -> Any:
@@ -76,6 +86,21 @@ def expert_spec(shape: ModelShape) -> Any:
 
         submodules.experts = biased_experts(shape.experts, replaced=submodules.experts)
     return spec
+
+
+def with_dense_layers(
+    layers: list[ModuleSpec], shape: ModelShape, config: LayerConfig, *, stage: int | None
+) -> list[ModuleSpec]:
+    """`layers` of this rank's (virtual) `stage`, the model's first ones with an MLP."""
+    assert shape.experts is not None, f"{shape.architecture} has no experts"
+    attention = layers[0].submodules.self_attention
+    dense = layer_spec(
+        replace(shape, experts=None), core_attention=attention.submodules.core_attention
+    )
+    num_dense = shape.experts.num_dense_layers - get_transformer_layer_offset(
+        config, vp_stage=stage
+    )
+    return [dense if index < num_dense else layer for index, layer in enumerate(layers)]
 
 
 def _submodules(spec: Any) -> Any:
@@ -98,6 +123,11 @@ class Router(MegatronModule):
         for parameter in self.parameters():
             # finalize_model_grads sums the gradients of marked parameters over the tensor group.
             setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 -- a mark
+        # Trained by no gradient. It stays in fp32, whose small steps bf16 would lose.
+        self.score_bias: torch.nn.Parameter | None = None
+        if experts.has_sigmoid:
+            scores = torch.zeros(config.num_moe_experts, dtype=torch.float32)
+            self.score_bias = torch.nn.Parameter(scores, requires_grad=False)
         self._experts = experts
         self.balance: Callable[..., torch.Tensor] | None = None  # of this layer
 
@@ -114,18 +144,43 @@ class Router(MegatronModule):
         `hidden`, and whether it is chosen, bool [N, E].
         """
         rows = hidden.flatten(0, 1)
-        scores = F.linear(rows, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
-        chosen_scores, chosen = scores.topk(self.config.moe_router_topk, dim=-1)
+        if self._experts.has_sigmoid:
+            scores = F.linear(rows.float(), self.weight.float()).sigmoid()
+        else:
+            scores = F.linear(rows, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
+        chosen = self._chosen(scores.detach())
         is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
         if padding_mask is not None:
             is_chosen &= ~padding_mask.reshape(-1, 1)
         if self.balance is not None:
             scores = self.balance(scores, is_chosen)
-            chosen_scores = scores.gather(1, chosen)
-        if self._experts.is_normalized:
-            chosen_scores = chosen_scores / chosen_scores.sum(dim=-1, keepdim=True)
+        chosen_scores = scores.gather(1, chosen)
+        if self._experts.is_normalized:  # sigmoids may all be 0
+            chosen_scores = chosen_scores / (chosen_scores.sum(dim=-1, keepdim=True) + 1e-20)
+        if self._experts.weight_scale != 1.0:
+            chosen_scores = chosen_scores * self._experts.weight_scale
         weights = torch.zeros_like(scores).scatter(1, chosen, chosen_scores)
         return weights.to(rows.dtype), is_chosen
+
+    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
+        """Indices of the experts of each token, int64 [N, n], of `scores` [N, E]."""
+        if self.score_bias is not None:
+            scores = scores + self.score_bias
+        groups = self._experts.num_groups
+        if groups > 1:
+            of_groups = scores.unflatten(1, (groups, -1)).topk(2, dim=-1).values.sum(-1)
+            best = of_groups.topk(self._experts.groups_per_token, dim=-1).indices
+            is_open = torch.zeros_like(of_groups, dtype=torch.bool).scatter(1, best, True)
+            size = scores.shape[1] // groups
+            scores = scores.masked_fill(~is_open.repeat_interleave(size, dim=1), -torch.inf)
+        return scores.topk(self._experts.experts_per_token, dim=-1).indices
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        bias = None if self.score_bias is None else self.score_bias.data
+        super()._apply(fn, recurse)
+        if bias is not None and self.score_bias is not None:  # rounded now, and moved
+            self.score_bias.data = bias.to(self.score_bias.device)
+        return self
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
@@ -170,20 +225,24 @@ class Experts:
         self._experts, self._layout = shape.experts, layout_of(config.parallel)
         coefficient = config.moe.aux_loss_coef
         self._coefficient = shape.experts.aux_loss_coef if coefficient is None else coefficient
+        self._bias_rate = config.moe.router_bias_update_rate
         recompute = config.train.recompute
         self._is_recomputed = recompute == "full" or "mlp" in recompute
-        # Tokens sent to each expert of each layer and sums of their scores.
+        # Tokens sent to each expert of each layer that has some, and sums of their scores.
         device = torch.cuda.current_device()
-        size = (2, shape.num_layers, shape.experts.num_experts)
+        size = (2, shape.num_expert_layers, shape.experts.num_experts)
         self._totals = torch.zeros(size, dtype=torch.float64, device=device)
         self._gradient: torch.Tensor | None = None
         # Supervised and real tokens: of this rank, and when reduced of the global batch.
         self._tokens: list[Any] = [0, 0]
         self._is_counting = False
+        modules = (module for chunk in chunks for module in chunk.modules())
+        routers = [module for module in modules if isinstance(module, Router)]
+        num_dense = shape.experts.num_dense_layers
+        self._routers = {router.layer_number - 1 - num_dense: router for router in routers}
+        for layer, router in self._routers.items():
+            router.balance = functools.partial(self._balance, layer)
         for chunk in chunks:
-            for module in chunk.modules():
-                if isinstance(module, Router):
-                    module.balance = functools.partial(self._balance, module.layer_number - 1)
             self._mark(chunk)
 
     def _mark(self, chunk: GPTModel) -> None:
@@ -241,10 +300,18 @@ class Experts:
         self._gradient = (slope * self._tokens[0]).float()
 
     def load(self) -> ExpertLoad:
-        """The load of the last global batch; collective, after its gradients."""
+        """The load of the last global batch; collective, after its gradients, once.
+
+        Moves the biases of sigmoid routers towards an even load, if asked to: by one rate, whatever
+        the difference to the mean.
+        """
         if self._is_counting:
             self._reduce()
         per_layer, scores = self._totals
+        for layer, router in self._routers.items():
+            if self._bias_rate and router.score_bias is not None:
+                missing = per_layer[layer].mean() - per_layer[layer]
+                router.score_bias.add_(missing.sign().float(), alpha=self._bias_rate)
         loss = self._experts.num_experts * (self._counts * scores.sum(0)).sum()
         pairs = self._tokens[1] * len(per_layer) * self._experts.experts_per_token
         return ExpertLoad(

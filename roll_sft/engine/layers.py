@@ -33,7 +33,10 @@ class LayerConfig(TransformerConfig):
     def __post_init__(self) -> None:
         if self.num_moe_experts:  # Megatron's name for the experts in place of the MLP
             names = self.recompute_modules or []
-            self.recompute_modules = ["moe" if name == "mlp" else name for name in names]
+            if isinstance(self.moe_layer_freq, int):  # else some layers have an MLP
+                names = [name for name in names if name != "mlp"]
+            has_mlp = "mlp" in (self.recompute_modules or [])
+            self.recompute_modules = [*names, *(["moe"] if has_mlp else [])]
         super().__post_init__()
         # Megatron's name for an MLP that takes its activation from the layer spec.
         self.use_te_activation_func = self.is_compiled

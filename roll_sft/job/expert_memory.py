@@ -13,7 +13,7 @@ def expert_parameters(shape: ModelShape, layout: ParallelLayout, *, share: float
     if experts is None:
         return 0.0
     of_layer = 3 * experts.ffn_hidden_size * shape.hidden_size * experts.num_experts
-    return shape.num_layers * share * of_layer / layout.expert_size
+    return shape.num_expert_layers * share * of_layer / layout.expert_size
 
 
 def expert_replicas(layout: ParallelLayout) -> int:

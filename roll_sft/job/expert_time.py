@@ -44,7 +44,8 @@ def gradients_s(
 
 def active_mlp(shape: ModelShape) -> int:
     """Weights of the MLP, or of the experts, that a token goes through in all layers."""
-    experts, width = shape.experts, shape.ffn_hidden_size
-    if experts is not None:
-        width = experts.experts_per_token * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
-    return 3 * width * shape.hidden_size * shape.num_layers
+    width = (shape.num_layers - shape.num_expert_layers) * shape.ffn_hidden_size
+    if (experts := shape.experts) is not None:
+        chosen = experts.experts_per_token * experts.ffn_hidden_size
+        width += shape.num_expert_layers * (chosen + experts.shared_ffn_hidden_size)
+    return 3 * width * shape.hidden_size

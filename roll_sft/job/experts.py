@@ -18,14 +18,10 @@ def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             f"{_EP}: {size} does not divide the {ranks} ranks of a pipeline stage (num_workers /"
             f" pipeline_model_parallel_size); choose a divisor of {ranks}"
         )
+    yield from _balance_problems(config, shape)
     if experts is None:
         if size > 1:
             yield f"{_EP}: {size}, and {shape.architecture} has no experts; set it to 1"
-        if config.moe.aux_loss_coef is not None:
-            yield (
-                f"moe.aux_loss_coef: {config.moe.aux_loss_coef}, and {shape.architecture} has no"
-                " experts; leave it out"
-            )
         return
     if size >= 1 and experts.num_experts % size:
         yield (
@@ -51,4 +47,26 @@ def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         yield (
             f"train.{key}: {shape.architecture} has experts, which this version trains by the plain"
             " loss and all together; leave it out"
+        )
+
+
+def _balance_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    """What is asked of the balance of experts that routers of `shape` do not have."""
+    moe, experts = config.moe, shape.experts
+    rate = moe.router_bias_update_rate
+    if experts is None and moe.aux_loss_coef is not None:
+        yield (
+            f"moe.aux_loss_coef: {moe.aux_loss_coef}, and {shape.architecture} has no experts;"
+            " leave it out"
+        )
+    elif experts is not None and experts.has_sigmoid and moe.aux_loss_coef:
+        yield (
+            f"moe.aux_loss_coef: {moe.aux_loss_coef}, and the routers of {shape.architecture} have"
+            " no softmax, of which that loss is made; balance its experts by"
+            " moe.router_bias_update_rate"
+        )
+    if rate and (experts is None or not experts.has_sigmoid):
+        yield (
+            f"moe.router_bias_update_rate: {rate}, and {shape.architecture} has no routers with"
+            " biases of scores; leave it out"
         )

@@ -9,6 +9,7 @@ import torch
 
 from roll_sft.base.errors import ConfigError, refuse
 from roll_sft.config.layout_checks import backend_problems, layout_problems
+from roll_sft.config.moe import MoeConfig
 from roll_sft.config.schema import RunConfig, on_device
 from roll_sft.models.assets import check_links, generation_of
 from roll_sft.models.config_file import load_hf_config
@@ -59,7 +60,8 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
         refuse([*problems, str(error)])
         raise
     problems += model_problems(config, shape)
-    if shape.experts or config.parallel.expert_model_parallel_size > 1 or config.moe.aux_loss_coef:
+    asks_moe = config.moe != MoeConfig()
+    if shape.experts or config.parallel.expert_model_parallel_size > 1 or asks_moe:
         from roll_sft.job.experts import expert_problems
 
         problems += expert_problems(config, shape)

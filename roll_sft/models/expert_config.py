@@ -9,6 +9,7 @@ from roll_sft.base.text import shown
 
 if TYPE_CHECKING:
     from transformers import (
+        Glm4MoeConfig,
         GptOssConfig,
         MixtralConfig,
         OlmoeConfig,
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     )
 
     ExpertConfig: TypeAlias = (
-        GptOssConfig | MixtralConfig | OlmoeConfig | Qwen2MoeConfig | Qwen3MoeConfig
-    )
+        Glm4MoeConfig | GptOssConfig | MixtralConfig | OlmoeConfig | Qwen2MoeConfig
+        | Qwen3MoeConfig
+    )  # fmt: skip
 
 MOST, WIDEST, LARGEST = 2**16, 2**20, 1e6  # far above the values of every published model
 
@@ -33,11 +35,40 @@ def expert_problems(config: "ExpertConfig", *, num_experts: int) -> list[str]:
             problems.append(f"{key} {width} (must be from 1 to {WIDEST})")
     if not 1 <= chosen <= num_experts:
         problems.append(f"num_experts_per_tok {chosen} (must be from 1 to {num_experts} experts)")
-    if not 0 <= config.router_aux_loss_coef <= LARGEST:
-        coefficient = config.router_aux_loss_coef
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)  # a sigmoid router has none
+    if not 0 <= coefficient <= LARGEST:
         problems.append(f"router_aux_loss_coef {coefficient} (must be from 0 to {LARGEST:g})")
     if dense := getattr(config, "mlp_only_layers", None):
         problems.append(f"mlp_only_layers {shown(dense)} (only layers with experts)")
     if (every := getattr(config, "decoder_sparse_step", 1)) != 1:
         problems.append(f"decoder_sparse_step {every} (only 1)")
+    return problems
+
+
+def group_problems(config: "Glm4MoeConfig", *, num_experts: int) -> list[str]:
+    """Value and rule of each setting of groups of experts, and of layers without experts."""
+    groups, chosen, problems = config.n_group, config.topk_group, list[str]()
+    if not 1 <= groups <= num_experts or num_experts % groups:
+        problems.append(f"n_group {groups} (must divide the {num_experts} experts)")
+    elif groups > 1 and num_experts // groups < 2:  # a group is judged by its two best
+        problems.append(f"n_group {groups} (must leave 2 of {num_experts} experts to each group)")
+    elif not 1 <= chosen <= groups:
+        problems.append(f"topk_group {chosen} (must be from 1 to n_group {groups})")
+    elif config.num_experts_per_tok > (within := chosen * num_experts // groups):
+        problems.append(
+            f"num_experts_per_tok {config.num_experts_per_tok} (must be at most {within}, the"
+            f" experts of topk_group {chosen} groups)"
+        )
+    if not 0 <= config.first_k_dense_replace < config.num_hidden_layers:
+        problems.append(
+            f"first_k_dense_replace {config.first_k_dense_replace} (must be from 0 to"
+            f" {config.num_hidden_layers - 1}, one below num_hidden_layers)"
+        )
+    if not 1 <= config.n_shared_experts <= MOST:
+        problems.append(f"n_shared_experts {config.n_shared_experts} (must be from 1 to {MOST})")
+    if not 0 < config.routed_scaling_factor <= LARGEST:
+        problems.append(
+            f"routed_scaling_factor {config.routed_scaling_factor} (must be above 0, at most"
+            f" {LARGEST:g})"
+        )
     return problems

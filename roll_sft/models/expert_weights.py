@@ -62,6 +62,10 @@ def router_and_experts(
     hf, ours = f"model.layers.{layer}.{names.module}", f"decoder.layers.{layer}.mlp"
     router = SingleTensor(f"{hf}.gate.weight", (experts.num_experts, shape.hidden_size))
     table: WeightTable = {f"{ours}.router.weight": router}
+    if experts.has_sigmoid:
+        table[f"{ours}.router.score_bias"] = SingleTensor(
+            f"{hf}.gate.e_score_correction_bias", (experts.num_experts,), is_fp32=True
+        )
     inner = (experts.ffn_hidden_size, shape.hidden_size)
     for index in range(experts.num_experts):
         theirs, mine = f"{hf}.experts.{index}", f"{ours}.experts.local_experts.{index}"
@@ -74,11 +78,11 @@ def router_and_experts(
     return table
 
 
-def shared_expert(shape: ModelShape, *, layer: int) -> WeightTable:
-    """The MLP that every token goes through, and its gate [1, D] if it has one."""
+def shared_expert(shape: ModelShape, *, layer: int, module: str = "shared_expert") -> WeightTable:
+    """The MLP `module` that every token goes through, and its gate [1, D] if it has one."""
     experts, hf = experts_of(shape), f"model.layers.{layer}.mlp"
     ours = f"decoder.layers.{layer}.mlp.shared_experts"
-    width, name = experts.shared_ffn_hidden_size, f"{hf}.shared_expert"
+    width, name = experts.shared_ffn_hidden_size, f"{hf}.{module}"
     table: WeightTable = {
         f"{ours}.linear_fc1.weight": GatedMLP(
             gate=f"{name}.gate_proj.weight",

@@ -9,15 +9,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """The experts that take the place of every layer's MLP.
+    """The experts that take the place of the layers' MLP.
 
-    A router of `num_experts` x hidden size weights gives each token a softmax over all experts, of
-    which the `experts_per_token` largest are chosen. With `is_normalized` their weights are divided
-    by their sum. `shared_ffn_hidden_size` is the width of an MLP that every token goes through, 0
-    if there is none; with `has_shared_gate` a sigmoid of one more product scales its output.
-    `aux_loss_coef` is the coefficient of the auxiliary loss in the model's config.json. With
-    `has_biases` the router and every projection of an expert have one, and experts are of gpt-oss'
-    kind: their gates g and what these gate, u, are clamped by `gate_limit`, and an expert projects
+    A router of `num_experts` x hidden size weights gives each token a score for each expert: a
+    softmax over all of them, or with `has_sigmoid` each one's sigmoid. The `experts_per_token` of
+    the largest scores are chosen. A router with `has_sigmoid` adds a bias to the scores for the
+    choice alone, and chooses among the `groups_per_token` of `num_groups` groups whose two best
+    have the largest sum. With `is_normalized` the scores of the chosen are divided by their sum;
+    `weight_scale` multiplies them. The first `num_dense_layers` layers have an MLP.
+    `shared_ffn_hidden_size` is the width of an MLP that every token goes through, 0 if there is
+    none; with `has_shared_gate` a sigmoid of one more product scales its output. `aux_loss_coef` is
+    the coefficient of the auxiliary loss in the model's config.json. With `has_biases` the router
+    and every projection of an expert have one, and experts are of gpt-oss' kind: their gates g and
+    what these gate, u, are clamped by `gate_limit`, and an expert projects
     (u + 1) * g * sigmoid(`gate_slope` * g).
     """
 
@@ -31,6 +35,11 @@ class ExpertShape:
     has_biases: bool = False
     gate_limit: float = 0.0
     gate_slope: float = 1.0
+    has_sigmoid: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    weight_scale: float = 1.0
+    num_dense_layers: int = 0
 
     def width(self, *, is_active: bool) -> int:
         """Rows of the router and of all expert matrices of a layer, each of hidden size columns.
@@ -56,4 +65,4 @@ def num_active_parameters(shape: "ModelShape") -> int:
         + shape.experts.num_biases(shape.hidden_size, is_active=each)
         for each in (False, True)
     )
-    return shape.num_parameters - shape.num_layers * (every - active)
+    return shape.num_parameters - shape.num_expert_layers * (every - active)

@@ -54,6 +54,11 @@ class Family:
         """Names of every Hugging Face tensor of the family."""
         return frozenset(self.hf_shapes(shape))
 
+    def names_in_fp32(self, shape: ModelShape) -> frozenset[str]:
+        """Hugging Face tensors that stay in fp32 whatever the dtype of the others."""
+        table = self.weights(shape).values()
+        return frozenset(m.name for m in table if isinstance(m, SingleTensor) and m.is_fp32)
+
 
 class LayerPart(Protocol):
     """Some of the parameters of layer `layer`, which counts from 0 over the whole model."""

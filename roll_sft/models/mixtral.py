@@ -16,6 +16,7 @@ from roll_sft.models.family import (
     pre_attention_norm,
     pre_mlp_norm,
 )
+from roll_sft.models.fused_experts import split_experts
 from roll_sft.models.mistral import with_window
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import WeightTable
@@ -60,4 +61,9 @@ def mixtral_weights(shape: ModelShape) -> WeightTable:
     return decoder_weights(shape, layer_parts=parts)
 
 
-MIXTRAL = Family(architecture=_ARCHITECTURE, shape=mixtral_shape, weights=mixtral_weights)
+MIXTRAL = Family(
+    architecture=_ARCHITECTURE,
+    shape=mixtral_shape,
+    weights=mixtral_weights,
+    opened=partial(split_experts, names=_NAMES),
+)

@@ -15,6 +15,7 @@ from roll_sft.models.family import (
     pre_attention_norm,
     pre_mlp_norm,
 )
+from roll_sft.models.fused_experts import split_experts
 from roll_sft.models.olmo2 import projection_norms
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import WeightTable
@@ -59,4 +60,6 @@ def olmoe_weights(shape: ModelShape) -> WeightTable:
     return decoder_weights(shape, layer_parts=parts)
 
 
-OLMOE = Family(architecture=_ARCHITECTURE, shape=olmoe_shape, weights=olmoe_weights)
+OLMOE = Family(
+    architecture=_ARCHITECTURE, shape=olmoe_shape, weights=olmoe_weights, opened=split_experts
+)

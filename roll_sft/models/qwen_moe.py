@@ -18,6 +18,7 @@ from roll_sft.models.family import (
     pre_attention_norm,
     pre_mlp_norm,
 )
+from roll_sft.models.fused_experts import split_experts
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import WeightTable
 
@@ -89,5 +90,9 @@ def _shape(
     return replace(shape, experts=experts)
 
 
-QWEN2_MOE = Family(architecture=_QWEN2, shape=qwen2_moe_shape, weights=qwen2_moe_weights)
-QWEN3_MOE = Family(architecture=_QWEN3, shape=qwen3_moe_shape, weights=qwen3_moe_weights)
+QWEN2_MOE = Family(
+    architecture=_QWEN2, shape=qwen2_moe_shape, weights=qwen2_moe_weights, opened=split_experts
+)
+QWEN3_MOE = Family(
+    architecture=_QWEN3, shape=qwen3_moe_shape, weights=qwen3_moe_weights, opened=split_experts
+)

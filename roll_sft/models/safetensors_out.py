@@ -32,12 +32,24 @@ class ShardPlan:
     dtype: torch.dtype
     shapes: Mapping[str, Shape]
     shards: Mapping[str, tuple[str, ...]]
+    in_fp32: frozenset[str] = frozenset()
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What tensor `name` is written in."""
+        return torch.float32 if name in self.in_fp32 else self.dtype
 
 
 def plan_shards(
-    shapes: Mapping[str, Shape], *, dtype: torch.dtype, max_shard_bytes: int = 5_000_000_000
+    shapes: Mapping[str, Shape],
+    *,
+    dtype: torch.dtype,
+    in_fp32: frozenset[str] = frozenset(),
+    max_shard_bytes: int = 5_000_000_000,
 ) -> ShardPlan:
-    """Fill shards in the order of `shapes`; a tensor above `max_shard_bytes` gets one to itself."""
+    """Fill shards in the order of `shapes`; a tensor above `max_shard_bytes` gets one to itself.
+
+    All tensors are written in `dtype`, but those that stay in fp32.
+    """
     groups: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, shape in shapes.items():
@@ -54,7 +66,7 @@ def plan_shards(
             f"model-{number:05d}-of-{len(groups):05d}.safetensors": tuple(group)
             for number, group in enumerate(groups, start=1)
         }
-    return ShardPlan(dtype=dtype, shapes=dict(shapes), shards=shards)
+    return ShardPlan(dtype=dtype, shapes=dict(shapes), shards=shards, in_fp32=in_fp32)
 
 
 def write_hf_folder(
@@ -62,7 +74,8 @@ def write_hf_folder(
 ) -> None:
     """Write a model that transformers loads into the empty `folder`.
 
-    `tensors` come in the plan's order, from any device; each is rounded once, to the plan's dtype.
+    `tensors` come in the plan's order, from any device; each is rounded once, to the plan's dtype
+    for it.
     A tensor may come in parts: pairs of its name and its next rows, whose memory the stream may use
     again once it is asked for more.
     `assets` is a folder as `save_assets` makes it; its config.json is told the dtype. Raises
@@ -100,12 +113,12 @@ def write_shards(
             file.write(_header(names, plan))
             for name in names:
                 for rows in _parts(stream, name=name, plan=plan):
-                    _write_rows(name, rows, plan.dtype, file=file)
+                    _write_rows(name, rows, plan.dtype_of(name), file=file)
     for name, _ in stream:
         raise CheckpointError(f"export: {name} comes after the last of {len(plan.shapes)} tensors")
     if len(plan.shards) > 1:
         weight_map = {name: file for file, names in plan.shards.items() for name in names}
-        sizes = {"total_size": sum(_num_bytes(s, plan.dtype) for s in plan.shapes.values())}
+        sizes = {"total_size": sum(_num_bytes(s, plan.dtype_of(n)) for n, s in plan.shapes.items())}
         write_json(folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
 
 
@@ -119,9 +132,9 @@ def _header(names: Iterable[str], plan: ShardPlan) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:
-        stop = start + _num_bytes(plan.shapes[name], plan.dtype)
+        stop = start + _num_bytes(plan.shapes[name], plan.dtype_of(name))
         entries[name] = {
-            "dtype": _DTYPE_NAMES[plan.dtype],
+            "dtype": _DTYPE_NAMES[plan.dtype_of(name)],
             "shape": list(plan.shapes[name]),
             "data_offsets": [start, stop],
         }

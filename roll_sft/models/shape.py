@@ -56,8 +56,12 @@ class ModelShape:
     @property
     def num_matmul_parameters(self) -> int:
         """Weights that multiply a token: matrices and the LM head, not the embedding."""
-        layer = self._num_layer_matmul_parameters(is_active=True)
-        return self.num_layers * layer + self._num_embedding_parameters
+        return self._num_layer_matrices(is_active=True) + self._num_embedding_parameters
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers whose MLP is one of experts."""
+        return 0 if self.experts is None else self.num_layers - self.experts.num_dense_layers
 
     @property
     def num_parameters(self) -> int:
@@ -66,15 +70,14 @@ class ModelShape:
         if self.variation is not None:
             num_biases += self.variation.has_output_bias * self.hidden_size
             num_biases += self.variation.has_sinks * self.num_attention_heads
-        if self.experts is not None:
-            num_biases += self.experts.num_biases(self.hidden_size)
         num_norms = (4 if self.norm_placement == "both" else 2) * self.hidden_size
         num_norms += self._num_qk_norm_parameters
-        matrices = self._num_layer_matmul_parameters(is_active=False)
-        per_layer = matrices + num_biases + num_norms
         num_vocab_matrices = 1 if self.tie_word_embeddings else 2
+        of_experts = 0 if self.experts is None else self.experts.num_biases(self.hidden_size)
         return (
-            self.num_layers * per_layer
+            self.num_layers * (num_biases + num_norms)
+            + self._num_layer_matrices(is_active=False)
+            + self.num_expert_layers * of_experts
             + self.hidden_size
             + num_vocab_matrices * self._num_embedding_parameters
         )
@@ -96,9 +99,12 @@ class ModelShape:
         }
         return num_heads[self.qk_norm] * self.head_dim
 
-    def _num_layer_matmul_parameters(self, *, is_active: bool) -> int:
-        experts, width = self.experts, self._qkv_width + self.attention_width
-        width += 3 * self.ffn_hidden_size if experts is None else experts.width(is_active=is_active)
+    def _num_layer_matrices(self, *, is_active: bool) -> int:
+        """Weights of the matrices of all layers."""
+        width = self.num_layers * (self._qkv_width + self.attention_width)
+        width += (self.num_layers - self.num_expert_layers) * 3 * self.ffn_hidden_size
+        if self.experts is not None:
+            width += self.num_expert_layers * self.experts.width(is_active=is_active)
         return self.hidden_size * width
 
     @property

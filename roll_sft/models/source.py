@@ -23,6 +23,7 @@ _PLACES = {  # architecture -> module of this folder, and the name in it
     "Gemma2ForCausalLM": ("gemma", "GEMMA2"),
     "Gemma3ForCausalLM": ("gemma", "GEMMA3"),
     "Glm4ForCausalLM": ("glm4", "GLM4"),
+    "Glm4MoeForCausalLM": ("glm4_moe", "GLM4_MOE"),
     "GptOssForCausalLM": ("gpt_oss", "GPT_OSS"),
     "GraniteForCausalLM": ("granite", "GRANITE"),
     "LlamaForCausalLM": ("llama", "LLAMA"),

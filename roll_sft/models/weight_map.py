@@ -52,13 +52,14 @@ class SingleTensor:
 
     Norms over D or K are whole. The inputs (dim 1) of attention's output projection and of fc2 are
     cut. A norm over all heads of a projection is cut along dim 0, and `unit` = K keeps each head
-    whole.
+    whole. With `is_fp32` it stays in fp32 in a model of another dtype.
     """
 
     name: str
     shape: Shape
     split_dim: int | None = None
     unit: int = 1
+    is_fp32: bool = False
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:

@@ -78,6 +78,7 @@ SUBSET = [
     Case("qwen3moe", "EP2"),
     Case("mixtral", "TP2xEP2+SP", packing=False),
     Case("qwen2moe", "PP2"),
+    Case("glm4moe", "PP2"),
     Case("gptoss", "TP2xEP2+SP"),
 ]
 
@@ -186,3 +187,52 @@ def test_gradients_of_routers_sinks_and_biases_equal_transformers(
         assert right is not None
         assert float(right.abs().max()) > 1e-4
         torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-6 * float(right.abs().max()))
+
+
+def biases_after_a_step(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The biases of scores after step 1. In a pool."""
+    import torch.distributed as dist
+
+    from roll_sft.engine.build import named_parameters
+    from roll_sft.engine.engine import Engine
+
+    job = prepare_job(config)
+    engine = Engine(config, source=job.source, data=job.data)
+    data_rank = job.layout.coordinate(dist.get_rank()).data_rank
+    engine.train_step(job.planner.step(1).work_for(data_rank, learning_rate=0.0))
+    found = named_parameters(engine.chunks)
+    return {name: each.detach() for name, each in found if name.endswith("score_bias")}
+
+
+def test_biases_of_scores_move_by_the_load_of_the_global_batch(
+    folder: Path, pool: RankPool
+) -> None:
+    home, rate = folder / "glm4moe", 0.01
+    config = parity.parity_config(
+        home, parallel=LAYOUTS["EP2"], moe={"router_bias_update_rate": rate}
+    )
+    job = prepare_job(config)
+    ranks = pool.run(biases_after_a_step, layout_of(config.parallel), config)
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    gates = {name: each for name, each in model.named_modules() if name.endswith("mlp.gate")}
+    counts = {name: torch.zeros(8) for name in gates}
+
+    def count(name: str, output: tuple[torch.Tensor, ...]) -> None:
+        counts[name] += output[2].flatten().bincount(minlength=8)
+
+    for name, gate in gates.items():
+        gate.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
+    with torch.no_grad():
+        for index in job.planner.step(1).sample_ids:
+            tokens, _ = job.data.train.sample(index)
+            model(torch.from_numpy(tokens.astype("int64"))[None])
+    table = job.source.family.weights(job.source.shape)
+    for rank in ranks:
+        assert len(rank) == 3
+        for name, found in rank.items():
+            ((hf_name, _),) = table[name].hf_shapes.items()
+            gate = hf_name.rpartition(".")[0]
+            before, load = gates[gate].e_score_correction_bias, counts[gate]
+            assert load.min() < load.mean() < load.max()
+            wanted = before + rate * (load.mean() - load).sign()
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config, Qwen2MoeConfig
+from transformers import Glm4MoeConfig, Qwen2Config, Qwen2MoeConfig
 
 from roll_sft.config.build import build_config
 from roll_sft.job.experts import expert_problems
@@ -19,6 +19,13 @@ EXPERTS = Qwen2MoeConfig(
     moe_intermediate_size=40,
     shared_expert_intermediate_size=51,
     architectures=["Qwen2MoeForCausalLM"],
+)
+SIGMOID = Glm4MoeConfig(
+    **SIZES,
+    rope_parameters=DEFAULT_ROPE | {"partial_rotary_factor": 0.5},
+    n_routed_experts=8,
+    moe_intermediate_size=40,
+    architectures=["Glm4MoeForCausalLM"],
 )
 DENSE = Qwen2Config(**SIZES, rope_parameters=DEFAULT_ROPE, architectures=["Qwen2ForCausalLM"])
 EP = "expert_model_parallel_size"
@@ -44,6 +51,13 @@ EP = "expert_model_parallel_size"
                 }
             },
             "tensor_model_parallel_size: 2 .* shared_expert_intermediate_size 51",
+        ),
+        (EXPERTS, {"moe": {"router_bias_update_rate": 0.1}}, r"update_rate: 0\.1, .* leave it out"),
+        (DENSE, {"moe": {"router_bias_update_rate": 0.1}}, r"update_rate: 0\.1, .* leave it out"),
+        (
+            SIGMOID,
+            {"moe": {"aux_loss_coef": 0.1}},
+            r"aux_loss_coef: 0\.1, .*router_bias_update_rate",
         ),
         (EXPERTS, {"lora": {"rank": 8}}, r"lora\.rank: 8\b.* lora\.rank=0"),
         (EXPERTS, {"train": {"z_loss_coef": 0.1}}, r"train\.z_loss_coef\b.* leave it out"),

@@ -38,6 +38,26 @@ def test_a_model_survives_the_way_to_a_checkpoint_and_back(kind: str, tmp_path: 
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gptoss"])
+def test_files_with_all_experts_of_a_layer_in_one_tensor_are_read(
+    kind: str, tmp_path: Path
+) -> None:
+    path = folder_of(kind, tmp_path)
+    before = SafetensorsSource(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = SafetensorsSource(tmp_path / "fused")
+    assert "model.layers.1.mlp.experts.gate_up_proj" in fused.names()
+    config = load_hf_config(str(path), trust_remote_code=False)
+    family = family_of(config)
+    source = family.opened(fused)
+    check_source(family, family.shape(config), source=source)
+    assert all(torch.equal(before.read(name), source.read(name)) for name in before.names())
+    name = next(name for name in sorted(before.names()) if "experts.1." in name)
+    wanted = before.read_slice(name, start=2, stop=7, dim=1)
+    assert torch.equal(source.read_slice(name, start=2, stop=7, dim=1), wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_and_the_counts_are_those_of_transformers_model(
     kind: str, tmp_path: Path
