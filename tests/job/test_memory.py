@@ -11,6 +11,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.lora import LoraConfig
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.job.in_process import prepare_job
+from roll_sft.job.job import micro_batch_tokens
 from roll_sft.job.memory import GIB, estimate, warn_of_memory
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
@@ -188,7 +189,8 @@ def bytes_held(config: RunConfig) -> tuple[int, int, int]:
     engine.train_step(work)
     pack = engine.build(job.data.train, work.micro_batches[:1])
     tensors = [*engine.chunks[0].parameters()]
-    tensors += [buffer.grad_data for chunk in engine._wrapped for buffer in chunk.buffers]
+    buffers = [each for c in engine._wrapped for each in (*c.buffers, *c.expert_parallel_buffers)]
+    tensors += [buffer.grad_data for buffer in buffers]
     for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
         tensors += [p for group in part.optimizer.param_groups for p in group["params"]]
         tensors += [t for state in part.optimizer.state.values() for t in state.values()]
@@ -258,6 +260,27 @@ def test_an_engine_holds_what_was_estimated(
         angles, scales = 4 * shape.head_dim, 2 + shape.num_attention_heads
         for _, kept, tokens in found:
             assert least <= kept / tokens / 4 <= least + angles + scales
+
+
+@pytest.mark.slow
+def test_an_engine_with_experts_on_two_ranks_holds_what_was_estimated(
+    folder: Path, pool: RankPool
+) -> None:
+    """The state, and what a layer keeps of a token where experts get unlike numbers of them."""
+    config = parity.parity_config(
+        parity.home_of(folder, "qwen3moe"),
+        parallel={"num_workers": 2, "expert_model_parallel_size": 2},
+        train={"recompute": "none"},
+    )
+    plan = Run(config, prepare_job(config).source.shape)
+    found, wanted = pool.run(bytes_held, layout_of(config.parallel), config), estimate(*plan)
+    for state, _, _ in found:
+        assert wanted.state_gib * GIB == pytest.approx(state, rel=0.01)
+    kept, tokens = (sum(rank[index] for rank in found) for index in (1, 2))
+    of_token = wanted.activations_gib * GIB / plan.shape.num_layers
+    assert of_token / micro_batch_tokens(config, layout_of(config.parallel)) == pytest.approx(
+        kept / tokens, rel=0.15
+    )
 
 
 def test_a_run_that_needs_more_than_is_free_is_warned_of(
