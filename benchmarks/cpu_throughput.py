@@ -170,8 +170,8 @@ def write_model(folder: Path) -> None:
 
 
 @contextmanager
-def engine_of(folder: Path) -> Iterator[tuple[Any, Job]]:
-    """The engine of a run on what `write_model` made."""
+def engine_of(folder: Path, *given: str) -> Iterator[tuple[Any, Job]]:
+    """The engine of a run on what `write_model` made, with the overrides `given`."""
     composed = compose(
         [
             "--config-name=demo",
@@ -187,6 +187,7 @@ def engine_of(folder: Path) -> Iterator[tuple[Any, Job]]:
             "parallel.num_workers=1",
             "parallel.tensor_model_parallel_size=1",
             "parallel.sequence_parallel=false",
+            *given,
         ]
     )
     assert composed is not None

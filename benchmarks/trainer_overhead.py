@@ -113,6 +113,8 @@ def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
         pack = batch.pack
         packed = describe_pack(batch.segments, pack.positions_T, frequencies=engine._frequencies)
         options = {"packed_seq_params": packed, **loss_arguments(batch.rows)}
+        if engine._experts is not None:
+            options |= engine._experts.arguments(batch, engine.chunks[0])
         count = torch.tensor(pack.num_supervised, dtype=torch.int)
         packs.append(((pack.tokens_T, pack.positions_T, None), options, count))
     return packs
