@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roll_sft import __version__
-from roll_sft.base.errors import ConfigError
+from roll_sft.base.errors import ConfigError, RollSftError, report
 from roll_sft.base.text import printable
 from roll_sft.config.schema import RunConfig
 
@@ -217,6 +217,26 @@ def _sync(arguments: list[str]) -> int:
     return sync.main(arguments, program="roll-sft sync")
 
 
+def _doctor(arguments: list[str]) -> int:
+    from roll_sft import run
+    from roll_sft.doctor import command
+
+    parser = _parser("doctor", "")
+    command.add_options(parser)
+    options, rest = parser.parse_known_args(arguments)
+
+    def action(config: RunConfig, _composed_yaml: str) -> None:
+        command.run(config, as_json=options.json, seconds=options.seconds)
+
+    if rest:
+        return run.main(rest, action=action)
+    try:  # no configuration: what every run needs
+        action(RunConfig(), "")
+    except RollSftError as error:
+        return report(error)
+    return 0
+
+
 def _import_config(arguments: list[str]) -> int:
     from roll_sft.migrate import command
 
@@ -273,6 +293,7 @@ COMMANDS = {
     "generate": Command("its answers to a file of prompts", _generate),
     "push": Command("the exported model of a run to a repository of the hub", _push),
     "sync": Command("points of a run sent to trackers that missed them", _sync),
+    "doctor": Command("whether this machine, a cluster and a configuration are fit", _doctor),
     "import-config": Command("another trainer's configuration into ours", _import_config),
 }
 

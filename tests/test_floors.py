@@ -34,6 +34,7 @@ FLOORS = (
     ("roll_sft/runtime/", 6),
     ("roll_sft/convert/", 7),
     ("roll_sft/chat/", 7),
+    ("roll_sft/doctor/", 7),
     ("roll_sft/migrate/", 7),
     ("roll_sft/parity/", 7),
     ("roll_sft/preview/", 7),

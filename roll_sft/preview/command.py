@@ -26,7 +26,7 @@ from roll_sft.job.model import load_model, located
 from roll_sft.preview.page import page_of
 from roll_sft.preview.rows import Choice, Preview, Reader, Shown, look
 
-__all__ = ["Choice", "run"]
+__all__ = ["Choice", "reader_of", "run"]
 
 LOG = logging.getLogger(__name__)
 
@@ -44,10 +44,7 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
     """
     if page is not None and not page.absolute().parent.is_dir():
         raise ConfigError(f"--html: there is no folder {page.absolute().parent}; make it first")
-    chat, tokenizer = _chat_of(config)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast), "a ChatTokenizer refuses any other"
-    reader = Reader(config, prepare.source_options(config.data), chat, tokenizer)
-    preview = look(reader, choice)
+    preview = look(reader_of(config), choice)
     summary = _summary(preview, choice, config.data)
     if page is None:
         _show(preview, summary, console=stdout_console())
@@ -58,6 +55,13 @@ def run(config: RunConfig, choice: Choice, *, page: Path | None) -> None:
     except OSError as error:
         raise ConfigError(f"--html: {page} cannot be written ({error.strerror})") from error
     LOG.info("%s; written to %s", summary, page)
+
+
+def reader_of(config: RunConfig) -> Reader:
+    """What reads the rows of `config` and tokenises them. Raises as `run` does."""
+    chat, tokenizer = _chat_of(config)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast), "a ChatTokenizer refuses any other"
+    return Reader(config, prepare.source_options(config.data), chat, tokenizer)
 
 
 def _chat_of(config: RunConfig) -> tuple[ChatTokenizer, PreTrainedTokenizerBase]:
