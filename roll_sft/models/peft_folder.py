@@ -113,22 +113,33 @@ def _unsupported(values: dict[str, Any]) -> Iterator[str]:
     if kind != "LORA":
         yield f"peft_type {shown(kind)} is not supported; only LORA is"
         return
-    for name in ("r", "lora_alpha"):
-        value = values.get(name, 8)
-        if type(value) is not int or value < 1:
-            yield f"{name} {shown(value)} is not a whole number from 1"
+    yield from _bad_values(values)
     start = values.get("init_lora_weights", True)
     if start not in (True, False, "gaussian", "eva", "orthogonal"):
         yield (
             f"init_lora_weights {shown(start)} changes the weights of the base; convert the adapter"
             " with PEFT's path_initial_model_for_weight_conversion"
         )
-    for name in values.get("modules_to_save") or ():
+    saved = values.get("modules_to_save") or []
+    for name in saved if isinstance(saved, list) else [saved]:
         if name not in SAVED_MODULES:
             yield f"modules_to_save {shown(name)} is not one of {', '.join(SAVED_MODULES)}"
     for name, value in values.items():
         if name not in (*_READ, *_WITHOUT_EFFECT) and value and value != _DEFAULTS.get(name):
             yield f"{name} {shown(value)} is not supported; only {shown(_DEFAULTS.get(name))} is"
+
+
+def _bad_values(values: dict[str, Any]) -> Iterator[str]:
+    """Numbers and switches that are none."""
+    for name in ("r", "lora_alpha"):
+        value = values.get(name, 8)
+        if type(value) is not int or value < 1:
+            yield f"{name} {shown(value)} is not a whole number from 1"
+    dropout = values.get("lora_dropout") or 0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        yield f"lora_dropout {shown(dropout)} is not a number from 0 to below 1"
+    if values.get("use_rslora") not in (True, False, None):
+        yield f"use_rslora {shown(values['use_rslora'])} is not true or false"
 
 
 class AdapterSource:

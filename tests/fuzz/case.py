@@ -27,7 +27,7 @@ import roll_sft.run
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
-from roll_sft.convert import command
+from roll_sft.convert import command, merge_lora
 from tests.doors import prepares_here
 from tests.outcome import Outcome
 
@@ -40,6 +40,7 @@ HUNG = 124
 # Of text: characters that steer a terminal, or the order in which a line is shown.
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
+MAINS = {"roll_sft.convert.command": command.main, "roll_sft.convert.merge_lora": merge_lora.main}
 Action = Callable[[RunConfig, str], None]
 
 
@@ -90,8 +91,8 @@ class Case:
         return self._judged(Outcome(ended.returncode, stdout, stderr))
 
     def _call(self) -> int:
-        if self.program == "roll_sft.convert.command":
-            return command.main(self.arguments)
+        if self.program != "roll_sft.run":
+            return MAINS[self.program](self.arguments)
         action = self.action or run_config
         if self.values is None:
             return roll_sft.run.main(self.arguments, action=action)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from tests.fuzz import checkpoints, configurations, data_files, models
+from tests.fuzz import adapters, checkpoints, configurations, data_files, models
 from tests.fuzz.case import inside
 
 KINDS: dict[str, ModuleType] = {
@@ -20,6 +20,7 @@ KINDS: dict[str, ModuleType] = {
     "data": data_files,
     "checkpoints": checkpoints,
     "models": models,
+    "adapters": adapters,
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fuzz import kinds
 
-CASES = {"configurations": 16, "data": 24, "checkpoints": 40, "models": 24}
+CASES = {"configurations": 16, "data": 24, "checkpoints": 40, "models": 24, "adapters": 16}
 # Each went wrong once: texts that lie outside of an Arrow table, an object among the shards that
 # torch cannot read, pipes in place of a tokenizer's file and among data, a factor of 400
 # digits, a flag with a value, a wide number in a template, a token across the end of a prompt.

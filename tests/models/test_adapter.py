@@ -115,6 +115,10 @@ def test_a_tied_embedding_cannot_be_saved_beside_adapters() -> None:
         ({"peft_type": "LORA", "r": 0}, "r 0"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"peft_type": "LORA", "modules_to_save": ["score"]}, "modules_to_save 'score'"),
+        ({"peft_type": "LORA", "modules_to_save": 5}, "modules_to_save 5"),
+        ({"peft_type": "LORA", "lora_dropout": "x"}, "lora_dropout 'x'"),
+        ({"peft_type": "LORA", "lora_dropout": 1.0}, "lora_dropout 1.0"),
+        ({"peft_type": "LORA", "use_rslora": "yes"}, "use_rslora 'yes'"),
         ({"peft_type": "LORA", "use_new_thing": True}, "use_new_thing true"),
     ],
 )
