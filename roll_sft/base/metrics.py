@@ -7,7 +7,7 @@
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -54,10 +54,26 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class EvalMetrics:
-    """Loss of one chunk of a validation set, summed over its supervised tokens."""
+    """Loss of one chunk of a validation set, summed over its supervised tokens.
+
+    `correct_tokens` are those whose label is the likeliest token. `parts` are the same of turns and
+    tool calls; see `engine/validation.py`.
+    """
 
     loss_sum: float
     supervised_tokens: int
+    correct_tokens: int = 0
+    parts: Mapping[str, "EvalMetrics"] = field(default_factory=dict)
+
+    def __add__(self, other: "EvalMetrics") -> "EvalMetrics":
+        names = {**self.parts, **other.parts}
+        none = EvalMetrics(0.0, 0)
+        return EvalMetrics(
+            self.loss_sum + other.loss_sum,
+            self.supervised_tokens + other.supervised_tokens,
+            self.correct_tokens + other.correct_tokens,
+            {name: self.parts.get(name, none) + other.parts.get(name, none) for name in names},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,10 @@ class EvalRecord:
     perplexity: float
     supervised_tokens: int
     time_s: float
+    token_accuracy: float
+    best_loss: float
+    best_step: int
+    parts: Mapping[str, Mapping[str, float]]
 
 
 def flops_per_step(

@@ -8,6 +8,7 @@ a step nothing of ours waits for the device before its end, which reads the norm
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,9 +190,17 @@ class Engine:
 
     def evaluate(self, name: str, micro_batches: tuple[tuple[int, ...], ...]) -> EvalMetrics | None:
         """Loss of this rank's share of one chunk of validation set `name`; changes no state."""
-        self.forward(self.build(self._data.validation[name], micro_batches))
+        from roll_sft.engine.validation import Breakdown
+
+        tokens, call_ids = self._data.validation[name], self._data.tool_call_ids
+        batches = self.build(tokens, micro_batches)
+        breakdown = Breakdown(batches, micro_batches, tokens, call_ids)
+        self.forward(breakdown.batches)
+        parts = breakdown.metrics(self.row_losses, self._layout, self._rank)
         loss_sum, supervised = self.reduce_losses()
-        return EvalMetrics(loss_sum, supervised) if self._is_reporter else None
+        if not self._is_reporter:
+            return None
+        return replace(parts, loss_sum=loss_sum, supervised_tokens=supervised)
 
     def begin_save(self, folder: Path) -> None:
         """Write this rank's part into `folder`, which is not yet a checkpoint. Collective.

@@ -96,12 +96,18 @@ def supervised_losses(
         from roll_sft.engine.objective import objective_of_rows
 
         return objective_of_rows(rows, weight, context, config=config)
-    if config.variation is not None:
-        from roll_sft.engine.logits import changed_softmax
-
+    if config.variation is not None or context.hits is not None:
         softmax = _softmax_of(weight, vocab_size=context.vocab_size, is_compiled=config.is_compiled)
+        if config.variation is not None:
+            from roll_sft.engine.logits import changed_softmax
+
+            softmax = changed_softmax(softmax, config)
+        if context.hits is not None:
+            from roll_sft.engine.validation import Counted
+
+            softmax = Counted(softmax, context, weight.shape[0])
         adds = config.gradient_accumulation_fusion
-        return _losses(rows, weight, context.labels, changed_softmax(softmax, config), adds)
+        return _losses(rows, weight, context.labels, softmax, adds)
     return cross_entropy_of_rows(
         rows,
         weight,

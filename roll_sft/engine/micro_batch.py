@@ -62,6 +62,7 @@ class SupervisedRows:
     vocab_size: int  # without padding
     is_sharded: bool  # whether each tensor rank has a part of the sequence
     factors: torch.Tensor | None = None  # float32 [R], of an objective that is no mean of tokens
+    hits: list[torch.Tensor] | None = None  # filled with what is the likeliest, in an evaluation
 
     def moved(self, move: Move) -> "SupervisedRows":
         """The same with `move` applied to every tensor."""

@@ -5,6 +5,7 @@ returns can run, given the resources; nothing here starts Ray or writes into the
 """
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,13 @@ from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.shape import ModelShape
 
+# Tokens that begin a tool call and nothing else: of Qwen and Hermes, Mistral, Llama 3, Granite and
+# Phi, Kimi, and DeepSeek.
+TOOL_CALLS = (
+    *("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>"),
+    *("<|tool_calls_section_begin|>", "<\uff5ctool\u2581calls\u2581begin\uff5c>"),
+)
+
 
 def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
     """Check the model, then tokenise the data (or find the cache).
@@ -34,6 +42,8 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
     tokenizer = tokenizer_of(config, source.shape)
     chat = chat_tokenizer(config, tokenizer)
     data, reports = tokenise(config, chat, spread=spread)
+    added = tokenizer.get_added_vocab()
+    data = replace(data, tool_call_ids=[added[each] for each in TOOL_CALLS if each in added])
     return Prepared(
         config,
         source,

@@ -51,6 +51,7 @@ def write_prepared(prepared: Prepared, folder: Path) -> None:
         "hub": asdict(source.hub) if source.hub else None,
         "train": _sources(prepared.data.train),
         "validation": [_sources(tokens) for tokens in prepared.data.validation.values()],
+        "tool_call_ids": prepared.data.tool_call_ids,
         "reports": {
             kind: [redacted_tree(report.to_dict()) for report in reports]
             for kind, reports in prepared.reports.items()
@@ -87,7 +88,9 @@ def read_prepared(config: RunConfig, folder: Path) -> Prepared:
         config,
         source=_source(config, ModelShape(**shape), hub=values["hub"]),
         data=TokenData(
-            _opened(values["train"]), {tokens.sources[0].name: tokens for tokens in validation}
+            _opened(values["train"]),
+            {tokens.sources[0].name: tokens for tokens in validation},
+            values["tool_call_ids"],
         ),
         reports={
             kind: tuple(SourceReport(**report) for report in reports)

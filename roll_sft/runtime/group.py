@@ -131,10 +131,7 @@ class WorkerGroup:
         while pending or waiting:
             while waiting and len(pending) <= CHUNKS_AHEAD:
                 pending.append(self._evaluate_chunk(name, waiting.popleft()))
-            chunk = self._collect(pending.popleft())[self._layout.reporting_rank]
-            total = EvalMetrics(
-                total.loss_sum + chunk.loss_sum, total.supervised_tokens + chunk.supervised_tokens
-            )
+            total += self._collect(pending.popleft())[self._layout.reporting_rank]
         return total
 
     def begin_save(self, folder: Path) -> None:

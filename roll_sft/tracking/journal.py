@@ -65,7 +65,13 @@ DOCUMENTED_NAMES = (
 )
 # Field of EvalRecord -> its name in a tracker, {} standing for the validation set. Other numbers of
 # a line are recorded as eval/<set>/<key>.
-EVAL_NAMES = {"loss": "eval/{}/loss", "perplexity": "eval/{}/perplexity"}
+EVAL_NAMES = {
+    "loss": "eval/{}/loss",
+    "perplexity": "eval/{}/perplexity",
+    "token_accuracy": "eval/{}/token_accuracy",
+    "best_loss": "eval/{}/best_loss",
+    "best_step": "eval/{}/best_step",
+}
 NOT_RECORDED = ("step", "supervised_tokens", "time_s")  # of an evaluation
 
 
@@ -201,7 +207,7 @@ def _evaluation(line: Mapping[str, Any]) -> Iterator[Point]:
     prefix = f"eval/{safe_name(line['name'])}"
     for key, value in _flat(line):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key not in NOT_RECORDED and is_number and math.isfinite(value):
+        if key.rpartition("/")[2] not in NOT_RECORDED and is_number and math.isfinite(value):
             yield Point(f"{prefix}/{safe_name(key)}", float(value), line["step"])
 
 

@@ -5,14 +5,13 @@ Turns the plan and the metrics of a step into the line that trackers, summary an
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from roll_sft.base import metrics
-from roll_sft.base.metrics import EvalMetrics, EvalRecord, StepMetrics, StepRecord
+from roll_sft.base.metrics import EvalMetrics, StepMetrics, StepRecord
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
 from roll_sft.train.run_folder import JsonLines
@@ -66,17 +65,11 @@ class Records:
     def evaluation(self, step: int, name: str, result: EvalMetrics, *, seconds: float) -> float:
         """Record the loss of validation set `name` after `step`; returns it."""
         assert self._evals is not None, "a run without validation sets evaluates nothing"
-        loss = result.loss_sum / result.supervised_tokens
-        line = EvalRecord(
-            step=step,
-            name=name,
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),  # past 709 a float overflows
-            supervised_tokens=result.supervised_tokens,
-            time_s=seconds,
-        )
+        from roll_sft.train.evaluations import line_of
+
+        line = line_of(self.folder, step, name, result, seconds=seconds)
         self._evals.write(line)
-        return loss
+        return line.loss
 
     def close(self) -> None:
         """Close the files."""

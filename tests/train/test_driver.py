@@ -178,6 +178,7 @@ def test_samples_of_a_step_are_named_by_source_and_row_and_hashed_in_order(run):
 def test_validation_loss_is_that_of_transformers_on_the_exported_model(run, assets):
     evaluations = lines_of(run / "eval.jsonl")
     keys = ["step", "name", "loss", "perplexity", "supervised_tokens", "time_s"]
+    keys += ["token_accuracy", "best_loss", "best_step", "parts"]
     assert [list(line) for line in evaluations] == [keys, keys]
     assert [(line["step"], line["name"]) for line in evaluations] == [
         (3, "held_out"),

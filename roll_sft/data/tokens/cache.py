@@ -250,6 +250,7 @@ class TokenData:
 
     train: TokenSet
     validation: dict[str, TokenSet]
+    tool_call_ids: list[int] = field(default_factory=list)  # each begins a tool call
 
     @property
     def folders(self) -> list[Path]:
