@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from roll_sft.base.errors import ConfigError, first_line
 from roll_sft.base.files import write_durably
 from roll_sft.tracking.run_facts import DataInput, RunFacts
 
@@ -57,18 +57,24 @@ class RunRecord:
 def read_record(folder: Path) -> tuple[RunRecord, RunFacts, str]:
     """The record of the run in `folder`, its facts and how it ended.
 
-    A run that was killed before the file was written has every step recorded, and no facts.
+    A run that was killed before the file was written has every step recorded, and no facts. Raises
+    `ConfigError` for a file that is damaged.
     """
-    values: dict[str, Any] = {}
-    if (folder / FILE).exists():
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    record = RunRecord(folder, values.get("logging_steps", 1), values.get("total_steps", 0))
-    if not values:
-        return record, NO_FACTS, "RUNNING"
-    known = values["facts"]
-    inputs = tuple(DataInput(**each) for each in known["inputs"])
-    facts = RunFacts(params=known["params"], tags=known["tags"], inputs=inputs)
-    return record, facts, str(values["status"])
+    path = folder / FILE
+    if not path.exists():
+        return RunRecord(folder, 1, 0), NO_FACTS, "RUNNING"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        record = RunRecord(folder, int(values["logging_steps"]), int(values["total_steps"]))
+        known = values["facts"]
+        inputs = tuple(DataInput(**each) for each in known["inputs"])
+        facts = RunFacts(params=dict(known["params"]), tags=dict(known["tags"]), inputs=inputs)
+        return record, facts, str(values["status"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {first_line(error)}; delete it, and the run is sent without"
+            " its parameters"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class TensorboardRun:
             begun = SessionLog(status=SessionLog.START)
             events.append(Event(wall_time=now, step=self._recorded + 1, session_log=begun))
         self._append(events)
+        self._note(self._recorded)
 
     def describe(self, facts: RunFacts) -> Iterator[Request]:
         """Parameters and tags, as texts of step 0."""

@@ -112,6 +112,11 @@ def _next_commands(config: RunConfig, folder: Path) -> Iterator[str]:
         from roll_sft.tracking.mlflow_pages import pages
 
         yield from pages(config, folder, database=_shown(folder.parent / "mlflow.db"))
+    if (folder / "tensorboard").is_dir():
+        yield f"tensorboard --logdir {shlex.quote(_shown(folder.parent))}"
+    offline = sorted(folder.glob("wandb/offline-run-*"))
+    if offline:
+        yield f"wandb sync {' '.join(shlex.quote(_shown(each)) for each in offline)}"
     steps = sorted(folder.glob(f"{run_folder.CHECKPOINTS}/step_*"))
     if steps and not (folder / run_folder.MODEL).is_dir():
         yield f"roll-sft convert {shlex.quote(_shown(steps[-1]))} --output my_model"

@@ -269,7 +269,8 @@ def test_sync_fills_mlflow_after_a_run_whose_server_was_dead(
     capsys.readouterr()
     assert cli.main(["sync", str(folder)]) == 4
     (*_, last) = capsys.readouterr().err.splitlines()
-    assert last.startswith(f"tracking.backends: MLflow at {dead}: ")
+    # The value of a variable is shown as the reference to it.
+    assert last.startswith("tracking.backends: MLflow at ${oc.env:SERVER}: ")
     assert last.endswith("make it answer and run the same command again")
 
     monkeypatch.setenv("SERVER", f"sqlite:///{folder.parent / 'mlflow.db'}")
@@ -295,6 +296,13 @@ def test_sync_says_why_there_is_nothing_to_send(config, code, message, tmp_path,
         (tmp_path / "config.yaml").write_text(config)
     assert cli.main(["sync", str(tmp_path)]) == code
     assert message in "".join(capsys.readouterr())
+
+
+def test_sync_refuses_a_damaged_record(tmp_path, capsys):
+    write_config(tmp_path, backends="[tensorboard]")
+    (tmp_path / ".tracking.json").write_text('{"facts": 1}')
+    assert cli.main(["sync", str(tmp_path)]) == 2
+    assert ".tracking.json: cannot be read: 'logging_steps'; delete it" in capsys.readouterr().err
 
 
 DEAD_WANDB = """

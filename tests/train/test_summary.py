@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_the_next_commands_are_those_that_this_run_has_a_use_for(
     assert "mlflow ui" not in text, "MLflow has no run, as where it is not installed"
     assert "  roll-sft convert outputs/demo/checkpoints/step_00000004 --output my_model\n" in text
     (folder / "hf").mkdir()
+    for name in ("tensorboard", "wandb/offline-run-1-a"):
+        (folder / name).mkdir(parents=True)
+    recorded = shown(folder, capsys, tracking=TrackingConfig(backends=["tensorboard", "wandb"]))
+    assert "  tensorboard --logdir outputs\n" in recorded
+    assert "  wandb sync outputs/demo/wandb/offline-run-1-a\n" in recorded
+    shutil.rmtree(folder / "tensorboard")
+    shutil.rmtree(folder / "wandb")
     silent = shown(folder, capsys, tracking=TrackingConfig(backends=["jsonl"]))
     assert "Next" not in silent
     assert cells(silent, "model")[1].startswith("outputs/demo/hf (0.0 MB)")
