@@ -217,6 +217,21 @@ def _sync(arguments: list[str]) -> int:
     return sync.main(arguments, program="roll-sft sync")
 
 
+def _completion(arguments: list[str]) -> int:
+    from roll_sft import completion
+    from roll_sft.run import shipped_configurations
+
+    parser = argparse.ArgumentParser(
+        prog="roll-sft completion",
+        description='In ~/.bashrc: eval "$(roll-sft completion bash)"; zsh likewise.',
+    )
+    parser.add_argument("shell", choices=completion.SHELLS)
+    shell = parser.parse_args(arguments).shell
+    found = shipped_configurations()
+    sys.stdout.write(completion.script(shell, commands=COMMANDS, configurations=found))
+    return 0
+
+
 def _doctor(arguments: list[str]) -> int:
     from roll_sft import run
     from roll_sft.doctor import command
@@ -294,6 +309,7 @@ COMMANDS = {
     "push": Command("the exported model of a run to a repository of the hub", _push),
     "sync": Command("points of a run sent to trackers that missed them", _sync),
     "doctor": Command("whether this machine, a cluster and a configuration are fit", _doctor),
+    "completion": Command("a script for bash or zsh that completes keys", _completion),
     "import-config": Command("another trainer's configuration into ours", _import_config),
 }
 

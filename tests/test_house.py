@@ -48,3 +48,9 @@ def test_every_name_of_the_architecture_is_in_the_file_beside_it():
     for path, name in names:
         source = (ROOT / "roll_sft" / path).read_text(encoding="utf-8")
         assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), f"{path} has no {name}"
+
+
+def test_the_citation_names_the_version() -> None:
+    import roll_sft
+
+    assert f"\nversion: {roll_sft.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
