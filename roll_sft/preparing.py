@@ -4,14 +4,16 @@
 
 The child writes what it found into FOLDER. An error of ours crosses to the parent through the pipe
 DESCRIPTOR and is raised there; a fault keeps its traceback in the child. Promise: the child ends
-with its parent, however that ends.
+with its parent, and where its log has no new line for `cluster.prepare_timeout_s`.
 """
 
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -52,7 +54,8 @@ def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
             child.stdin.write(pickle.dumps((config, references())))
 
         def finish() -> None:
-            pickled = answer.read()
+            parts = iter(lambda: _read(answer.fileno(), child.pid, config, folder), b"")
+            pickled = b"".join(parts).lstrip(b"\n")
             code = child.wait()
             if pickled:
                 raise pickle.loads(pickled)
@@ -60,6 +63,15 @@ def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
                 raise SystemExit(code if code > 0 else FAULT)
 
         yield finish
+
+
+def _read(number: int, pid: int, config: RunConfig, folder: Path) -> bytes:
+    """What the child writes next; nothing at its end."""
+    if not select.select([number], [], [], config.cluster.prepare_timeout_s)[0]:
+        from roll_sft.runtime.watchdog import stuck_child
+
+        raise stuck_child(pid, config, log=folder.parent / "logs" / "preparing.log")
+    return os.read(number, 1 << 16)
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
@@ -93,6 +105,8 @@ def main(arguments: list[str]) -> int:
     with os.fdopen(writer, "wb") as answer:
         try:
             set_up_logging()
+            (console,) = logging.getLogger("roll_sft").handlers
+            console.addFilter(lambda _line: os.write(answer.fileno(), b"\n") > 0)
             config, known = pickle.loads(sys.stdin.buffer.read())
             refer(known)
             prepare_into(config, folder)

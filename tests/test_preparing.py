@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from roll_sft.base.errors import ConfigError
+from roll_sft.base.errors import ConfigError, WorkerError
 from roll_sft.config.build import build_config
 from roll_sft.preparing import preparing
+from tests.runtime.ray_cluster import is_alive, wait_until
 
 # Stands still, once it has said who it is, where the child begins to prepare.
 SITE = """
@@ -48,6 +49,26 @@ def test_an_error_of_the_child_is_raised_here_with_its_kind(tmp_path: Path) -> N
     ):
         prepared()
     assert not (tmp_path / "job").exists()
+
+
+def test_a_child_that_finishes_nothing_is_ended_and_its_stacks_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
+    config = build_config({"cluster": {"prepare_timeout_s": 1}})
+    began, where = "within 1 s (cluster.prepare_timeout_s)", "it is in Standing.find_spec"
+    with preparing(config, tmp_path / "job") as prepared:
+        wait_until((tmp_path / "pid").exists, timeout_s=60, what="the child stands")
+        child = psutil.Process(int((tmp_path / "pid").read_text()))
+        with pytest.raises(WorkerError) as caught:
+            prepared()
+    assert began in str(caught.value)
+    assert where in str(caught.value)
+    assert str(tmp_path / "logs" / "preparing.log") in str(caught.value)
+    assert "find_spec" in (tmp_path / "logs" / "preparing.log").read_text()
+    assert not is_alive(child)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

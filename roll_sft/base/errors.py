@@ -63,8 +63,7 @@ class CheckpointError(RollSftError):
 class WorkerError(RollSftError):
     """A worker died, hung past its deadline, or raised an error of ours.
 
-    `rank` and `host` are those that caused it, where they are known. `may_pass` says whether new
-    workers may succeed: after a death, a hang, or an error of a device or a network.
+    `rank` and `host` caused it, where known; with `may_pass` new workers may not meet it again.
     """
 
     exit_code = 7

@@ -13,13 +13,7 @@ from typing import Any, get_args, get_origin
 
 from roll_sft.base.errors import refuse
 from roll_sft.base.text import shown
-from roll_sft.config.fields import (
-    all_names,
-    choices_of,
-    one_or_list,
-    section_of,
-    without_null,
-)
+from roll_sft.config.fields import all_names, choices_of, one_or_list, section_of, without_null
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import value_problems
 

@@ -36,7 +36,7 @@ class ClusterConfig:
     )
     checkpoint_timeout_s: float = key(
         3600.0,
-        "Longest save of a checkpoint, and longest time in which an export writes nothing.",
+        "Longest save of a checkpoint.",
         unit="seconds",
         above=0,
         at_most=1e7,
@@ -51,11 +51,4 @@ class ClusterConfig:
     elastic: bool = key(
         False,
         "Where nodes are lost and no others are there, go on with fewer data ranks.",
-    )
-    straggler_factor: float | None = key(
-        1.5,
-        "Name a rank whose own share of the steps takes so many times the median of its peers;"
-        " null names none.",
-        above=1,
-        at_most=1e6,
     )

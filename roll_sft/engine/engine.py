@@ -7,7 +7,7 @@ a step nothing of ours waits for the device before its end, which reads the norm
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,7 @@ class Engine:
             config, self._wrapped, self._recipe and self._recipe.overrides
         )
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
+        self.on_micro_batch: Callable[[], object] = bool  # called as each one begins
         self._background = _background_writer() if config.checkpoint.async_save else None
         torch.cuda.reset_peak_memory_stats()
         self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
@@ -353,6 +354,7 @@ class Engine:
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(batches).to(self._device)
+        self.on_micro_batch()
         if self._recipe is not None:
             self._recipe.begin_pack(batch)
         pack = batch.pack

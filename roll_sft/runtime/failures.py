@@ -26,6 +26,11 @@ LOG_TAIL_BYTES = 1 << 18
 MAX_SHOWN = 4  # ranks in one message
 EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|\n|$)")
 END_OF_FILE = "connection error code 2"  # Ray lost the process and knows no more
+# Collectives; what Megatron-Core's pipelines and gradients wait in; the end of a step on a GPU.
+WAITING = re.compile(
+    r"torch/distributed/|torch/cuda/|/p2p_communication\.py|/param_and_grad_buffer\.py"
+    r"|engine/engine\.py\", line \d+ in read|engine/optimizer\.py\", line \d+ in gradient_norm"
+)
 KINDS = {
     kind.exit_code: kind
     for kind in (
@@ -80,17 +85,14 @@ def first_cause(phase: str, references: Sequence[Any], ranks: Ranks) -> RollSftE
 
 
 def missed_deadline(
-    phase: str, references: Sequence[Any], *, deadline_s: float, ranks: Ranks
+    phase: str, late: Sequence[int], *, deadline_s: float, ranks: Ranks
 ) -> WorkerError:
-    """The error of a phase that ran out of time: where its late ranks are.
+    """The error of a phase in which the ranks `late` made no progress: where they are.
 
     Each worker writes its stacks to its log at the deadline; a rank without one is stopped or gone.
     """
-    _ready, pending = ray.wait(list(references), num_returns=len(references), timeout=0)
-    late = [rank for rank, reference in enumerate(references) if reference in pending]
-    late = late or list(range(len(references)))  # all of them answered after the deadline
-    stacks = {rank: _stack(ranks.log(rank)) for rank in late}
-    waiting = [rank for rank in late if _is_waiting(stacks[rank])]
+    stacks = {rank: stack_in(ranks.log(rank)) for rank in late}
+    waiting = [rank for rank in late if is_waiting(stacks[rank])]
     # A rank that waits in a collective is late because of another rank.
     culprits = [rank for rank in late if rank not in waiting] or waiting
     culprits.sort(key=lambda rank: bool(stacks[rank]))  # first those without a sign of life
@@ -162,7 +164,7 @@ def _see_log(rank: int, ranks: Ranks) -> str:
     return f"its log is {log_path(ranks.logs, rank)}"
 
 
-def _stack(log: str) -> list[str]:
+def stack_in(log: str) -> list[str]:
     """Frames of the thread that runs the worker's method, innermost first.
 
     They come from the last stacks that a deadline wrote to `log`; without any the list is empty.
@@ -185,8 +187,9 @@ def _frames(thread: str) -> Iterator[str]:
             return  # a log line of another thread, written after the stacks
 
 
-def _is_waiting(frames: Sequence[str]) -> bool:
-    return any("torch/distributed/" in frame for frame in frames)
+def is_waiting(frames: Sequence[str]) -> bool:
+    """Whether a stack waits for other ranks, or for a device that may wait for those of others."""
+    return any(WAITING.search(frame) for frame in frames)
 
 
 def _listed(ranks: Sequence[int]) -> str:
@@ -197,5 +200,5 @@ def _listed(ranks: Sequence[int]) -> str:
 def _state(frames: Sequence[str]) -> str:
     if not frames:
         return "gives no sign of life"
-    verb = "waits for its peers in" if _is_waiting(frames) else "is in"
+    verb = "waits for its peers in" if is_waiting(frames) else "is in"
     return f"{verb} {frames[0].removeprefix('File ')}"

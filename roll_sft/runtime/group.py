@@ -2,7 +2,8 @@
 
 `train_step` returns references at once, so that the driver can queue the next step; `wait_step`
 collects the results. A call sends one message to each worker, which holds plans and never tokens.
-Promises: an error names the rank and host that caused it; nothing waits past a deadline; after
+Promises: an error names the rank and host that caused it; nothing waits past a deadline for a rank
+that makes no progress (see `watchdog`); after
 `close` or `kill` no worker is left, stopped processes included.
 """
 
@@ -32,6 +33,7 @@ from roll_sft.runtime.worker import (
     Worker,
     WorkerAddress,
     WorkerSpec,
+    beat_path,
     nonce_path,
     setup_deadline_s,
 )
@@ -190,6 +192,8 @@ class WorkerGroup:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        for rank in range(len(self._actors)):
+            beat_path(self._logs, rank).unlink(missing_ok=True)
 
     def _fetch_model(self, source: ModelSource) -> None:
         """Download a model of the hub: the first rank of each node does it for the node."""
@@ -213,20 +217,22 @@ class WorkerGroup:
 
     def _collect(self, pending: Pending) -> list[Any]:
         """Results of all ranks. Raises the error that caused the others, or `WorkerError`."""
-        references, deadline_s = pending.references, pending.deadline_s
-        try:
-            # Raises at the first error, while other ranks may still wait for their peers.
-            results: list[Any] = ray.get(references, timeout=deadline_s + DEADLINE_GRACE_S)
-        except RayError as error:
-            from roll_sft.runtime import failures
+        references, wait_s = pending.references, pending.deadline_s + DEADLINE_GRACE_S
+        while True:
+            try:
+                # Raises at the first error, while other ranks may still wait for their peers.
+                results: list[Any] = ray.get(references, timeout=wait_s)
+                return results
+            except RayError as error:
+                from roll_sft.runtime import failures, watchdog
 
-            ranks = failures.Ranks(self.addresses, self._logs)
-            if isinstance(error, GetTimeoutError):
-                raise failures.missed_deadline(
-                    pending.phase, references, deadline_s=deadline_s, ranks=ranks
-                ) from None
-            raise failures.first_cause(pending.phase, references, ranks) from None
-        return results
+                ranks = failures.Ranks(self.addresses, self._logs)
+                if not isinstance(error, GetTimeoutError):
+                    raise failures.first_cause(pending.phase, references, ranks) from None
+                # Slow ranks that make progress are waited for.
+                wait_s = DEADLINE_GRACE_S + watchdog.time_left(
+                    pending.phase, references, deadline_s=pending.deadline_s, ranks=ranks
+                )
 
 
 def _processes(pids: Iterable[int]) -> Iterator[psutil.Process]:

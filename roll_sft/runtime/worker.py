@@ -1,9 +1,9 @@
 """The actor of one rank: sets the environment, opens the rank's log, builds and calls `Engine`.
 
 The engine is imported in methods, so that the driver runs on a head node without CUDA. Each method
-adds rank, host and phase to an error and raises it again. Promises: past the deadline of a phase,
-the stack of every thread is in the rank's log; after an error, a rank only repeats that error, so
-that it never meets its peers in the wrong collective.
+adds rank, host and phase to an error and raises it again. Promises: a rank that makes no progress
+within the deadline of a phase leaves the stack of every thread in its log; after an error, a rank
+only repeats that error, so that it never meets its peers in the wrong collective.
 """
 
 import contextlib
@@ -12,9 +12,8 @@ import gc
 import importlib
 import logging
 import os
-import re
 import socket
-import traceback
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import ray
 import ray.util
 
-from roll_sft.base.errors import ConfigError, ResourceError, RollSftError, first_line, of_user
+from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.base.files import writing
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.base.text import printable, refer, references
@@ -43,8 +42,7 @@ if TYPE_CHECKING:
     from roll_sft.runtime.store_gate import Gate
 
 LOG = logging.getLogger(__name__)
-# Gloo reports a lost peer by text alone; other libraries by type, see `_is_collateral`.
-PEER_IS_GONE = re.compile(r"gloo/|connection (closed|reset) by peer", re.IGNORECASE)
+BEAT_EVERY_S = 1.0  # signs of progress are no closer than that
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +133,7 @@ class Worker:
         self._resources = contextlib.ExitStack()
         self._fault: RankFault | None = None
         self._store: Any = None
+        self._deadline_s = self._last_beat = 0.0
 
     def start(self) -> WorkerAddress:
         """Open the log and set the environment, before the engine is imported."""
@@ -213,6 +212,7 @@ class Worker:
             self._engine = Engine(
                 self._spec.config, source=source, data=data, checkpoint=self._spec.checkpoint
             )
+            self._engine.on_micro_batch = self.beat
             # What lives as long as the process is never searched again: a pause of one rank in a
             # step is everybody's.
             gc.collect()
@@ -270,14 +270,25 @@ class Worker:
 
     @contextlib.contextmanager
     def _phase(self, phase: str, deadline_s: float) -> Iterator[None]:
-        """`_errors_of`, and past the deadline write every thread's stack to the log."""
+        """`_errors_of`, and `deadline_s` after the last beat write all stacks to the log."""
         with self._errors_of(phase):
-            # faulthandler's thread needs no GIL, so it also shows a rank that never releases it.
-            faulthandler.dump_traceback_later(deadline_s, file=self._log)
+            self._deadline_s, self._last_beat = deadline_s, 0.0
+            self.beat()
             try:
                 yield
             finally:
                 faulthandler.cancel_dump_traceback_later()
+
+    def beat(self) -> None:
+        """Show that this rank makes progress: its deadline begins again."""
+        now = time.monotonic()
+        if now - self._last_beat < min(BEAT_EVERY_S, self._deadline_s / 10):
+            return
+        self._last_beat = now
+        # faulthandler's thread needs no GIL, so it also shows a rank that never releases it.
+        faulthandler.dump_traceback_later(self._deadline_s, repeat=True, file=self._log)
+        with contextlib.suppress(OSError):  # a sign that is lost ends no step
+            os.utime(beat_path(self._spec.logs, self._spec.rank))
 
     @contextlib.contextmanager
     def _errors_of(self, phase: str) -> Iterator[None]:
@@ -288,7 +299,9 @@ class Worker:
             yield
         except Exception as error:  # adds rank, host and phase, and raises again
             LOG.exception("%s", phase)
-            self._fault = _fault_of(error, self._address, phase=phase)
+            from roll_sft.runtime.rank_faults import fault_of
+
+            self._fault = fault_of(error, self._address, phase=phase)
             raise RankError(self._fault) from None
 
 
@@ -321,32 +334,14 @@ def log_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank:02d}.log"
 
 
+def beat_path(logs: Path, rank: int) -> Path:
+    """A file whose time of change is the last sign of progress of `rank`, while it runs."""
+    return logs / f".beat_{rank:02d}"
+
+
 def started_line(address: WorkerAddress) -> str:
     """First line of a worker in its log, which may hold earlier runs."""
     return f"{address} started"
-
-
-def _fault_of(error: BaseException, address: WorkerAddress, *, phase: str) -> RankFault:
-    """Describe `error`, which is being handled on the rank at `address`."""
-    error = of_user(error)
-    code = error.exit_code if isinstance(error, RollSftError) else None
-    return RankFault(
-        address,
-        phase=phase,
-        summary=str(error) if code is not None else f"{type(error).__name__}: {first_line(error)}",
-        is_collateral=_is_collateral(error),
-        # torch's errors of devices and of communication are RuntimeErrors.
-        may_pass=isinstance(error, RuntimeError | OSError),
-        exit_code=code,
-        details=traceback.format_exc(),
-    )
-
-
-def _is_collateral(error: BaseException) -> bool:
-    # By name, because torch may be what could not be imported. All errors of torch.distributed
-    # derive from DistError, NCCL's too; those of gloo are bare RuntimeErrors.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or PEER_IS_GONE.search(str(error)) is not None
 
 
 def nonce_path(logs: Path, nonce: str) -> Path:
@@ -383,6 +378,7 @@ def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     with writing(path):
         spec.logs.mkdir(parents=True, exist_ok=True)
         log = path.open("a", buffering=1, encoding="utf-8")
+        beat_path(spec.logs, spec.rank).touch()
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     faulthandler.enable(file=log)

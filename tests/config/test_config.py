@@ -63,7 +63,7 @@ KEYS = {
     "export.push_to_hub.": "repo_id private revision what",
     "tracking.": "backends mlflow_uri experiment",
     "cluster.": "address prepare_timeout_s setup_timeout_s step_timeout_s checkpoint_timeout_s"
-    " max_restarts elastic straggler_factor",
+    " max_restarts elastic",
     "debug.": "faults",
     "debug.faults.": "kind where step rank",
 }

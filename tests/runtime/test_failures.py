@@ -67,13 +67,13 @@ def test_reason_of_a_death_that_ray_does_not_explain_is_its_first_line():
     ],
 )
 def test_stack_says_where_a_rank_is(frames, state):
-    stack = failures._stack(DUMP.format(frames=frames))
+    stack = failures.stack_in(DUMP.format(frames=frames))
     assert len(stack) == 3
     assert failures._state(stack) == state
 
 
 def test_rank_without_a_stack_gives_no_sign_of_life():
-    assert failures._state(failures._stack("step 3\nstep 4\n")) == "gives no sign of life"
+    assert failures._state(failures.stack_in("step 3\nstep 4\n")) == "gives no sign of life"
 
 
 def test_log_of_a_rank_is_read_from_its_last_start_on(tmp_path):
@@ -91,3 +91,17 @@ def test_log_of_a_rank_is_read_from_its_last_start_on(tmp_path):
 def test_ranks_of_a_long_list_are_counted():
     assert failures._listed([3]) == "rank 3"
     assert failures._listed(range(12)) == "rank 0, 1, 2, 3 and 8 more"
+
+
+@pytest.mark.parametrize(
+    ("frame", "waits"),
+    [
+        (COLLECTIVE.strip(), True),
+        ('File "/m/core/pipeline_parallel/p2p_communication.py", line 9 in _communicate', True),
+        ('File "/roll_sft/engine/engine.py", line 64 in read', True),
+        ('File "/roll_sft/engine/engine.py", line 64 in build', False),
+        (READING.strip(), False),
+    ],
+)
+def test_rank_that_waits_for_others_is_told_from_one_that_works(frame, waits):
+    assert failures.is_waiting([frame]) is waits

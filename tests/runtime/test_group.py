@@ -243,6 +243,30 @@ def test_stopped_rank_gives_no_sign_of_life(workers):
     error = error_of(group)
     process.resume()  # Ray needs five seconds to end one that is stopped, on another node
     assert f"within 1 s: {group.addresses[1]} gives no sign of life; rank 0 waited" in str(error)
+    assert "stacks by py-spy:\nProcess" in log_path(group._logs, 1).read_text()
+    assert error.may_pass
+    assert (error.rank, error.host) == (1, group.addresses[1].host)
+
+
+def test_rank_that_is_slow_and_makes_progress_is_waited_for(workers, caplog):
+    class Slow(gloo_worker(lambda rank, step: None)):
+        def setup(self, store, inputs):
+            super().setup(store, inputs)
+            meet, beat = self._engine._fault, self.beat
+
+            def slowly(rank, step):
+                for _micro_batch in range(16 if rank == 1 else 0):
+                    time.sleep(DEADLINE_S / 5)
+                    beat()
+                meet(rank, step)
+
+            self._engine._fault = slowly
+
+    caplog.set_level("INFO")
+    group = workers(Slow, cluster={"step_timeout_s": DEADLINE_S})
+    result = group.wait_step(group.train_step(plan(1), learning_rate=0.1))
+    assert result.step == 1
+    assert "step 1 is slow, and goes on: rank 1 makes progress" in caplog.text
 
 
 def test_stopped_workers_of_this_node_are_gone_after_kill(workers):

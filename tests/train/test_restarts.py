@@ -125,6 +125,22 @@ def test_a_restart_goes_back_to_the_step_that_resume_names_before_it_has_begun_a
     assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_ranks_that_are_stopped_are_found_and_the_run_goes_on(
+    start: Start, light: None, tmp_path: Path
+) -> None:
+    output = tmp_path / "runs" / "stopped"
+    faults = ("kind: stop, rank: 0, step: 3, where: evaluation", "kind: stop, rank: 1, step: 4")
+    assert start(output, *faults, cluster__step_timeout_s=2) == 0
+    evaluation, step = lines_of(output / "restarts.jsonl")
+    assert evaluation["cause"].startswith(
+        "evaluation of held_out did not finish within 2 s: rank 0"
+    )
+    assert step["cause"].startswith("step 4 did not finish within 2 s: rank 1 on ")
+    assert (evaluation["rank"], step["rank"]) == (0, 1)
+    assert "stacks by py-spy:" in (output / "logs" / "rank_01.log").read_text()
+    assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_without_a_checkpoint_a_restart_begins_anew(
     start: Start, light: None, tmp_path: Path
 ) -> None:

@@ -16,14 +16,7 @@ on as it stands. A message with other keys is read by `message_fields`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from roll_sft.data.rows.checks import (
-    BadRowError,
-    NoAnswerError,
-    kind_of,
-    listed,
-    shown,
-    text_of,
-)
+from roll_sft.data.rows.checks import BadRowError, NoAnswerError, kind_of, listed, shown, text_of
 from roll_sft.data.rows.columns import (
     ENABLE_THINKING,
     KNOWN_COLUMNS,
