@@ -56,8 +56,7 @@ UNSUPPORTED = {
     "eval_delay": "evaluation begins with the first train.eval_steps",
     "eval_on_start": "the first evaluation is after train.eval_steps",
     "auto_find_batch_size": "the memory of a step is known before; see `roll-sft plan`",
-    "push_to_hub": "set export.push_to_hub, if this version has it, else upload hf/",
-    "hub_*": "upload the folder hf/ with huggingface_hub",
+    "hub_*": "`roll-sft push` uploads an exported model",
     "parallelism_config*": "set the sizes of the section parallel",
 }
 
@@ -91,12 +90,29 @@ def training(draft: Draft, given: Given, *, rate: float, micro: int) -> None:
     if given.take("save_only_model"):
         draft.set("checkpoint.save_optimizer", False, "save_only_model: true")
     _intervals(draft, given)
+    _push(draft, given)
     if (path := given.take("resume_from_checkpoint")) not in (*OFF, True, "true"):
         draft.cannot(
             "resume_from_checkpoint",
             path,
             "their checkpoints cannot be read; give the exported model as model.path",
         )
+
+
+def _push(draft: Draft, given: Given) -> None:
+    """A repository of the hub, which is public there unless it is told otherwise."""
+    is_on, name = given.take("push_to_hub"), given.take("hub_model_id")
+    is_private, when = given.take("hub_private_repo"), given.take("hub_strategy")
+    if is_on in OFF:
+        return
+    if name is None:
+        draft.cannot("push_to_hub", True, "set export.push_to_hub.repo_id, as USER/NAME")
+        return
+    draft.set("export.push_to_hub.repo_id", str(name), f"hub_model_id: {name}")
+    origin = "hub_private_repo" if is_private is not None else "a new repository is public there"
+    draft.set("export.push_to_hub.private", bool(is_private), origin)
+    if when in ("every_save", "checkpoint", "all_checkpoints"):
+        draft.set("checkpoint.hf_export", "every_save", f"hub_strategy: {when}")
 
 
 def rows(draft: Draft, given: Given, *, micro: int, gpus: int | None, packed: bool) -> None:

@@ -13,8 +13,11 @@ def nested(draft: Draft) -> dict[str, Any]:
     """The values of `draft` by section, as the YAML has them."""
     values = dict[str, Any]()
     for key, (value, _) in draft.lines.items():
-        section, _, name = key.rpartition(".")
-        (values.setdefault(section, {}) if section else values)[name] = value
+        *sections, name = key.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
     return values
 
 
@@ -25,15 +28,18 @@ def as_yaml(draft: Draft, source: Path) -> str:
         "#   roll-sft train --config-dir FOLDER_OF_THIS_FILE --config-name NAME_OF_THIS_FILE",
         "defaults: [base, _self_]",
     ]
-    section = ""
+    before: list[str] = []
     for key in (each for each in OUR_KEYS if each in draft.lines):
         value, origin = draft.lines[key]
-        place, _, name = key.rpartition(".")
-        if place != section:
-            lines += ["", f"{place}:"] if place else []
-            section = place
-        indent = "  " if place else ""
-        lines += _entry(indent, name, value, _comment(origin))
+        *sections, name = key.split(".")
+        shared = next(
+            (n for n, (a, b) in enumerate(zip(before, sections, strict=False)) if a != b),
+            len(before),
+        )
+        for depth in range(shared, len(sections)):
+            lines += [*([""] if depth == 0 else []), f"{'  ' * depth}{sections[depth]}:"]
+        before = sections
+        lines += _entry("  " * len(sections), name, value, _comment(origin))
     return "\n".join([*lines, "", *(f"# {line}" for line in report_lines(draft))])
 
 

@@ -1,6 +1,7 @@
 """Small configurations of each trainer, imported: what each key becomes, and equal steps."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ FILES: dict[str, str] = {
         num_train_epochs: 1
         eos_token: <|im_end|>
         hub_token: hf_secret
-        save_strategy: "no"
+        push_to_hub: true
+        hub_model_id: me/model
+        hub_strategy: every_save
+        save_strategy: steps
         foo_bar: 3
     """,
     "openrlhf.sh": r"""
@@ -211,7 +215,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "train.learning_rate": 2e-4,
         "data.train_on": "all",
         "data.overlong": "truncate",
-        "checkpoint.save": False,
+        "checkpoint.hf_export": "every_save",
+        "export.push_to_hub.repo_id": "me/model",
+        "export.push_to_hub.private": False,
     },
     "openrlhf.sh": {
         "model.path": "meta-llama/Meta-Llama-3-8B",
@@ -341,7 +347,8 @@ def test_a_file_of_each_trainer_becomes_a_configuration_that_composes(
         assert _at(composed[0], key) == value, key
     text = output.read_text()
     written = [line for line in text.splitlines() if line.startswith("  ") and "  #" not in line]
-    assert all(line.startswith("    - {") for line in written), "a line without its origin"
+    sections = re.compile(r" +- \{.*| +\w+:")
+    assert all(sections.fullmatch(line) or line.startswith("    - {") for line in written)
     assert "hf_secret" not in text + told
 
 
