@@ -61,6 +61,8 @@ MEASURES: tuple[tuple[int, str, tuple[str, ...] | str], ...] = (
 )
 EXTRA = (
     "startup_seconds",
+    "report_seconds",
+    "report_megabytes",
     "checkpoint_verify",
     "checkpoint_load",
     "save_memory_blocking",

@@ -136,7 +136,7 @@ def charts_of(runs: Sequence[RunFiles]) -> list[Chart]:
     """The charts that the files of `runs` have numbers for, the loss first."""
     found = [_loss(runs)]
     if len(runs) == 1:
-        found += _broken_down(runs[0])
+        found += [*_broken_down(runs[0]), *_answers(runs[0])]
     found += [_series(runs, series) for series in _SERIES]
     found += [_lengths(runs)]
     for run in runs:
@@ -218,6 +218,21 @@ def _broken_down(run: RunFiles) -> Iterator[Chart | None]:
             legend=[(each.color, each.label, 0) for each in curves],
             runs=[run],
         )
+
+
+def _answers(run: RunFiles) -> Iterator[Chart | None]:
+    """A chart for each metric of generated answers, of the lines of eval.jsonl that have some."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in run.evals:
+        metrics = line.get("metrics")
+        for name, value in metrics.items() if isinstance(metrics, dict) else ():
+            if math.isfinite(number(value)):
+                found.setdefault(name, []).append((number(line["step"]), number(value)))
+    for name, points in [*found.items()][:MAX_GROUPS]:
+        steps, values = np.array(points).T
+        line_ = replace(curve("", steps, values, color=0), is_marked=len(steps) <= 40)
+        words = ("answers", name, "generated answers", "The mean over all prompts.")
+        yield _chart(words, [line_], legend=[], runs=[run])
 
 
 def _chart(

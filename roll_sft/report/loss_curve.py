@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roll_sft.base.errors import first_line
-from roll_sft.base.files import json_lines
 from roll_sft.base.text import printable
+from roll_sft.report.run_files import number, records
 
 LOG = logging.getLogger(__name__)
 CURVE = "loss.png"
@@ -21,8 +21,9 @@ SMOOTHED_FROM = 50  # points; a shorter curve has no moving average
 
 def draw_losses(folder: Path) -> None:
     """Draw the train loss and each validation loss of the run in `folder`; logs a failure."""
-    train = [(each["step"], each["train_loss"]) for each in json_lines(folder / "steps.jsonl")]
-    points = np.array([point for point in train if point[1] is not None], dtype=float)
+    lines = records(folder / "steps.jsonl")
+    train = [(number(each.get("step")), number(each.get("train_loss"))) for each in lines]
+    points = np.array([point for point in train if np.isfinite(point).all()], dtype=float)
     if not len(points):
         return
     try:
@@ -70,7 +71,8 @@ def _thinned(points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _evaluations(folder: Path) -> dict[str, list[Any]]:
     """Validation set -> list of (step, loss)."""
     found = defaultdict(list)
-    for each in json_lines(folder / "eval.jsonl"):
-        if each["loss"] is not None:
-            found[each["name"]].append((each["step"], each["loss"]))
+    for each in records(folder / "eval.jsonl"):
+        point = number(each.get("step")), number(each.get("loss"))
+        if np.isfinite(point).all():
+            found[str(each.get("name"))].append(point)
     return found

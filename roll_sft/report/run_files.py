@@ -24,6 +24,7 @@ from roll_sft.report.starts import PACKS, STARTS
 Array = NDArray[np.float64]
 STEPS, EVALS = "steps.jsonl", "eval.jsonl"
 GENERATIONS, BAD_BATCHES = "generations.jsonl", "bad_batches.jsonl"
+RESTARTS = "restarts.jsonl"
 NOT_NUMBERS = ("sample_ids_sha256",)
 _MOST_KEYS = 2_000  # of a configuration
 _MOST_BYTES = 4 << 20  # of a file that is read whole
@@ -45,6 +46,7 @@ class RunFiles:
     generations: list[dict[str, Any]] = field(default_factory=list)
     bad_batches: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    restarts: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, str] = field(default_factory=dict)
     data: list[dict[str, Any]] = field(default_factory=list)
     packs: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +79,7 @@ def read_run(folder: Path) -> RunFiles:
         generations=[line for line in records(folder / GENERATIONS) if _step(line) is not None],
         bad_batches=[line for line in records(folder / BAD_BATCHES) if _step(line) is not None],
         starts=[line for line in starts if line.get("event") in ("start", "end")],
+        restarts=list(records(folder / RESTARTS)),
         config=config,
         data=_sources(_json(folder / "data_report.json")),
         packs=_json(folder / PACKS),
@@ -96,8 +99,9 @@ def evaluations(run: RunFiles) -> dict[str, tuple[Array, Array]]:
 
 
 def restarts(run: RunFiles) -> list[float]:
-    """The steps with which a command went on."""
-    found = (number(line.get("step")) for line in run.starts if line.get("event") == "start")
+    """The steps with which a command, or new workers of the same command, went on."""
+    found = [number(line.get("step")) for line in run.starts if line.get("event") == "start"]
+    found += [number(line.get("from_step")) + 1 for line in run.restarts]
     return sorted({step for step in found if step > 1})
 
 

@@ -12,14 +12,16 @@ import pytest
 from roll_sft import cli
 from roll_sft.base.errors import ConfigError, DivergedError
 from roll_sft.report import starts
+from roll_sft.report.loss_curve import draw_losses
 from roll_sft.report.page import page_of
-from roll_sft.report.run_files import read_run
+from roll_sft.report.run_files import read_run, restarts
 from tests.report.made_run import HOSTILE, make_failed_run, make_run, write_lines
 
 CHARTS = [
     "Loss",
     "held_out, by part",
     "tools, by part",
+    "token_f1",
     "Learning rate",
     "Gradient norm",
     "Speed",
@@ -169,6 +171,7 @@ def test_torn_odd_and_hostile_files_neither_raise_nor_reach_the_markup(tmp_path:
     (folder / "job" / "packs.json").write_text(
         json.dumps({"capacity": 10, "ranks": [[[HOSTILE, 3]], 4], "edges": "x", "step": None})
     )
+    draw_losses(folder)
     text = page_of([read_run(folder)])
     page = Page(text)
     assert not {"script", "img"} & set(page.tags)
@@ -195,6 +198,10 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     ):
         assert cli.main(["report", *arguments]) == 2
         assert part in capsys.readouterr().err
+
+
+def test_restarts_of_commands_and_of_workers_are_marked(whole: Path) -> None:
+    assert restarts(read_run(whole)) == [101, 150]
 
 
 @pytest.mark.parametrize(
