@@ -34,8 +34,7 @@ _END_TIMEOUT_S = 10.0
 def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
     """Prepare `config` into `folder` while the block runs.
 
-    The block is given a function that waits for the end, and raises what `prepare` raises. A child
-    that still works when the block ends is ended.
+    The block gets a function that waits, and raises as `prepare` does; the child ends with it.
     """
     reader, writer = os.pipe()
     with contextlib.ExitStack() as stack:

@@ -61,18 +61,11 @@ class CheckpointError(RollSftError):
 
 
 class WorkerError(RollSftError):
-    """A worker died, hung past its deadline, or raised an error of ours.
-
-    `rank` and `host` caused it, where known; with `may_pass` new workers may not meet it again.
-    """
+    """A worker died, hung past its deadline, or raised an error of ours."""
 
     exit_code = 7
-
-    def __init__(
-        self, message: str, *, rank: int | None = None, host: str = "", may_pass: bool = False
-    ) -> None:
-        super().__init__(message)
-        self.rank, self.host, self.may_pass = rank, host, may_pass
+    rank: int | None = None  # that caused it, where it is known, and its host
+    host, may_pass = "", False  # may_pass: new workers may not meet it again
 
 
 def first_line(error: BaseException) -> str:

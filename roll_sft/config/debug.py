@@ -32,7 +32,7 @@ class FaultConfig:
 class DebugConfig:
     """Faults to rehearse; none by default."""
 
-    faults: list[FaultConfig] = key([], "Faults to plant, as roll-sft rehearse does.")
+    faults: list[FaultConfig] = key([], "Faults to plant, for tests and rehearsals.")
 
 
 def fault_problems(config: "RunConfig") -> Iterator[str]:

@@ -1,7 +1,6 @@
 """What the schema declares, read from its dataclasses: every key, its type and its choices.
 
-The command line's help, `docs/configuration.md`, the builder and the checks all read the keys from
-here, so that no key is listed twice.
+Help, documentation, builder and checks read the keys from here, so that none is listed twice.
 """
 
 import dataclasses

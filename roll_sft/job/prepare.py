@@ -23,8 +23,7 @@ from roll_sft.job.prepared import Prepared
 from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.shape import ModelShape
 
-# Tokens that begin a tool call and nothing else: of Qwen and Hermes, Mistral, Llama 3, Granite and
-# Phi, Kimi, and DeepSeek.
+# What begins a tool call alone: Qwen, Hermes, Mistral, Llama 3, Granite, Phi, Kimi, DeepSeek.
 TOOL_CALLS = (
     *("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>"),
     *("<|tool_calls_section_begin|>", "<\uff5ctool\u2581calls\u2581begin\uff5c>"),
@@ -82,10 +81,7 @@ def tokenise(
     """
     data = config.data
     place = CachePlace(
-        token_cache_folder(config),
-        num_proc=data.num_proc,
-        spread=spread,
-        only_read=config.dry_run,
+        token_cache_folder(config), num_proc=data.num_proc, spread=spread, only_read=config.dry_run
     )
     sources = [
         Source(entry.path or "", name=source_name(entry), split=entry.split)
@@ -164,7 +160,5 @@ def tokenizer_of(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizerBas
     path = config.model.tokenizer_path or config.model.path
     assert path is not None, "check_config refuses a missing model.path"
     return load_tokenizer(
-        path,
-        trust_remote_code=config.model.trust_remote_code,
-        embedding_size=shape.vocab_size,
+        path, trust_remote_code=config.model.trust_remote_code, embedding_size=shape.vocab_size
     )

@@ -56,8 +56,10 @@ class Ranks:
 
     def error(self, rank: int, message: str, *, may_pass: bool = True) -> WorkerError:
         """The error that `rank` caused."""
-        host = self.addresses[rank].host if self.addresses else ""
-        return WorkerError(message, rank=rank, host=host, may_pass=may_pass)
+        error = WorkerError(message)
+        error.rank, error.may_pass = rank, may_pass
+        error.host = self.addresses[rank].host if self.addresses else ""
+        return error
 
     def log(self, rank: int) -> str:
         """The end of the rank's log, at most `LOG_TAIL_BYTES`, without earlier runs."""

@@ -118,7 +118,9 @@ class _History:
 
 def _last(error: WorkerError, reason: str) -> WorkerError:
     """How the last error reads where restarts are used up."""
-    return WorkerError(f"{reason}: {error}", rank=error.rank, host=error.host)
+    last = WorkerError(f"{reason}: {error}")
+    last.rank, last.host = error.rank, error.host
+    return last
 
 
 def _step_of(failed: Attempt, folder: Path) -> int:

@@ -153,6 +153,12 @@ def test_without_a_checkpoint_a_restart_begins_anew(
     assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def a_death() -> WorkerError:
+    error = WorkerError("rank 1 died")
+    error.may_pass = True
+    return error
+
+
 def test_what_new_workers_would_meet_again_is_not_tried_again() -> None:
     config = build_config({"cluster": {"max_restarts": 2}})
     history = supervisor._History()
@@ -166,7 +172,7 @@ def test_what_new_workers_would_meet_again_is_not_tried_again() -> None:
 def test_failures_are_counted_apart_from_lost_nodes_and_end_the_run() -> None:
     config = build_config({"cluster": {"max_restarts": 2}})
     history = supervisor._History()
-    death = WorkerError("rank 1 died", rank=1, may_pass=True)
+    death = a_death()
     for step in range(10):
         history.pause_after(death, step, config, is_node_lost=True)
     for step in (10, 11):
@@ -177,7 +183,7 @@ def test_failures_are_counted_apart_from_lost_nodes_and_end_the_run() -> None:
 
 def test_pauses_grow_while_a_step_fails_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 1.0)
-    history, death = supervisor._History(), WorkerError("died", may_pass=True)
+    history, death = supervisor._History(), a_death()
     config = build_config({})
     pauses = [history.pause_after(death, step, config, is_node_lost=True) for step in (1, 1, 2)]
     assert pauses == [1.0, 2.0, 1.0]

@@ -230,10 +230,9 @@ class TokenSet:
         return [
             (source.name, first_row)
             for source in self.sources
-            for first_row in [
-                0,
-                *accumulate(cache.report.rows for cache in source.caches[:-1]),
-            ][: len(source.caches)]
+            for first_row in [0, *accumulate(cache.report.rows for cache in source.caches[:-1])][
+                : len(source.caches)
+            ]
         ]
 
     def _locate(self, index: int) -> tuple[int, int]:
