@@ -127,6 +127,8 @@ def _asked(name: str, value: Any, given: tuple[Any, ...]) -> int:
             return _numbers(given)
         case "batch" | "slice":
             return _ITEM * _numbers(given)
+        case "tojson":
+            return _numbers(given) * (_weight(value) // _ITEM + 1)
         case "format" | "format_map":
             return _formatted(str(value), given)
         case "indent":
