@@ -51,6 +51,7 @@ BY_NEED = {
     "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
     "roll_sft/config/tracking.py": "trackers",
+    "roll_sft/convert/each_save.py": "checkpoint.hf_export=every_save",
     "roll_sft/data/chat/advice.py": "rows that the template cannot write",
     "roll_sft/data/chat/control_text.py": "rows that spell control tokens",
     "roll_sft/data/chat/cut_text.py": "tokens that span the end of a header",

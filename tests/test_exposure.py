@@ -14,7 +14,7 @@ import pytest
 from tests import doors
 from tests.test_run import served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 assets = doors.assets
 
 SECRETS = {

@@ -25,10 +25,7 @@ _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u20
 
 
 def refer(references: Mapping[str, str]) -> None:
-    """Have `redacted` write the reference in place of each value, as in `{value: reference}`.
-
-    As it is: numbers, values of less than six characters, and paths that are here.
-    """
+    """Have `redacted` write the reference for a value, but for numbers and paths that are here."""
     for value, reference in references.items():
         is_number = value.replace(".", "", 1).isdigit()
         if len(value) >= _SHORTEST_VALUE and not is_number and not os.path.exists(value):
@@ -41,7 +38,7 @@ def references() -> dict[str, str]:
 
 
 def redacted(text: str) -> str:
-    """`text` with references for values of the environment, and without credentials."""
+    """`text` with references for values of the environment, without credentials."""
     for value, reference in _references.items():
         text = text.replace(value, reference)
     return without_credentials(text)

@@ -19,6 +19,9 @@ import torch
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint.tensors import DTYPES, INDEX, Chunk, Piece, Shape
+from roll_sft.models.json_files import json_text
+
+_MOST_BYTES, _MOST_PARTS = 1 << 30, 50_000_000  # a part of a tensor has three lists
 
 
 def read_index(folder: Path) -> "Index":
@@ -28,7 +31,11 @@ def read_index(folder: Path) -> "Index":
     """
     path = folder / INDEX
     try:
-        chunks = list(_chunks(json.loads(path.read_text(encoding="utf-8"))["tensors"]))
+        chunks = list(
+            _chunks(
+                json.loads(json_text(path, most=_MOST_BYTES, most_parts=_MOST_PARTS))["tensors"]
+            )
+        )
         _check_chunks(chunks, folder)
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise CheckpointError(

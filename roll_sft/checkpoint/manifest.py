@@ -28,6 +28,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 _STEP_NAME = re.compile(r"step_(\d+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_STEP = 10**12
+_MOST_BYTES = 16 << 20
 _NUM_HASHERS = 8
 _BLOCK_BYTES = 1 << 20
 _REMEDY = "the checkpoint is damaged or was changed, take another"
@@ -158,6 +159,8 @@ def _values(folder: Path) -> dict[str, Any]:
     try:
         if path.is_symlink():
             raise ValueError("it is a link")
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES >> 20} MiB")
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not an object")

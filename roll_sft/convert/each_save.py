@@ -1,9 +1,9 @@
 """Exports of every checkpoint, in the background, while training goes on.
 
-A thread looks for new step folders and starts one process of low priority after the other. Each
-checkpoint is held by hard links until its export is whole, whatever `checkpoint.keep_last` deletes.
-The export of step n is `exports/step_<n>`, and on the hub the branch `step_<n>`; it stays as long
-as its checkpoint.
+The driver holds each checkpoint by hard links when it is published, so that an export can read it,
+whatever `checkpoint.keep_last` deletes. A thread starts processes of low priority, one after the
+other. The export of step n is `exports/step_<n>`, and on the hub the branch `step_<n>`; it stays as
+long as its checkpoint.
 
 Promises: at most one process, with a deadline, and `MOST_WAITING` checkpoints that wait for it; a
 failure never ends training, warns, and is told again at the end; a partial export never has its
@@ -23,6 +23,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from roll_sft.base.errors import CheckpointError
+from roll_sft.base.files import writing
 from roll_sft.checkpoint.resume import step_folders, step_of
 from roll_sft.config.schema import RunConfig
 from roll_sft.convert.exports import conversion
@@ -43,12 +45,33 @@ def exporting_saves(
     The checkpoint of `last_step` is left to the end of the run. A process that still works when the
     block ends is ended.
     """
+    shutil.rmtree(folder / HELD, ignore_errors=True)  # left by a process that was killed
+    for checkpoint in step_folders(folder / CHECKPOINTS):
+        if not (folder / EXPORTS / checkpoint.name).is_dir():
+            hold(checkpoint, folder)
     exports = _Exports(config, folder, last_step=last_step)
     exports.thread.start()
     try:
         yield exports.finish
     finally:
         exports.end()
+
+
+def hold(checkpoint: Path, folder: Path) -> None:
+    """Keep `checkpoint` for its export, whatever is deleted: no byte is copied.
+
+    Raises `CheckpointError` where the disk refuses.
+    """
+    held = folder / HELD / checkpoint.name
+    partial = held.with_name(f".{held.name}")
+    with writing(held, CheckpointError):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(checkpoint, partial, copy_function=os.link)
+        except (OSError, shutil.Error):  # a disk without hard links
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.symlink_to(checkpoint)
+        partial.rename(held)
 
 
 class _Exports:
@@ -87,7 +110,6 @@ class _Exports:
         shutil.rmtree(self._held, ignore_errors=True)
 
     def _work(self) -> None:
-        shutil.rmtree(self._held, ignore_errors=True)  # left by a process that was killed
         is_last = False
         while not self._ending.is_set() and not (is_last and not self._waiting):
             is_last = self._closing.is_set()
@@ -98,20 +120,17 @@ class _Exports:
                 self._closing.wait(LOOK_EVERY_S)
 
     def _look(self) -> None:
-        """Hold the checkpoints that are new; drop the oldest where too many wait."""
-        for path in step_folders(self._folder / CHECKPOINTS):
-            name = path.name
-            is_made = (self._folder / EXPORTS / name).is_dir()
-            if name in self._seen or is_made or step_of(path) == self._last_step:
-                continue
-            self._seen.add(name)
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                _hold(path, self._held / name)
+        """Take the checkpoints that are newly held; drop the oldest where too many wait."""
+        names = sorted(path.name for path in self._held.iterdir()) if self._held.exists() else []
+        for name in names:
+            is_step = not name.startswith(".") and name not in self._seen
+            if is_step and step_of(Path(name)) != self._last_step:
+                self._seen.add(name)
                 self._waiting.append(name)
         while len(self._waiting) > MOST_WAITING:
             name = self._waiting.popleft()
             self._fail(name, "exports take longer than the time between checkpoints")
-            shutil.rmtree(self._held / name, ignore_errors=True)
+            self._let_go(name)
 
     def _export(self, name: str) -> None:
         """Make one export, push it where the run is pushed, and delete those without checkpoint."""
@@ -131,7 +150,7 @@ class _Exports:
         else:
             self._done += 1
             LOG.info("%s is exported to %s", name, output)
-        shutil.rmtree(self._held / name, ignore_errors=True)
+        self._let_go(name)
         for path in step_folders(self._folder / EXPORTS):
             if not (self._folder / CHECKPOINTS / path.name).exists():
                 shutil.rmtree(path, ignore_errors=True)
@@ -168,13 +187,8 @@ class _Exports:
         if not self._ending.is_set():
             LOG.warning("%s is not exported: %s; training continues", name, reason)
 
-
-def _hold(path: Path, held: Path) -> None:
-    """Hard links of the files of `path` in `held`; a symbolic link where the disk has none."""
-    try:
-        shutil.copytree(path, held, copy_function=os.link)
-    except (OSError, shutil.Error):
+    def _let_go(self, name: str) -> None:
+        held = self._held / name
+        if held.is_symlink():
+            held.unlink()
         shutil.rmtree(held, ignore_errors=True)
-        path.stat()  # raises where it is deleted
-        held.parent.mkdir(exist_ok=True)
-        held.symlink_to(path)

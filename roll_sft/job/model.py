@@ -11,7 +11,7 @@ from roll_sft.base.errors import ConfigError, refuse
 from roll_sft.config.layout_checks import backend_problems, layout_problems
 from roll_sft.config.moe import MoeConfig
 from roll_sft.config.schema import RunConfig, on_device
-from roll_sft.models.assets import generation_of
+from roll_sft.models.assets import check_links, generation_of
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.model_folder import check_source, local_model
 from roll_sft.models.shape import ModelShape
@@ -39,6 +39,9 @@ def located(config: RunConfig) -> "tuple[RunConfig, HubModel | None]":
     tokenizer_path = model.tokenizer_path
     if tokenizer_path is not None:
         tokenizer_path, _ = local_model(tokenizer_path, with_weights=False)
+    for folder in {Path(path), Path(tokenizer_path or path)}:
+        if folder.is_dir():  # else its reader refuses it
+            check_links(folder)
     located = replace(config, model=replace(model, path=path, tokenizer_path=tokenizer_path))
     return located, hub
 

@@ -61,11 +61,32 @@ class TrainedTokenizer:
 
 
 def asset_files(folder: Path) -> Iterator[str]:
-    """Names, relative to `folder`, of its files that belong beside the weights of a model."""
+    """Names, relative to `folder`, of its files that belong beside the weights of a model.
+
+    Raises `ConfigError` for a link that leads out of the folder, as any file of this machine would
+    be copied into an export. The hub's cache keeps its files in a folder of their own, `blobs`.
+    """
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
         name = str(path.relative_to(folder))
         if _matches(name, (*MODEL_FILES, *TOKENIZER_FILES, *TEXT_FILES)) and path.is_file():
+            _check_inside(path, folder)
             yield name
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    real, home = path.resolve(), folder.resolve()
+    is_of_hub = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    if not (real.is_relative_to(home) or is_of_hub):
+        raise ConfigError(
+            f"{path}: is a link that leads out of the model's folder, and its content would be"
+            " copied into exports; put a copy of the file in its place, if you trust it"
+        )
+
+
+def check_links(folder: Path) -> None:
+    """Raise what `asset_files` raises."""
+    for _ in asset_files(folder):
+        pass
 
 
 def check_assets(folder: Path) -> None:

@@ -19,6 +19,7 @@ Shape: TypeAlias = tuple[int, ...]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+_MOST_INDEX_BYTES = 64 << 20  # of 100,000 tensors it has 10
 _PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -118,6 +119,8 @@ class SafetensorsSource:
 
     def _read_index(self, folder: Path) -> dict[str, Path]:
         try:
+            if (folder / INDEX_FILE).stat().st_size > _MOST_INDEX_BYTES:
+                raise ValueError(f"it has more than {_MOST_INDEX_BYTES >> 20} MiB")
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
             files = {str(name): str(file) for name, file in index["weight_map"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -157,6 +157,10 @@ class Saves:
         seconds = time.perf_counter() - begun.began
         LOG.info("step %d  checkpoint %s in %.1f s", plan.step, final, seconds)
         config = self._job.config.checkpoint
+        if config.hf_export == "every_save":
+            from roll_sft.convert.each_save import hold
+
+            hold(final, self._folder)
         losses = run_folder.losses(self._folder, config.keep_best)
         retain(self._checkpoints, config, losses=losses)
 

@@ -1,11 +1,12 @@
 """Every checkpoint exported while training goes on, and pushed: a run as the user starts it."""
 
 import logging
+import tempfile
 
 import pytest
 
 from roll_sft.config.build import build_config
-from roll_sft.convert.each_save import exporting_saves
+from roll_sft.convert.each_save import exporting_saves, hold
 from roll_sft.convert.to_hf import export
 from tests import doors
 from tests.doors import refused
@@ -15,13 +16,14 @@ assets, arguments, door = doors.assets, doors.arguments, doors.door
 
 
 @pytest.mark.slow
-def test_every_save(arguments, tmp_path):  # a short name: Ray's sockets lie in tmp_path
+def test_every_save_is_exported_and_a_revision_on_the_hub(arguments, tmp_path):
     folder = tmp_path / "run"
     keys = [f"output_dir={folder}", "train.max_steps=6", "train.save_steps=2"]
     keys += ["train.global_batch_size=4", "checkpoint.keep_last=2"]
     keys += ["checkpoint.hf_export=every_save", "export.push_to_hub.repo_id=me/model"]
     with stand_in_hub() as hub:
         known = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HUB_DISABLE_XET": "1"}
+        known["RAY_TMPDIR"] = tempfile.gettempdir()  # its sockets need a short path
         done = doors.process(tmp_path, *arguments, *keys, **known)
     assert done.code == 0, done.stderr
     assert "warning" not in done.stderr.lower()
@@ -51,8 +53,10 @@ def test_an_export_that_fails_is_told_again_at_the_end_and_ends_nothing(tmp_path
     broken.mkdir(parents=True)
     (broken / "manifest.json").write_text("{}")
     caplog.set_level(logging.INFO)
+    last = tmp_path / "checkpoints" / "step_00000004"
     with exporting_saves(config, tmp_path, last_step=4) as finish:
-        (tmp_path / "checkpoints" / "step_00000004").mkdir()
+        last.mkdir()
+        hold(last, tmp_path)
         finish()
     told = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert len(told) == 3

@@ -12,6 +12,9 @@ from roll_sft.base.text import shown
 _KEY = "model.tokenizer_path"
 _REMEDY = "give a folder with tokenizer.json and tokenizer_config.json"
 # Any tokenizer has one at least: its JSON, its vocabulary, SentencePiece's or tiktoken's file.
+_READ_WHOLE = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_MOST_BYTES = 128 << 20  # the largest tokenizer.json has 35 MB
+_LONGEST_TEMPLATE = 1 << 20  # characters; published ones have some 20,000
 _FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -29,6 +32,9 @@ def load_tokenizer(
     """
     if not Path(path).is_dir():
         raise ConfigError(f"{_KEY}: {shown(path)} is not a folder; give one, or a hub id")
+    for file in Path(path).iterdir():  # which transformers would read whole
+        if file.suffix in _READ_WHOLE and file.is_file() and file.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{_KEY}: {file} has more than {_MOST_BYTES >> 20} MiB; {_REMEDY}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
@@ -82,6 +88,8 @@ def _check_template(template: object, *, path: str) -> None:
             f"{_KEY}: the chat_template of {shown(path)} is {shown(template)}, not a text or named"
             " texts; mend its tokenizer_config.json"
         )
+    if (longest := max((len(str(text)) for text in texts), default=0)) > _LONGEST_TEMPLATE:
+        raise ConfigError(f"{_KEY}: the chat_template of {shown(path)} has {longest:,} characters")
     if lone := re.search("[\ud800-\udfff]", "".join(map(str, texts))):
         raise ConfigError(
             f"{_KEY}: the chat_template of {shown(path)} holds {shown(lone.group())}, one half of a"

@@ -1,7 +1,8 @@
 """A file that is one JSON array -> the value of each entry, with its place.
 
 The text of the file is held as a whole, its rows one at a time. Large data is better kept as JSONL,
-which is streamed and cut into shards.
+which is streamed and cut into shards. So of a compressed file, whose size does not tell, only so
+much is read.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from roll_sft.base.errors import DataError
 from roll_sft.data.rows.conversation import BadRow
+from roll_sft.data.rows.files import compression_of
 from roll_sft.data.rows.json_rows import (
     BYTE_ORDER_MARK,
     MAX_ROW_BYTES,
@@ -20,6 +22,7 @@ from roll_sft.data.rows.json_rows import (
     RowDecoder,
 )
 
+_MOST_EXPANDED_BYTES = 256 << 20
 _SPACES = re.compile(r"[ \t\r\n]*")
 
 
@@ -68,7 +71,14 @@ def _next(text: str, position: int) -> int:
 
 
 def _text(file: BinaryIO, *, name: str) -> str:
-    data = file.read().removeprefix(BYTE_ORDER_MARK)
+    most = _MOST_EXPANDED_BYTES if compression_of(name) else -1
+    data = file.read(most)
+    if len(data) == most and file.read(1):
+        raise DataError(
+            f"{name}: is an array of more than {most >> 20} MiB in a compressed file; write one"
+            " JSON object on each line, or decompress the file"
+        )
+    data = data.removeprefix(BYTE_ORDER_MARK)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
