@@ -95,7 +95,9 @@ def _is_linear(tree: nodes.Template) -> bool:
         and not any(_has(assign, building) for assign in tree.find_all(nodes.Assign))
         and all(_is_of_loop(each.left) for each in tree.find_all(nodes.Mod))
         and all(
-            each.name in _SHORT_FILTERS and not _has(each, nodes.Filter) and not _indents_far(each)
+            each.name in _SHORT_FILTERS
+            and not _has(each, nodes.Filter)
+            and not (each.name == "tojson" and (each.args or each.kwargs))  # an indent
             for each in tree.find_all(nodes.Filter)
         )
         and all(
@@ -108,16 +110,6 @@ def _is_linear(tree: nodes.Template) -> bool:
 
 def _has(node: nodes.Node, kinds: type[nodes.Node] | tuple[type[nodes.Node], ...]) -> bool:
     return any(True for _ in node.find_all(kinds))
-
-
-def _indents_far(used: nodes.Filter) -> bool:
-    """Whether `tojson` may write long lines of blanks."""
-    given = (*used.args, *(each.value for each in used.kwargs))
-    constants = [each.value for each in given if isinstance(each, nodes.Const)]
-    is_known = all(isinstance(each, nodes.Const | nodes.Tuple) for each in given)
-    return used.name == "tojson" and not (
-        is_known and all(each <= 16 for each in constants if isinstance(each, int))
-    )
 
 
 def _is_of_loop(value: nodes.Node) -> bool:
