@@ -54,6 +54,11 @@ def run(config: RunConfig, *, samples: int | None) -> None:
     config = _bounded(config, samples=samples)
     with run_folder.claimed(run_folder.output_folder(config) / "parity") as folder:
         job = prepare_job(with_device_of_cluster(config))
+        if job.source.shape.experts is not None:
+            raise ConfigError(
+                f"model.path: {job.source.shape.architecture} has experts, and parity compares"
+                " models without in this version; give such a model"
+            )
         plan = job.planner.step(1)
         with (
             # It grows as large as the model in fp32, so it does not outlive the comparison.

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from roll_sft import run
+from roll_sft.base.errors import ConfigError
 from roll_sft.demo import demo
 from roll_sft.job.in_process import prepare_job
+from roll_sft.parity import command as parity_command
 from tests import faulty_worker, parity
 from tests.doors import cells
 from tests.outcome import Outcome
@@ -70,6 +72,16 @@ def test_a_fault_in_the_workers_is_red_and_the_last_line_names_where(folder: Pat
     assert "the gradient of lm_head.weight (output_layer.weight)" in outcome.last_line
     assert cells(outcome.stdout, "outputs of 26 modules")[3] == "ok"
     assert cells(outcome.stdout, "loss")[3] == "differs"
+
+
+def test_a_model_with_experts_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parity.write_model(tmp_path / "model", kind="qwen3moe", num_layers=1)
+    parity.write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.path: Qwen3MoeForCausalLM has experts"):
+        parity_command.run(parity.parity_config(tmp_path), samples=None)
 
 
 # Both ask for eight ranks; four of them take turns with the axes here.
