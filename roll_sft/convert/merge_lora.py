@@ -51,7 +51,7 @@ from roll_sft.models.nf4 import (
 from roll_sft.models.peft_folder import BASE
 from roll_sft.models.random_weights import SEEDED, RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
-from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
+from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 
 _BLOCK_NUMBERS = 1 << 17  # of a weight, merged at once: they stay in the cache of a core
@@ -125,7 +125,7 @@ def merge(
     chosen = DTYPES[dtype] if dtype else _dtype_of(source)
     if _is_quantized(stored, dequantize=dequantize):
         source = _dequantized(stored, source, family, shape)
-    in_fp32 = family.names_in_fp32(shape)
+    in_fp32 = names_in_fp32(family.weights(shape))
     plan = plan_shards(family.hf_shapes(shape), dtype=chosen, in_fp32=in_fp32)
     rounding = _Rounding()
     with (

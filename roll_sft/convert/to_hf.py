@@ -29,7 +29,7 @@ from roll_sft.models.assets import asset_files, check_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite
-from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
+from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from roll_sft.models.weight_map import WeightMapping
@@ -152,7 +152,7 @@ def _is_shard(name: str) -> bool:
 def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None:
     """Write assets and tensors into `folder`, while beside it every file is hashed."""
     family, shape = source.family, source.shape
-    in_fp32 = family.names_in_fp32(shape)
+    in_fp32 = names_in_fp32(family.weights(shape))
     plan = plan_shards(family.hf_shapes(shape), dtype=dtype, in_fp32=in_fp32)
     reader = _opened(source, dtype=dtype)
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Family:
     """One architecture. A new one is a file that holds these two functions.
 
-    `shape` raises `ConfigError` for anything in the configuration that is not implemented. `opened`
-    gives the tensors of the table where files of a model hold others.
+    `shape` raises `ConfigError` for anything in the configuration that is not implemented. Through
+    `opened` files that hold other tensors than those of the table give these.
     """
 
     architecture: str
@@ -53,11 +53,6 @@ class Family:
     def hf_names(self, shape: ModelShape) -> frozenset[str]:
         """Names of every Hugging Face tensor of the family."""
         return frozenset(self.hf_shapes(shape))
-
-    def names_in_fp32(self, shape: ModelShape) -> frozenset[str]:
-        """Hugging Face tensors that stay in fp32 whatever the dtype of the others."""
-        table = self.weights(shape).values()
-        return frozenset(m.name for m in table if isinstance(m, SingleTensor) and m.is_fp32)
 
 
 class LayerPart(Protocol):

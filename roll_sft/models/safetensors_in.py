@@ -48,7 +48,6 @@ class StoredSource(TensorSource, Protocol):
 
     def dtype(self, name: str) -> torch.dtype:
         """What `read` returns a tensor in, without reading it."""
-        ...
 
 
 class SafetensorsSource:

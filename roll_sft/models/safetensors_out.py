@@ -20,6 +20,7 @@ from roll_sft.models.finite import rounded
 from roll_sft.models.json_files import read_json, write_json
 from roll_sft.models.readers import widen
 from roll_sft.models.safetensors_in import FLOATS, INDEX_FILE, SINGLE_FILE, Shape
+from roll_sft.models.weight_map import SingleTensor, WeightTable
 
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _BLOCK_NUMBERS = 1 << 19  # checked, rounded and written at once: they stay in a core's cache
@@ -67,6 +68,12 @@ def plan_shards(
             for number, group in enumerate(groups, start=1)
         }
     return ShardPlan(dtype=dtype, shapes=dict(shapes), shards=shards, in_fp32=in_fp32)
+
+
+def names_in_fp32(table: WeightTable) -> frozenset[str]:
+    """Hugging Face tensors of `table` that stay in fp32 whatever the dtype of the others."""
+    single = (each for each in table.values() if isinstance(each, SingleTensor))
+    return frozenset(each.name for each in single if each.is_fp32)
 
 
 def write_hf_folder(

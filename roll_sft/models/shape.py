@@ -68,8 +68,7 @@ class ModelShape:
         """Every trained number once: embedding, head (unless tied), matrices, biases and norms."""
         num_biases = self._qkv_width if self.qkv_bias else 0
         if self.variation is not None:
-            num_biases += self.variation.has_output_bias * self.hidden_size
-            num_biases += self.variation.has_sinks * self.num_attention_heads
+            num_biases += self.variation.num_biases(self.hidden_size, self.num_attention_heads)
         num_norms = (4 if self.norm_placement == "both" else 2) * self.hidden_size
         num_norms += self._num_qk_norm_parameters
         num_vocab_matrices = 1 if self.tie_word_embeddings else 2

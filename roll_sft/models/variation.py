@@ -66,6 +66,10 @@ class Variation:
         """Window -> the number of layers that have it."""
         return dict(Counter(layer.window for layer in self.layers if layer.window is not None))
 
+    def num_biases(self, hidden_size: int, num_heads: int) -> int:
+        """Biases behind attention and sinks of a layer."""
+        return self.has_output_bias * hidden_size + self.has_sinks * num_heads
+
     def problems(self, sequence_length: int) -> Iterator[str]:
         """What samples of up to `sequence_length` tokens ask for that is not implemented."""
         if self.longest is not None and sequence_length > self.longest:
