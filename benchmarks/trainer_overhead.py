@@ -111,7 +111,7 @@ def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
     packs = []
     for batch in engine.build(job.data.train, job.planner.step(step).ranks[0]):
         pack = batch.pack
-        packed = describe_pack(batch.segments, pack.positions_T, frequencies=engine._frequencies)
+        packed = describe_pack(batch.segments, pack.positions_T, frequencies=engine.frequencies)
         options = {"packed_seq_params": packed, **loss_arguments(batch.rows)}
         if engine._experts is not None:
             options |= engine._experts.arguments(batch, engine.chunks[0])

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from roll_sft.base.errors import ConfigError
 from roll_sft.checkpoint.resume import NONE, Start, find_checkpoint, start_from, step_folders
 from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.convert.exports import export_final
@@ -28,15 +29,26 @@ LOG = logging.getLogger(__name__)
 JOB = run_folder.JOB  # the folder of a run that joins the stages
 
 
-def run(config: RunConfig, *, composed_yaml: str, as_guest: bool = False) -> None:
+def run(
+    config: RunConfig,
+    *,
+    composed_yaml: str,
+    as_guest: bool = False,
+    metric_fn: Callable[..., Any] | None = None,
+) -> None:
     """Do what `config` says; `composed_yaml` is kept with the results.
 
-    `as_guest` is for a user's own program, which goes on after the run. Raises errors of
-    `roll_sft.base.errors`, each with the exit code that the doors end with.
+    `as_guest` is for a user's own program, which goes on after the run, and which may give a
+    `metric_fn` of its own: see `evaluation.metric_fn`. Raises errors of `roll_sft.base.errors`,
+    each with the exit code that the doors end with.
     """
     if config.lora.adapter_path is not None:  # workers have another current folder
         path = str(Path(config.lora.adapter_path).absolute())
         config = replace(config, lora=replace(config.lora, adapter_path=path))
+    if metric_fn is not None and not config.evaluation.prompts:
+        raise ConfigError(
+            "metric_fn: without evaluation.prompts there are no answers to measure; give some"
+        )
     if config.dry_run:
         from roll_sft.job.dry_run import dry_overview
         from roll_sft.job.overview import show_overview
@@ -49,7 +61,14 @@ def run(config: RunConfig, *, composed_yaml: str, as_guest: bool = False) -> Non
         if config.prepare_only:
             _prepare_only(config, folder, composed_yaml=composed_yaml)
         else:
-            _run(config, folder, composed_yaml=composed_yaml, clock=clock, as_guest=as_guest)
+            _run(
+                config,
+                folder,
+                composed_yaml=composed_yaml,
+                clock=clock,
+                as_guest=as_guest,
+                metric_fn=metric_fn,
+            )
 
 
 def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> None:
@@ -65,7 +84,13 @@ def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> Non
 
 
 def _run(
-    config: RunConfig, folder: Path, *, composed_yaml: str, clock: StartUp, as_guest: bool
+    config: RunConfig,
+    folder: Path,
+    *,
+    composed_yaml: str,
+    clock: StartUp,
+    as_guest: bool,
+    metric_fn: Callable[..., Any] | None,
 ) -> None:
     config = _on_cluster(config)
     checkpoints = folder / run_folder.CHECKPOINTS
@@ -84,7 +109,7 @@ def _run(
             clock.passed("imports")
             _check_ahead(config)
             prepared()
-        job = Job.of(read_prepared(config, folder / JOB))
+        job = replace(Job.of(read_prepared(config, folder / JOB)), metric_fn=metric_fn)
         start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
         show_job(job)
         clock.passed("data and plan")

@@ -4,6 +4,7 @@ For a rank of `tests.pool`, which has process groups. Everything but Ray's actor
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import signal
@@ -73,6 +74,10 @@ class LocalGroup:
 
     def finish_save(self) -> None:
         self._engine.finish_save()
+
+    def call(self, function: str, argument: Any, *, phase: str, deadline_s: float) -> list[Any]:
+        module, _, name = function.partition(":")
+        return [getattr(importlib.import_module(module), name)(self._engine, argument)]
 
     def _hits(self, step: int) -> bool:
         return step == self._fault.step

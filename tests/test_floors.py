@@ -33,6 +33,7 @@ FLOORS = (
     ("roll_sft/job/", 5),
     ("roll_sft/runtime/", 6),
     ("roll_sft/convert/", 7),
+    ("roll_sft/evaluation/", 7),
     ("roll_sft/chat/", 7),
     ("roll_sft/doctor/", 7),
     ("roll_sft/migrate/", 7),

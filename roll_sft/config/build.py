@@ -29,7 +29,7 @@ ABBREVIATIONS = {
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
 RESERVED = frozenset(
-    {"evaluation", "cluster.grace_s"}
+    {"cluster.grace_s"}
     | {"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"}
     | {"train.on_nan", "train.max_duration"}
 )
@@ -136,9 +136,11 @@ def _sections(kind: Any, value: Any, *, name: str, problems: list[str]) -> Any:
     if not isinstance(value, list):
         problems.append(f"{name}: {shown(value)} is not a list such as [{{path: my.jsonl}}]")
         return []
-    entries = enumerate(value)
     return [
-        _section(cls, entry, name=f"{name}[{index}]", problems=problems) for index, entry in entries
+        entry
+        if isinstance(entry, str) and cls not in get_args(kind)
+        else _section(cls, entry, name=f"{name}[{index}]", problems=problems)
+        for index, entry in enumerate(value)
     ]
 
 

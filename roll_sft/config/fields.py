@@ -31,7 +31,8 @@ class Key:
     @property
     def is_text(self) -> bool:
         """Whether the key takes text, or a list of texts."""
-        return bool(self.choices) or _item_type(self.kind) is str
+        is_mixed = section_of(self.kind) not in (None, *get_args(self.kind))
+        return bool(self.choices) or _item_type(self.kind) is str or is_mixed
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ def all_names(cls: Any, prefix: str = "") -> Iterator[str]:
 def section_of(kind: Any) -> Any:
     """The dataclass that a field of type `kind` holds, itself or in a list; None for a value."""
     inner = get_args(kind)[0] if get_origin(kind) is list else kind
-    return inner if dataclasses.is_dataclass(inner) else None
+    return next(filter(dataclasses.is_dataclass, (inner, *get_args(inner))), None)
 
 
 def without_null(kind: Any) -> tuple[Any, bool]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 from roll_sft.config.debug import FaultConfig
+from roll_sft.config.evaluation import PromptSource
 from roll_sft.config.fields import (
     Key,
     all_keys,
@@ -29,7 +30,8 @@ file. `--help` prints the same list. A number that breaks its range, a text that
 choices and a key that is not listed here are refused before anything starts.
 """
 _INDENT = "      "
-_LISTS = {"sources": SourceConfig, "faults": FaultConfig}  # title -> the entries of a list
+# title -> the entries of a list
+_LISTS = {"sources": SourceConfig, "prompt sources": PromptSource, "faults": FaultConfig}
 
 
 def page() -> str:
@@ -90,7 +92,8 @@ def _takes(each: Key) -> str:
         words = ", ".join(each.choices)
         words = f"list of {words}" if get_origin(inner) is list else f"one of {words}"
     elif (entry := section_of(inner)) is not None:
-        words = f"list of {next(title for title, each in _LISTS.items() if each is entry)}"
+        title = next(title for title, each in _LISTS.items() if each is entry)
+        words = f"list of {'' if entry in get_args(inner) else 'texts and '}{title}"
     else:
         words = _type_in_words(inner)
     words += f", {each.unit}" if each.unit else ""

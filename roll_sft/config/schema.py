@@ -15,6 +15,7 @@ from roll_sft.base.layout import ParallelLayout
 from roll_sft.base.text import without_credentials
 from roll_sft.config.cluster import ClusterConfig
 from roll_sft.config.debug import DebugConfig
+from roll_sft.config.evaluation import EvaluationConfig
 from roll_sft.config.export import ExportConfig
 from roll_sft.config.keys import key
 from roll_sft.config.lora import LoraConfig
@@ -302,6 +303,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -13,6 +13,7 @@ from typing import Any
 from roll_sft.base.errors import refuse
 from roll_sft.base.text import is_hostile, shown
 from roll_sft.config.debug import fault_problems
+from roll_sft.config.evaluation import evaluation_problems
 from roll_sft.config.export import export_problems
 from roll_sft.config.layout_checks import backend_problems
 from roll_sft.config.lora import lora_problems
@@ -20,6 +21,7 @@ from roll_sft.config.recipes import recipe_problems
 from roll_sft.config.schema import DataConfig, RunConfig, SourceConfig, source_name
 
 LARGEST_INTEGER = 2**31 - 1  # of every key without a bound of its own
+PROSE = "evaluation.prompts"  # whose texts are neither names nor paths; it has checks of its own
 LONGEST_NAME = 255  # bytes of one part of a path, on every file system that is in use
 
 
@@ -39,7 +41,7 @@ def value_problems(section: Any, prefix: str = "") -> Iterator[str]:
             place = f"{where}[{index}]" if isinstance(value, list) else where
             if dataclasses.is_dataclass(each):
                 yield from value_problems(each, f"{place}.")
-            elif isinstance(each, str) and (problem := _text_problem(each)):
+            elif isinstance(each, str) and where != PROSE and (problem := _text_problem(each)):
                 yield f"{place}: {problem}"
             elif isinstance(each, int | float) and (problem := _bound(each, item.metadata)):
                 yield f"{place}: {each} must be {problem}"
@@ -95,6 +97,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
     yield from _checkpoint_problems(config)
     yield from backend_problems(config)
     yield from lora_problems(config)
+    yield from evaluation_problems(config)
     yield from recipe_problems(config)
     yield from fault_problems(config)
     yield from export_problems(config)

@@ -36,6 +36,7 @@ class PackDescription(PackedSeqParams):
     segments: Segments | None = None
     angles: torch.Tensor | None = None  # float32 [T, 1, E]: cosines, then sines
     token_keys: torch.Tensor | None = None  # int32 [T], for dropout
+    cache: Any = None  # the `KeyValueCache`, where answers are generated
 
 
 def describe_pack(
@@ -65,6 +66,8 @@ def describe_pack(
 class PackedAttention(MegatronModule):
     """Causal attention inside each sample of a pack, for Megatron's `core_attention` slot."""
 
+    style: Any = None  # the kernel's `Style`, if it is not a plain decoder's
+
     def __init__(self, config: LayerConfig, *, kernel: Kernel, **_: Any) -> None:
         super().__init__(config=config)
         self.kernel = kernel
@@ -85,6 +88,8 @@ class PackedAttention(MegatronModule):
         assert segments is not None, "describe_pack gives the segments"
         assert angles is not None, "describe_pack gives the angles"
         query, key = self.rotated(query, key, angles)
+        if packed_seq_params.cache is not None:
+            return packed_seq_params.cache.attend(self, query, key, value, segments)
         if segments.key_index is not None:
             key, value = (
                 gather_from_sequence_parallel_region(states.contiguous(), group=self.context_group)[

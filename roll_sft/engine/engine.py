@@ -6,6 +6,7 @@ batch, whatever the layout; a call returns metrics on the reporting rank and Non
 a step nothing of ours waits for the device before its end, which reads the norm and the loss.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -79,10 +80,10 @@ class Engine:
         Raises `ConfigError` for a kernel or a compiler that does not work, `CheckpointError` for
         weights that cannot be read or are not finite.
         """
-        self._config = config
+        self.config = config
         self._layout = layout_of(config.parallel)
         self._rank = self._layout.coordinate(dist.get_rank())
-        self._shape = source.shape
+        self.shape = source.shape
         self._data = data
         self._device = torch.device(torch.cuda.current_device())
         torch.use_deterministic_algorithms(config.deterministic)
@@ -93,7 +94,7 @@ class Engine:
             is_compiled=choose_compile(config.model.compile, device=self._device),
         )
         add_in_products(self._transformer, device=self._device)
-        self._frequencies = build.rotary_frequencies(source.shape)
+        self.frequencies = build.rotary_frequencies(source.shape)
         kernel = choose_kernel(
             config.model.attention_backend,
             device=self._device,
@@ -131,7 +132,7 @@ class Engine:
 
     def _prepare(self, source: ModelSource, *, is_new: bool) -> "Recipe | None":
         """What the run does beside a plain full fine-tune, if anything."""
-        config, layers, data = self._config, self._transformer, self._data.train
+        config, layers, data = self.config, self._transformer, self._data.train
         if not (config.trains_part or config.train.changed_keys or data.weights is not None):
             return None
         from roll_sft.engine.recipe import prepared
@@ -144,7 +145,7 @@ class Engine:
             return None
         from roll_sft.engine.experts import Experts
 
-        return Experts(self.chunks, source.shape, self._config, is_plain=self._recipe is None)
+        return Experts(self.chunks, source.shape, self.config, is_plain=self._recipe is None)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step; `work` is this rank's share of the global batch.
@@ -152,7 +153,7 @@ class Engine:
         On a GPU the update is queued when this returns, and runs while the next step is launched.
         """
         started = time.perf_counter()
-        seed_step(self._config.seed, step=work.step)
+        seed_step(self.config.seed, step=work.step)
         if self._recipe is not None:
             self._recipe.begin_step(work)
         batches = self._ahead.take(work.micro_batches)
@@ -256,7 +257,7 @@ class Engine:
 
     def _state(self) -> tuple[RankState, int | None]:
         """The state to save, and Adam's count if the optimizer is part of it."""
-        if not self._config.checkpoint.save_optimizer:
+        if not self.config.checkpoint.save_optimizer:
             return self._rank_state(None), None
         step = optimizer_step(self.optimizer)
         if step == 0:  # there are no moments yet
@@ -274,7 +275,7 @@ class Engine:
             indices,
             layout=self._layout,
             rank=self._rank,
-            vocab_size=self._shape.vocab_size,
+            vocab_size=self.shape.vocab_size,
         )
         if self._recipe is not None:
             batches = self._recipe.keyed(batches, indices, tokens)
@@ -284,11 +285,8 @@ class Engine:
 
     def forward(self, batches: Sequence[MicroBatch]) -> None:
         """Forward alone over `batches`, for their losses; changes no state."""
-        self._gather_weights()
-        self._set_training(training=False)
-        with torch.no_grad():
+        with self.inference():
             self._run_schedule(batches, forward_only=True)
-        self._set_training(training=True)
 
     def accumulate_gradients(self, batches: Sequence[MicroBatch]) -> None:
         """Forward and backward over `batches`; leaves reduced, scaled gradients in `main_grad`."""
@@ -330,9 +328,16 @@ class Engine:
         )
         return report
 
-    def _set_training(self, *, training: bool) -> None:
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """All weights on every data rank, and modules that evaluate, without gradients."""
+        self._gather_weights()
         for chunk in self._wrapped:
-            chunk.train(training)
+            chunk.eval()
+        with torch.no_grad():
+            yield
+        for chunk in self._wrapped:
+            chunk.train()
 
     def _run_schedule(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> None:
         # Of each micro-batch, on the last pipeline stage: float32 [R], as `supervised_rows` orders.
@@ -365,7 +370,7 @@ class Engine:
             packed_seq_params=describe_pack(
                 batch.segments,
                 pack.positions_T,
-                frequencies=self._frequencies,
+                frequencies=self.frequencies,
                 token_keys=batch.token_keys,
             ),
             **loss_arguments(batch.rows),

@@ -12,7 +12,7 @@ from roll_sft.engine.attention import PackedAttention
 from roll_sft.engine.attention_kernels import Kernel
 from roll_sft.engine.layers import LayerConfig
 from roll_sft.engine.micro_batch import Segments
-from roll_sft.engine.varied_kernels import styled
+from roll_sft.engine.varied_kernels import style_of, styled
 from roll_sft.models.variation import Variation
 
 
@@ -26,6 +26,7 @@ class VariedAttention(PackedAttention):
         variation: Variation = config.variation
         self._layer = variation.layers[layer_number - 1]
         super().__init__(config, kernel=styled(kernel, variation, self._layer), **rest)
+        self.style = style_of(variation, self._layer)
         if variation.has_sinks:
             num_heads = config.num_attention_heads // config.tensor_model_parallel_size
             # Megatron's name, which its checkpoints have.

@@ -44,8 +44,12 @@ class Style:
 
 def styled(kernel: "Kernel", variation: Variation, layer: LayerAttention) -> Any:
     """The kernel here of the same name as `kernel`, in the style of `layer`."""
-    style = Style(variation.softmax_scale, layer.window, variation.attention_softcap)
-    return functools.partial(_KERNELS[kernel.__name__], style=style)
+    return functools.partial(_KERNELS[kernel.__name__], style=style_of(variation, layer))
+
+
+def style_of(variation: Variation, layer: LayerAttention) -> Style:
+    """How `layer` attends."""
+    return Style(variation.softmax_scale, layer.window, variation.attention_softcap)
 
 
 def strictest(kernel: "Kernel", variation: Variation) -> Any:

@@ -39,6 +39,7 @@ class Job:
     schedule: Schedule
     state: RunState  # of the run before its first step
     save_assets: Callable[[Path], None]
+    metric_fn: Callable[..., Any] | None = None  # of answers, given by a user's program
 
     @classmethod
     def of(cls, prepared: Prepared) -> "Job":

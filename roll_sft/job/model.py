@@ -11,13 +11,15 @@ from roll_sft.base.errors import ConfigError, refuse
 from roll_sft.config.layout_checks import backend_problems, layout_problems
 from roll_sft.config.moe import MoeConfig
 from roll_sft.config.schema import RunConfig, on_device
-from roll_sft.models.assets import check_links, generation_of
+from roll_sft.models.assets import TrainedTokenizer, check_links, generation_of, save_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.model_folder import check_source, local_model
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from roll_sft.models.hub import HubModel
 
 
@@ -76,6 +78,22 @@ def load_model(config: RunConfig, hub: "HubModel | None") -> ModelSource:
     source = ModelSource(shape, hub=hub) if hub else ModelSource(shape, folder=path)
     check_source(family, shape, source=source.tensors)
     return source
+
+
+def save_export_assets(
+    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, end_of_turn_id: int
+) -> None:
+    """Write what an export needs beside the weights into `folder`."""
+    model = config.model
+    assert model.path is not None, "check_config refuses a missing model.path"
+    is_given = config.data.chat_template is not None
+    trained = TrainedTokenizer(
+        tokenizer,
+        folder=Path(model.tokenizer_path or model.path),
+        end_of_turn_id=end_of_turn_id,
+        chat_template=str(tokenizer.chat_template) if is_given else None,
+    )
+    save_assets(Path(model.path), trained=trained, output=folder)
 
 
 def model_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:

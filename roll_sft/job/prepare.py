@@ -5,9 +5,8 @@ returns can run, given the resources; nothing here starts Ray or writes into the
 """
 
 import hashlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,9 +17,8 @@ from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.tokens.build_shard import SourceOptions
 from roll_sft.data.tokens.cache import SourceReport, TokenData, TokenSet
 from roll_sft.data.tokens.prepare import CachePlace, Source, Spread, prepare_sources
-from roll_sft.job.model import load_model, located
+from roll_sft.job.model import load_model, located, save_export_assets
 from roll_sft.job.prepared import Prepared
-from roll_sft.models.assets import TrainedTokenizer, save_assets
 from roll_sft.models.shape import ModelShape
 
 # What begins a tool call alone: Qwen, Hermes, Mistral, Llama 3, Granite, Phi, Kimi, DeepSeek.
@@ -40,6 +38,11 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
     source = load_model(config, hub)
     tokenizer = tokenizer_of(config, source.shape)
     chat = chat_tokenizer(config, tokenizer)
+    prompts = []
+    if config.evaluation.prompts:
+        from roll_sft.job.prompts import prepared_prompts
+
+        prompts = prepared_prompts(config, source.shape, chat, column_keys(config.data))
     data, reports = tokenise(config, chat, spread=spread)
     added = tokenizer.get_added_vocab()
     data = replace(data, tool_call_ids=[added[each] for each in TOOL_CALLS if each in added])
@@ -53,8 +56,9 @@ def prepare(config: RunConfig, *, spread: Spread | None = None) -> Prepared:
             "chat_template": _digest(str(tokenizer.chat_template)),
         },
         save_assets=partial(
-            _save_assets, config, tokenizer, end_of_turn_id=_end_of_turn_id(chat, data.train)
+            save_export_assets, config, tokenizer, end_of_turn_id=_end_of_turn_id(chat, data.train)
         ),
+        prompts=prompts,
     )
 
 
@@ -112,15 +116,7 @@ def source_options(data: DataConfig) -> SourceOptions:
 
 
 def column_keys(data: DataConfig) -> ColumnKeys:
-    return ColumnKeys(
-        prompt=data.prompt_key,
-        query=data.query_key,
-        response=data.response_key,
-        system=data.system_key,
-        messages=data.messages_key,
-        text=data.text_key,
-        tools=data.tools_key,
-    )
+    return ColumnKeys(**{use.name: getattr(data, f"{use.name}_key") for use in fields(ColumnKeys)})
 
 
 def _end_of_turn_id(chat: ChatTokenizer, train: TokenSet) -> int:
@@ -138,22 +134,6 @@ def _content_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _save_assets(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, *, end_of_turn_id: int
-) -> None:
-    """Write what an export needs beside the weights into `folder`."""
-    model = config.model
-    assert model.path is not None, "check_config refuses a missing model.path"
-    is_given = config.data.chat_template is not None
-    trained = TrainedTokenizer(
-        tokenizer,
-        folder=Path(model.tokenizer_path or model.path),
-        end_of_turn_id=end_of_turn_id,
-        chat_template=str(tokenizer.chat_template) if is_given else None,
-    )
-    save_assets(Path(model.path), trained=trained, output=folder)
 
 
 def tokenizer_of(config: RunConfig, shape: ModelShape) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
 
 JOB_FILE = "job.json"
+PROMPTS_FILE = "prompts.json"
 ASSETS = "hf_assets"
 
 
@@ -34,6 +35,7 @@ class Prepared:
     reports: dict[str, tuple[SourceReport, ...]]  # "train" and "validation"
     digests: Mapping[str, str]  # of "tokenizer" and "chat_template"
     save_assets: Callable[[Path], None]  # writes what an export needs beside weights into a folder
+    prompts: Sequence[Mapping[str, Any]] = ()  # of evaluation.prompts; see job/prompts.py
 
 
 def write_prepared(prepared: Prepared, folder: Path) -> None:
@@ -43,10 +45,10 @@ def write_prepared(prepared: Prepared, folder: Path) -> None:
     """
     config, source = prepared.config, prepared.source
     values = {
-        "device": config.parallel.device,
-        "dtype": config.model.dtype,
-        "model": config.model.path,
-        "tokenizer_folder": config.model.tokenizer_path,
+        "parallel": {"device": config.parallel.device},
+        "model": {
+            name: getattr(config.model, name) for name in ("path", "tokenizer_path", "dtype")
+        },
         "shape": asdict(source.shape),
         "hub": asdict(source.hub) if source.hub else None,
         "train": _sources(prepared.data.train),
@@ -61,6 +63,8 @@ def write_prepared(prepared: Prepared, folder: Path) -> None:
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         prepared.save_assets(folder / ASSETS)
+        if prepared.prompts:
+            write_durably(folder / PROMPTS_FILE, json.dumps([*prepared.prompts], indent=1) + "\n")
         write_durably(folder / JOB_FILE, json.dumps(values, indent=1) + "\n")
 
 
@@ -75,13 +79,8 @@ def read_prepared(config: RunConfig, folder: Path) -> Prepared:
         shape |= parts_of(shape)
     config = replace(
         config,
-        model=replace(
-            config.model,
-            path=values["model"],
-            tokenizer_path=values["tokenizer_folder"],
-            dtype=values["dtype"],
-        ),
-        parallel=replace(config.parallel, device=values["device"]),
+        model=replace(config.model, **values["model"]),
+        parallel=replace(config.parallel, **values["parallel"]),
     )
     validation = [_opened(sources) for sources in values["validation"]]
     return Prepared(

@@ -198,6 +198,10 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> b
             )
         records.evaluation(step, name, result, seconds=time.perf_counter() - started)
         LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
+    if job.config.evaluation.prompts:
+        from roll_sft.train.generations import evaluate_answers
+
+        evaluate_answers(job, group, records, step=step)
     if job.config.train.early_stopping is None:
         return False
     from roll_sft.train.early_stopping import is_stopped

@@ -1,11 +1,11 @@
-"""The records of a run: `steps.jsonl`, `eval.jsonl`, `samples.jsonl` and the display.
+"""The records of a run: `steps.jsonl`, `eval.jsonl`, other files of lines, and the display.
 
 Turns the plan and the metrics of a step into the line that trackers, summary and picture read.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ class Records:
         """Open the files, to append to the lines that they have."""
         folder = self.folder
         self._steps = self._open(folder / "steps.jsonl")
-        self._evals = self._open(folder / "eval.jsonl") if self._job.validation else None
+        prompts = self._job.config.evaluation.prompts
+        evaluates = self._job.validation or prompts
+        self._evals = self._open(folder / "eval.jsonl") if evaluates else None
+        self._generations = self._open(folder / "generations.jsonl") if prompts else None
         wanted = self._job.config.train.log_samples
         self._samples = self._open(folder / "samples.jsonl") if wanted else None
 
@@ -70,6 +73,14 @@ class Records:
         line = line_of(self.folder, step, name, result, seconds=seconds)
         self._evals.write(line)
         return line.loss
+
+    def generations(self, lines: Sequence[dict[str, Any]], total: dict[str, Any]) -> None:
+        """Record answers, and the line of `eval.jsonl` that sums them up."""
+        assert self._generations is not None, "a run without evaluation.prompts answers nothing"
+        assert self._evals is not None, "eval.jsonl is open where there are prompts"
+        for line in lines:
+            self._generations.write(line)
+        self._evals.write(total)
 
     def close(self) -> None:
         """Close the files."""

@@ -29,7 +29,7 @@ CHECKPOINTS = "checkpoints"
 MODEL, ADAPTER = "hf", "adapter"  # what is exported
 JOB = "job"  # what joins the stages
 # Each line of these has a `step`.
-LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl", "bad_batches.jsonl")
+LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl", "generations.jsonl", "bad_batches.jsonl")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -160,7 +160,8 @@ def _replace_lines(path: Path, kept: bytes) -> None:
 def losses(folder: Path, name: str | None) -> dict[int, float]:
     """The loss of validation set `name` by step, from `eval.jsonl`."""
     records = json_lines(folder / "eval.jsonl")
-    return {each["step"]: each["loss"] for each in records if each["name"] == name}
+    known = (each for each in records if each["name"] == name and "loss" in each)
+    return {each["step"]: each["loss"] for each in known}
 
 
 def write_json(path: Path, value: Any) -> None:

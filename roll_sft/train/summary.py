@@ -77,7 +77,8 @@ def _rows(folder: Path, *, elapsed_s: float) -> Iterator[tuple[str, str]]:
         return
     evaluations: dict[str, _Loss] = {}
     for line in json_lines(folder / "eval.jsonl"):
-        evaluations.setdefault(line["name"], _Loss()).add(line["step"], line["loss"])
+        if "loss" in line:  # not of generated answers
+            evaluations.setdefault(line["name"], _Loss()).add(line["step"], line["loss"])
     per_device = totals.tokens / totals.device_seconds
     yield "duration", format_seconds(elapsed_s)
     yield "steps", f"{totals.num_steps:,} in {format_seconds(totals.seconds)}"

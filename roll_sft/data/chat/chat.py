@@ -111,14 +111,14 @@ class ChatTokenizer:
         return tokenizer
 
     def __getstate__(self) -> Recipe:
-        return self._recipe
+        return self.recipe
 
     def __setstate__(self, recipe: Recipe) -> None:
         self._set_up(recipe)
 
     def _set_up(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._encoder = Encoder(recipe.encoder, use_fast=recipe.use_fast)
+        self.recipe = recipe
+        self.encoder = Encoder(recipe.encoder, use_fast=recipe.use_fast)
         self._prepared: dict[tuple[str, str], PreparedTemplate] = {}
         self.template = recipe.templates.get("default")
         parts = (
@@ -140,7 +140,7 @@ class ChatTokenizer:
         """The token that ends an answer; None without a template, or if it writes no probe."""
         if self.template is None:
             return None
-        return self._prepared_for(_PLAIN_ROW).end_of_turn_id
+        return self.prepared_for(_PLAIN_ROW).end_of_turn_id
 
     def tokenize(self, row: Conversation | Document) -> list[TokenizedSample]:
         """Return the samples of one row, or raise `UnusableRow`; see `tokenize_many`."""
@@ -180,23 +180,23 @@ class ChatTokenizer:
             if isinstance(row, Document):
                 from roll_sft.data.chat.documents import planned_document
 
-                planned, sample = planned_document(row, self._encoder, self._recipe.encoder)
+                planned, sample = planned_document(row, self.encoder, self.recipe.encoder)
                 return [_Plan(planned, result=sample)]
             _check_turns(row)
-            template = self._prepared_for(row)
+            template = self.prepared_for(row)
             return [_Plan(planned, template) for planned in template.plan(row, by_ids=by_ids)]
         except UnusableRow as error:
             return error
 
     def _sample_by_ids(self, plans: Sequence[_Plan]) -> None:
         # The template writes the first tokens of a text itself.
-        encoded = self._encoder.encode([plan.planned.text.text for plan in plans])
+        encoded = self.encoder.encode([plan.planned.text.text for plan in plans])
         chats: dict[PreparedTemplate, list[tuple[_Plan, NDArray[np.int32]]]] = {}
         for plan, ids in zip(plans, encoded, strict=True):
             if plan.template is None:
                 from roll_sft.data.chat.documents import document_sample
 
-                plan.result = document_sample(ids, self._recipe.encoder)
+                plan.result = document_sample(ids, self.recipe.encoder)
             else:
                 chats.setdefault(plan.template, []).append((plan, ids))
         for template, group in chats.items():
@@ -207,7 +207,7 @@ class ChatTokenizer:
                 [plan.planned.text for plan, _ in group],
                 [ids for _, ids in group],
                 markers=template.markers,
-                train_on_all=self._recipe.train_on == "all",
+                train_on_all=self.recipe.train_on == "all",
             )
             for (plan, _), sample in zip(group, samples, strict=True):
                 plan.result = sample
@@ -222,9 +222,9 @@ class ChatTokenizer:
             for plan, result in zip(group, results, strict=True):
                 plan.result = result
 
-    def _prepared_for(self, row: Conversation) -> PreparedTemplate:
+    def prepared_for(self, row: Conversation) -> PreparedTemplate:
         """The template that transformers takes for `row`, with its variables."""
-        recipe = self._recipe
+        recipe = self.recipe
         name = "tool_use" if row.tools and "tool_use" in recipe.templates else "default"
         template = recipe.templates.get(name)
         if template is None:
@@ -245,7 +245,7 @@ class ChatTokenizer:
 
                 check_row_variables(own, renderer)
             prepared = PreparedTemplate(
-                renderer, self._encoder, train_on=recipe.train_on, use_fast=recipe.use_fast
+                renderer, self.encoder, train_on=recipe.train_on, use_fast=recipe.use_fast
             )
             self._prepared[key] = prepared
         return prepared
@@ -257,7 +257,7 @@ class ChatTokenizer:
     def _advice(self) -> "Advice":
         from roll_sft.data.chat.advice import Advice
 
-        return Advice(self._recipe)
+        return Advice(self.recipe)
 
 
 def _check_turns(row: Conversation) -> None:

@@ -83,13 +83,13 @@ class PreparedTemplate:
         self, renderer: Renderer, encoder: Encoder, *, train_on: str, use_fast: bool
     ) -> None:
         """`train_on` is as in the configuration. `use_fast`: use the modules of `fast/`."""
-        self._renderer, self._encoder, self._train_on = renderer, encoder, train_on
+        self.renderer, self._encoder, self._train_on = renderer, encoder, train_on
         self._use_fast = use_fast
         self._finder = TurnFinder(renderer, train_on=train_on)
 
     @cached_property
     def _probes(self) -> list[Probe]:
-        return prove_probes(self._renderer, self._encoder)
+        return prove_probes(self.renderer, self._encoder)
 
     @cached_property
     def markers(self) -> "AnswerMarkers | None":
@@ -104,7 +104,7 @@ class PreparedTemplate:
     def _is_written_in_order(self) -> bool:
         from roll_sft.data.chat.fast.template_order import is_written_in_order
 
-        return is_written_in_order(self._renderer.template)
+        return is_written_in_order(self.renderer.template)
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
@@ -126,7 +126,7 @@ class PreparedTemplate:
         if markers and self._is_written_in_order:
             from roll_sft.data.chat.fast.answer_markers import rendered_once
 
-            if text := rendered_once(row, self._renderer, self._finder, markers):
+            if text := rendered_once(row, self.renderer, self._finder, markers):
                 return [PlannedText(text, by_ids=True)]
         return [
             PlannedText(text, by_ids=markers is not None and markers.fits(text))

@@ -58,7 +58,7 @@ def chat_of(name: str, *, quick: bool = True, train_on: str = "assistant") -> Ch
         golden_tokenizer(), template=TEMPLATES[name], train_on=train_on, use_fast=quick
     )
     if quick:
-        prepared = chat._prepared_for(cases()["single"])
+        prepared = chat.prepared_for(cases()["single"])
         assert (prepared.markers is None) == (name in BY_PLACES_ONLY)
     return chat
 
