@@ -62,6 +62,7 @@ parity: $(TOOLS) ## the loss on every parallel layout against one process
 	$(BIN)/python -m pytest -q tests/engine/test_families_parity.py tests/convert/test_roundtrip.py --all-layouts
 	$(BIN)/python -m pytest -q tests/engine/test_expert_parity.py tests/engine/test_expert_resume.py --all-layouts
 	$(BIN)/python -m pytest -q tests/engine/test_validation.py --all-layouts
+	$(BIN)/python -m pytest -q tests/engine/test_generation.py --all-layouts
 	$(BIN)/python -m pytest -q tests/test_killed.py -k adapters --all-layouts
 
 examples: $(TOOLS) ## the examples and the notebook, from an installed copy

@@ -23,7 +23,7 @@ assets, arguments = doors.assets, doors.arguments
 TRAIN = ("roll_sft/train/driver.py", "roll_sft/engine/engine.py", "roll_sft/models/qwen.py")
 PREPARE = ("roll_sft/preparing.py",)
 MODEL = ("roll_sft/job/model.py", "roll_sft/models/qwen.py")
-MOST = {TRAIN: (48, 9_000), PREPARE: (30, 5_000), MODEL: (20, 2_500)}  # modules, lines
+MOST = {TRAIN: (48, 9_000), PREPARE: (30, 5_000), MODEL: (20, 2_550)}  # modules, lines
 
 # The estimate of memory, which the plan shows before a run trains, and a warning repeats.
 OF_PLAN = ("roll_sft/job/memory.py",)

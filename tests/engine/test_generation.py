@@ -61,9 +61,6 @@ def engine_answers(
     config: RunConfig, requests: list[GenerationRequest]
 ) -> list[list[Generated] | None]:
     """What this rank's engine answers to each request. In a pool."""
-    import faulthandler
-
-    faulthandler.dump_traceback_later(200)
     from roll_sft.engine.engine import Engine
     from roll_sft.engine.generate import generate
 
