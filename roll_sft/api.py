@@ -9,7 +9,7 @@ started is ended; what a run changes in the process is put back (see `python_api
 import hashlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from roll_sft import run
 from roll_sft.base.errors import ConfigError, RollSftError
 from roll_sft.base.text import redacted_tree, shown
 from roll_sft.config.composed import override_as_typed, resolved, schema, text_of, yaml_as_typed
+from roll_sft.config.evaluation import PromptSource
 from roll_sft.config.evolve import checked
 from roll_sft.config.schema import RunConfig, SourceConfig, token_cache_folder
 from roll_sft.config.validate import check_config
@@ -44,14 +45,19 @@ def train(
     samples: Samples = None,
     *,
     eval_samples: Samples = None,
+    eval_prompts: Samples = None,
+    metric_fn: Callable[..., Any] | None = None,
     config: RunConfig | Mapping[str, Any] | str | None = None,
 ) -> Result:
     """Fine-tune `config.model.path` on `samples`, and return the run that ended.
 
     `samples` and `eval_samples` take the place of `data.train` and `data.validation`: a path, a
     `datasets.Dataset`, or an iterable of texts (trained on as a whole), (prompt, completion) pairs,
-    lists of messages, or rows as files have them. `config` is a configuration, the name of one, or
-    a mapping of changes to the defaults.
+    lists of messages, or rows as files have them. `eval_prompts`, of the same kinds, are answered
+    every `train.eval_steps` and at the end: a text is what a user says, and an answer that a row
+    has is its reference. `metric_fn(samples, prompts, outputs, references)` returns a mapping of
+    names to a number, or to one for each prompt. `config` is a configuration, the name of one, or a
+    mapping of changes to the defaults.
 
     Without `output_dir` and `run_name` the folder is named by what is trained: the same call goes
     on from its own checkpoint, or returns the finished run, and another call has another folder.
@@ -64,10 +70,11 @@ def train(
         )
     try:
         with as_guest(), _without_exit():
-            chosen = _named(_with_samples(_configuration(config), samples, eval_samples))
+            chosen = _with_samples(_configuration(config), samples, eval_samples)
+            chosen = _named(_with_prompts(chosen, eval_prompts))
             check_config(chosen)
             with log_shown():
-                return _train(chosen)
+                return _train(chosen, metric_fn)
     finally:
         _RUNNING.release()
 
@@ -147,6 +154,21 @@ def _with_samples(config: RunConfig, samples: Samples, eval_samples: Samples) ->
     return replace(config, data=data)
 
 
+def _with_prompts(config: RunConfig, prompts: Samples) -> RunConfig:
+    """`config` with the prompts: as they are if all are texts, or as a source of rows."""
+    if prompts is None:
+        return config
+    given = prompts if isinstance(prompts, str | Path) else list(prompts)
+    entries: list[PromptSource | str]
+    if isinstance(given, list) and given and all(isinstance(each, str) for each in given):
+        entries = given
+    else:
+        folder = token_cache_folder(config) / given_samples.FOLDER
+        path = given_samples.source_path(given, folder, name="eval_prompts")
+        entries = [PromptSource(path=path)]
+    return replace(config, evaluation=replace(config.evaluation, prompts=entries))
+
+
 def _source(samples: Samples, path: str, *, name: str) -> SourceConfig:
     """A source at `path`; a file that was written for it has a name that says nothing."""
     return SourceConfig(path=path, name=None if isinstance(samples, str | Path) else name)
@@ -160,7 +182,7 @@ def _named(config: RunConfig) -> RunConfig:
     return replace(config, run_name=f"{config.run_name}_{digest[:8]}")
 
 
-def _train(config: RunConfig) -> Result:
+def _train(config: RunConfig, metric_fn: Callable[..., Any] | None) -> Result:
     run.be_quiet()
     config = _in_found_cluster(config)
     if demo.is_asked(config):
@@ -169,7 +191,7 @@ def _train(config: RunConfig) -> Result:
     from roll_sft import stages
 
     composed_yaml = text_of(redacted_tree(asdict(config)))
-    stages.run(config, composed_yaml=composed_yaml, as_guest=True)
+    stages.run(config, composed_yaml=composed_yaml, as_guest=True, metric_fn=metric_fn)
     return Result(output_folder(config).resolve(), config)
 
 

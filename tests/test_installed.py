@@ -174,6 +174,24 @@ def test_the_notebook_runs_and_shows_one_bar(
 
 
 @pytest.mark.usefixtures("_all")
+def test_full_stops_become_more_frequent(site: Path, place: Path) -> None:
+    example = (ROOT / "examples" / "full_stops.py").read_text(encoding="utf-8")
+    lines = output_of(example, site, place, "Qwen/Qwen2.5-0.5B")
+    shares = [int(each) for each in re.findall(r"^step +\d+: +(\d+)% of", "\n".join(lines), re.M)]
+    assert len(shares) == 8
+    assert shares[0] < 50 < 90 < shares[-1]
+
+
+@pytest.mark.usefixtures("_all")
+def test_a_metric_with_references(site: Path, place: Path) -> None:
+    example = (ROOT / "examples" / "custom_metric.py").read_text(encoding="utf-8")
+    lines = output_of(example, site, place, "Qwen/Qwen2.5-0.5B")
+    told = {line.split()[0]: line for line in lines[-3:]}
+    assert told.keys() == {"right", "distance", "no_number"}
+    assert len(re.findall(r"[\d.]+", told["right"])) == 2
+
+
+@pytest.mark.usefixtures("_all")
 def test_two_calls_each_with_a_ray_of_its_own(site: Path, place: Path) -> None:
     program = (
         IN_FOUND_RAY.split("async def")[0].replace("ray.init(", "dict(")

@@ -24,6 +24,7 @@ class History(Mapping[str, list[Any]]):
             found = steps.setdefault(line["step"], {"step": line["step"]})
             name = line.get("name", "")
             more = {key: each for key, each in line.items() if key not in ("step", "name")}
+            more |= more.pop("metrics", {})  # of answers
             found |= {"/".join(filter(None, ("eval", name, key))): more[key] for key in more}
         rows = [steps[step] for step in sorted(steps)]
         names = dict.fromkeys(name for row in rows for name in row)

@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 import roll_sft
 from roll_sft import api, run, stages
 from roll_sft.base.errors import CheckpointError, ConfigError, DataError
+from roll_sft.config.evaluation import PromptSource
 from roll_sft.config.schema import RunConfig
 from roll_sft.python_api.result import Result
 from tests import doors
@@ -157,6 +158,25 @@ def test_samples_are_prepared_as_rows_of_a_file_are(
     assert named.folder.name == "mine"
 
 
+@pytest.mark.usefixtures("unchanged")
+def test_prompts_are_texts_or_rows_with_references(
+    monkeypatch: pytest.MonkeyPatch, small: RunConfig
+) -> None:
+    monkeypatch.setattr(stages, "preparing", doors.prepares_here)
+    pairs = [(f"Say {number}.", f"It is {number}.") for number in range(5)]
+    texts = roll_sft.train(pairs, eval_prompts=["Say 9."], config=small)
+    assert texts.config.evaluation.prompts == ["Say 9."]
+    rows = roll_sft.train(pairs, eval_prompts=iter(pairs[:2]), config=small)
+    (source,) = rows.config.evaluation.prompts
+    assert isinstance(source, PromptSource)
+    assert json.loads(Path(source.path or "").read_text().splitlines()[0]) == {
+        "prompt": "Say 0.",
+        "completion": "It is 0.",
+    }
+    with pytest.raises(ConfigError, match=r"metric_fn: without evaluation\.prompts"):
+        roll_sft.train(pairs, metric_fn=len, config=small)
+
+
 def test_one_run_at_a_time(small: RunConfig) -> None:
     refusals = []
 
@@ -176,9 +196,12 @@ def test_the_history_has_an_entry_for_each_step(tmp_path: Path) -> None:
     steps = [{"step": step, "train_loss": 1.0 / step, "mfu": None} for step in (1, 2, 3)]
     doors.write_rows(tmp_path / "steps.jsonl", steps)
     doors.write_rows(tmp_path / "eval.jsonl", [{"step": 2, "name": "held_out", "loss": 0.5}])
+    with (tmp_path / "eval.jsonl").open("a") as file:
+        file.write('{"step": 3, "name": "generation", "metrics": {"score": 1.0}}\n')
     result = Result(tmp_path, RunConfig())
     assert result.history["train_loss"] == [1.0, 0.5, 1.0 / 3]
     assert result.history["eval/held_out/loss"] == [None, 0.5, None]
+    assert result.history["eval/generation/score"] == [None, None, 1.0]
     frame = result.history.frame()
     assert list(frame.index) == [1, 2, 3]
     assert frame["eval/held_out/loss"].notna().tolist() == [False, True, False]
