@@ -61,6 +61,9 @@ def expert_settings(shape: ModelShape, layout: ParallelLayout) -> dict[str, Any]
         "expert_tensor_parallel_size": 1,
         "moe_router_load_balancing_type": "none",  # ours is in the router
         "moe_router_pre_softmax": True,
+        # No expert is ever full. Without it megatron-core 0.19 assumes that every token goes to as
+        # many experts, and padding goes to none.
+        "moe_expert_capacity_factor": float(experts.num_experts),
         **({"moe_layer_freq": _layers_with_experts(shape)} if experts.num_dense_layers else {}),
     }
 
