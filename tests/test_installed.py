@@ -194,7 +194,7 @@ def test_a_metric_with_references(site: Path, place: Path) -> None:
 @pytest.mark.usefixtures("_all")
 def test_two_calls_each_with_a_ray_of_its_own(site: Path, place: Path) -> None:
     program = (
-        IN_FOUND_RAY.split("async def")[0].replace("ray.init(", "dict(")
+        IN_FOUND_RAY.split("async def")[0].replace("import asyncio, ray\nray.init(", "dict(")
         + """
 import threading
 first = roll_sft.train(pairs, config=config)
