@@ -18,8 +18,8 @@ class MoeConfig:
     )
     router_bias_update_rate: float = key(
         0.0,
-        "What each step adds to the score bias of an expert with fewer tokens than the mean, and"
-        " takes from one with more; 0 leaves the biases. For routers that have them (GLM-4.5).",
+        "Step of an expert's score bias, up below the mean load and down above it; GLM-4.5 has"
+        " such biases.",
         at_least=0,
         at_most=1,
     )

@@ -56,7 +56,7 @@ KEYS = {
     " early_stopping_min_delta",
     "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path"
     " quantize_base",
-    "moe.": "aux_loss_coef",
+    "moe.": "aux_loss_coef router_bias_update_rate",
     "evaluation.": "prompts metric_fn metric_modules max_new_tokens temperature top_p top_k"
     " deadline_s",
     "evaluation.prompts.": "path name split samples",

@@ -47,9 +47,13 @@ def fails_in(monkeypatch: pytest.MonkeyPatch, name: str, error: RollSftError) ->
     monkeypatch.setattr(driver, name, failing)
 
 
+# Files of the start itself; another one writes them anew.
+OF_A_START = ("logs/", "job/", "starts.jsonl", "report.html", "loss.png")
+
+
 def without_ray(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Have the driver skip `names`, and no cluster start while data is prepared."""
-    monkeypatch.setattr(cluster, "starting", lambda _: contextlib.nullcontext(lambda: None))
+    monkeypatch.setattr(cluster, "starting", lambda *_, **__: contextlib.nullcontext(lambda: None))
     for name in names:
         monkeypatch.setattr(driver, name, lambda *_, **__: contextlib.nullcontext())
 
@@ -83,7 +87,7 @@ def test_a_start_that_fails_leaves_logs_and_checkpoints_as_they_were(
     assert outcome.code == code, outcome.stderr
     after = contents(tmp_path / "run")
     after.pop(".lock", None)
-    own = ("logs/", "job/")  # of the start itself; another one writes them anew
+    own = OF_A_START
     assert {name: text for name, text in after.items() if not name.startswith(own)} == before
 
 
@@ -101,7 +105,8 @@ def test_a_damaged_token_cache_is_found_before_step_1_and_mended_by_the_same_com
     doors.refused(outcome, 3, "tokens.bin: its bytes are not those", "run the same command again")
     after = contents(tmp_path / "run")
     after.pop(".lock", None)
-    assert {name: text for name, text in after.items() if not name.startswith("job/")} == before
+    kept = {name: text for name, text in after.items() if not name.startswith(OF_A_START)}
+    assert kept == before
     fails_in(monkeypatch, "workers", CheckpointError("far enough"))
     doors.refused(door(*given), 6, "far enough")
     assert tokens.read_bytes() == intact
