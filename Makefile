@@ -30,7 +30,7 @@ AUDITING := $(VENV)/.audit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu fake-gpu check fmt parity fuzz audit mutate bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ examples: $(TOOLS) ## the examples and the notebook, from an installed copy
 
 fuzz: $(TOOLS) ## spoilt configurations, data, checkpoints and models; ARGS="--cases 2000"
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+soak: $(TOOLS) ## real runs that are stopped in every phase, and go on; takes some minutes
+	PYTHONPATH=. $(BIN)/python -m tests.soak $(ARGS)
 
 mutate: $(TOOLS) ## small faults in packing, plan, masks, loss and metrics that no test notices; ARGS="packing --seconds 300"
 	$(BIN)/python tools/mutate.py $(ARGS)

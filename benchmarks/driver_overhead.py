@@ -36,6 +36,7 @@ from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.worker import StoreAddress, Worker
 from roll_sft.train import driver
 from roll_sft.train.records import open_records
+from roll_sft.train.stop import Stop
 
 PAIRS = measures.pairs(9)
 ROUNDS = measures.size(150, quick=30)  # of each kind in a pair
@@ -194,7 +195,8 @@ def _steps(job: Job, group: WorkerGroup, folder: Path) -> float:
     with open_records(job, folder) as records:
         records.begin()
         started = time.perf_counter()
-        driver.train(job, group, records, folder=folder)
+        stop = Stop(job.config, grace_s=1.0)
+        driver.train(job, group, records, folder=folder, first_step=1, stop=stop)
         return (time.perf_counter() - started) / job.total_steps
 
 

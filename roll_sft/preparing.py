@@ -44,6 +44,7 @@ def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
                 [sys.executable, "-m", "roll_sft.preparing", str(folder), str(writer)],
                 stdin=subprocess.PIPE,
                 pass_fds=[writer],
+                start_new_session=True,  # a signal to the group is for the parent to handle
             )
         finally:
             os.close(writer)

@@ -16,7 +16,6 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -26,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from roll_sft.base.console import set_up_logging
-from roll_sft.base.errors import FAULT, ConfigError, RollSftError, report
+from roll_sft.base.errors import FAULT, ConfigError, PreemptedError, RollSftError, report
 from roll_sft.base.gc_pauses import imports_kept, leave_quickly
 from roll_sft.base.text import redacted_tree, shown
 from roll_sft.config.build import build_config, no_such_key
@@ -41,9 +40,8 @@ from roll_sft.config.reference import help_text
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
 from roll_sft.demo import demo
+from roll_sft.signals import noted_signals
 from roll_sft.train.run_folder import output_folder
-
-INTERRUPTED = 130
 
 # No telemetry unless the user asks for it by name.
 QUIET = {
@@ -71,30 +69,22 @@ def main(
     """
     leave_quickly()
     be_quiet()
-    signals: list[int] = []
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        signals.append(number)
-        raise SystemExit(128 + number)  # which Ray, while it waits, turns into another code
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        composed = compose(sys.argv[1:] if arguments is None else arguments)
-        if composed is not None:
-            set_up_logging()
-            if demo.is_asked(composed[0]):
-                demo.make_assets(demo.ASSETS)
-            (action or _run)(*composed)
-    except RollSftError as error:
-        return report(error)
-    except KeyboardInterrupt:
-        return _last_line("interrupted", INTERRUPTED)
-    except SystemExit as leaving:
-        if signals:
-            return _last_line(f"ended by {signal.Signals(signals[0]).name}", 128 + signals[0])
-        return leaving.code if isinstance(leaving.code, int) else FAULT
-    except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
-        return report(error)
+    with noted_signals() as signals:
+        try:
+            composed = compose(sys.argv[1:] if arguments is None else arguments)
+            if composed is not None:
+                set_up_logging()
+                if demo.is_asked(composed[0]):
+                    demo.make_assets(demo.ASSETS)
+                (action or _run)(*composed)
+        except RollSftError as error:
+            return report(error)
+        except KeyboardInterrupt:
+            return _ended_by(signals, is_run=action is None)
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else FAULT
+        except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
+            return report(error)
     return 0
 
 
@@ -282,10 +272,14 @@ def _missing_config(error: MissingConfigException, config_dir: str | None) -> st
     return f"{text.rstrip('.')}; {hint}there are {names_shown}; --config-dir adds a folder of yours"
 
 
-def _last_line(text: str, code: int) -> int:
+def _ended_by(signals: list[signal.Signals], *, is_run: bool) -> int:
+    """The exit code of a command that a signal ended before the run, which handles its own."""
     sys.stdout.flush()
-    sys.stderr.write(f"{text}\n")
-    return code
+    reason = f"ended by {signals[0].name}" if signals else "interrupted"
+    if is_run and signals:
+        return report(PreemptedError(f"{reason}: the same command begins the run"))
+    sys.stderr.write(f"{reason}\n")
+    return 128 + (signals[0] if signals else signal.SIGINT)
 
 
 if __name__ == "__main__":

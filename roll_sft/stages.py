@@ -19,7 +19,9 @@ from roll_sft.convert.exports import export_final
 from roll_sft.job.job import Job
 from roll_sft.job.prepared import read_prepared
 from roll_sft.preparing import preparing
+from roll_sft.signals import interruption_named, stoppable
 from roll_sft.train import run_folder
+from roll_sft.train.stop import Command, Stop, kept
 from roll_sft.train.terminal import StartUp
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 JOB = run_folder.JOB  # the folder of a run that joins the stages
+PREPARED = "what is prepared stays in the token cache: the same command goes on with it"
 
 
 def run(
@@ -57,18 +60,15 @@ def run(
         return
     clock = StartUp(as_guest=as_guest)
     folder = run_folder.output_folder(config)
-    with run_folder.claimed(folder, resumes=config.resume != NONE) as folder:
+    with (
+        stoppable(config) as stop,
+        run_folder.claimed(folder, resumes=config.resume != NONE) as folder,
+    ):
+        stop.outlook = PREPARED
         if config.prepare_only:
             _prepare_only(config, folder, composed_yaml=composed_yaml)
         else:
-            _run(
-                config,
-                folder,
-                composed_yaml=composed_yaml,
-                clock=clock,
-                as_guest=as_guest,
-                metric_fn=metric_fn,
-            )
+            _run(config, folder, Command(composed_yaml, clock, stop, as_guest, metric_fn))
 
 
 def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> None:
@@ -83,16 +83,8 @@ def _prepare_only(config: RunConfig, folder: Path, *, composed_yaml: str) -> Non
         run_folder.write_config(folder, composed_yaml)
 
 
-def _run(
-    config: RunConfig,
-    folder: Path,
-    *,
-    composed_yaml: str,
-    clock: StartUp,
-    as_guest: bool,
-    metric_fn: Callable[..., Any] | None,
-) -> None:
-    config = _on_cluster(config)
+def _run(config: RunConfig, folder: Path, command: Command) -> None:
+    config, clock, stop = _on_cluster(config), command.clock, command.stop
     checkpoints = folder / run_folder.CHECKPOINTS
     checkpoint = find_checkpoint(config, checkpoints)
     with contextlib.ExitStack() as cluster:
@@ -100,7 +92,7 @@ def _run(
             # Heavy imports meanwhile, Ray's among them, and its start.
             from roll_sft.runtime.cluster import starting
 
-            started = cluster.enter_context(starting(config, as_guest=as_guest))
+            started = cluster.enter_context(starting(config, as_guest=command.as_guest))
             from roll_sft.job.overview import show_job
             from roll_sft.report.starts import reported
             from roll_sft.train.driver import train_from
@@ -109,19 +101,23 @@ def _run(
             clock.passed("imports")
             _check_ahead(config)
             prepared()
-        job = replace(Job.of(read_prepared(config, folder / JOB)), metric_fn=metric_fn)
+        job = replace(Job.of(read_prepared(config, folder / JOB)), metric_fn=command.metric_fn)
         start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
         show_job(job)
         clock.passed("data and plan")
         reason = _why_finished(start, job, folder)
+        stop.outlook = kept(start.checkpoint)
         record = reported(job, folder, first_step=None if reason else start.step + 1)
         exports, trackers_of_run = _exports(job, folder), _trackers(job, folder, start=start)
-        with exports as finish_exports, trackers_of_run as trackers, record:
+        named = interruption_named(stop)
+        with exports as finish_exports, trackers_of_run as trackers, record, named:
             if reason is not None:
                 LOG.info("%s: %s: it is finished", folder, reason)
             else:
                 started()
-                train_from(start, job, folder, trackers, composed_yaml=composed_yaml, clock=clock)
+                with _node_notices(config, stop):
+                    train_from(start, job, folder, trackers, command=command)
+            stop.outlook = "training is finished: the same command goes on from there"
             cluster.close()
             finish_exports()
             if not config.checkpoint.save and config.checkpoint.hf_export != "none":
@@ -144,6 +140,15 @@ def _trackers(job: Job, folder: Path, *, start: Start) -> "AbstractContextManage
     from roll_sft.tracking.trackers import tracked
 
     return tracked(job, folder, start=start)
+
+
+def _node_notices(config: RunConfig, stop: Stop) -> AbstractContextManager[None]:
+    """Have a node that is about to leave the cluster ask the run to end."""
+    if cluster_address(config) is None:
+        return contextlib.nullcontext()
+    from roll_sft.runtime.draining import watching
+
+    return watching(stop.ask)
 
 
 def _check_ahead(config: RunConfig) -> None:
@@ -190,6 +195,8 @@ def _on_cluster(config: RunConfig) -> RunConfig:
 
 def _why_finished(start: Start, job: Job, folder: Path) -> str | None:
     """Why the run in `folder` has nothing left to train; None if it has."""
+    if (folder / run_folder.EVALUATION_DUE).exists():
+        return None
     if start.step >= job.total_steps:
         return f"has all {start.step} steps of this run"
     if job.config.train.early_stopping is None or start.step == 0:

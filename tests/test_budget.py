@@ -49,6 +49,7 @@ BY_NEED = {
     "roll_sft/config/export.py": "a model that is pushed",
     "roll_sft/base/generation.py": "evaluation.prompts",
     "roll_sft/config/evaluation.py": "evaluation.prompts",
+    "roll_sft/config/keeping.py": "keys of train that a plain run leaves alone",
     "roll_sft/config/lora.py": "lora.rank above 0",
     "roll_sft/config/moe.py": "a model with experts",
     "roll_sft/config/recipes.py": "keys of train that a plain run leaves alone",
@@ -108,6 +109,7 @@ BY_NEED = {
     "roll_sft/engine/recipe.py": "lora.rank above 0, and train.freeze",
     "roll_sft/engine/logits.py": "a model that is no plain decoder",
     "roll_sft/engine/recompute.py": "norms that are recomputed",
+    "roll_sft/engine/spikes.py": "train.on_spike=skip",
     "roll_sft/engine/variation.py": "a model that is no plain decoder",
     "roll_sft/engine/varied_kernels.py": "a model that is no plain decoder",
     "roll_sft/job/expert_memory.py": "a model with experts",
@@ -132,6 +134,7 @@ BY_NEED = {
     "roll_sft/models/rotary.py": "rotary embeddings that are scaled or partial",
     "roll_sft/models/variation.py": "a model that is no plain decoder",
     "roll_sft/models/random_weights.py": "a model that starts from random weights",
+    "roll_sft/runtime/draining.py": "a cluster that others started",
     "roll_sft/runtime/failures.py": "workers that fail",
     "roll_sft/runtime/faults.py": "debug.faults",
     "roll_sft/runtime/rank_faults.py": "workers that fail",
@@ -145,6 +148,9 @@ BY_NEED = {
     "roll_sft/train/early_stopping.py": "train.early_stopping",
     "roll_sft/train/supervisor.py": "workers that fail",
     "roll_sft/train/notebook.py": "a run in a notebook",
+    "roll_sft/train/bad_steps.py": "numbers that are not finite, and spikes",
+    "roll_sft/train/preempted.py": "a run that is asked to end",
+    "roll_sft/train/stop.py": "a run that is asked to end",
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,
@@ -153,12 +159,16 @@ ALLOWED = (
     "roll_sft/config/debug.py",
     "roll_sft/config/export.py",
     "roll_sft/config/evaluation.py",
+    "roll_sft/config/keeping.py",
     "roll_sft/config/lora.py",
     "roll_sft/config/moe.py",
     "roll_sft/config/recipes.py",
     "roll_sft/config/tracking.py",
     "roll_sft/data/chat/fast/",
     "roll_sft/engine/cpu_backend.py",
+    # These watch a run: one that nobody stops, and whose numbers are sound, is the same without.
+    "roll_sft/train/bad_steps.py",
+    "roll_sft/train/stop.py",
 )
 
 # Notes every module of ours that a process imports, in a file of its own.

@@ -68,6 +68,12 @@ class WorkerError(RollSftError):
     host, may_pass = "", False  # may_pass: new workers may not meet it again
 
 
+class PreemptedError(RollSftError):
+    """A run that was asked to end before its last step; the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, or its type's name where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -28,11 +28,7 @@ ABBREVIATIONS = {
     "world_size": "parallel.num_workers",
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
-RESERVED = frozenset(
-    {"cluster.grace_s"}
-    | {"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"}
-    | {"train.on_nan", "train.max_duration"}
-)
+RESERVED = frozenset({"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"})
 # Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+from roll_sft.config.keeping import GraceKey
 from roll_sft.config.keys import key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(GraceKey):
     """The Ray cluster, its deadlines, and what follows a failure."""
 
     address: str | None = key(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from roll_sft.base.text import shown
+from roll_sft.config.keeping import KeepingKeys
 from roll_sft.config.keys import key
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ TIMESCALE = 10_000  # of inverse_sqrt without warmup, as in transformers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeKeys:
+class RecipeKeys(KeepingKeys):
     """The keys of recipes; the section `train` has them beside its own."""
 
     wsd_decay_ratio: float = key(0.1, "Share of steps that wsd decays over.", at_least=0, at_most=1)

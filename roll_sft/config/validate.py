@@ -15,6 +15,7 @@ from roll_sft.base.text import is_hostile, shown
 from roll_sft.config.debug import fault_problems
 from roll_sft.config.evaluation import evaluation_problems
 from roll_sft.config.export import export_problems
+from roll_sft.config.keeping import keeping_problems
 from roll_sft.config.layout_checks import backend_problems
 from roll_sft.config.lora import lora_problems
 from roll_sft.config.recipes import recipe_problems
@@ -101,6 +102,7 @@ def _other_problems(config: RunConfig) -> Iterator[str]:
     yield from recipe_problems(config)
     yield from fault_problems(config)
     yield from export_problems(config)
+    yield from keeping_problems(config)
     yield from _source_problems(data)
 
 

@@ -162,7 +162,12 @@ class _Exports:
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryFile() as said:
             self._process = subprocess.Popen(
-                program, env=one_thread, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+                program,
+                env=one_thread,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,  # a signal to the group is for this process to handle
             )
             is_late = False
             while self._process.poll() is None:

@@ -39,12 +39,23 @@ def _convert(command: list[str]) -> None:
     """Run a module and its arguments, as a process of its own: no workers and no Ray are needed."""
     LOG.info("exporting %s", command[2])
     output = command[command.index("--output") + 1]
-    result = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+    child = subprocess.Popen(
+        [sys.executable, "-m", "roll_sft.base.child", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a signal to the group is for this process to handle
     )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        kind = DivergedError if result.returncode == DivergedError.exit_code else CheckpointError
+    with child:
+        try:
+            told, errors = child.communicate()
+        except BaseException:
+            child.kill()
+            child.wait()  # before the lock of the run is released
+            raise
+    if child.returncode:
+        lines = errors.strip().splitlines() or ["no message"]
+        kind = DivergedError if child.returncode == DivergedError.exit_code else CheckpointError
         raise kind(f"the export to {output} failed: {lines[-1]}")
-    told = "; ".join(result.stdout.strip().splitlines()[:-1])  # the last is the folder
+    told = "; ".join(told.strip().splitlines()[:-1])  # the last is the folder
     LOG.info("Hugging Face folder %s (%s)", output, told)

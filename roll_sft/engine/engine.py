@@ -161,8 +161,10 @@ class Engine:
             self._ahead.begin(work.next_micro_batches)
         data_wait_s = time.perf_counter() - started
         self.accumulate_gradients(batches)
-        report = Readout(self._report())
-        grad_norm = update(self.optimizer, learning_rate=work.learning_rate)
+        report = Readout(sums := self._report())
+        grad_norm, is_updated = update(
+            self.optimizer, learning_rate=work.learning_rate, loss=sums[0], limits=work.limits
+        )
         if self._gathers_ahead:
             from roll_sft.engine.overlap import begin_gather
 
@@ -186,6 +188,7 @@ class Engine:
             step_time_s=time.perf_counter() - started,
             data_wait_s=data_wait_s,
             peak_memory_gib=peak_memory / 2**30,
+            is_skipped=not is_updated,
             told=tuple(told),
             experts=experts,
         )

@@ -8,7 +8,7 @@ the device and the step waits for one value.
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from roll_sft.config.schema import RunConfig
 from roll_sft.engine.build import DTYPES, overlaps
 
+Loss: TypeAlias = torch.Tensor | None
+Limits: TypeAlias = tuple[float, float] | None  # of loss and norm
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -59,12 +61,23 @@ def build_optimizer(
     return optimizer
 
 
-def update(optimizer: MegatronOptimizer, *, learning_rate: float) -> float:
+def update(
+    optimizer: MegatronOptimizer, *, learning_rate: float, loss: Loss = None, limits: Limits = None
+) -> tuple[float, bool]:
     """Clip the gradients in `main_grad` and take a step; their norm before clipping. Collective.
 
-    On a GPU the update is queued when this returns.
+    All ranks take no step, and the second value is False, where the norm or `loss` is not finite
+    or above its one of `limits`. `loss` is float64 [], the sum over the global batch on the last
+    pipeline stage and 0 on others. On a GPU the update is queued when this returns.
     """
-    norm = gradient_norm(optimizer)
+    norm = gradient_norm(optimizer, loss)
+    if not math.isfinite(norm):
+        return norm, False
+    if limits is not None:
+        from roll_sft.engine.spikes import exceeds
+
+        if exceeds(optimizer, loss, norm, limits=limits):
+            return norm, False
     scale = optimizer.config.clip_grad / (norm + 1e-6)  # a NaN leaves the gradients as they are
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
@@ -72,18 +85,19 @@ def update(optimizer: MegatronOptimizer, *, learning_rate: float) -> float:
         if scale < 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
     optimizer.step_with_ready_grads()
-    return norm
+    return norm, True
 
 
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Euclidean norm of the gradients over all parameters of the model once; collective."""
+def gradient_norm(optimizer: MegatronOptimizer, loss: Loss = None) -> float:
+    """Norm of the gradients of all parameters once; NaN if `loss` is not finite. Collective."""
     is_overflow = optimizer.prepare_grads()
     assert not is_overflow, "only a loss scale finds an overflow, and there is none"
-    first, *others = map(_square, inner_optimizers(optimizer))  # experts have one of their own
+    inner, *experts = inner_optimizers(optimizer)  # experts have one of their own
+    first, *others = [_square(inner, loss), *map(_square, experts)]
     return float(sum(others, first).item() ** 0.5)  # one wait for the device
 
 
-def _square(optimizer: Any) -> torch.Tensor:
+def _square(optimizer: Any, loss: Loss = None) -> torch.Tensor:
     """Square of the norm of an inner optimizer's gradients, float32 []; collective."""
     gradients = [
         parameter.grad
@@ -97,6 +111,8 @@ def _square(optimizer: Any) -> torch.Tensor:
         square = torch.nn.utils.get_total_norm(gradients) ** 2.0
     else:
         square = torch.zeros((), device=torch.cuda.current_device())
+    if loss is not None:
+        square.add_(loss, alpha=0)  # nothing, or NaN, without an exchange or a wait of its own
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     return square
 

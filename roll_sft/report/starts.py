@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from roll_sft.base.errors import FAULT, ResourceError, RollSftError, of_user
+from roll_sft.base.errors import FAULT, PreemptedError, ResourceError, RollSftError, of_user
 from roll_sft.base.files import json_lines
 from roll_sft.base.text import redacted
 from roll_sft.job.job import Job, micro_batch_tokens
@@ -60,7 +60,8 @@ def reported(job: Job, folder: Path, *, first_step: int | None) -> Iterator[None
     finally:
         with _never_fails():
             _add(folder, {"event": "end", "exit_code": code, "cause": cause})
-            make_report(folder)
+            if code < PreemptedError.exit_code:  # else there is no time
+                make_report(folder)
 
 
 def packs_of(job: Job, step: int) -> dict[str, Any]:

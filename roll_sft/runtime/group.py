@@ -8,10 +8,11 @@ that makes no progress (see `watchdog`); after
 """
 
 import contextlib
+import itertools
 import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,15 @@ class WorkerGroup:
         metrics: StepMetrics = self._collect(pending)[self._layout.reporting_rank]
         return metrics
 
-    def evaluate(self, name: str, plans: Sequence[StepPlan]) -> EvalMetrics:
-        """Loss over a validation set, one plan after the other, with some queued ahead."""
-        total, pending, waiting = EvalMetrics(0.0, 0), deque[Pending](), deque(plans)
-        while pending or waiting:
-            while waiting and len(pending) <= CHUNKS_AHEAD:
-                pending.append(self._evaluate_chunk(name, waiting.popleft()))
+    def evaluate(self, name: str, plans: Iterable[StepPlan]) -> EvalMetrics:
+        """Loss over a validation set; each of `plans` is taken when it is queued, some ahead."""
+        total, pending, waiting = EvalMetrics(0.0, 0), deque[Pending](), iter(plans)
+        while True:
+            ahead = itertools.islice(waiting, CHUNKS_AHEAD + 1 - len(pending))
+            pending.extend(self._evaluate_chunk(name, plan) for plan in ahead)
+            if not pending:
+                return total
             total += self._collect(pending.popleft())[self._layout.reporting_rank]
-        return total
 
     def begin_save(self, folder: Path) -> None:
         """Write all shards into `folder`; with `async_save` copy them, and write in background."""

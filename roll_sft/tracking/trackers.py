@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
-from roll_sft.base.errors import ConfigError
+from roll_sft.base.errors import ConfigError, PreemptedError
 from roll_sft.checkpoint.resume import AUTO, Start
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.job import Job
@@ -114,7 +114,7 @@ def tracked(job: Job, folder: Path, *, start: Start) -> "Iterator[list[Recorder]
     try:
         yield [recorder for recorder, _ in opened]
         status = FINISHED
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, PreemptedError):
         status = "KILLED"
         raise
     finally:

@@ -6,6 +6,8 @@ path.
 """
 
 import contextlib
+import functools
+import itertools
 import logging
 import math
 import time
@@ -23,15 +25,17 @@ from roll_sft.job.job import Job
 from roll_sft.runtime.cluster import Slots, connected, reserved
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.train import run_folder
+from roll_sft.train.bad_steps import BadSteps
 from roll_sft.train.records import Records, open_records
 from roll_sft.train.saves import Saves, check_room
-from roll_sft.train.terminal import StartUp
+from roll_sft.train.stop import Command, Stop
 
 if TYPE_CHECKING:
     from roll_sft.tracking.recorder import Recorder
 
 LOG = logging.getLogger(__name__)
 STEPS_AHEAD = 1
+LONG_STEP_S = 5.0  # longer ones are not queued ahead: a run that has to end waits for one alone
 
 
 @dataclass(slots=True)
@@ -42,24 +46,19 @@ class Attempt:
     start: Start
     slots: Slots
     begun: Callable[[], None]
+    stop: Stop
     is_begun: bool = False
 
 
 def train_from(
-    start: Start,
-    job: Job,
-    folder: Path,
-    trackers: "Sequence[Recorder]",
-    *,
-    composed_yaml: str,
-    clock: StartUp,
+    start: Start, job: Job, folder: Path, trackers: "Sequence[Recorder]", *, command: Command
 ) -> None:
     """Train `job` to the end in `folder`, on workers that begin where `start` says.
 
-    Where they fail, others go on, see `train/supervisor.py`. `composed_yaml` is kept with the
-    results.
+    Where they fail, others go on, see `train/supervisor.py`. Raises `PreemptedError` where
+    `command.stop` ends the run before.
     """
-    config, first_step = job.config, start.step + 1
+    config, first_step, clock = job.config, start.step + 1, command.clock
     check_room(
         config,
         job.source.shape,
@@ -72,7 +71,7 @@ def train_from(
     def begin(attempt: Attempt, group: WorkerGroup, records: Records) -> None:
         verified()
         clock.passed("workers and model")
-        _make_folder_begin(attempt, folder, composed_yaml=composed_yaml)
+        _make_folder_begin(attempt, folder, composed_yaml=command.composed_yaml)
         records.begin()
         records.device_name = _device(attempt.job, group)
         while unstarted:
@@ -85,9 +84,8 @@ def train_from(
     tokens = verifying(job.data.folders)
     with tokens as verified, connected(config), reserved(config) as slots:
         clock.passed("Ray and placement")
-        first = Attempt(
-            job, start, slots, begun=lambda: LOG.info("step %d begins %s", first_step, clock)
-        )
+        begun = functools.partial(LOG.info, "step %d begins %s", first_step, clock)
+        first = Attempt(job, start, slots, begun, command.stop)
         try:
             train_on(first, folder, begin)
         except WorkerError as error:
@@ -108,7 +106,7 @@ def train_on(
         workers(job, folder, slots=attempt.slots, checkpoint=start.checkpoint) as group,
     ):
         begin(attempt, group, records)
-        train(job, group, records, folder=folder, first_step=start.step + 1)
+        train(job, group, records, folder=folder, first_step=start.step + 1, stop=attempt.stop)
 
 
 def _make_folder_begin(attempt: Attempt, folder: Path, *, composed_yaml: str) -> None:
@@ -123,7 +121,7 @@ def _make_folder_begin(attempt: Attempt, folder: Path, *, composed_yaml: str) ->
 
 
 def train(
-    job: Job, group: WorkerGroup, records: Records, *, folder: Path, first_step: int = 1
+    job: Job, group: WorkerGroup, records: Records, *, folder: Path, first_step: int, stop: Stop
 ) -> None:
     """All steps, evaluations and saves from `first_step` on.
 
@@ -131,23 +129,33 @@ def train(
     """
     saves = Saves(job, group, records, folder=folder)
     try:
-        _train(job, group, records, saves=saves, first_step=first_step)
+        with stop.deferred():
+            if (folder / run_folder.EVALUATION_DUE).exists():
+                from roll_sft.train.preempted import make_up_evaluation
+
+                evaluate = functools.partial(_evaluate, group=group, records=records, stop=stop)
+                if make_up_evaluation(folder, job, evaluate, step=first_step - 1):
+                    return
+            _train(job, group, records, saves=saves, first_step=first_step, stop=stop)
     except DivergedError as error:
         raise DivergedError(f"{error}; {saves.way_back(error.sound_step)}") from error
     except BaseException:
-        LOG.info("%s", saves.what_is_kept())
+        stop.outlook = saves.what_is_kept()
+        LOG.info("%s", stop.outlook)
         raise
 
 
 def _train(
-    job: Job, group: WorkerGroup, records: Records, *, saves: Saves, first_step: int
+    job: Job, group: WorkerGroup, records: Records, *, saves: Saves, first_step: int, stop: Stop
 ) -> None:
     """Queue a step, collect the one before it; drain where something else is due."""
     train, pending = job.config.train, deque[tuple[StepPlan, Pending]]()
+    ahead, bad = STEPS_AHEAD, BadSteps(job, records, step=first_step - 1)
     plan = job.planner.step(first_step)
     for step in range(first_step, job.total_steps + 1):
         is_last = step == job.total_steps
         following = None if is_last else job.planner.step(step + 1)
+        plan = bad.begin(plan)
         queued = group.train_step(plan, learning_rate=job.schedule.at(step), following=following)
         pending.append((plan, queued))
         is_planned = job.config.checkpoint.save and (is_last or _is_due(step, train.save_steps))
@@ -156,40 +164,37 @@ def _train(
         is_judged = is_planned and job.config.checkpoint.keep_best is not None
         is_saved = is_planned or saves.is_overdue()
         is_evaluated = is_last or is_judged or _is_due(step, train.eval_steps)
-        while len(pending) > (0 if is_last or is_evaluated or is_saved else STEPS_AHEAD):
-            _finish_step(*pending.popleft(), group=group, records=records)
+        is_drained = is_last or is_evaluated or is_saved
+        while len(pending) > (0 if is_drained or stop.is_asked() else ahead):
+            done, queued = pending.popleft()
+            ahead = STEPS_AHEAD * (bad.finish(done, group.wait_step(queued)) < LONG_STEP_S)
         saves.look()
-        is_stopped = is_evaluated and _evaluate(job, group, records, step=step)
-        if is_saved or (is_stopped and job.config.checkpoint.save):
+        is_stopped = is_evaluated and _evaluate(job, group, records, step=step, stop=stop)
+        if not stop.is_asked() and (is_saved or (is_stopped and job.config.checkpoint.save)):
             saves.begin(plan)
+        if stop.is_asked():
+            from roll_sft.train.preempted import save_early
+
+            for done, queued in pending:
+                bad.finish(done, group.wait_step(queued))
+            stop.outlook = save_early(job, saves, records, plan=plan, evaluates=is_evaluated)
+            return
         if is_stopped:
             break
         if following is not None:
             plan = following
     saves.finish()
+    stop.outlook = saves.what_is_kept()
 
 
-def _finish_step(plan: StepPlan, pending: Pending, *, group: WorkerGroup, records: Records) -> None:
-    result = group.wait_step(pending)
-    loss = result.loss_sum / result.supervised_tokens
-    if math.isfinite(loss) and math.isfinite(result.grad_norm):
-        records.step(plan, result)
-        return
-    records.bad_batch(plan, result)
-    # A loss is computed with the weights of the step before, so it says whether those are sound.
-    sound_step = plan.step - (1 if math.isfinite(loss) else 2)
-    raise DivergedError(
-        f"step {plan.step}: train_loss {loss} and grad_norm {result.grad_norm} must be finite; the"
-        " samples of this step are in bad_batches.jsonl",
-        sound_step=sound_step,
-    )
-
-
-def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> bool:
-    """Whether the run ends here, by `train.early_stopping`."""
+def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int, stop: Stop) -> bool:
+    """Evaluate until `stop`. Whether the run ends here, by `train.early_stopping`."""
     for name, planner in job.validation.items():
         started = time.perf_counter()
-        result = group.evaluate(name, planner.evaluation())
+        plans = itertools.takewhile(lambda _: not stop.is_asked(), planner.evaluation())
+        result = group.evaluate(name, plans)
+        if stop.is_asked():
+            return False
         loss = result.loss_sum / result.supervised_tokens
         if not math.isfinite(loss):
             raise DivergedError(
@@ -198,7 +203,7 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int) -> b
             )
         records.evaluation(step, name, result, seconds=time.perf_counter() - started)
         LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
-    if job.config.evaluation.prompts:
+    if job.config.evaluation.prompts and not stop.is_asked():
         from roll_sft.train.generations import evaluate_answers
 
         evaluate_answers(job, group, records, step=step)

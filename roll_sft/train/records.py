@@ -6,7 +6,6 @@ Turns the plan and the metrics of a step into the line that trackers, summary an
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +28,35 @@ class Records:
     def begin(self) -> None:
         """Open the files, to append to the lines that they have."""
         folder = self.folder
-        self._steps = self._open(folder / "steps.jsonl")
+        self._steps = self.open(folder / "steps.jsonl")
         prompts = self._job.config.evaluation.prompts
         evaluates = self._job.validation or prompts
-        self._evals = self._open(folder / "eval.jsonl") if evaluates else None
-        self._generations = self._open(folder / "generations.jsonl") if prompts else None
+        self._evals = self.open(folder / "eval.jsonl") if evaluates else None
+        self._generations = self.open(folder / "generations.jsonl") if prompts else None
         wanted = self._job.config.train.log_samples
-        self._samples = self._open(folder / "samples.jsonl") if wanted else None
+        self._samples = self.open(folder / "samples.jsonl") if wanted else None
 
     def sync(self) -> None:
         """Bring every line to disk. A checkpoint is published after that."""
         for lines in self._all:
             lines.sync()
 
-    def step(self, plan: StepPlan, result: StepMetrics) -> StepRecord:
-        """Record a finished step."""
+    def step(
+        self, plan: StepPlan, result: StepMetrics, *, skipped: str | None = None
+    ) -> StepRecord:
+        """Record a finished step; `skipped` says why one made no update."""
         names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
         record = self._record(plan, result, names)
-        more = result.told or result.experts
-        self._steps.write(_with_more(record, result) if more else record)
+        line: Any = record
+        if result.told or result.experts or skipped:
+            from roll_sft.data.steps.objective import with_more
+
+            line = with_more(record, result, skipped=skipped)
+        self._steps.write(line)
         if self._samples is not None:
             self._samples.write({"step": plan.step, "samples": names})
         self._display.show(record)
         return record
-
-    def bad_batch(self, plan: StepPlan, result: StepMetrics) -> None:
-        """Record the samples of a step whose loss or gradient is not finite, in their own file."""
-        names = [self._job.data.train.sample_name(index) for index in plan.sample_ids]
-        self._open(self.folder / "bad_batches.jsonl").write(
-            {
-                "step": plan.step,
-                "train_loss": result.loss_sum / result.supervised_tokens,
-                "grad_norm": result.grad_norm,
-                "samples": names,
-            }
-        )
 
     def evaluation(self, step: int, name: str, result: EvalMetrics, *, seconds: float) -> float:
         """Record the loss of validation set `name` after `step`; returns it."""
@@ -86,7 +79,8 @@ class Records:
         """Close the files."""
         self._files.close()
 
-    def _open(self, path: Path) -> JsonLines:
+    def open(self, path: Path) -> JsonLines:
+        """Lines to append to, which are brought to disk and closed with the others."""
         lines = JsonLines(path)
         self._files.callback(lines.close)
         self._all.append(lines)
@@ -133,15 +127,6 @@ class Records:
             windows=shape.windows,
         )
         return flops / device_seconds / peak
-
-
-def _with_more(record: StepRecord, result: StepMetrics) -> dict[str, Any]:
-    """The line of a step with what a recipe's loss and experts tell besides."""
-    if result.experts is not None:
-        return asdict(record) | asdict(result.experts)
-    from roll_sft.data.steps.objective import with_told
-
-    return with_told(record, result)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ MODEL, ADAPTER = "hf", "adapter"  # what is exported
 JOB = "job"  # what joins the stages
 # Each line of these has a `step`.
 LOGS = ("steps.jsonl", "eval.jsonl", "samples.jsonl", "generations.jsonl", "bad_batches.jsonl")
+EVALUATION_DUE = ".evaluation_due"  # the step after which a run was stopped before it evaluated
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -27,6 +27,7 @@ from roll_sft.models.shape import ModelShape
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.train import run_folder
 from roll_sft.train.records import Records
+from roll_sft.train.stop import kept
 
 LOG = logging.getLogger(__name__)
 GIB = 2**30
@@ -134,9 +135,7 @@ class Saves:
         """What the same command goes on from."""
         folders = self._own_folders()
         origin = folders[-1] if folders else origin_of(self._checkpoints)
-        if origin is None:
-            return "no checkpoint was made yet: the same command begins again with step 1"
-        return f"{origin} is kept: the same command goes on from it"
+        return kept(origin)
 
     def _own_folders(self) -> list[Path]:
         return step_folders(self._checkpoints)

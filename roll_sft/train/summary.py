@@ -43,7 +43,7 @@ class _Totals:
     """Sums over the steps of a run, in one pass, because a long run has millions of lines."""
 
     def __init__(self, path: Path) -> None:
-        self.num_steps = self.tokens = self.supervised_tokens = 0
+        self.num_steps = self.num_skipped = self.tokens = self.supervised_tokens = 0
         self.seconds = self.device_seconds = self.peak_memory_gib = 0.0
         self.loss = _Loss()
         for step in json_lines(path):
@@ -53,7 +53,9 @@ class _Totals:
             self.seconds += step["step_time_s"]
             self.device_seconds += step["total_tokens"] / step["per_device_tps"]
             self.peak_memory_gib = max(self.peak_memory_gib, step["peak_memory_gib"])
-            self.loss.add(step["step"], step["train_loss"])
+            self.num_skipped += "skipped" in step
+            if step["train_loss"] is not None:
+                self.loss.add(step["step"], step["train_loss"])
 
 
 class _Loss:
@@ -82,6 +84,8 @@ def _rows(folder: Path, *, elapsed_s: float) -> Iterator[tuple[str, str]]:
     per_device = totals.tokens / totals.device_seconds
     yield "duration", format_seconds(elapsed_s)
     yield "steps", f"{totals.num_steps:,} in {format_seconds(totals.seconds)}"
+    if totals.num_skipped:
+        yield "skipped steps", f"{totals.num_skipped:,}, see bad_batches.jsonl"
     yield "tokens", f"{totals.tokens:,}, of which {totals.supervised_tokens:,} supervised"
     speed = totals.tokens / totals.seconds
     yield "mean speed", f"{speed:,.0f} tokens/s, {per_device:,.0f} tokens/s/device"

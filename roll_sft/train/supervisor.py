@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roll_sft.base.errors import WorkerError
+from roll_sft.base.errors import PreemptedError, WorkerError
 from roll_sft.checkpoint.resume import AUTO, Start, find_checkpoint, start_from
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.job import Job
@@ -50,6 +50,8 @@ def restarted(
     wanted, history = failed.job.config, _History()
     with contextlib.ExitStack() as placements:
         while True:
+            if failed.stop.is_asked():
+                raise PreemptedError(failed.stop.last_line()) from error
             began = time.monotonic()
             is_node_lost = regroup.is_node_lost(failed.slots)
             step = _step_of(failed, folder)
@@ -147,7 +149,7 @@ def _next_attempt(
         if num_workers != job.layout.world_size:
             job = _job_on(job, num_workers, folder)
         slots = placements.enter_context(reserved(job.config))
-    return Attempt(job, _start(failed, job, folder), slots, begun=lambda: None)
+    return Attempt(job, _start(failed, job, folder), slots, lambda: None, failed.stop)
 
 
 def _job_on(job: Job, num_workers: int, folder: Path) -> Job:

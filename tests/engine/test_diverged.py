@@ -1,20 +1,17 @@
 """Runs that diverge: nothing ruined is kept, and what the last line advises goes on."""
 
-import json
 import math
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from roll_sft.base.layout import ParallelLayout
 from roll_sft.engine.build import not_finite
 from tests import parity
-from tests.local_run import Fault, main_job
+from tests.local_run import Fault, Run
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.slow
@@ -28,55 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parity.write_model(root / "model", kind="qwen2-tied", num_layers=1)
     parity.write_rows(root / "rows.jsonl", num_rows=8)
     return root
-
-
-class Run:
-    """One run folder, and commands over it."""
-
-    def __init__(self, root: Path, pool: RankPool, output: Path) -> None:
-        self._pool, self.output, self.errors = pool, output, ""
-        rows = root / "rows.jsonl"
-        self._keys: dict[str, object] = {
-            "output_dir": output,
-            "model.path": root / "model",
-            "data.train": f"[{{path: {rows}}}]",
-            "data.cache_dir": root / "cache",
-            "data.sequence_length": 200,
-            "train.global_batch_size": 2,
-            "train.max_steps": 6,
-            "train.save_steps": 1,
-            "train.warmup_ratio": 0,
-            "train.learning_rate": 1e-3,
-            "train.lr_scheduler_type": "constant",
-            "checkpoint.hf_export": "none",
-            "tracking.backends": "[jsonl]",
-            "parallel.device": "cpu",
-        }
-        self.validation = {"data.validation": f"[{{path: {rows}, name: held_out}}]"}
-
-    def __call__(
-        self, keys: dict[str, Any] | None = None, *extra: str, fault: Fault | None = None
-    ) -> tuple[int, str]:
-        values = {**self._keys, **(keys or {})}
-        arguments = [*(f"{key}={value}" for key, value in values.items()), *extra]
-        ((code, errors),) = self._pool.run(main_job, ParallelLayout(1), arguments, fault or Fault())
-        assert "Traceback" not in errors, errors
-        self.errors = errors
-        return code, errors.rstrip().rpartition("\n")[2]
-
-    @property
-    def kept(self) -> list[int]:
-        return sorted(int(path.name[5:]) for path in self.output.glob("checkpoints/step_*"))
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """Lines of a log, which must be JSON: it knows no NaN."""
-
-        def refuse(constant: str) -> None:
-            raise AssertionError(f"{constant} in {name}")
-
-        path = self.output / name
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 @pytest.fixture

@@ -30,17 +30,17 @@ def ours_and_megatrons(config: RunConfig) -> list[tuple[list[float], list[torch.
 
     from roll_sft.engine import engine, optimizer
 
-    def megatron_norm(chained: Any) -> float:
+    def megatron_norm(chained: Any, _loss: Any = None) -> float:
         chained.prepare_grads()
         theirs = float(chained.get_grad_norm())
         assert gradient_norm(chained) == pytest.approx(theirs, rel=1e-6)
         return theirs
 
-    def megatron_update(chained: Any, *, learning_rate: float) -> float:
+    def megatron_update(chained: Any, *, learning_rate: float, **_: Any) -> tuple[float, bool]:
         for group in chained.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
         _, norm, _ = chained.step()
-        return float(norm)
+        return float(norm), True
 
     gradient_norm, job, found = optimizer.gradient_norm, prepare_job(config), []
     for update in (optimizer.update, megatron_update):

@@ -28,6 +28,7 @@ from roll_sft.data.steps.objective import TOLD
 from roll_sft.report import command, starts
 from roll_sft.runtime import group
 from roll_sft.runtime.worker import Worker
+from roll_sft.signals import REPEAT_S
 from tests import slow_worker
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program, is_alive, two_nodes, wait_until
@@ -429,31 +430,42 @@ def test_token_cache_that_vanishes_ends_the_run_with_its_name_and_the_exit_code_
 
 
 @pytest.mark.parametrize(
-    ("number", "whole_group", "code", "last_line"),
+    ("number", "is_repeated"),
     [
-        (signal.SIGTERM, False, 143, "ended by SIGTERM"),
-        (signal.SIGINT, True, 130, "interrupted"),  # as Ctrl-C does, to workers too
+        (signal.SIGTERM, False),
+        (signal.SIGINT, True),  # Ctrl-C, and again after a while
     ],
 )
-def test_signal_to_the_driver_ends_all_promptly(
-    number, whole_group, code, last_line, assets, tmp_path
+def test_a_signal_to_the_group_of_the_driver_saves_and_a_second_one_ends_at_once(
+    number, is_repeated, assets, tmp_path
 ):
     output = tmp_path / "runs" / "signalled"
+    module = slow_worker.__name__ if is_repeated else "tests.runtime.light"
     arguments = arguments_of(assets, output, train__max_steps=100_000)
-    program = Program("-m", "tests.runtime.light", *arguments, folder=tmp_path)
+    program = Program("-m", module, *arguments, folder=tmp_path)
     try:
         steps = output / "steps.jsonl"
         program.wait_until(lambda: num_lines(steps) > 2, timeout_s=120, what="steps")
         program.wait_until((output / ".mlflow_run").exists, timeout_s=120, what="MLflow's run")
         assert len(program.left) > 5
-        started = time.monotonic()
-        program.signal(number, whole_group=whole_group)
-        assert program.wait(timeout_s=90) == code
-        # Deadlines of a run are minutes; other tests may fill the cores meanwhile.
-        assert time.monotonic() - started < 60
+        program.signal(number, whole_group=True)
+        if is_repeated:
+            writing = functools.partial((output / "checkpoints").glob, ".staging*/*.distcp")
+            program.wait_until(lambda: [*writing()], timeout_s=60, what="a save")
+            time.sleep(REPEAT_S)
+            program.signal(number, whole_group=True)
+        assert program.wait(timeout_s=90) == (130 if is_repeated else 75)
     finally:
         program.close()
-    assert program.errors.splitlines()[-1] == last_line
+    step, last_line = num_lines(steps), program.errors.splitlines()[-1]
+    saved = output / "checkpoints" / f"step_{step:08d}"
+    if is_repeated:
+        assert last_line.startswith("ended by a second signal, SIGINT: no checkpoint was made yet")
+        assert not saved.exists()
+    else:
+        going_on = f"{saved} is kept: the same command goes on from it"
+        assert last_line == f"ended by {number.name}: {going_on}"
+        assert json.loads((saved / "manifest.json").read_text())["step"] == step
     assert "Traceback" not in program.errors
     assert (output / ".mlflow_run").read_text().endswith(" KILLED\n")
 

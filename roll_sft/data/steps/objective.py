@@ -49,7 +49,15 @@ def step_scale(
     return float(supervised.sum(dtype=np.int64)) / denominator
 
 
-def with_told(record: StepRecord, result: StepMetrics) -> dict[str, Any]:
-    """The line of `steps.jsonl` with the values of TOLD: means over the supervised tokens."""
-    means = [value / result.supervised_tokens for value in result.told]
-    return {**asdict(record), **dict(zip(TOLD, means, strict=True))}
+def with_more(record: StepRecord, result: StepMetrics, *, skipped: str | None) -> dict[str, Any]:
+    """The line of `steps.jsonl` of a step that tells more: of experts, or the values of TOLD.
+
+    These are means over the supervised tokens. `skipped` is why the step made no update.
+    """
+    line = asdict(record)
+    if result.experts is not None:
+        line |= asdict(result.experts)
+    elif result.told:
+        means = [value / result.supervised_tokens for value in result.told]
+        line |= zip(TOLD, means, strict=True)
+    return line if skipped is None else {**line, "skipped": skipped}

@@ -52,7 +52,8 @@ class RankWork:
     All ranks of one model replica get equal work. `supervised_tokens` counts the whole global
     batch: it is the denominator of the loss. An empty micro-batch runs as padding without loss.
     `next_micro_batches` are those of the next step, to be built while this one runs. `loss_scale`
-    is that denominator over a recipe's own; see `objective.step_scale`.
+    is that denominator over a recipe's own; see `objective.step_scale`. No rank makes an
+    update above `limits`, of the loss summed over tokens and of the norm.
     """
 
     step: int
@@ -61,6 +62,7 @@ class RankWork:
     learning_rate: float
     next_micro_batches: tuple[tuple[int, ...], ...] | None = None
     loss_scale: float = 1.0
+    limits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class StepPlan:
     fill: float
     dp_imbalance: float
     loss_scale: float = 1.0
+    limits: tuple[float, float] | None = None  # see `RankWork`
 
     def work_for(
         self, data_rank: int, *, learning_rate: float, following: "StepPlan | None" = None
@@ -98,6 +101,7 @@ class StepPlan:
             learning_rate,
             None if following is None else following.ranks[data_rank],
             self.loss_scale,
+            self.limits,
         )
 
 
