@@ -115,7 +115,11 @@ def _check_assets(checkpoint: Path, manifest: Manifest) -> None:
     assets = checkpoint / ASSETS
     if not assets.is_dir():
         raise CheckpointError(f"{assets}: is missing, and an export begins with it; take another")
-    for name in asset_files(assets):
+    try:
+        names = list(asset_files(assets))
+    except ConfigError as error:  # a link out of the folder
+        raise CheckpointError(str(error)) from error
+    for name in names:
         if f"{ASSETS}/{name}" not in manifest.files:
             raise CheckpointError(
                 f"{assets / name}: is not in the manifest, so it came into the checkpoint later;"

@@ -115,7 +115,7 @@ def link_out(path: Path) -> None:
 
 PLANTS: dict[str, Callable[[Path], object]] = {
     "is not in the manifest": lambda assets: (assets / "vocab.json").write_text("{}"),
-    "vocab.json: is not in the manifest": lambda assets: link_out(assets / "vocab.json"),
+    "vocab.json: is a link": lambda assets: link_out(assets / "vocab.json"),
     "tokenizer.json: is a link": lambda assets: link_out(assets / "tokenizer.json"),
 }
 
@@ -225,7 +225,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], int]] = {
     "is no safetensors file of this folder": (lambda m: index_out(m, "../model/x.safetensors"), 6),
     "puts model.norm.weight in '/etc/hosts'": (lambda m: index_out(m, "/etc/hosts"), 6),
     "puts model.norm.weight in 'config.json'": (lambda m: index_out(m, "config.json"), 6),
-    "in I64, and weights are read in F32": (
+    "in I64, and it is read in F32": (
         lambda m: edit_tensors(m, model__norm__weight=lambda tensor: tensor.long()), 2
     ),
     "model.safetensors is damaged": (

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from roll_sft.base.errors import CheckpointError, DataError
-from roll_sft.runtime.worker import RankError, WorkerAddress, _fault_of, device_index
+from roll_sft.runtime import rank_faults
+from roll_sft.runtime.worker import RankError, WorkerAddress, device_index
 
 ADDRESS = WorkerAddress(3, host="gpu-7", ip="10.0.0.7", node_id="ab12", pid=4711)
 
@@ -14,7 +15,7 @@ def fault_of(error):
     try:
         raise error
     except Exception as raised:  # noqa: BLE001 -- any kind is described
-        return _fault_of(raised, ADDRESS, phase="step 12")
+        return rank_faults.fault_of(raised, ADDRESS, phase="step 12")
 
 
 @pytest.mark.parametrize(
