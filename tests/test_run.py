@@ -195,7 +195,7 @@ def served(folder: Path) -> Iterator[int]:
 
 def test_all_values_that_cannot_run_are_shown_at_once(door: Door) -> None:
     wrong = ["seed=-1", "model.dtype=fp8", "train.max_steps=0", "tracking.backends=[comet]"]
-    wrong += ["cluster.grace_s=1", "train.lr=1"]
+    wrong += ["moe.dispatcher=flex", "train.lr=1"]
     outcome = door(*wrong, "model.path=m", "data.train=[{path: a}]")
     refused(outcome, 2)
     shown = {line.partition(":")[0] for line in outcome.stderr.splitlines()}
