@@ -30,7 +30,7 @@ AUDITING := $(VENV)/.audit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-long test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,9 @@ parity: $(TOOLS) ## the loss on every parallel layout against one process
 	$(BIN)/python -m pytest -q tests/engine/test_validation.py --all-layouts
 	$(BIN)/python -m pytest -q tests/engine/test_generation.py --all-layouts
 	$(BIN)/python -m pytest -q tests/test_killed.py -k adapters --all-layouts
+
+test-long: $(TOOLS) ## what the suite has no time for: stops, restarts and bad numbers in real runs
+	$(BIN)/python -m pytest -q tests -m long --all-layouts $(ARGS)
 
 examples: $(TOOLS) ## the examples and the notebook, from an installed copy
 	$(BIN)/python -m pytest -q tests/test_installed.py --all-layouts

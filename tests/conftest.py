@@ -62,8 +62,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
     return Lanes(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The lanes first where tests run side by side, since these last longest."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `make test-long` runs. The lanes come first, since these last longest."""
+    if not config.getoption("--all-layouts"):
+        long = [each for each in items if each.get_closest_marker("long") is not None]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [each for each in items if each.get_closest_marker("long") is None]
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: lane_of(item.nodeid))
 

@@ -134,6 +134,7 @@ def test_the_lines_of_the_readme_run_and_leave_the_process_as_it_was(
     assert (folder / "hf" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_a_found_ray_serves_a_thread_and_a_loop_and_stays(site: Path, place: Path) -> None:
     found = json.loads(output_of(f"{IN_FOUND_RAY}{TELL}", site, place)[-1])
     assert found["is_up"]

@@ -100,6 +100,7 @@ def test_a_run_whose_workers_are_killed_ends_as_an_undisturbed_one(
     ]
 
 
+@pytest.mark.long
 def test_a_step_that_fails_three_times_ends_the_run(
     start: Start, light: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_step_that_fails_three_times_ends_the_run(
     assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_a_restart_goes_back_to_the_step_that_resume_names_before_it_has_begun_and_not_after(
     start: Start, light: None, tmp_path: Path
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_restart_goes_back_to_the_step_that_resume_names_before_it_has_begun_a
     assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_ranks_that_are_stopped_are_found_and_the_run_goes_on(
     start: Start, light: None, tmp_path: Path
 ) -> None:
@@ -141,6 +144,7 @@ def test_ranks_that_are_stopped_are_found_and_the_run_goes_on(
     assert [line["step"] for line in lines_of(output / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_without_a_checkpoint_a_restart_begins_anew(
     start: Start, light: None, tmp_path: Path
 ) -> None:
