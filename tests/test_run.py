@@ -53,7 +53,7 @@ def test_a_refusal_does_not_wait_for_the_heavy_libraries(tmp_path: Path) -> None
     ("given", "parts"),
     [
         (["model.pth=x"], ["model.pth: no such key; did you mean `model.path`?"]),
-        (["--config-name", "nope"], ["no configuration 'nope'", "base, demo, llama70b"]),
+        (["--config-name", "nope"], ["no configuration 'nope'", "base, demo, glm_4_5_air_sft"]),
         (["train.max_steps=abc"], ["train.max_steps: 'abc' is not an integer or null"]),
         (["--config-name", "dmeo"], ["no configuration 'dmeo'; did you mean 'demo'?"]),
         (["--config-name=qwen7b_sft", "train=nope"], ["'train/nope'", "full_finetune"]),
