@@ -111,7 +111,6 @@ def _one_rank(rank: int, world: int, store: Path, seconds: float) -> float:
     buffer = torch.ones(_SUMMED_BYTES[device.type] // 4, device=device)
     for _ in range(2):
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
-    rounds = torch.tensor(0.0)
     started = time.perf_counter()
     dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
     if is_cuda:

@@ -267,25 +267,16 @@ def _rows(draft: Draft, given: Given, gpus: int | None) -> None:
     accumulated, whole = given.take("gradient_accumulation_steps"), given.take("batch_size")
     if accumulated is None and whole is not None:
         accumulated = int(whole) // each
-    ranks = meanings.data_parallel(draft, given, gpus)
-    accumulated = int(accumulated or 1)
-    meanings.batch(
-        draft,
-        each * accumulated * ranks,
-        f"{each} per device x {accumulated} accumulated x {ranks} data-parallel",
-        packed=bool(draft.value("data.packing")),
-        micro_rows=each,
-    )
+    counts = each, int(accumulated or 1)
+    meanings.rows_by_device(draft, given, counts, gpus, packed=bool(draft.value("data.packing")))
 
 
 def _adapters(draft: Draft, given: Given) -> None:
     kind = given.take("adapter")
     names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear")
     if kind in OFF:
-        for name in (*names, "lora_modules_to_save", "peft_use_rslora", "load_in_4bit"):
-            if name in given:
-                given.take(name)
-                draft.not_needed[name] = "no adapter is set"
+        more = ("lora_modules_to_save", "peft_use_rslora", "load_in_4bit")
+        meanings.leave(draft, given, (*names, *more), "no adapter is set")
         return
     if kind not in ("lora", "qlora"):
         draft.cannot("adapter", kind, "lora and qlora alone")

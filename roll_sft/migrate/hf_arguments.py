@@ -61,8 +61,8 @@ UNSUPPORTED = {
 }
 
 
-def training(draft: Draft, given: Given, *, rate: float, micro: int) -> None:
-    """Optimizer, schedule, length and saves; `rate` and `micro` are their defaults."""
+def training(draft: Draft, given: Given, *, rate: float) -> None:
+    """Optimizer, schedule, length and saves; `rate` is their default."""
     meanings.learning_rate(draft, given, "learning_rate", default=rate)
     draft.copy(
         given,
@@ -117,16 +117,14 @@ def _push(draft: Draft, given: Given) -> None:
 
 def rows(draft: Draft, given: Given, *, micro: int, gpus: int | None, packed: bool) -> None:
     """The batch, from what each GPU takes at once; `micro` is their default of that."""
+    counts = device_rows(given, micro)
+    meanings.rows_by_device(draft, given, counts, gpus, packed=packed)
+
+
+def device_rows(given: Given, micro: int) -> tuple[int, int]:
+    """Rows of a device at once, `micro` by default, and how often they are accumulated."""
     each = int(given.number("per_device_train_batch_size", default=micro))
-    accumulated = int(given.number("gradient_accumulation_steps", default=1))
-    ranks = meanings.data_parallel(draft, given, gpus)
-    meanings.batch(
-        draft,
-        each * accumulated * ranks,
-        f"{each} per device x {accumulated} accumulated x {ranks} data-parallel",
-        packed=packed,
-        micro_rows=each,
-    )
+    return each, int(given.number("gradient_accumulation_steps", default=1))
 
 
 def _scheduler_kwargs(draft: Draft, given: Given) -> None:
@@ -146,7 +144,14 @@ def _scheduler_kwargs(draft: Draft, given: Given) -> None:
 
 def _intervals(draft: Draft, given: Given) -> None:
     """When to evaluate and when to save."""
-    _interval(draft, given, "save_strategy", "save_steps", "train.save_steps", default=500)
+    kind = given.take("save_strategy", default="steps")
+    count = given.take("save_steps", default=500)
+    if kind in ("no", False):  # YAML reads no as false
+        draft.set("checkpoint.save", False, "save_strategy: no")
+    elif kind == "steps":
+        _steps(draft, "train.save_steps", "save_steps", count)
+    else:
+        draft.cannot("save_strategy", kind, "set train.save_steps to the steps of an epoch")
     if draft.lines.get("train.save_steps", (None, ""))[0] is not None:
         draft.set("train.save_minutes", None, "saves are by steps there")
     strategy = given.take("eval_strategy", "evaluation_strategy", default="no")
@@ -163,18 +168,6 @@ def _intervals(draft: Draft, given: Given) -> None:
         )
     elif is_best:
         draft.cannot("metric_for_best_model", metric, "the best checkpoint is told by its loss")
-
-
-def _interval(
-    draft: Draft, given: Given, strategy: str, steps: str, ours: str, *, default: int
-) -> None:
-    kind, count = given.take(strategy, default="steps"), given.take(steps, default=default)
-    if kind in ("no", False):  # YAML reads no as false
-        draft.set("checkpoint.save", False, f"{strategy}: no")
-    elif kind == "steps":
-        _steps(draft, ours, steps, count)
-    else:
-        draft.cannot(strategy, kind, f"set {ours} to the steps of an epoch")
 
 
 def _steps(draft: Draft, ours: str, name: str, count: Any) -> None:

@@ -126,7 +126,7 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     if given.take("pure_bf16"):
         draft.set("model.dtype", "bf16", "pure_bf16: true; master weights are fp32 here")
     meanings.attention(draft, given, "flash_attn")
-    hf_arguments.training(draft, given, rate=5e-5, micro=8)
+    hf_arguments.training(draft, given, rate=5e-5)
     is_off = given.take("disable_gradient_checkpointing", default=False)
     draft.set(
         "train.recompute",
@@ -201,10 +201,7 @@ def _adapters(draft: Draft, given: Given) -> None:
     if kind != "lora":
         if kind != "full":
             draft.cannot("finetuning_type", kind, "full or lora; train.freeze leaves modules out")
-        for name in (*names, "use_rslora"):
-            if name in given:
-                given.take(name)
-                draft.not_needed[name] = f"finetuning_type is {kind}"
+        meanings.leave(draft, given, (*names, "use_rslora"), f"finetuning_type is {kind}")
         return
     rank = int(given.values.get("lora_rank") or 8)
     meanings.adapters(

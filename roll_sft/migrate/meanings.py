@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ _ATTENTION = {
     "flash_3": "fa3",
     "sdpa": "sdpa",
     "torch": "sdpa",
+}
+# Fused projections of Megatron-Core -> Hugging Face's.
+_FUSED_MODULES = {
+    "linear_qkv": ["q_proj", "k_proj", "v_proj"],
+    "linear_proj": ["o_proj"],
+    "linear_fc1": ["gate_proj", "up_proj"],
+    "linear_fc2": ["down_proj"],
 }
 OPTIMIZERS = ("adamw", "adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "AdamW", "Adam")
 _SECRET = re.compile(r"(^|[._])(api_?key|key|token|hub_token|password|secret|passwd)$", re.I)
@@ -179,6 +187,21 @@ def trackers(draft: Draft, given: Given, *names: str, default: list[str]) -> Non
     draft.set("tracking.backends", ours, origin)
 
 
+def world_of_file(draft: Draft, gpus: int | None, count: int | None, origin: str) -> None:
+    """The GPUs where the file says `count` of them; those of the command line win."""
+    if gpus is not None:
+        draft.set("parallel.num_workers", gpus, "--gpus")
+    elif count:
+        draft.set("parallel.num_workers", count, origin)
+
+
+def nodes_of_file(draft: Draft, given: Given, gpus: int | None, *, each: str, nodes: str) -> None:
+    """The GPUs where the file has a number of nodes and of GPUs on `each`."""
+    count, number = given.number(each), int(given.number(nodes, default=1))
+    world_of_file(draft, gpus, count and int(count) * number, f"{number} nodes x {count} GPUs")
+    world_size(draft, given, gpus)
+
+
 def world_size(draft: Draft, given: Given, gpus: int | None) -> int:
     """The GPUs that train: of the command line, the launcher or the file.
 
@@ -257,6 +280,43 @@ def batch(
     draft.batch = Batch(rows, length if packed else None, drops_last)
 
 
+def rows_by_device(
+    draft: Draft,
+    given: Given,
+    counts: tuple[int, int],
+    gpus: int | None,
+    *,
+    packed: bool = False,
+    drops_last: bool = False,
+) -> None:
+    """The batch where it is counted for each device; `counts`: rows at once, accumulated."""
+    each, accumulated = counts
+    ranks = data_parallel(draft, given, gpus)
+    batch(
+        draft,
+        each * accumulated * ranks,
+        f"{each} per device x {accumulated} accumulated x {ranks} data-parallel",
+        packed=packed,
+        micro_rows=each,
+        drops_last=drops_last,
+    )
+
+
+def betas(draft: Draft, given: Given, *names: str, default: tuple[float, float]) -> None:
+    """AdamW's two decays, which are one key there."""
+    pair = given.take(*names, default=list(default))
+    for key, value in zip(("train.adam_beta1", "train.adam_beta2"), pair, strict=True):
+        draft.set(key, float(value), f"betas: {pair}")
+
+
+def leave(draft: Draft, given: Given, names: Sequence[str], why: str) -> None:
+    """Keys that say nothing where a switch is off."""
+    for name in names:
+        if name in given:
+            given.take(name)
+            draft.not_needed[name] = why
+
+
 def gpus_of_mapping(text: str) -> int | None:
     """Devices of ROLL's `list(range(0,8))` or `[0, 1]`, read and not evaluated."""
     numbers = [int(each) for each in re.findall(r"\d+", text)]
@@ -308,16 +368,18 @@ def adapters(draft: Draft, given: Given, **names: tuple[str, Any]) -> None:
         if value is None:
             continue
         if ours in ("target_modules", "modules_to_save"):
-            value = _modules(value)
+            value = modules(value)
         origin = f"{theirs}: {shown_value(value)}"
         draft.set(
             f"lora.{ours}", value, origin if is_given else f"{draft.rival}'s default of {theirs}"
         )
 
 
-def _modules(value: Any) -> list[str]:
+def modules(value: Any) -> list[str]:
+    """Projections by Hugging Face's names, of a text with commas or a list of names."""
     listed = re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else list(value)
-    return ["all-linear" if each in ("all", "all-linear") else str(each) for each in listed]
+    named = ["all-linear" if each in ("all", "all-linear") else str(each) for each in listed]
+    return [ours for each in named for ours in _FUSED_MODULES.get(each, [each])]
 
 
 def _number(value: Any, default: int) -> int:

@@ -218,10 +218,9 @@ def _layout(draft: Draft, given: Given, gpus: int | None, *, is_megatron: bool) 
     if draft.value("parallel.tensor_model_parallel_size") == 1:
         draft.lines.pop("parallel.sequence_parallel", None)
     _leave(draft, given, _D if is_megatron else _M)
-    each, nodes = given.take("cluster.gpus_per_node"), given.take("cluster.num_nodes", default=1)
-    if gpus is None and each is not None:
-        draft.set("parallel.num_workers", int(each) * int(nodes), f"{nodes} nodes x {each} GPUs")
-    meanings.world_size(draft, given, gpus)
+    meanings.nodes_of_file(
+        draft, given, gpus, each="cluster.gpus_per_node", nodes="cluster.num_nodes"
+    )
 
 
 def _leave(draft: Draft, given: Given, section: str) -> None:
@@ -245,10 +244,8 @@ def _optimizer(draft: Draft, given: Given, *, is_megatron: bool) -> None:
         },
         {"train.weight_decay": 0.1, "train.adam_eps": 1e-5},
     )
-    betas = given.take(f"{section}betas", default=[0.9, 0.98])
     if "train.adam_beta1" not in draft.lines:
-        draft.set("train.adam_beta1", float(betas[0]), f"betas: {betas}")
-        draft.set("train.adam_beta2", float(betas[1]), f"betas: {betas}")
+        meanings.betas(draft, given, f"{section}betas", default=(0.9, 0.98))
     names = (f"{section}clip_grad",) if is_megatron else ()
     meanings.clip(draft, given, *names, "policy.max_grad_norm")
     name = given.take("policy.optimizer.name")
@@ -316,15 +313,8 @@ def _lora(draft: Draft, given: Given, section: str) -> None:
         alpha=(f"{section}alpha", 32),
         dropout=(f"{section}dropout", None),
     )
-    modules = given.take(f"{section}target_modules", default=[])
-    wide = {
-        "linear_qkv": ["q_proj", "k_proj", "v_proj"],
-        "linear_proj": ["o_proj"],
-        "linear_fc1": ["gate_proj", "up_proj"],
-        "linear_fc2": ["down_proj"],
-    }
-    named = [ours for each in modules or [] for ours in wide.get(each, [str(each)])]
-    draft.set("lora.target_modules", named or ["all-linear"], f"{section}target_modules")
+    modules = given.take(f"{section}target_modules") or ["all-linear"]
+    draft.set("lora.target_modules", meanings.modules(modules), f"{section}target_modules")
 
 
 def _trackers(draft: Draft, given: Given) -> None:

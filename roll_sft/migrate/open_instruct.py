@@ -5,7 +5,7 @@ https://allenai.github.io/open-instruct/
 
 from typing import Any
 
-from roll_sft.migrate import meanings
+from roll_sft.migrate import hf_arguments, meanings
 from roll_sft.migrate.draft import OFF, Draft
 from roll_sft.migrate.given import Given
 
@@ -186,25 +186,15 @@ def _training(draft: Draft, given: Given, gpus: int | None, *, is_olmo: bool) ->
         draft.cannot("checkpointing_steps", steps, "set train.save_steps to the steps of an epoch")
     elif steps is not None:
         draft.set("train.save_steps", int(steps), f"checkpointing_steps: {steps}")
-    each = int(given.number("per_device_train_batch_size", default=8))
-    accumulated = int(given.number("gradient_accumulation_steps", default=1))
-    ranks = meanings.data_parallel(draft, given, gpus)
-    meanings.batch(
-        draft,
-        each * accumulated * ranks,
-        f"{each} per device x {accumulated} accumulated x {ranks} data-parallel",
-        packed=is_olmo,
-        micro_rows=each,
-    )
+    counts = hf_arguments.device_rows(given, 8)
+    meanings.rows_by_device(draft, given, counts, gpus, packed=is_olmo)
 
 
 def _lora(draft: Draft, given: Given) -> None:
     is_quantized = given.take("use_qlora") not in OFF
     if given.take("use_lora") in OFF and not is_quantized:
-        for name in ("lora_rank", "lora_alpha", "lora_dropout"):
-            if name in given:
-                given.take(name)
-                draft.not_needed[name] = "use_lora is not set"
+        names = ("lora_rank", "lora_alpha", "lora_dropout")
+        meanings.leave(draft, given, names, "use_lora is not set")
         return
     meanings.adapters(
         draft,

@@ -148,9 +148,7 @@ def _sources(draft: Draft, given: Given) -> None:
 
 def _training(draft: Draft, given: Given, gpus: int | None) -> None:
     meanings.learning_rate(draft, given, "adam.lr", "learning_rate", default=5e-6)
-    betas = given.take("adam.betas", "adam_betas", default=[0.9, 0.95])
-    draft.set("train.adam_beta1", float(betas[0]), f"betas: {betas}")
-    draft.set("train.adam_beta2", float(betas[1]), f"betas: {betas}")
+    meanings.betas(draft, given, "adam.betas", "adam_betas", default=(0.9, 0.95))
     meanings.clip(draft, given, "max_norm")
     meanings.optimizer(draft, given, "optim")
     meanings.schedule(draft, given, "lr_scheduler", default="cosine_with_min_lr")

@@ -39,7 +39,7 @@ def as_yaml(draft: Draft, source: Path) -> str:
         for depth in range(shared, len(sections)):
             lines += [*([""] if depth == 0 else []), f"{'  ' * depth}{sections[depth]}:"]
         before = sections
-        lines += _entry("  " * len(sections), name, value, _comment(origin))
+        lines += _entry("  " * len(sections), name, value, " ".join(origin.split()))
     return "\n".join([*lines, "", *(f"# {line}" for line in report_lines(draft))])
 
 
@@ -56,10 +56,6 @@ def _flow(value: Any) -> str:
     text = text.removesuffix("\n").removesuffix("\n...")
     # YAML 1.1 reads 1e-05 as text.
     return f"{value:.1e}" if isinstance(value, float) and text.startswith("1e") else text
-
-
-def _comment(origin: str) -> str:
-    return " ".join(origin.split())
 
 
 def report_lines(draft: Draft) -> Iterator[str]:

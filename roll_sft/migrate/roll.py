@@ -153,12 +153,9 @@ def _layout(draft: Draft, given: Given, gpus: int | None) -> None:
     if draft.value("parallel.tensor_model_parallel_size") == 1:
         draft.lines.pop("parallel.sequence_parallel", None)
     mapping = given.take("sft_train.device_mapping")
-    if mapping is not None and gpus is None:
-        count = (
-            len(mapping) if isinstance(mapping, list) else meanings.gpus_of_mapping(str(mapping))
-        )
-        if count:
-            draft.set("parallel.num_workers", count, f"device_mapping: {mapping}")
+    is_list = isinstance(mapping, list)
+    count = len(mapping) if is_list else meanings.gpus_of_mapping(str(mapping))
+    meanings.world_of_file(draft, gpus, count, f"device_mapping: {mapping}")
 
 
 def _training(draft: Draft, given: Given) -> None:
@@ -187,14 +184,7 @@ def _training(draft: Draft, given: Given) -> None:
     )
     each = int(given.number(f"{_A}per_device_train_batch_size", default=8))
     accumulated = int(given.number(f"{_A}gradient_accumulation_steps", default=1))
-    ranks = meanings.data_parallel(draft, given, None)
-    meanings.batch(
-        draft,
-        each * accumulated * ranks,
-        f"{each} per device x {accumulated} accumulated x {ranks} data-parallel",
-        micro_rows=1 if packing and tokens else each,
-        drops_last=True,
-    )
+    meanings.rows_by_device(draft, given, (each, accumulated), None, drops_last=True)
     if packing and tokens:
         draft.set("train.micro_batch_tokens", int(tokens), f"packs of {tokens} tokens")
     if given.take(f"{_A}save_hf_model") not in OFF:
@@ -202,12 +192,9 @@ def _training(draft: Draft, given: Given) -> None:
 
 
 def _lora(draft: Draft, given: Given) -> None:
-    names = ("lora_rank", "lora_alpha", "lora_dropout")
     if f"{_M}lora_target" not in given:
-        for name in names:
-            if f"{_M}{name}" in given:
-                given.take(f"{_M}{name}")
-                draft.not_needed[f"{_M}{name}"] = "lora_target is not set"
+        names = (f"{_M}lora_rank", f"{_M}lora_alpha", f"{_M}lora_dropout")
+        meanings.leave(draft, given, names, "lora_target is not set")
         return
     rank = int(given.values.get(f"{_M}lora_rank") or 8)
     meanings.adapters(

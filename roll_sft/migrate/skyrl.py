@@ -70,11 +70,8 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     meanings.schedule(draft, given, "optimizer_config.scheduler", default="constant_with_warmup")
     meanings.max_steps(draft, given, "num_steps")
     meanings.epochs(draft, given, "num_epochs", default=1)
-    each = given.take("placement.num_gpus_per_node")
-    nodes = given.take("placement.num_nodes", default=1)
-    if gpus is None and each is not None:
-        draft.set("parallel.num_workers", int(each) * int(nodes), f"{nodes} nodes x {each} GPUs")
-    meanings.world_size(draft, given, gpus)
+    names = {"each": "placement.num_gpus_per_node", "nodes": "placement.num_nodes"}
+    meanings.nodes_of_file(draft, given, gpus, **names)
     meanings.batch(
         draft,
         int(given.number("batch_size", default=4)),

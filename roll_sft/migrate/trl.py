@@ -73,7 +73,7 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     strategy = given.take("packing_strategy", default="bfd")
     if draft.value("data.packing") and strategy != "bfd":
         draft.cannot("packing_strategy", strategy, "samples are packed whole, as bfd does")
-    hf_arguments.training(draft, given, rate=2e-5, micro=8)
+    hf_arguments.training(draft, given, rate=2e-5)
     meanings.recompute(
         draft, given, "gradient_checkpointing", "activation_checkpointing", default=True
     )
@@ -143,10 +143,8 @@ def _supervised(draft: Draft, given: Given) -> None:
 def _lora(draft: Draft, given: Given) -> None:
     names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
     if given.take("use_peft") in OFF:
-        for name in (*names, "use_rslora", "load_in_4bit", "bnb_4bit_quant_type"):
-            if name in given:
-                given.take(name)
-                draft.not_needed[name] = "use_peft is not set"
+        more = ("use_rslora", "load_in_4bit", "bnb_4bit_quant_type")
+        meanings.leave(draft, given, (*names, *more), "use_peft is not set")
         return
     meanings.adapters(
         draft,

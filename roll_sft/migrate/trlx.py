@@ -62,9 +62,7 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     if "adam" not in str(name).lower() or "8bit" in str(name):
         draft.cannot("optimizer.name", name, "AdamW with fp32 states is the only optimizer here")
     meanings.learning_rate(draft, given, "optimizer.kwargs.lr", default=1e-4)
-    betas = given.take("optimizer.kwargs.betas", default=[0.9, 0.999])
-    draft.set("train.adam_beta1", float(betas[0]), f"betas: {betas}")
-    draft.set("train.adam_beta2", float(betas[1]), f"betas: {betas}")
+    meanings.betas(draft, given, "optimizer.kwargs.betas", default=(0.9, 0.999))
     draft.set("train.max_grad_norm", 0.0, "trlX does not clip gradients")
     _schedule(draft, given)
     meanings.epochs(draft, given, "train.epochs", default=1)

@@ -73,12 +73,6 @@ UNSUPPORTED = {
     "trainer.profile_interval": "steps.jsonl has times and memory",
     "profiler*": "steps.jsonl has times and memory",
 }
-_MODULES = {
-    "linear_qkv": ["q_proj", "k_proj", "v_proj"],
-    "linear_proj": ["o_proj"],
-    "linear_fc1": ["gate_proj", "up_proj"],
-    "linear_fc2": ["down_proj"],
-}
 
 
 def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
@@ -113,7 +107,9 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
         draft.lines.pop("parallel.sequence_parallel", None)
     _sources(draft, given)
     meanings.dtype(draft, given, "engine.dtype", default="bfloat16")
-    _world(draft, given, gpus)
+    meanings.nodes_of_file(
+        draft, given, gpus, each="trainer.n_gpus_per_node", nodes="trainer.nnodes"
+    )
     _training(draft, given)
     _lora(draft, given)
     meanings.trackers(draft, given, "trainer.logger", default=["console"])
@@ -156,19 +152,9 @@ def _sources(draft: Draft, given: Given) -> None:
     draft.set("data.packing", mode == "no_padding", f"pad_mode: {mode}")
 
 
-def _world(draft: Draft, given: Given, gpus: int | None) -> None:
-    nodes, each = given.take("trainer.nnodes"), given.take("trainer.n_gpus_per_node")
-    if gpus is None and each is not None:
-        world = int(nodes or 1) * int(each)
-        draft.set("parallel.num_workers", world, f"{nodes or 1} nodes x {each} GPUs")
-    meanings.world_size(draft, given, gpus)
-
-
 def _training(draft: Draft, given: Given) -> None:
     meanings.learning_rate(draft, given, "optim.lr", default=1e-3)
-    betas = given.take("optim.betas", default=[0.9, 0.999])
-    draft.set("train.adam_beta1", float(betas[0]), f"betas: {betas}")
-    draft.set("train.adam_beta2", float(betas[1]), f"betas: {betas}")
+    meanings.betas(draft, given, "optim.betas", default=(0.9, 0.999))
     meanings.clip(draft, given, "optim.clip_grad")
     kind = given.take("optim.optimizer")
     if kind is not None and not str(kind).lower().startswith("adam"):
@@ -241,6 +227,3 @@ def _lora(draft: Draft, given: Given) -> None:
         dropout=("model.lora.dropout", None),
         target_modules=(f"{section}target_modules", "all-linear"),
     )
-    modules, origin = draft.lines["lora.target_modules"]
-    named = [ours for each in modules for ours in _MODULES.get(each, [each])]
-    draft.set("lora.target_modules", named, origin)

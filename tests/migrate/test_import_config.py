@@ -364,6 +364,12 @@ def test_every_key_is_accounted_for(name: str, folder: Path) -> None:
         assert not draft.unknown
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_the_gpus_of_the_command_line_win_over_those_of_the_file(name: str, folder: Path) -> None:
+    draft = command.imported(folder / name, gpus=16)
+    assert draft.lines["parallel.num_workers"] == (16, "--gpus")
+
+
 def test_what_cannot_be_mapped_says_what_to_do(folder: Path) -> None:
     draft = command.imported(folder / "trl.yaml", gpus=8)
     assert draft.unknown == ["foo_bar: 3"]
