@@ -57,15 +57,6 @@ def settings(monkeypatch):
     monkeypatch.setattr(recorder, "CLOSE_TIMEOUT_AFTER_FAILURE_S", 30.0)
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """A database with all tables, which take seconds to make."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    path.touch()
-    mlflow_run._make_tables(path, mlflow_run._import_client())
-    return path
-
-
 @pytest.fixture
 def outputs(tmp_path, empty_database):
     """A folder of runs whose database is made."""

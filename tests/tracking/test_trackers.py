@@ -16,7 +16,7 @@ from roll_sft import cli
 from roll_sft.base.errors import ConfigError
 from roll_sft.checkpoint.resume import Start
 from roll_sft.config.build import build_config
-from roll_sft.tracking import mlflow_run, recorder, trackers
+from roll_sft.tracking import recorder, trackers
 from roll_sft.tracking.journal import DOCUMENTED_NAMES, STEP_NAMES
 from roll_sft.tracking.run_facts import DataInput, RunFacts
 from roll_sft.tracking.run_record import read_note
@@ -47,15 +47,6 @@ def settings(monkeypatch):
     monkeypatch.setattr(recorder, "CLOSE_TIMEOUT_S", 100.0)
     monkeypatch.setattr(recorder, "CLOSE_TIMEOUT_AFTER_FAILURE_S", 30.0)
     monkeypatch.setattr(trackers, "facts_of", lambda job: FACTS)
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """A database with all tables, which take seconds to make."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    path.touch()
-    mlflow_run._make_tables(path, mlflow_run._import_client())
-    return path
 
 
 @pytest.fixture
