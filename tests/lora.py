@@ -65,13 +65,14 @@ def check_vllm_loads(folder: Path) -> None:
 def lora_config(home: Path, adapter: Path | None, **sections: dict[str, Any]) -> RunConfig:
     """`parity_config` of 10 steps with the adapter in `adapter`.
 
-    Adam divides by the root of a gradient's square, so where a gradient is next to nothing its
-    rounding moves an adapter by a share of the learning rate; at 5e-4 by 5e-6.
+    Adam divides by the root of a gradient's square and `adam_eps`. The rounding of a gradient is
+    about 5e-9 here, and some true gradients are 5e-10: with an `adam_eps` of 1e-8 rounding alone
+    would decide half of such a number's first update, in peft as in the engine.
     """
     lora = {"rank": 4, "alpha": 8, **sections.pop("lora", {})}
     if adapter is not None:
         lora["adapter_path"] = str(adapter)
-    train = {"max_steps": 10, **sections.pop("train", {})}
+    train = {"max_steps": 10, "adam_eps": 1e-6, **sections.pop("train", {})}
     return parity.parity_config(home, lora=lora, train=train, **sections)
 
 
