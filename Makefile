@@ -30,7 +30,7 @@ AUDITING := $(VENV)/.audit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-long test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs-reference clean
+.PHONY: help install run test test-fast test-long test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs docs-reference clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -100,11 +100,16 @@ bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in be
 bench-page: $(RUNTIME) ## the tables of docs/performance.md, of what was kept
 	$(BIN)/python benchmarks/shared/page.py
 
-docs-reference: $(RUNTIME) ## docs/configuration.md, from the keys in roll_sft/config/schema.py
+docs: $(TOOLS) ## the documentation site, into site/; strict, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+docs-reference: $(RUNTIME) ## docs/configuration.md and docs/cli.md, from the keys and the commands
 	$(BIN)/python -m roll_sft.config.reference > docs/configuration.md
+	$(BIN)/python tools/cli_reference.py > docs/cli.md
 
 clean: ## remove what tools leave behind; keeps outputs/ and the virtual environment
-	rm -rf build dist roll_sft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site roll_sft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last thing `venv` writes, so an interrupted creation is begun again.
