@@ -1,8 +1,11 @@
 """The documentation: built strictly, generated pages up to date."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools import cli_reference
@@ -31,3 +34,37 @@ def test_the_site_builds_strictly_and_asks_no_other_host_for_anything(tmp_path: 
 def test_the_commands_are_those_of_the_parsers() -> None:
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert page == cli_reference.page(), "stale: run `make docs-reference`"
+
+
+def _text(node: ast.AST) -> str | None:
+    """The text that an expression gives, with NUL where a value stands; None if it gives none."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(each) or "\0" for each in node.values)
+    return None
+
+
+def _messages() -> Iterator[list[str]]:
+    """Every text of the program that may be a message, in the parts between its values."""
+    for path in sorted((ROOT / "roll_sft").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = (_text(node) or "").split("\0")
+            if sum(map(len, parts)) >= 12 and any(" " in each.strip() for each in parts):
+                yield parts
+
+
+def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^### (.*)\n\n```text\n(.*)\n```$", page, flags=re.MULTILINE)
+    assert len(entries) == page.count("\n### ") > 40
+    messages = list(_messages())
+    for title, line in entries:
+        assert any(title in part for parts in messages for part in parts), f"no message: {title}"
+        assert title in line
+        printed: set[int] = set()  # places in the line that a message of the source prints
+        for parts in messages:
+            if all(part in line for part in parts):
+                pattern = ".+?".join(map(re.escape, parts))
+                printed.update(*(range(*match.span()) for match in re.finditer(pattern, line)))
+        assert len(printed) > 0.6 * len(line), f"no message of the source prints: {line}"
