@@ -27,10 +27,11 @@ RUNTIME := $(VENV)/.runtime
 TOOLS := $(VENV)/.tools
 OLDER := $(VENV)/transformers4
 AUDITING := $(VENV)/.audit
+RELEASING := $(VENV)/.release
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-fast test-long test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs docs-reference clean
+.PHONY: help install run test test-fast test-long test-gpu fake-gpu check fmt parity fuzz soak audit mutate bench bench-gpu bench-page docs docs-reference release-check clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +93,9 @@ fake-gpu: $(if $(filter file,$(origin FAKE_GPU_PYTHON)),$(RUNTIME)) ## the engin
 audit: $(AUDITING) ## known vulnerabilities, secrets in the tree, licences; ARGS="--skip vulnerabilities" without a network
 	$(BIN)/python tools/audit.py $(ARGS)
 
+release-check: $(AUDITING) $(RELEASING) ## whether the tree can be released: version, changelog, wheel, docs, audit; ARGS="--skip clean"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python tools/release_check.py $(ARGS)
+
 bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in benchmarks/results; QUICK=1
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \
 		KEEP=1 $(BIN)/python $$benchmark || status=$$?; \
@@ -128,6 +132,11 @@ $(TOOLS): $(RUNTIME)
 # Only `make audit` needs it, and it brings twenty packages.
 $(AUDITING): $(TOOLS)
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) pip-audit==2.10.1
+	@touch $@
+
+# Only `make release-check` needs it, and it brings twenty packages.
+$(RELEASING): $(TOOLS)
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) build==1.6.1 twine==7.0.0
 	@touch $@
 
 # Without it one test says that it is skipped, so no failure here ends anything.

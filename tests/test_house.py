@@ -38,7 +38,10 @@ def test_pins_of_every_python_differ_in_megatron_core_only():
 def test_every_package_folder_is_declared():
     folders = [path.parent for path in (ROOT / "roll_sft").rglob("__init__.py")]
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"roll_sft.conf"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {
+        "roll_sft.cluster",
+        "roll_sft.conf",
+    }
 
 
 def test_every_name_of_the_architecture_is_in_the_file_beside_it():

@@ -8,15 +8,18 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
 
+import roll_sft
 from tests.doors import write_rows
 from tests.parity import write_model
-from tests.wheel import ROOT, unpacked_wheel
+from tests.wheel import ROOT, built_wheel, unpacked_wheel
+from tools import release_check
 
 pytestmark = pytest.mark.slow
 
@@ -112,11 +115,44 @@ def output_of(program: str, site: Path, place: Path, *arguments: str) -> list[st
     return done.stdout.splitlines()
 
 
-def test_wheel_holds_every_module_and_every_configuration_file(site: Path) -> None:
-    packed = {path.relative_to(site).as_posix() for path in site.rglob("*")}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "roll_sft").rglob("*.py")}
-    settings = {f"roll_sft/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert modules | settings <= packed
+def test_the_wheel_holds_what_a_user_needs_and_nothing_else(site: Path) -> None:
+    packed = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    wanted = set(release_check.resources())
+    assert {name for name in packed if ".dist-info/" not in name} == wanted
+    beginnings = {name.partition("/")[2].partition("/")[0] for name in wanted}
+    assert beginnings >= {"conf", "cluster", "data", "report"}
+
+
+@pytest.mark.long
+def test_the_demo_runs_from_the_wheel_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    wheel = built_wheel(tmp_path / "wheel")
+    place = tmp_path / "place"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    (packages,) = place.glob("lib/python3*/site-packages")
+    # The dependencies are those of this environment; roll_sft itself is not on that path.
+    (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    install = [sys.executable, "-m", "pip", "-qq", "--python", str(place / "bin" / "python")]
+    subprocess.run([*install, "install", "--no-deps", str(wheel)], check=True)
+    (place / "work").mkdir()
+
+    def command(*words: str) -> str:
+        known = {"HOME": str(place), "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+        done = subprocess.run(
+            [str(place / "bin" / "roll-sft"), *words],
+            cwd=place / "work",
+            env={name: each for name, each in os.environ.items() if name != "PYTHONPATH"} | known,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert command("--version") == f"roll-sft {roll_sft.__version__}\n"
+    command("train", "--config-name", "demo", "train.max_steps=3")
+    assert (place / "work" / "outputs" / "demo" / "hf" / "model.safetensors").is_file()
+    assert command("report", "outputs/demo")
+    assert "recipes/" in command("completion", "bash")
 
 
 def test_the_lines_of_the_readme_run_and_leave_the_process_as_it_was(
