@@ -34,9 +34,9 @@ from roll_sft.runtime import group as group_module
 from roll_sft.runtime.cluster import connected, reserved
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.runtime.worker import StoreAddress, Worker
-from roll_sft.train import driver
-from roll_sft.train.records import open_records
-from roll_sft.train.stop import Stop
+from roll_sft.training import driver
+from roll_sft.training.records import open_records
+from roll_sft.training.stop import Stop
 
 PAIRS = measures.pairs(9)
 ROUNDS = measures.size(150, quick=30)  # of each kind in a pair

@@ -27,8 +27,8 @@ from roll_sft.job.job import Job
 from roll_sft.run import be_quiet
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.tracking.trackers import tracked
-from roll_sft.train import driver
-from roll_sft.train.records import open_records
+from roll_sft.training import driver
+from roll_sft.training.records import open_records
 
 PAIRS = measures.pairs(7)
 TRACKERS = ["mlflow", "tensorboard", "wandb"]

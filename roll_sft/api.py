@@ -32,7 +32,7 @@ from roll_sft.demo import demo
 from roll_sft.python_api import samples as given_samples
 from roll_sft.python_api.guest import as_guest, log_shown
 from roll_sft.python_api.result import Result
-from roll_sft.train.run_folder import output_folder
+from roll_sft.training.run_folder import output_folder
 
 __all__ = ["Result", "RunConfig", "load_config", "train"]
 

@@ -41,7 +41,7 @@ from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
 from roll_sft.demo import demo
 from roll_sft.signals import noted_signals
-from roll_sft.train.run_folder import output_folder
+from roll_sft.training.run_folder import output_folder
 
 # No telemetry unless the user asks for it by name.
 QUIET = {

@@ -17,7 +17,7 @@ from types import FrameType
 from roll_sft.base.errors import PreemptedError
 from roll_sft.base.text import printable
 from roll_sft.config.schema import RunConfig
-from roll_sft.train.stop import Stop
+from roll_sft.training.stop import Stop
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # `timeout` signals its child and then the group of its child, systemd sends SIGHUP with SIGTERM:

@@ -20,9 +20,9 @@ from roll_sft.job.job import Job
 from roll_sft.job.prepared import read_prepared
 from roll_sft.preparing import preparing
 from roll_sft.signals import interruption_named, stoppable
-from roll_sft.train import run_folder
-from roll_sft.train.stop import Command, Stop, kept
-from roll_sft.train.terminal import StartUp
+from roll_sft.training import run_folder
+from roll_sft.training.stop import Command, Stop, kept
+from roll_sft.training.terminal import StartUp
 
 if TYPE_CHECKING:
     from roll_sft.tracking.recorder import Recorder
@@ -95,8 +95,8 @@ def _run(config: RunConfig, folder: Path, command: Command) -> None:
             started = cluster.enter_context(starting(config, as_guest=command.as_guest))
             from roll_sft.job.overview import show_job
             from roll_sft.report.starts import reported
-            from roll_sft.train.driver import train_from
-            from roll_sft.train.summary import show_summary
+            from roll_sft.training.driver import train_from
+            from roll_sft.training.summary import show_summary
 
             clock.passed("imports")
             _check_ahead(config)
@@ -201,7 +201,7 @@ def _why_finished(start: Start, job: Job, folder: Path) -> str | None:
         return f"has all {start.step} steps of this run"
     if job.config.train.early_stopping is None or start.step == 0:
         return None
-    from roll_sft.train.early_stopping import why_stopped
+    from roll_sft.training.early_stopping import why_stopped
 
     return why_stopped(job.config, folder, step=start.step)
 
@@ -215,7 +215,7 @@ def _is_exported(folder: Path, config: RunConfig) -> bool:
 def _checkpoint_to_export(config: RunConfig, folder: Path, start: Start) -> Path | None:
     """The last checkpoint, or the best of a run that may stop early and keeps it."""
     if config.train.early_stopping is not None:
-        from roll_sft.train.early_stopping import checkpoint_to_export
+        from roll_sft.training.early_stopping import checkpoint_to_export
 
         if (best := checkpoint_to_export(config, folder)) is not None:
             return best

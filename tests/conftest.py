@@ -34,8 +34,8 @@ LANES = (
     (
         "tests/runtime/",
         "tests/test_cluster.py",
-        "tests/train/test_driver.py",
-        "tests/train/test_restarts.py",
+        "tests/training/test_driver.py",
+        "tests/training/test_restarts.py",
         "tests/test_killed.py",
     ),
     ("tests/engine/", "tests/parity/"),

@@ -28,7 +28,7 @@ from roll_sft.data.steps.plan import StepPlan
 from roll_sft.engine.engine import Engine
 from roll_sft.job.job import Job
 from roll_sft.report import starts
-from roll_sft.train import driver, stop
+from roll_sft.training import driver, stop
 from tests.doors import prepares_here
 from tests.pool import RankPool
 

@@ -20,7 +20,7 @@ from tests.test_floors import ROOT, imported_modules, module_path, parsed
 
 assets, arguments = doors.assets, doors.arguments
 
-TRAIN = ("roll_sft/train/driver.py", "roll_sft/engine/engine.py", "roll_sft/models/qwen.py")
+TRAIN = ("roll_sft/training/driver.py", "roll_sft/engine/engine.py", "roll_sft/models/qwen.py")
 PREPARE = ("roll_sft/preparing.py",)
 MODEL = ("roll_sft/job/model.py", "roll_sft/models/qwen.py")
 MOST = {TRAIN: (48, 9_000), PREPARE: (30, 5_000), MODEL: (20, 2_550)}  # modules, lines
@@ -143,14 +143,14 @@ BY_NEED = {
     "roll_sft/runtime/joining.py": "a cluster that others started",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/runtime/store_gate.py": "ranks on several nodes",
-    "roll_sft/train/evaluations.py": "a validation set",
-    "roll_sft/train/generations.py": "evaluation.prompts",
-    "roll_sft/train/early_stopping.py": "train.early_stopping",
-    "roll_sft/train/supervisor.py": "workers that fail",
-    "roll_sft/train/notebook.py": "a run in a notebook",
-    "roll_sft/train/bad_steps.py": "numbers that are not finite, and spikes",
-    "roll_sft/train/preempted.py": "a run that is asked to end",
-    "roll_sft/train/stop.py": "a run that is asked to end",
+    "roll_sft/training/evaluations.py": "a validation set",
+    "roll_sft/training/generations.py": "evaluation.prompts",
+    "roll_sft/training/early_stopping.py": "train.early_stopping",
+    "roll_sft/training/supervisor.py": "workers that fail",
+    "roll_sft/training/notebook.py": "a run in a notebook",
+    "roll_sft/training/bad_steps.py": "numbers that are not finite, and spikes",
+    "roll_sft/training/preempted.py": "a run that is asked to end",
+    "roll_sft/training/stop.py": "a run that is asked to end",
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,
@@ -167,8 +167,8 @@ ALLOWED = (
     "roll_sft/data/chat/fast/",
     "roll_sft/engine/cpu_backend.py",
     # These watch a run: one that nobody stops, and whose numbers are sound, is the same without.
-    "roll_sft/train/bad_steps.py",
-    "roll_sft/train/stop.py",
+    "roll_sft/training/bad_steps.py",
+    "roll_sft/training/stop.py",
 )
 
 # Notes every module of ours that a process imports, in a file of its own.
@@ -235,7 +235,7 @@ def test_a_plain_run_opens_nothing_else(arguments: list[str], tmp_path: Path) ->
         {str(Path(line).relative_to(ROOT)) for line in notes.read_text().splitlines()}
         for notes in (tmp_path / "notes").iterdir()
     ]
-    driver = next(each for each in loaded if "roll_sft/train/driver.py" in each)
+    driver = next(each for each in loaded if "roll_sft/training/driver.py" in each)
     worker = next(each for each in loaded if "roll_sft/engine/engine.py" in each)
     prepare = next(each for each in loaded if "roll_sft/job/prepare.py" in each)
     plain = {path for path in driver | worker | prepare if not path.startswith(ALLOWED)}

@@ -16,7 +16,7 @@ from roll_sft.checkpoint.manifest import MANIFEST
 from roll_sft.models.json_files import read_object
 from roll_sft.models.model_folder import local_model
 from roll_sft.models.peft_folder import CONFIG as ADAPTER_CONFIG
-from roll_sft.train.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from roll_sft.training.run_folder import ADAPTER, CHECKPOINTS, MODEL
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from roll_sft.doctor.finding import Finding, worst
 from roll_sft.doctor.machine import look_at_machine
 from roll_sft.doctor.nodes import look_at_nodes
 from roll_sft.doctor.packages import look_at_packages
-from roll_sft.train.run_folder import output_folder
+from roll_sft.training.run_folder import output_folder
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _DEVICES_TIMEOUT_S = 120.0

@@ -25,8 +25,8 @@ from roll_sft.parity.task import ParityTask
 from roll_sft.parity.verdict import Verdict, judge
 from roll_sft.runtime.cluster import connected, reserved
 from roll_sft.runtime.joining import with_device_of_cluster
-from roll_sft.train import run_folder
-from roll_sft.train.driver import workers
+from roll_sft.training import run_folder
+from roll_sft.training.driver import workers
 
 LOG = logging.getLogger(__name__)
 DEFAULT_SAMPLES = 8

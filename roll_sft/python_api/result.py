@@ -9,7 +9,7 @@ from roll_sft.base.errors import CheckpointError, ConfigError
 from roll_sft.base.files import json_lines
 from roll_sft.config.schema import RunConfig
 from roll_sft.python_api.guest import as_guest
-from roll_sft.train.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from roll_sft.training.run_folder import ADAPTER, CHECKPOINTS, MODEL
 
 
 class History(Mapping[str, list[Any]]):

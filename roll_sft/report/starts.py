@@ -23,7 +23,7 @@ from roll_sft.base.errors import FAULT, PreemptedError, ResourceError, RollSftEr
 from roll_sft.base.files import json_lines
 from roll_sft.base.text import redacted
 from roll_sft.job.job import Job, micro_batch_tokens
-from roll_sft.train.run_folder import JsonLines, write_json
+from roll_sft.training.run_folder import JsonLines, write_json
 
 LOG = logging.getLogger(__name__)
 STARTS, REPORT = "starts.jsonl", "report.html"

@@ -23,7 +23,7 @@ from roll_sft.report import terminal_chart
 from roll_sft.report.facts import samples
 from roll_sft.report.run_files import RunFiles, evaluations, number, read_run
 from roll_sft.report.state import State, current_state
-from roll_sft.train.terminal import format_seconds
+from roll_sft.training.terminal import format_seconds
 
 EVERY_S = 2.0
 FIRST_LINES = 10  # steps of before that are shown where there is no terminal

@@ -16,7 +16,7 @@ from roll_sft.config.composed import stored_values
 from roll_sft.config.schema import RunConfig
 from roll_sft.tracking.run_record import read_record
 from roll_sft.tracking.trackers import RecordedRun, Status, check_trackers, open_recorders
-from roll_sft.train.run_folder import claimed
+from roll_sft.training.run_folder import claimed
 
 _STATUSES: dict[str, Status] = {"FINISHED": "FINISHED", "FAILED": "FAILED"}
 # All that is there is sent; the last checkpoint is of no interest.

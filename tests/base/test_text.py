@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from roll_sft.base.text import printable, redacted, shown
-from roll_sft.train.run_folder import write_json
+from roll_sft.training.run_folder import write_json
 
 
 @pytest.mark.parametrize(

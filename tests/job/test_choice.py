@@ -25,8 +25,8 @@ from roll_sft.checkpoint.tensors import Piece, Writer
 from roll_sft.config.schema import CheckpointConfig
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
-from roll_sft.train import saves
-from roll_sft.train.saves import check_room, retain
+from roll_sft.training import saves
+from roll_sft.training.saves import check_room, retain
 from tests import parity
 
 SHARD = "__0_0.distcp"

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 import roll_sft
-from roll_sft import api, run, stages
+from roll_sft import run, stages
 from roll_sft.base.errors import CheckpointError, ConfigError, DataError
 from roll_sft.config.evaluation import PromptSource
 from roll_sft.config.schema import RunConfig
@@ -68,10 +68,22 @@ def small(assets: Path, tmp_path: Path) -> RunConfig:
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("name", ["base", "qwen7b_sft"])
 def test_a_configuration_is_the_commands(name: str) -> None:
-    composed = run.compose(["--config-name", name, *GIVEN])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it, and leaves it
+        composed = run.compose(["--config-name", name, *GIVEN])
     assert composed is not None
-    os.environ.pop("HYDRA_FULL_ERROR")
     assert roll_sft.load_config(name, GIVEN) == composed[0]
+
+
+@pytest.mark.parametrize("found", [None, "0", "1"])
+def test_a_variable_that_was_found_is_left(
+    found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    if found is not None:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", found)
+    roll_sft.load_config("base", GIVEN)
+    assert os.environ.get("HYDRA_FULL_ERROR") == found
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -116,14 +128,12 @@ def test_a_program_with_hydra_of_its_own_keeps_it(tmp_path: Path) -> None:
         assert dict(hydra.compose("own")) == {"mine": 1}
 
 
-def test_the_name_of_the_package_is_the_function_too() -> None:
-    from roll_sft.train import driver  # which binds the name to the package
-
-    assert driver.train_from
+def test_train_is_a_function() -> None:
+    assert inspect.isfunction(roll_sft.train)
     with pytest.raises(ConfigError, match=r"config: 3 is neither a configuration"):
         roll_sft.train(["a"], config=3)
     assert {"train", "load_config", "Result", "RunConfig"} <= set(dir(roll_sft))
-    assert "samples" in inspect.signature(api.train).parameters
+    assert "samples" in inspect.signature(roll_sft.train).parameters
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = roll_sft.trian
 

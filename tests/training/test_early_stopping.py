@@ -8,7 +8,7 @@ import pytest
 
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
-from roll_sft.train.early_stopping import checkpoint_to_export, last_improvement, why_stopped
+from roll_sft.training.early_stopping import checkpoint_to_export, last_improvement, why_stopped
 
 
 def config_of(**train: Any) -> RunConfig:

@@ -18,7 +18,7 @@ from roll_sft.config.keeping import seconds_of
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
 from roll_sft.signals import SIGNALS, stoppable
-from roll_sft.train.stop import Stop
+from roll_sft.training.stop import Stop
 
 LONG_S = 60.0  # of a sleep that a signal has to end
 

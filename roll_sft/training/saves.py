@@ -25,9 +25,9 @@ from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
 from roll_sft.models.shape import ModelShape
 from roll_sft.runtime.group import Pending, WorkerGroup
-from roll_sft.train import run_folder
-from roll_sft.train.records import Records
-from roll_sft.train.stop import kept
+from roll_sft.training import run_folder
+from roll_sft.training.records import Records
+from roll_sft.training.stop import kept
 
 LOG = logging.getLogger(__name__)
 GIB = 2**30

@@ -14,7 +14,7 @@ from typing import Any
 
 from roll_sft.base.errors import PreemptedError
 from roll_sft.config.schema import RunConfig
-from roll_sft.train.terminal import StartUp
+from roll_sft.training.terminal import StartUp
 
 
 class Stop:

@@ -13,12 +13,12 @@ from roll_sft.checkpoint.resume import step_folders
 from roll_sft.config.build import build_config
 from roll_sft.runtime import group
 from roll_sft.runtime.faults import happened
-from roll_sft.train import supervisor
+from roll_sft.training import supervisor
 from tests import doors
 from tests.leftovers import check_nothing_left
 from tests.runtime.light import LightWorker
 from tests.runtime.ray_cluster import two_nodes
-from tests.train import test_driver
+from tests.training import test_driver
 
 pytestmark = pytest.mark.slow
 assets, door = test_driver.assets, test_driver.door

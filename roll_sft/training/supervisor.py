@@ -28,9 +28,9 @@ from roll_sft.job.job import Job
 from roll_sft.job.prepared import read_prepared
 from roll_sft.runtime import regroup
 from roll_sft.runtime.cluster import reserved
-from roll_sft.train import run_folder
-from roll_sft.train.driver import Attempt
-from roll_sft.train.run_folder import JsonLines
+from roll_sft.training import run_folder
+from roll_sft.training.driver import Attempt
+from roll_sft.training.run_folder import JsonLines
 
 LOG = logging.getLogger(__name__)
 RESTARTS = "restarts.jsonl"  # one line for each restart, also of those that failed

@@ -8,7 +8,7 @@ import pytest
 
 from roll_sft.base.errors import CheckpointError, ResourceError, RollSftError
 from roll_sft.runtime import cluster
-from roll_sft.train import driver
+from roll_sft.training import driver
 from tests import doors
 from tests.doors import Door, contents, write_rows
 

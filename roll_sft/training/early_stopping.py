@@ -12,7 +12,7 @@ from pathlib import Path
 
 from roll_sft.checkpoint.resume import step_folders, step_of
 from roll_sft.config.schema import RunConfig
-from roll_sft.train import run_folder
+from roll_sft.training import run_folder
 
 LOG = logging.getLogger(__name__)
 

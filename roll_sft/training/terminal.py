@@ -18,7 +18,7 @@ from roll_sft.base.console import CLOCK, CONSOLE
 from roll_sft.base.metrics import StepRecord
 
 if TYPE_CHECKING:
-    from roll_sft.train.notebook import NotebookProgress
+    from roll_sft.training.notebook import NotebookProgress
 
 LOG = logging.getLogger(__name__)
 BAR_WIDTH = 40  # columns at most; a narrow terminal has fewer
@@ -82,7 +82,7 @@ def step_display(
 ) -> Iterator[StepDisplay]:
     """The run's only progress display."""
     if CONSOLE.is_jupyter:
-        from roll_sft.train.notebook import NotebookProgress
+        from roll_sft.training.notebook import NotebookProgress
 
         bar = NotebookProgress()
         yield StepDisplay(bar, total_steps, logging_steps=logging_steps, first_step=first_step)

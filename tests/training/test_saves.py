@@ -17,8 +17,8 @@ from roll_sft.checkpoint.index import read_index
 from roll_sft.checkpoint.publish import write_descriptions
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts
 from roll_sft.config.build import build_config
-from roll_sft.train import saves as saves_module
-from roll_sft.train.saves import Saves
+from roll_sft.training import saves as saves_module
+from roll_sft.training.saves import Saves
 
 
 def pieces() -> list[Piece]:

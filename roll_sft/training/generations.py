@@ -20,8 +20,8 @@ from roll_sft.evaluation.measure import measured
 from roll_sft.job.job import Job
 from roll_sft.job.prepared import ASSETS, PROMPTS_FILE
 from roll_sft.runtime.group import WorkerGroup
-from roll_sft.train.records import Records
-from roll_sft.train.run_folder import JOB
+from roll_sft.training.records import Records
+from roll_sft.training.run_folder import JOB
 
 LOG = logging.getLogger(__name__)
 NAME = "generation"  # of its lines in eval.jsonl

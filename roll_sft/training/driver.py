@@ -24,11 +24,11 @@ from roll_sft.data.tokens.verify import verifying
 from roll_sft.job.job import Job
 from roll_sft.runtime.cluster import Slots, connected, reserved
 from roll_sft.runtime.group import Pending, WorkerGroup
-from roll_sft.train import run_folder
-from roll_sft.train.bad_steps import BadSteps
-from roll_sft.train.records import Records, open_records
-from roll_sft.train.saves import Saves, check_room
-from roll_sft.train.stop import Command, Stop
+from roll_sft.training import run_folder
+from roll_sft.training.bad_steps import BadSteps
+from roll_sft.training.records import Records, open_records
+from roll_sft.training.saves import Saves, check_room
+from roll_sft.training.stop import Command, Stop
 
 if TYPE_CHECKING:
     from roll_sft.tracking.recorder import Recorder
@@ -55,7 +55,7 @@ def train_from(
 ) -> None:
     """Train `job` to the end in `folder`, on workers that begin where `start` says.
 
-    Where they fail, others go on, see `train/supervisor.py`. Raises `PreemptedError` where
+    Where they fail, others go on, see `training/supervisor.py`. Raises `PreemptedError` where
     `command.stop` ends the run before.
     """
     config, first_step, clock = job.config, start.step + 1, command.clock
@@ -89,7 +89,7 @@ def train_from(
         try:
             train_on(first, folder, begin)
         except WorkerError as error:
-            from roll_sft.train.supervisor import restarted
+            from roll_sft.training.supervisor import restarted
 
             restarted(error, first, folder, train=lambda next: train_on(next, folder, begin))
 
@@ -131,7 +131,7 @@ def train(
     try:
         with stop.deferred():
             if (folder / run_folder.EVALUATION_DUE).exists():
-                from roll_sft.train.preempted import make_up_evaluation
+                from roll_sft.training.preempted import make_up_evaluation
 
                 evaluate = functools.partial(_evaluate, group=group, records=records, stop=stop)
                 if make_up_evaluation(folder, job, evaluate, step=first_step - 1):
@@ -173,7 +173,7 @@ def _train(
         if not stop.is_asked() and (is_saved or (is_stopped and job.config.checkpoint.save)):
             saves.begin(plan)
         if stop.is_asked():
-            from roll_sft.train.preempted import save_early
+            from roll_sft.training.preempted import save_early
 
             for done, queued in pending:
                 bad.finish(done, group.wait_step(queued))
@@ -204,12 +204,12 @@ def _evaluate(job: Job, group: WorkerGroup, records: Records, *, step: int, stop
         records.evaluation(step, name, result, seconds=time.perf_counter() - started)
         LOG.info("step %d/%d  eval/%s loss %.4f", step, job.total_steps, name, loss)
     if job.config.evaluation.prompts and not stop.is_asked():
-        from roll_sft.train.generations import evaluate_answers
+        from roll_sft.training.generations import evaluate_answers
 
         evaluate_answers(job, group, records, step=step)
     if job.config.train.early_stopping is None:
         return False
-    from roll_sft.train.early_stopping import is_stopped
+    from roll_sft.training.early_stopping import is_stopped
 
     return is_stopped(job.config, records.folder, step=step)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from roll_sft.base import console
 from roll_sft.base.metrics import StepRecord
-from roll_sft.train import terminal
+from roll_sft.training import terminal
 
 TOTAL = 450
 
@@ -96,7 +96,7 @@ def test_without_a_terminal_a_line_is_plain_and_has_everything(
     with terminal.step_display(TOTAL, logging_steps=5) as display:
         for step in (449, 450):
             display.show(record(step))
-    logging.getLogger("roll_sft.train.driver").warning("no such thing")
+    logging.getLogger("roll_sft.training.driver").warning("no such thing")
     last, warned = capsys.readouterr().err.splitlines()
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     fields = "step 450/450  loss 6.1235  ETA 0:00:00  12,346 tok/s/device  lr 3.00e-03  grad 1.250"

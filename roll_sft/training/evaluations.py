@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from roll_sft.base.metrics import EvalMetrics, EvalRecord
-from roll_sft.train import run_folder
+from roll_sft.training import run_folder
 
 MOST_NATS = 700.0  # past 709 a float overflows
 

@@ -13,8 +13,8 @@ from roll_sft.base import metrics
 from roll_sft.base.metrics import EvalMetrics, StepMetrics, StepRecord
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
-from roll_sft.train.run_folder import JsonLines
-from roll_sft.train.terminal import StepDisplay, step_display
+from roll_sft.training.run_folder import JsonLines
+from roll_sft.training.terminal import StepDisplay, step_display
 
 
 class Records:
@@ -61,7 +61,7 @@ class Records:
     def evaluation(self, step: int, name: str, result: EvalMetrics, *, seconds: float) -> float:
         """Record the loss of validation set `name` after `step`; returns it."""
         assert self._evals is not None, "a run without validation sets evaluates nothing"
-        from roll_sft.train.evaluations import line_of
+        from roll_sft.training.evaluations import line_of
 
         line = line_of(self.folder, step, name, result, seconds=seconds)
         self._evals.write(line)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from roll_sft.config.schema import RunConfig, TrackingConfig
-from roll_sft.train.summary import show_summary
+from roll_sft.training.summary import show_summary
 from tests.doors import cells
-from tests.train.test_terminal import record
+from tests.training.test_terminal import record
 
 
 @pytest.fixture

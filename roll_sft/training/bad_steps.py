@@ -23,7 +23,7 @@ from roll_sft.base.files import json_lines
 from roll_sft.base.metrics import StepMetrics
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
-from roll_sft.train.records import Records
+from roll_sft.training.records import Records
 
 LOG = logging.getLogger(__name__)
 WINDOW = 128

@@ -13,13 +13,13 @@ import pytest
 from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.base.files import json_lines
 from roll_sft.config.build import build_config
-from roll_sft.train import run_folder
-from roll_sft.train.run_folder import JsonLines, claimed, output_folder, write_json
+from roll_sft.training import run_folder
+from roll_sft.training.run_folder import JsonLines, claimed, output_folder, write_json
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from roll_sft.train.run_folder import claimed
+from roll_sft.training.run_folder import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -27,7 +27,7 @@ with claimed(Path(sys.argv[1])):
 WRITE = """
 import sys, time
 from pathlib import Path
-from roll_sft.train.run_folder import JsonLines
+from roll_sft.training.run_folder import JsonLines
 lines = JsonLines(Path(sys.argv[1]))
 for step in range(3):
     lines.write({"step": step, "samples": ["x" * 100] * 1000})

@@ -12,10 +12,10 @@ from roll_sft.base.files import json_lines, write_durably, writing
 from roll_sft.checkpoint.resume import step_folders, step_of
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
-from roll_sft.train.generations import NAME
-from roll_sft.train.records import Records
-from roll_sft.train.run_folder import CHECKPOINTS, EVALUATION_DUE
-from roll_sft.train.saves import Saves
+from roll_sft.training.generations import NAME
+from roll_sft.training.records import Records
+from roll_sft.training.run_folder import CHECKPOINTS, EVALUATION_DUE
+from roll_sft.training.saves import Saves
 
 
 def save_early(job: Job, saves: Saves, records: Records, *, plan: StepPlan, evaluates: bool) -> str:
