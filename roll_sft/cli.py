@@ -16,7 +16,8 @@ from roll_sft.config.schema import RunConfig
 USAGE_ERROR = ConfigError.exit_code
 CONFIGURATION = (
     "Every other argument is one of `roll-sft train`: --config-name NAME, --config-dir"
-    " FOLDER, key=value, --cfg job. Exit codes are those of a run, see the README"
+    " FOLDER, key=value, --cfg job. Exit codes: 0 done, 2 configuration, 3 data,"
+    " 4 resources, 5 diverged, 6 checkpoint, 7 workers, 75 stopped and goes on"
 )
 USAGE = "usage: roll-sft COMMAND [arguments]; roll-sft COMMAND --help says more"
 EXAMPLES = """\
@@ -119,9 +120,7 @@ def _run_with(override: str, name: str, arguments: list[str]) -> int:
 def _parity(arguments: list[str]) -> int:
     from roll_sft import run
 
-    parser = _parser(
-        "parity", ", except 1: what is computed differs, and the last line names where"
-    )
+    parser = _parser("parity", "; 1: what is computed differs, and the last line names where")
     parser.add_argument(
         "--samples", type=int, metavar="N", help="of the first batch; default: 8 at most"
     )

@@ -106,3 +106,14 @@ def test_the_memory_of_each_setting_is_what_a_plan_estimates() -> None:
         size, _, way = cells[setting].split()
         wanted = int(size) if way == "more" else -int(size)
         assert gib(given) - before == pytest.approx(wanted, abs=1), setting
+
+
+def test_the_figures_of_the_readme_are_those_of_the_pages() -> None:
+    measured = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\| ([\d.]+) \| \[measure (\d+)\]", README)
+    assert len(figures) == 3
+    for figure, number in figures:
+        (of_page, *_) = re.findall(rf"^\| {number} \| .*? \| ([\d.]+) \|", measured, flags=re.M)
+        assert float(figure) == pytest.approx(float(of_page), rel=0.02)
+    (utilisation,) = re.findall(r"\| ([\d.]+) \| \[run on hardware\]", README)
+    assert f"| 7B with 20 of 28 layers, packs of 8,192 | 17,735 | {utilisation} |" in GPU_PAGE
