@@ -39,6 +39,7 @@ class StandInHub:
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.requests: list[str] = []
         self.failures = 0  # requests that are answered by 503
+        self.expired_urls = 0  # uploads whose signed address is too old, answered by 403
         self.fail_after_uploads = False  # refuse commits, as a hub that goes away
         self.xet: Path | None = None  # the folder of Xet's storage, instead of LFS
         self.url = ""
@@ -78,6 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.hub.failures > 0:
             self.server.hub.failures -= 1
             self._answer(503, {"error": "busy"})
+            return
+        if path.startswith("/objects/") and self.server.hub.expired_urls > 0:
+            self.server.hub.expired_urls -= 1
+            self._answer(403, {"error": "Request has expired"})
             return
         if path.startswith("/objects/"):
             self.server.hub.objects[path.rpartition("/")[2]] = body

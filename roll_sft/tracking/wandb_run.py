@@ -7,9 +7,11 @@ the run. W&B takes steps in order only, and keeps the row of a step open until t
 Promise: neither the command line, nor the console, nor environment or code is recorded.
 """
 
+import atexit
+import contextlib
 import netrc
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,19 +104,20 @@ class WandbRun:
             },
         }
         update = self._wandb_run.config.update
-        yield Request("parameters", partial(update, known, allow_val_change=True))
+        yield self._request("parameters", partial(update, known, allow_val_change=True))
 
     def send(self, records: Sequence[Record]) -> Iterator[Request]:
         """Metrics of each step, and its samples as a table."""
         lacking = [record for record in records if record.step > self._recorded]
         for record in lacking:
-            yield Request("metrics", partial(self._log, record))
+            yield self._request("metrics", partial(self._log, record))
         if lacking:
             self._note(self._step - 1)
 
     def finish(self, status: Status) -> Iterator[Request]:
         """Send what is left and end the W&B run."""
-        yield Request("status", partial(self._wandb_run.finish, exit_code=EXIT_CODES[status]))
+        finish = partial(self._wandb_run.finish, exit_code=EXIT_CODES[status])
+        yield self._request("status", finish)
         self._note(max(self._step, self._recorded), is_finished=status == FINISHED)
 
     def is_refused(self, error: Exception) -> bool:
@@ -127,6 +130,19 @@ class WandbRun:
         """Whether the note says so."""
         note = read_note(self._run.folder / NOTE)
         return note is not None and note.is_finished
+
+    def _request(self, kind: str, call: Callable[[], object]) -> Request:
+        def make() -> None:
+            try:
+                call()
+            except Exception as error:
+                if not self.is_refused(error):
+                    # Hooks run in the reverse order: before W&B's own, which it replaces.
+                    atexit.unregister(_end_service)
+                    atexit.register(_end_service)
+                raise
+
+        return Request(kind, make)
 
     def _log(self, record: Record) -> None:
         values: dict[str, Any] = {each.name: each.value for each in record.points}
@@ -147,3 +163,15 @@ def _set_up() -> Any:
 
     wandb.setup(wandb.Settings(silent=True))
     return wandb
+
+
+def _end_service() -> None:
+    """End W&B's service, without a word.
+
+    A signal to all processes of a job ends it with us, and W&B's own hook would write a traceback
+    behind our last line.
+    """
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()

@@ -319,6 +319,49 @@ print("closed", flush=True)
 """
 
 
+SIGNALLED_WANDB = """
+import signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import psutil
+from roll_sft.base.errors import report
+from roll_sft.checkpoint.resume import Start
+from roll_sft.config.build import build_config
+from roll_sft.signals import stoppable
+from roll_sft.tracking import trackers
+from roll_sft.tracking.run_facts import RunFacts
+trackers.facts_of = lambda job: RunFacts({}, {}, ())
+config = build_config({"tracking": {"backends": ["wandb"]}})
+job, folder = SimpleNamespace(config=config, total_steps=9), Path(sys.argv[1])
+try:
+    with stoppable(config), trackers.tracked(job, folder, start=Start(0, None)) as (opened,):
+        opened.start()
+        while not (folder / ".wandb_run").exists():
+            time.sleep(0.1)
+        for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(60)
+except BaseException as error:
+    sys.exit(report(error))
+"""
+
+
+@pytest.mark.long
+def test_a_signal_to_all_processes_leaves_the_last_line_to_us(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_WANDB, str(folder)],
+        env={**os.environ, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    lost, last = done.stderr.splitlines()
+    assert (done.returncode, last.split(":")[0]) == (75, "ended by SIGTERM")
+    assert lost.startswith("Weights & Biases: ")
+    assert f"`roll-sft sync {folder}` sends it" in lost
+
+
 @pytest.mark.slow
 def test_a_dead_wandb_server_ends_neither_late_nor_loud(folder, dead):
     environment = {"WANDB_MODE": "online", "WANDB_BASE_URL": dead, "WANDB_API_KEY": "a" * 40}
