@@ -9,7 +9,8 @@ import numpy as np
 
 from roll_sft.report import drawing
 from roll_sft.report.curves import Curve, curve, smoothed
-from roll_sft.report.run_files import Array, RunFiles, evaluations, number, restarts
+from roll_sft.report.run_files import Array, RunFiles, evaluations, restarts
+from roll_sft.report.tail import number
 
 MAX_ROWS = 12  # of the table behind a chart
 MAX_GROUPS = 8  # of a validation set, and of colours

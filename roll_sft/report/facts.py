@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from roll_sft.base.text import printable
-from roll_sft.report.run_files import RunFiles, evaluations, number
+from roll_sft.report.run_files import RunFiles, evaluations
 from roll_sft.report.state import State
+from roll_sft.report.tail import number
 from roll_sft.training.terminal import format_seconds
 
 MAX_PROMPTS, MAX_TIMES = 8, 4  # of generated samples: prompts, and steps beside each other

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from roll_sft.base.errors import first_line
 from roll_sft.base.text import printable
-from roll_sft.report.run_files import number, records
+from roll_sft.report.run_files import records
+from roll_sft.report.tail import number
 
 LOG = logging.getLogger(__name__)
 CURVE = "loss.png"

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import redacted
 from roll_sft.report.starts import PACKS, STARTS
+from roll_sft.report.tail import Columns, Tail, number, parsed, step_of
 
 Array = NDArray[np.float64]
 STEPS, EVALS = "steps.jsonl", "eval.jsonl"
 GENERATIONS, BAD_BATCHES = "generations.jsonl", "bad_batches.jsonl"
 RESTARTS = "restarts.jsonl"
-NOT_NUMBERS = ("sample_ids_sha256",)
 _MOST_KEYS = 2_000  # of a configuration
 _MOST_BYTES = 4 << 20  # of a file that is read whole
 
@@ -35,7 +35,8 @@ class RunFiles:
     """What the files of a run say.
 
     `steps`: of each key of steps.jsonl the values, float64 [n], NaN where a line has none; `step`
-    ascends. `experts`: step -> tokens of each expert. `config`: flattened, a value as text.
+    ascends. `experts`: the last step that tells -> tokens of each expert. `config`: flattened, a
+    value as text.
     """
 
     folder: Path
@@ -64,27 +65,53 @@ class RunFiles:
 
 def read_run(folder: Path) -> RunFiles:
     """The run in `folder`. Raises `ConfigError` for a folder that is of no run."""
-    if not any((folder / name).is_file() for name in (STEPS, "config.yaml", STARTS)):
-        what = "has neither steps.jsonl nor config.yaml" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"RUN: {str(folder)!r} {what}; give the output_dir of a run")
-    lines = [line for line in records(folder / STEPS) if _step(line) is not None]
-    config = dict(islice(flat(_yaml(folder / "config.yaml")), _MOST_KEYS))
-    starts = list(records(folder / STARTS))
-    return RunFiles(
-        folder=folder,
-        name=redacted(config.get("run_name") or folder.resolve().name),
-        steps=_columns(lines),
-        experts={int(line["step"]): found for line in lines if (found := _experts(line))},
-        evals=[line for line in records(folder / EVALS) if _step(line) is not None],
-        generations=[line for line in records(folder / GENERATIONS) if _step(line) is not None],
-        bad_batches=[line for line in records(folder / BAD_BATCHES) if _step(line) is not None],
-        starts=[line for line in starts if line.get("event") in ("start", "end")],
-        restarts=list(records(folder / RESTARTS)),
-        config=config,
-        data=_sources(_json(folder / "data_report.json")),
-        packs=_json(folder / PACKS),
-        versions=_versions(folder, starts),
-    )
+    return RunReader(folder).read()
+
+
+class RunReader:
+    """Reads the run in `folder` again and again; of the files that grow what is new."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._steps = Columns()
+        names = (EVALS, GENERATIONS, BAD_BATCHES, STARTS, RESTARTS)
+        self._lines: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        self._tails = [Tail(folder / STEPS, self._steps)]
+        self._tails += [Tail(folder / name, lines) for name, lines in self._lines.items()]
+        self._config = "", dict[str, str]()  # the text of config.yaml, and its keys
+
+    def read(self) -> RunFiles:
+        """The run as it is now. Raises `ConfigError` for a folder that is of no run."""
+        folder = self._folder
+        if not any((folder / name).is_file() for name in (STEPS, "config.yaml", STARTS)):
+            what = (
+                "has neither steps.jsonl nor config.yaml" if folder.is_dir() else "does not exist"
+            )
+            raise ConfigError(f"RUN: {str(folder)!r} {what}; give the output_dir of a run")
+        for tail in self._tails:
+            tail.read()
+        text = _text(folder / "config.yaml")
+        if text != self._config[0]:
+            self._config = text, dict(islice(flat(_yaml(text)), _MOST_KEYS))
+        config, starts = self._config[1], list(self._lines[STARTS])
+        return RunFiles(
+            folder=folder,
+            name=redacted(config.get("run_name") or folder.resolve().name),
+            steps=self._steps.arrays(),
+            experts=self._steps.experts,
+            evals=self._with_step(EVALS),
+            generations=self._with_step(GENERATIONS),
+            bad_batches=self._with_step(BAD_BATCHES),
+            starts=[line for line in starts if line.get("event") in ("start", "end")],
+            restarts=list(self._lines[RESTARTS]),
+            config=config,
+            data=_sources(_json(folder / "data_report.json")),
+            packs=_json(folder / PACKS),
+            versions=_versions(folder, starts),
+        )
+
+    def _with_step(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines[name] if step_of(line) is not None]
 
 
 def evaluations(run: RunFiles) -> dict[str, tuple[Array, Array]]:
@@ -105,25 +132,11 @@ def restarts(run: RunFiles) -> list[float]:
     return sorted({step for step in found if step > 1})
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
+def records(path: Path) -> list[dict[str, Any]]:
     """The whole records of a file of JSON lines; a run may be writing the last one."""
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n") and isinstance(found := _parsed(line), dict):
-                    yield found
-    except OSError:
-        return
-
-
-def number(value: object) -> float:
-    """`value` as a number, NaN for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.nan
-    return math.nan
+    found = list[dict[str, Any]]()
+    Tail(path, found).read()
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -136,35 +149,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield f"{prefix}{key}", redacted(text)
 
 
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _step(line: Mapping[str, Any]) -> int | None:
-    value = number(line.get("step"))
-    return int(value) if 0 <= value < 1e12 else None
-
-
-def _columns(lines: list[dict[str, Any]]) -> dict[str, Array]:
-    if not lines:
-        return {}
-    lines = sorted(lines, key=lambda line: number(line["step"]))
-    keys = dict.fromkeys(key for line in (lines[0], lines[-1]) for key in line)
-    columns = {}
-    for key in keys:
-        if key not in NOT_NUMBERS:
-            columns[key] = np.array([number(line.get(key)) for line in lines])
-    return columns
-
-
-def _experts(line: Mapping[str, Any]) -> list[float]:
-    found = line.get("tokens_per_expert")
-    return [number(value) for value in found] if isinstance(found, list) else []
-
-
 def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -175,13 +159,13 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = _parsed(_text(path).encode())
+    found = parsed(_text(path))
     return found if isinstance(found, dict) else {}
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(text: str) -> dict[str, Any]:
     try:
-        found = yaml.load(_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

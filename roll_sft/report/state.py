@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from roll_sft.report.run_files import EVALS, GENERATIONS, STEPS, RunFiles, age_s, number
+from roll_sft.report.run_files import EVALS, GENERATIONS, STEPS, RunFiles, age_s
+from roll_sft.report.tail import number
 from roll_sft.training.terminal import format_seconds
 
 Kind = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "unknown"]

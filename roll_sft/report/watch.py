@@ -21,8 +21,9 @@ from roll_sft.base.errors import RollSftError, report
 from roll_sft.base.text import printable
 from roll_sft.report import terminal_chart
 from roll_sft.report.facts import samples
-from roll_sft.report.run_files import RunFiles, evaluations, number, read_run
+from roll_sft.report.run_files import RunFiles, RunReader, evaluations, read_run
 from roll_sft.report.state import State, current_state
+from roll_sft.report.tail import number
 from roll_sft.training.terminal import format_seconds
 
 EVERY_S = 2.0
@@ -109,9 +110,10 @@ def _follow_plainly(folder: Path) -> None:
 
 def _looks(folder: Path) -> Iterator[tuple[RunFiles, State]]:
     """The run again and again until it has ended; less often where it takes long to read."""
+    reader = RunReader(folder)
     while True:
         began = time.monotonic()
-        run = read_run(folder)
+        run = reader.read()
         state = current_state(run)
         yield run, state
         if state.is_over:

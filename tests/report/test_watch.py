@@ -1,5 +1,6 @@
 """`roll-sft watch`: states of runs told from their files, and what is shown of them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from roll_sft import cli
-from roll_sft.report.run_files import read_run
+from roll_sft.report import tail
+from roll_sft.report.run_files import RunReader, read_run
 from roll_sft.report.state import QUIET_S, State, current_state
 from roll_sft.report.terminal_chart import braille, chart
 from tests.report.made_run import HOSTILE, make_failed_run, make_run
@@ -87,6 +89,53 @@ def test_without_a_terminal_new_steps_are_lines_and_the_end_ends_it(
     assert "\x1b" not in lines[-1]
     assert cli.main(["watch", str(tmp_path / "none")]) == 2
     assert "give the output_dir of a run" in capsys.readouterr().err
+
+
+def test_a_run_is_read_on_and_anew_where_its_files_were_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[bytes]()
+
+    def parsed(line: bytes) -> object:
+        read.append(line)
+        return json.loads(line)
+
+    monkeypatch.setattr(tail, "parsed", parsed)
+    run = make_run(tmp_path / "run", num_steps=30)
+    steps = run / "steps.jsonl"
+    lines = steps.read_text().splitlines(keepends=True)
+    steps.write_text("".join(lines[:20]) + lines[20][:30])  # the last one is being written
+    reader = RunReader(run)
+
+    def shown() -> list[float]:
+        read.clear()
+        found: list[float] = reader.read().step.tolist()
+        return found
+
+    def check() -> None:
+        found, whole = reader.read(), read_run(run)
+        assert found.steps.keys() == whole.steps.keys()
+        for key, column in whole.steps.items():
+            np.testing.assert_array_equal(found.steps[key], column)
+        assert (found.evals, found.experts) == (whole.evals, whole.experts)
+
+    assert shown() == [*range(1, 21)]
+    assert len(read) > 20
+    assert shown() == [*range(1, 21)]
+    assert not read
+    with steps.open("a") as file:
+        file.write(lines[20][30:] + lines[21])
+    assert shown() == [*range(1, 23)]
+    assert len(read) == 2
+    check()
+    # A run that goes on from a checkpoint cuts its files, and may have grown beyond since.
+    steps.write_text("".join([*lines[:10], *lines[25:], *lines[10:20]]))
+    assert shown() == [*range(1, 21), *range(26, 31)]
+    check()
+    steps.write_text(lines[0])
+    assert shown() == [1]
+    steps.unlink()
+    assert shown() == []
 
 
 @pytest.mark.slow
