@@ -5,6 +5,7 @@ sheet, so that one picture suits light and dark. Promises: no text of a file rea
 of one SVG are not those of another; a chart has a title and a description.
 """
 
+import functools
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -153,16 +154,10 @@ def _tick(value: float, _place: object = None) -> str:
 def _svg(plot: Callable[[Any], None], *, name: str, height: float) -> str:
     """What `plot` draws, without ids but those that the SVG itself refers to."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height))
-        bottom = 0.36 / height
-        axes = figure.add_axes((0.125, bottom, 0.835, 1 - bottom - 0.08 / height))
-        axes.grid(visible=True)
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_formatter(_tick)
-        axes.yaxis.set_major_formatter(_tick)
+        axes = _cleared(height)
         plot(axes)
         buffer = io.StringIO()
-        canvas: Any = FigureCanvasSVG(figure)
+        canvas: Any = axes.figure.canvas
         canvas.print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -173,6 +168,33 @@ def _svg(plot: Callable[[Any], None], *, name: str, height: float) -> str:
     text = re.sub(r"#0[123]0[12]\w\w", lambda found: _VARIABLES.get(found[0], found[0]), text)
     text = re.sub(r"\n\s*", "\n", text)
     return re.sub(r"<svg[^>]*viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1">', text, count=1)
+
+
+def _cleared(height: float) -> Any:
+    """The one axes of all charts, empty: making its parts takes longer than to draw a chart."""
+    axes, bottom = _axes(), 0.36 / height
+    for artist in [*axes.lines, *axes.collections, *axes.patches]:
+        artist.remove()
+    axes.set_prop_cycle(None)
+    axes.set_yscale("linear")
+    axes.set_ylim(0, 1)  # upwards: the axis of packs is inverted
+    axes.relim()
+    axes.autoscale(enable=True)
+    axes.figure.set_size_inches(WIDTH, height)
+    axes.set_position((0.125, bottom, 0.835, 1 - bottom - 0.08 / height))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_tick)
+    return axes
+
+
+@functools.cache
+def _axes() -> Any:
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes((0.125, 0.2, 0.8, 0.7))
+    axes.grid(visible=True)
+    axes.set_axisbelow(True)
+    return axes
 
 
 def titled(svg: str, *, name: str, title: str, text: str) -> str:

@@ -31,7 +31,8 @@ def draw_losses(folder: Path) -> None:
         # Takes a second to import.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5))
+        figure.subplots_adjust(left=0.09, right=0.985, bottom=0.115, top=0.975)
         _plot(figure.add_subplot(), _thinned(points), _evaluations(folder))
         staging = folder / f".{CURVE}.tmp"
         with warnings.catch_warnings():
