@@ -11,7 +11,7 @@ from pathlib import Path
 
 from roll_sft.base.errors import ConfigError, RollSftError, report
 from roll_sft.base.files import write_durably
-from roll_sft.report.starts import REPORT
+from roll_sft.report import REPORT
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "roll-sft report") -> int:

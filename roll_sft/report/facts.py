@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from roll_sft.base.text import printable
+from roll_sft.base.text import format_seconds, printable
 from roll_sft.report.run_files import RunFiles, evaluations
 from roll_sft.report.state import State
 from roll_sft.report.tail import number
-from roll_sft.training.terminal import format_seconds
 
 MAX_PROMPTS, MAX_TIMES = 8, 4  # of generated samples: prompts, and steps beside each other
 MAX_TEXT = 3_000  # characters of a sample

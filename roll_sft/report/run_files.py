@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import redacted
-from roll_sft.report.starts import PACKS, STARTS
+from roll_sft.report import PACKS, STARTS
 from roll_sft.report.tail import Columns, Tail, number, parsed, step_of
 
 Array = NDArray[np.float64]

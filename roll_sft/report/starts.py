@@ -23,11 +23,10 @@ from roll_sft.base.errors import FAULT, PreemptedError, ResourceError, RollSftEr
 from roll_sft.base.files import json_lines
 from roll_sft.base.text import redacted
 from roll_sft.job.job import Job, micro_batch_tokens
+from roll_sft.report import PACKS, REPORT, STARTS
 from roll_sft.training.run_folder import JsonLines, write_json
 
 LOG = logging.getLogger(__name__)
-STARTS, REPORT = "starts.jsonl", "report.html"
-PACKS = "job/packs.json"
 PACKAGES = ("roll_sft", "torch", "megatron-core", "ray", "transformers")
 REPORT_TIMEOUT_S = 60.0
 INTERRUPTED = 130  # as a shell says it of Ctrl-C

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
+from roll_sft.base.text import format_seconds
 from roll_sft.report.run_files import EVALS, GENERATIONS, STEPS, RunFiles, age_s
 from roll_sft.report.tail import number
-from roll_sft.training.terminal import format_seconds
 
 Kind = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "unknown"]
 SIGNALLED = 128  # codes above are of signals, as a shell says them

@@ -18,13 +18,12 @@ from rich.text import Text
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import RollSftError, report
-from roll_sft.base.text import printable
+from roll_sft.base.text import format_seconds, printable
 from roll_sft.report import terminal_chart
 from roll_sft.report.facts import samples
 from roll_sft.report.run_files import RunFiles, RunReader, evaluations, read_run
 from roll_sft.report.state import State, current_state
 from roll_sft.report.tail import number
-from roll_sft.training.terminal import format_seconds
 
 EVERY_S = 2.0
 FIRST_LINES = 10  # steps of before that are shown where there is no terminal

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.files import json_lines
+from roll_sft.base.text import format_seconds
 from roll_sft.config.schema import RunConfig
 from roll_sft.training import run_folder
-from roll_sft.training.terminal import format_seconds
 
 
 def show_summary(config: RunConfig, folder: Path, *, elapsed_s: float) -> None:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from roll_sft.base.console import CLOCK, CONSOLE
 from roll_sft.base.metrics import StepRecord
+from roll_sft.base.text import format_seconds
 
 if TYPE_CHECKING:
     from roll_sft.training.notebook import NotebookProgress
@@ -97,16 +98,6 @@ def step_display(
     )
     with Progress(*columns, console=CONSOLE, transient=True, refresh_per_second=2) as progress:
         yield StepDisplay(progress, total_steps, logging_steps=logging_steps, first_step=first_step)
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:02:13`, from a day on `1 d 03:00:00`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (
-        f"{days} d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
-    )
 
 
 def _fitting(fields: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from roll_sft.base import console
 from roll_sft.base.metrics import StepRecord
+from roll_sft.base.text import format_seconds
 from roll_sft.training import terminal
 
 TOTAL = 450
@@ -109,4 +110,4 @@ def test_without_a_terminal_a_line_is_plain_and_has_everything(
     [(0.4, "0:00:00"), (133, "0:02:13"), (3599.6, "1:00:00"), (97_200, "1 d 03:00:00")],
 )
 def test_seconds_are_written_as_a_clock_does(seconds: float, text: str) -> None:
-    assert terminal.format_seconds(seconds) == text
+    assert format_seconds(seconds) == text
