@@ -155,3 +155,13 @@ def chunk_rows(rows: int, width: int, *, on_gpu: bool) -> int:
     if rows * width * 4 <= SMALL_LOGITS_BYTES:
         return max(rows, 1)
     return min(max(rows // CHUNKS, MIN_ROWS), MAX_ROWS)
+
+
+def format_seconds(seconds: float) -> str:
+    """`0:02:13`, from a day on `1 d 03:00:00`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (
+        f"{days} d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+    )

@@ -116,13 +116,3 @@ def _cut(line: str) -> str:
         return line
     kept = LINE_LENGTH // 2
     return f"{line[:kept]} ... ({len(line):,} characters) ... {line[-kept:]}"
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:02:13`, from a day on `1 d 03:00:00`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (
-        f"{days} d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
-    )

@@ -56,7 +56,7 @@ def make(folders: Sequence[Path], output: Path | None) -> Path:
     if len(folders) == 1 and output is None:
         from roll_sft.report.loss_curve import draw_losses
 
-        draw_losses(folders[0])
+        draw_losses(runs[0])
     return page
 
 

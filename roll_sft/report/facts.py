@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from roll_sft.base.text import format_seconds, printable
+from roll_sft.base.metrics import format_seconds
+from roll_sft.base.text import printable
 from roll_sft.report.run_files import RunFiles, evaluations
 from roll_sft.report.state import State
 from roll_sft.report.tail import number

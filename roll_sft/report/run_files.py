@@ -132,13 +132,6 @@ def restarts(run: RunFiles) -> list[float]:
     return sorted({step for step in found if step > 1})
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a file of JSON lines; a run may be writing the last one."""
-    found = list[dict[str, Any]]()
-    Tail(path, found).read()
-    return found
-
-
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The keys of nested mappings as `section.key`, each value as text."""
     for key, value in values.items():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from roll_sft.base.text import format_seconds
+from roll_sft.base.metrics import format_seconds
 from roll_sft.report.run_files import EVALS, GENERATIONS, STEPS, RunFiles, age_s
 from roll_sft.report.tail import number
 

@@ -18,7 +18,8 @@ from rich.text import Text
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import RollSftError, report
-from roll_sft.base.text import format_seconds, printable
+from roll_sft.base.metrics import format_seconds
+from roll_sft.base.text import printable
 from roll_sft.report import terminal_chart
 from roll_sft.report.facts import samples
 from roll_sft.report.run_files import RunFiles, RunReader, evaluations, read_run

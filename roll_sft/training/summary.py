@@ -12,7 +12,7 @@ from rich.table import Table
 
 from roll_sft.base.console import stdout_console
 from roll_sft.base.files import json_lines
-from roll_sft.base.text import format_seconds
+from roll_sft.base.metrics import format_seconds
 from roll_sft.config.schema import RunConfig
 from roll_sft.training import run_folder
 

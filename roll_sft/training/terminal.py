@@ -15,8 +15,7 @@ import psutil
 from rich.progress import BarColumn, Progress, TextColumn
 
 from roll_sft.base.console import CLOCK, CONSOLE
-from roll_sft.base.metrics import StepRecord
-from roll_sft.base.text import format_seconds
+from roll_sft.base.metrics import StepRecord, format_seconds
 
 if TYPE_CHECKING:
     from roll_sft.training.notebook import NotebookProgress

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from roll_sft.report.loss_curve import draw_losses
+from roll_sft.report.run_files import RunFiles, read_run
 
 
 def write(path, records):
@@ -18,19 +19,19 @@ def test_a_run_of_any_length_has_a_picture(num_steps, tmp_path, recwarn):
     write(tmp_path / "steps.jsonl", steps)
     names = ("held_out", "_hidden", "$x$ \\frac", "测试\n", "")
     write(tmp_path / "eval.jsonl", ({"step": 1, "name": name, "loss": 0.5} for name in names))
-    draw_losses(tmp_path)
+    draw_losses(read_run(tmp_path))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))
     assert not recwarn
 
 
 def test_no_picture_of_nothing_and_one_line_where_it_cannot_be_written(tmp_path, caplog):
-    draw_losses(tmp_path)
+    draw_losses(RunFiles(tmp_path, "run", {}))
     assert not list(tmp_path.iterdir())
     assert not caplog.records
     write(tmp_path / "steps.jsonl", [{"step": 1, "train_loss": 1.0}])
     (tmp_path / "loss.png").mkdir()
-    draw_losses(tmp_path)
+    draw_losses(read_run(tmp_path))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert str(tmp_path / "loss.png") in record.getMessage()

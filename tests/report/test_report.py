@@ -171,7 +171,7 @@ def test_torn_odd_and_hostile_files_neither_raise_nor_reach_the_markup(tmp_path:
     (folder / "job" / "packs.json").write_text(
         json.dumps({"capacity": 10, "ranks": [[[HOSTILE, 3]], 4], "edges": "x", "step": None})
     )
-    draw_losses(folder)
+    draw_losses(read_run(folder))
     text = page_of([read_run(folder)])
     page = Page(text)
     assert not {"script", "img"} & set(page.tags)

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from roll_sft.base import console
-from roll_sft.base.metrics import StepRecord
-from roll_sft.base.text import format_seconds
+from roll_sft.base.metrics import StepRecord, format_seconds
 from roll_sft.training import terminal
 
 TOTAL = 450
