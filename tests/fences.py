@@ -23,15 +23,31 @@ from typing import Any
 from tests.doors import alpaca, write_rows
 from tests.job.test_presets import GPT_OSS_20B, QWEN3_30B_A3B, QWEN_7B
 from tests.job.test_shipped_recipes import LLAMA_8B, qwen3
-from tests.parity import model_config, write_model
+from tests.parity import write_model
 
 _BLOCK = re.compile(
     r"(?:^<!-- (\w+): ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL
 )
 _FILE = re.compile(r"(?:# |\{#- )([\w.]+\.\w+)\b")
 _ARGUMENTS = "model.path=MODEL 'data.train=[{path: FILE.jsonl}]'"
+_MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "vocab_size": 32000,
+}
 # Models that pages name by their folder, by what is published of them: enough for a plan.
 _PUBLISHED: dict[str, dict[str, Any]] = {
+    "MIXTRAL": _MIXTRAL_8X7B,
     "models/Qwen2.5-7B": QWEN_7B,
     "models/mine": QWEN_7B,
     "models/Llama-3.1-8B": LLAMA_8B,
@@ -41,7 +57,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 }
 _OF_TRL = {
     "model_name_or_path": "MODEL",
-    "dataset_name": "FILE.jsonl",
+    "dataset_name": "allenai/tulu-3-sft-mixture",
     "learning_rate": 1e-5,
     "per_device_train_batch_size": 4,
 }
@@ -103,8 +119,6 @@ def make_folder(folder: Path) -> Path:
     config |= {"max_position_embeddings": 32768}  # samples are up to 4,096 tokens by default
     (model / "config.json").write_text(json.dumps(config))
     shutil.copytree(model, folder / "Qwen" / "Qwen2.5-0.5B")
-    (folder / "MIXTRAL").mkdir()
-    model_config("mixtral", num_layers=2).save_pretrained(folder / "MIXTRAL")
     for name, published in _PUBLISHED.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(published))
