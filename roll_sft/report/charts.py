@@ -16,6 +16,7 @@ MAX_ROWS = 12  # of the table behind a chart
 MAX_GROUPS = 8  # of a validation set, and of colours
 LOG_FROM = 50.0  # greatest over least value of what is drawn on a logarithmic axis
 MAX_PACKS = 80  # in the picture of a step
+FILLED = -1  # style of a histogram that is no outline
 MAX_MARKS = 50  # of bad batches, and of restarts
 
 
@@ -89,7 +90,7 @@ _SERIES = (
         "mfu",
         "Model FLOPs utilisation",
         "% of the bf16 peak",
-        "0.35 to 0.55 of the peak is usual with full packs.",
+        "35 to 55 % of the peak is usual with full packs.",
         (("", lambda run: 100 * run.column("mfu")),),
     ),
     _Series(
@@ -175,15 +176,16 @@ def _loss(runs: Sequence[RunFiles]) -> Chart | None:
 
 
 def _series(runs: Sequence[RunFiles], series: _Series) -> Chart | None:
-    curves, color = list[Curve](), count()
-    for run in runs:
-        for name, values in series.values:
-            label = ", ".join(filter(None, [run.name if len(runs) > 1 else "", name]))
-            own = next(color)
-            line = curve(label, run.step, values(run), color=own)
+    curves, is_alone = list[Curve](), len(runs) == 1
+    for of_run, run in enumerate(runs):
+        for of_value, (name, values) in enumerate(series.values):
+            label = ", ".join(filter(None, ["" if is_alone else run.name, name]))
+            # A run has one colour in all charts.
+            color, dash = (of_value, 0) if is_alone else (of_run, of_value)
+            line = curve(label, run.step, values(run), color=color, dash=dash)
             if len(line.x):
                 curves.append(line)
-    legend = [(each.color, each.label, 0) for each in curves if each.label]
+    legend = [(each.color, each.label, each.dash) for each in curves if each.label]
     y = np.concatenate([each.y for each in curves]) if curves else np.empty(0)
     is_log = series.may_be_log and len(y) > 0 and y.min() > 0 and y.max() / y.min() > LOG_FROM
     unit = ", ".join(filter(None, [series.unit, "logarithmic" if is_log else ""]))
@@ -248,7 +250,8 @@ def _chart(
     if not any(len(each.x) for each in curves):
         return None
     bad = [number(line["step"]) for run in runs for line in run.bad_batches][:MAX_MARKS]
-    again = [step for run in runs for step in restarts(run)][:MAX_MARKS]
+    # Of several runs nobody could tell whose restart a line is.
+    again = restarts(runs[0])[:MAX_MARKS] if len(runs) == 1 else []
     marks = ["bad batch"] * bool(bad) + ["restart"] * bool(again)
     named = [each for each in curves if not each.is_faint]
     columns, rows = _table(named)
@@ -290,7 +293,7 @@ def _lengths(runs: Sequence[RunFiles]) -> Chart | None:
             "samples",
             "How many samples have so many tokens, and so many supervised ones, in the train set.",
             drawing.bars([(edges, each) for _, each in values], name="lengths", x="tokens"),
-            [(color, name, 0) for color, (name, _) in enumerate(values)],
+            [(color, name, 0 if color else FILLED) for color, (name, _) in enumerate(values)],
             ["tokens in all, or supervised", *(name for name, _ in values)],
             rows,
         )

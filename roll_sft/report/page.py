@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from roll_sft.base.text import printable
 from roll_sft.report import facts
-from roll_sft.report.charts import Chart, charts_of
+from roll_sft.report.charts import FILLED, Chart, charts_of
 from roll_sft.report.drawing import titled
 from roll_sft.report.run_files import RunFiles
 from roll_sft.report.state import current_state
@@ -38,6 +38,7 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         runs=[*zip(runs, states, strict=True)],
         summary=facts.summary(runs, states),
         charts=charts_of(runs),
+        FILLED=FILLED,
         titled=_titled,
         parts=facts.parts(runs),
         samples=facts.samples(runs),
