@@ -62,6 +62,9 @@ th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: .55rem .9rem; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; }
 td:nth-child(1) { min-width: 6rem; } td:nth-child(2) { min-width: 11rem; }
+@media (max-width: 40rem) { td, tr { display: block; } tr:first-child { display: none; }
+  td { border-bottom: 0; padding: .15rem .9rem; }
+  tr { border-bottom: 1px solid var(--line); padding: .5rem 0; } }
 .scroll { overflow-x: auto; }
 tr:last-child td { border-bottom: 0; }
 td.kind { white-space: nowrap; } td.kind b { color: var(--bad); background: var(--bad-ground);
