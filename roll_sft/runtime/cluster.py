@@ -258,7 +258,7 @@ class Slots:
     group: PlacementGroup
     bundle_of_rank: tuple[int, ...]
     device: str  # cpu | cuda
-    cpus_per_worker: int
+    nodes: frozenset[str]  # that hold a bundle, by their ids
 
 
 @contextlib.contextmanager
@@ -284,7 +284,7 @@ def reserved(config: RunConfig) -> Iterator[Slots]:
             group,
             bundle_of_rank=_bundles_by_node(node_of_bundle, tensor_size=tensor_size),
             device=device,
-            cpus_per_worker=parallel.cpus_per_worker,
+            nodes=frozenset(node_of_bundle.values()),
         )
     finally:
         remove_placement_group(group)

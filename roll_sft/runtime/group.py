@@ -78,7 +78,7 @@ class WorkerGroup:
         actor: Any = ray.remote(worker)
         self._actors: list[Any] = [
             actor.options(
-                num_cpus=slots.cpus_per_worker,
+                num_cpus=config.parallel.cpus_per_worker,
                 num_gpus=1 if slots.device == "cuda" else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     slots.group, placement_group_bundle_index=bundle

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import ray
-from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from roll_sft.base.errors import ResourceError
 from roll_sft.config.layout_checks import layout_problems
@@ -24,17 +24,12 @@ POLL_S = 0.5
 
 
 def is_node_lost(slots: Slots) -> bool:
-    """Whether a node that held workers is gone; waits until the cluster knows of it."""
+    """Whether a node that held workers is gone; waits until the cluster knows of it.
+
+    Ray may have moved what was reserved there to another node by then.
+    """
     wait_for_cluster()
-    return not is_whole(slots)
-
-
-def is_whole(slots: Slots) -> bool:
-    """Whether every bundle of `slots` is on a node that lives."""
-    table = placement_group_table(slots.group)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    places: dict[int, str] = table["bundles_to_node_id"]
-    return table["state"] == "CREATED" and all(node in alive for node in places.values())
+    return not slots.nodes <= {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def wait_for_cluster() -> None:

@@ -143,7 +143,7 @@ def _next_attempt(
 ) -> Attempt:
     """New workers' beginning: the same resources, or those that are left, and the checkpoint."""
     job, slots = failed.job, failed.slots
-    if not regroup.is_whole(slots):
+    if regroup.is_node_lost(slots):
         regroup.release(slots)
         num_workers = regroup.num_workers_left(wanted)
         if num_workers != job.layout.world_size:
@@ -161,7 +161,8 @@ def _job_on(job: Job, num_workers: int, folder: Path) -> Job:
     )
     parallel = replace(job.config.parallel, num_workers=num_workers)
     config = replace(job.config, parallel=parallel)
-    return Job.of(read_prepared(config, folder / run_folder.JOB))
+    smaller = Job.of(read_prepared(config, folder / run_folder.JOB))
+    return replace(smaller, metric_fn=job.metric_fn)
 
 
 def _start(failed: Attempt, job: Job, folder: Path) -> Start:
