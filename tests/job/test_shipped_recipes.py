@@ -13,7 +13,15 @@ from roll_sft.job.memory import estimate
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.source import family_of
 from roll_sft.run import compose, shipped_configurations
-from tests.job.test_presets import LLAMA_70B, OF_40_GB, OF_80_GB, QWEN_7B, Gpus
+from tests.job.test_presets import (
+    GPT_OSS_20B,
+    LLAMA_70B,
+    OF_40_GB,
+    OF_80_GB,
+    QWEN3_30B_A3B,
+    QWEN_7B,
+    Gpus,
+)
 
 
 def llama(hidden: int, ffn: int, layers: int, heads: int, groups: int) -> dict[str, Any]:
@@ -62,6 +70,7 @@ LLAMA_8B = llama(4096, 14336, 32, 32, 8)
 NODE = Gpus(8, OF_80_GB, 8)
 RECIPES: dict[str, tuple[dict[str, Any], Gpus]] = {
     "gemma3_1b_sft": (GEMMA_3_1B, Gpus(1, OF_80_GB, 8)),
+    "gpt_oss_20b_sft": (GPT_OSS_20B, NODE),
     "llama3_1_70b_sft": (LLAMA_70B, Gpus(32, OF_80_GB, 8)),
     "llama3_1_8b_sft": (LLAMA_8B, NODE),
     "olmo2_13b_sft": (olmo2(5120, 13824, 40, 40, 40), NODE),
@@ -71,6 +80,7 @@ RECIPES: dict[str, tuple[dict[str, Any], Gpus]] = {
     "qwen3_0_6b_sft": (qwen3(1024, 3072, 28, 16, tied=True), Gpus(1, OF_40_GB, 8)),
     "qwen3_14b_sft": (qwen3(5120, 17408, 40, 40, tied=False), NODE),
     "qwen3_1_7b_sft": (qwen3(2048, 6144, 28, 16, tied=True), Gpus(1, OF_80_GB, 8)),
+    "qwen3_30b_a3b_sft": (QWEN3_30B_A3B, Gpus(16, OF_80_GB, 8)),
     "qwen3_32b_sft": (qwen3(5120, 25600, 64, 64, tied=False), NODE),
     "qwen3_4b_sft": (qwen3(2560, 9728, 36, 32, tied=True), NODE),
     "qwen3_8b_sft": (qwen3(4096, 12288, 36, 32, tied=False), NODE),
