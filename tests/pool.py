@@ -18,7 +18,7 @@ from typing import Any
 
 from roll_sft.base.gc_pauses import imports_kept
 from roll_sft.base.layout import ParallelLayout
-from roll_sft.engine.environment import compiler_left_out
+from roll_sft.engine.without_compiler import compiler_left_out
 
 TIMEOUT_S = 120.0
 

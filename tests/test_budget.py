@@ -94,6 +94,7 @@ BY_NEED = {
     "roll_sft/engine/generate.py": "evaluation.prompts",
     "roll_sft/engine/key_value_cache.py": "evaluation.prompts",
     "roll_sft/engine/sampling.py": "evaluation.prompts",
+    "roll_sft/engine/without_compiler.py": "a run without GPUs",
     "roll_sft/evaluation/": "evaluation.prompts",
     "roll_sft/engine/load_state.py": "a run that goes on from a checkpoint",
     "roll_sft/engine/lora.py": "lora.rank above 0",
@@ -140,17 +141,20 @@ BY_NEED = {
     "roll_sft/runtime/rank_faults.py": "workers that fail",
     "roll_sft/runtime/regroup.py": "workers that fail",
     "roll_sft/runtime/watchdog.py": "a phase that runs out of time",
+    "roll_sft/runtime/shortfall.py": "resources that a cluster lacks",
     "roll_sft/runtime/joining.py": "a cluster that others started",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
     "roll_sft/runtime/store_gate.py": "ranks on several nodes",
     "roll_sft/training/evaluations.py": "a validation set",
     "roll_sft/training/generations.py": "evaluation.prompts",
     "roll_sft/training/early_stopping.py": "train.early_stopping",
+    "roll_sft/training/cut_logs.py": "a folder that has logs",
+    "roll_sft/training/way_back.py": "a run that diverged",
+    "roll_sft/training/retain.py": "more checkpoints than are kept",
     "roll_sft/training/supervisor.py": "workers that fail",
     "roll_sft/training/notebook.py": "a run in a notebook",
-    "roll_sft/training/bad_steps.py": "numbers that are not finite, and spikes",
+    "roll_sft/training/bad_batches.py": "bad steps, and a run that goes on",
     "roll_sft/training/preempted.py": "a run that is asked to end",
-    "roll_sft/training/stop.py": "a run that is asked to end",
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,
@@ -166,9 +170,7 @@ ALLOWED = (
     "roll_sft/config/tracking.py",
     "roll_sft/data/chat/fast/",
     "roll_sft/engine/cpu_backend.py",
-    # These watch a run: one that nobody stops, and whose numbers are sound, is the same without.
-    "roll_sft/training/bad_steps.py",
-    "roll_sft/training/stop.py",
+    "roll_sft/engine/without_compiler.py",
 )
 
 # Notes every module of ours that a process imports, in a file of its own.

@@ -48,7 +48,7 @@ class StepMetrics:
     step_time_s: float
     data_wait_s: float
     peak_memory_gib: float  # since the step before: of the device, or on a CPU the process's own
-    is_skipped: bool = False  # no update was made; see training/bad_steps.py
+    is_skipped: bool = False  # no update was made; see training/records.py
     told: tuple[float, ...] = ()  # of a recipe's loss; see data/steps/objective.py
     experts: "ExpertLoad | None" = None
 

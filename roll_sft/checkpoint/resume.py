@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from roll_sft.base.errors import CheckpointError
 from roll_sft.base.files import set_aside, write_durably, writing
 from roll_sft.checkpoint.manifest import RunState, read_manifest
 from roll_sft.checkpoint.publish import LATEST
@@ -82,17 +81,6 @@ def origin_of(checkpoints: Path) -> Path | None:
     """The step folder of another run that the run of `checkpoints` began from, if it did."""
     origin = checkpoints / ORIGIN
     return Path(origin.read_text(encoding="utf-8").strip()) if origin.is_file() else None
-
-
-def newest_until(checkpoints: Path, step: int) -> Path | None:
-    """The newest checkpoint up to `step`; for a run without any, the one that it began from."""
-    own, origin = step_folders(checkpoints), origin_of(checkpoints)
-    if own or origin is None:
-        return next((folder for folder in reversed(own) if step_of(folder) <= step), None)
-    try:
-        return origin if read_manifest(origin).state.step <= step else None
-    except CheckpointError:  # it was deleted or damaged since
-        return None
 
 
 def make_way(checkpoints: Path, start: Start) -> None:

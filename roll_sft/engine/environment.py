@@ -4,12 +4,9 @@ Both doors, a Ray worker and torchrun, call these before the first CUDA call, so
 configuration runs alike behind them. A variable that the user has set stays.
 """
 
-import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any
 
 from packaging.version import Version
 
@@ -39,27 +36,6 @@ def silence_warnings() -> None:
     """Ignore `WARNINGS`; call this before the first import of Megatron-Core."""
     for message, module in WARNINGS:
         warnings.filterwarnings("ignore", message, module=module)
-
-
-@contextlib.contextmanager
-def compiler_left_out() -> Iterator[None]:
-    """Within the block, importing Megatron-Core does not load torch's compiler.
-
-    Megatron-Core decorates its fused functions with `torch.compile`, and loading that takes half of
-    its import. `engine.build` turns these functions off. A run that compiles loads it when it does;
-    one on CPUs does not, by default, and spares a second and 50 MB for each worker.
-    """
-    import torch
-
-    def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
-        return (lambda each: each) if function is None else function
-
-    original: Any = torch.compile
-    torch.compile = as_it_is  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = original
 
 
 def set_variables(*, deterministic: bool) -> None:

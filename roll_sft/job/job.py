@@ -1,12 +1,14 @@
-"""`Job`: a run that can start: what was prepared, planned."""
+"""`Job`: a run that can start: what was prepared, planned. Its tokens are verified meanwhile."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from roll_sft.base.errors import ConfigError
+from roll_sft.base.errors import ConfigError, DataError
 from roll_sft.base.layout import ParallelLayout, round_up
 from roll_sft.checkpoint.manifest import RunState
 from roll_sft.config.schema import RunConfig, SourceConfig, layout_of, source_name
@@ -14,7 +16,16 @@ from roll_sft.data.steps.epochs import Share
 from roll_sft.data.steps.learning_rate import Schedule
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
-from roll_sft.data.tokens.cache import SourceReport, TokenData, TokenSet
+from roll_sft.data.tokens.cache import (
+    ARRAYS,
+    PER_SAMPLE,
+    REPORT_FILE,
+    SourceReport,
+    TokenData,
+    TokenSet,
+    check_arrays,
+    read_report,
+)
 from roll_sft.job.prepared import Prepared
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
@@ -22,6 +33,8 @@ from roll_sft.models.source import ModelSource
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm")
 _MOST_REPEATS = 1000  # of one sample in an epoch
 _MOST_SAMPLES = 1 << 30  # of an epoch: they are numbered by 32 bits
+_PER_TOKEN = [array for array in ARRAYS if array not in PER_SAMPLE]
+_VERIFIERS = 4  # the checksum leaves the interpreter's lock alone; more would only wait for a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,3 +199,34 @@ def _addresses(tokens: TokenSet, shares: dict[str, Share]) -> dict[str, str]:
         drawn = "" if share.is_whole else f"*{share.per_epoch}"
         addresses[source.name] = hashlib.sha256(shards.encode()).hexdigest() + drawn
     return addresses
+
+
+@contextlib.contextmanager
+def verifying(folders: Iterable[Path]) -> Iterator[Callable[[], None]]:
+    """Read the tokens of `folders` once while the block runs, so that no step meets damage.
+
+    The block is given a function that waits for the end, and raises `DataError` for a folder that
+    is damaged. What has not been read when the block ends is left.
+    """
+    with ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="token-verifier") as pool:
+        checks = [pool.submit(_check, folder) for folder in folders]
+
+        def finish() -> None:
+            for check in checks:
+                check.result()
+
+        try:
+            yield finish
+        finally:
+            for check in checks:
+                check.cancel()
+
+
+def _check(folder: Path) -> None:
+    report = read_report(folder)
+    try:
+        check_arrays(folder, report, _PER_TOKEN)
+    except DataError as damage:
+        with contextlib.suppress(OSError):  # a cache that may only be read: whoever may must do it
+            (folder / REPORT_FILE).unlink()
+        raise DataError(f"{damage}; run the same command again, which prepares it anew") from damage

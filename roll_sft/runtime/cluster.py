@@ -275,7 +275,7 @@ def reserved(config: RunConfig) -> Iterator[Slots]:
     bundle = bundle_of(parallel)
     num_bundles = parallel.num_workers // tensor_size
     if bundles_that_fit(bundle) < num_bundles:
-        raise ResourceError(_shortfall(parallel, bundle, reason="the cluster has less in total"))
+        raise _shortfall(parallel, bundle, reason="the cluster has less in total")
     group = placement_group([bundle] * num_bundles, strategy="PACK")
     try:
         _wait_for(group, parallel, bundle)
@@ -300,10 +300,11 @@ def _wait_for(group: PlacementGroup, parallel: ParallelConfig, bundle: Mapping[s
         reason = (
             f"other jobs still hold them after {timeout_s:g} s (parallel.placement_timeout_s); wait"
         )
-        raise ResourceError(_shortfall(parallel, bundle, reason=reason)) from error
+        raise _shortfall(parallel, bundle, reason=reason) from error
 
 
-def _nodes() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray says of each node of the cluster that is alive."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -320,7 +321,7 @@ def bundles_that_fit(bundle: Mapping[str, float]) -> int:
     """How many bundles the nodes hold when no other job runs; a bundle lies on one node."""
     return sum(
         min(int(node["Resources"].get(name, 0) // amount) for name, amount in bundle.items())
-        for node in _nodes()
+        for node in alive_nodes()
     )
 
 
@@ -333,22 +334,7 @@ def _bundles_by_node(node_of_bundle: Mapping[int, str], *, tensor_size: int) -> 
     return tuple(bundle for bundle in ordered for _ in range(tensor_size))
 
 
-def _shortfall(parallel: ParallelConfig, bundle: Mapping[str, float], *, reason: str) -> str:
-    """A table of wanted and available resources; the last line has the reason and the remedy."""
-    free = ray.available_resources()
-    num_bundles = parallel.num_workers // parallel.tensor_model_parallel_size
-    rows = [("resource", "wanted", "in total", "free now")]
-    for name, amount in bundle.items():
-        total = sum(node["Resources"].get(name, 0) for node in _nodes())
-        wanted = amount * num_bundles
-        rows.append((name, f"{wanted:g}", f"{total:g}", f"{free.get(name, 0):g}"))
-    for node in _nodes():
-        own = ", ".join(f"{name} {node['Resources'].get(name, 0):g}" for name in bundle)
-        rows.append((f"node {node['NodeManagerAddress']}", "", own, ""))
-    table = "\n".join("  ".join(cell.ljust(18) for cell in row).rstrip() for row in rows)
-    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    return (
-        f"{table}\nparallel.num_workers: {parallel.num_workers} workers need {num_bundles} x"
-        f" ({each}) on one node each; {reason}, lower parallel.num_workers or"
-        " parallel.tensor_model_parallel_size, or add nodes"
-    )
+def _shortfall(parallel: ParallelConfig, bundle: Mapping[str, float], *, reason: str) -> Exception:
+    from roll_sft.runtime.shortfall import table_of
+
+    return ResourceError(table_of(parallel, bundle, reason=reason))

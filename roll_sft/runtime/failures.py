@@ -18,7 +18,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from roll_sft.base import errors
 from roll_sft.base.errors import RollSftError, WorkerError
-from roll_sft.runtime.worker import RankError, WorkerAddress, log_path, started_line
+from roll_sft.runtime.rank_faults import RankError
+from roll_sft.runtime.worker import WorkerAddress, log_path, started_line
 
 LOG = logging.getLogger(__name__)
 CAUSE_GRACE_S = 3.0  # how long to wait for the cause after an error about a lost peer

@@ -2,12 +2,46 @@
 
 import re
 import traceback
+from dataclasses import dataclass
 
 from roll_sft.base.errors import RollSftError, first_line, of_user
-from roll_sft.runtime.worker import RankFault, WorkerAddress
+from roll_sft.runtime.worker import WorkerAddress
 
 # Gloo reports a lost peer by text alone; other libraries by type, see `_is_collateral`.
 PEER_IS_GONE = re.compile(r"gloo/|connection (closed|reset) by peer", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class RankFault:
+    """An error of one rank.
+
+    `is_collateral` marks an error that reports a lost or late peer, where the cause is.
+    `may_pass` marks one that new workers may not meet again. `exit_code` is set for errors of
+    `roll_sft.base.errors`, None for any other. `details` is the traceback.
+    """
+
+    address: WorkerAddress
+    phase: str
+    summary: str
+    is_collateral: bool
+    may_pass: bool
+    exit_code: int | None
+    details: str
+
+    def __str__(self) -> str:
+        return f"{self.address} failed during {self.phase}: {self.summary}"
+
+    def error(self) -> "RankError":
+        """What carries this fault to the driver."""
+        return RankError(self)
+
+
+class RankError(Exception):
+    """Carries a `RankFault` to the driver."""
+
+    def __init__(self, fault: RankFault) -> None:
+        super().__init__(fault)
+        self.fault = fault
 
 
 def fault_of(error: BaseException, address: WorkerAddress, *, phase: str) -> RankFault:

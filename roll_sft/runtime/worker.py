@@ -27,18 +27,14 @@ from roll_sft.base.files import writing
 from roll_sft.base.metrics import EvalMetrics, StepMetrics
 from roll_sft.base.text import printable, refer, references
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.engine.environment import (
-    compiler_left_out,
-    listen_at,
-    set_variables,
-    silence_warnings,
-)
+from roll_sft.engine.environment import listen_at, set_variables, silence_warnings
 
 if TYPE_CHECKING:
     from roll_sft.data.steps.plan import RankWork
     from roll_sft.data.tokens.cache import TokenData
     from roll_sft.models.hub import HubModel
     from roll_sft.models.source import ModelSource
+    from roll_sft.runtime.rank_faults import RankFault
     from roll_sft.runtime.store_gate import Gate
 
 LOG = logging.getLogger(__name__)
@@ -89,35 +85,6 @@ class Gpu:
     free_gib: float
 
 
-@dataclass(frozen=True, slots=True)
-class RankFault:
-    """An error of one rank.
-
-    `is_collateral` marks an error that reports a lost or late peer, where the cause is.
-    `may_pass` marks one that new workers may not meet again. `exit_code` is set for errors of
-    `roll_sft.base.errors`, None for any other. `details` is the traceback.
-    """
-
-    address: WorkerAddress
-    phase: str
-    summary: str
-    is_collateral: bool
-    may_pass: bool
-    exit_code: int | None
-    details: str
-
-    def __str__(self) -> str:
-        return f"{self.address} failed during {self.phase}: {self.summary}"
-
-
-class RankError(Exception):
-    """Carries a `RankFault` to the driver."""
-
-    def __init__(self, fault: RankFault) -> None:
-        super().__init__(fault)
-        self.fault = fault
-
-
 class Worker:
     """One rank. Methods run one at a time, in the order of the calls; `start` comes first."""
 
@@ -155,9 +122,11 @@ class Worker:
         with self._phase("rendezvous", cluster.setup_timeout_s):
             gc.disable()  # a search through what is being imported takes a sixth of the time
             # Takes most of the start, so all ranks do it at once.
-            on_cpu = self._spec.device == "cpu"
-            with compiler_left_out() if on_cpu else contextlib.nullcontext():
-                import roll_sft.engine.engine  # noqa: F401
+            if self._spec.device == "cpu":
+                from roll_sft.engine.without_compiler import import_engine
+
+                import_engine()
+            import roll_sft.engine.engine  # noqa: F401
             from roll_sft.engine.process_groups import serve_store
 
             gc.enable()
@@ -294,7 +263,7 @@ class Worker:
     def _errors_of(self, phase: str) -> Iterator[None]:
         """Add rank, host and phase to an error, and raise it in every later call too."""
         if self._fault is not None:
-            raise RankError(self._fault)
+            raise self._fault.error()
         try:
             yield
         except Exception as error:  # adds rank, host and phase, and raises again
@@ -302,7 +271,7 @@ class Worker:
             from roll_sft.runtime.rank_faults import fault_of
 
             self._fault = fault_of(error, self._address, phase=phase)
-            raise RankError(self._fault) from None
+            raise self._fault.error() from None
 
 
 def setup_deadline_s(config: RunConfig, checkpoint: Path | None) -> float:

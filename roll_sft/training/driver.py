@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING
 from roll_sft.base.errors import DivergedError, WorkerError
 from roll_sft.checkpoint.resume import Start, make_way
 from roll_sft.data.steps.plan import StepPlan
-from roll_sft.data.tokens.verify import verifying
-from roll_sft.job.job import Job
+from roll_sft.job.job import Job, verifying
 from roll_sft.runtime.cluster import Slots, connected, reserved
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.training import run_folder
-from roll_sft.training.bad_steps import BadSteps
-from roll_sft.training.records import Records, open_records
+from roll_sft.training.records import BadSteps, Records, open_records
 from roll_sft.training.saves import Saves, check_room
 from roll_sft.training.stop import Command, Stop
 
@@ -114,8 +112,11 @@ def _make_folder_begin(attempt: Attempt, folder: Path, *, composed_yaml: str) ->
     # Not before the workers are ready: a start that fails leaves logs and checkpoints as they were.
     start = attempt.start
     make_way(folder / run_folder.CHECKPOINTS, start)
-    origin = start.checkpoint.parents[1] if start.checkpoint else folder
-    run_folder.cut_logs(folder, step=start.step, origin=origin)
+    if start.step or any((folder / name).exists() for name in run_folder.LOGS):
+        from roll_sft.training.cut_logs import cut_logs
+
+        origin = start.checkpoint.parents[1] if start.checkpoint else folder
+        cut_logs(folder, step=start.step, origin=origin)
     run_folder.write_config(folder, composed_yaml)
     run_folder.write_json(folder / "data_report.json", attempt.job.data_report())
 
@@ -138,7 +139,11 @@ def train(
                     return
             _train(job, group, records, saves=saves, first_step=first_step, stop=stop)
     except DivergedError as error:
-        raise DivergedError(f"{error}; {saves.way_back(error.sound_step)}") from error
+        from roll_sft.training.way_back import way_back
+
+        saves.settle(error.sound_step)
+        way = way_back(job.config, folder / run_folder.CHECKPOINTS, error.sound_step)
+        raise DivergedError(f"{error}; {way}") from error
     except BaseException:
         stop.outlook = saves.what_is_kept()
         LOG.info("%s", stop.outlook)

@@ -1,20 +1,29 @@
 """The records of a run: `steps.jsonl`, `eval.jsonl`, other files of lines, and the display.
 
-Turns the plan and the metrics of a step into the line that trackers, summary and picture read.
+Turns the plan and the metrics of a step into the line that trackers, summary and picture read, and
+tells bad steps from sound ones; `bad_batches.py` has what follows for a bad one.
 """
 
 import contextlib
 import hashlib
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from roll_sft.base import metrics
+from roll_sft.base.errors import DataError
 from roll_sft.base.metrics import EvalMetrics, StepMetrics, StepRecord
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
 from roll_sft.training.run_folder import JsonLines
 from roll_sft.training.terminal import StepDisplay, step_display
+
+WINDOW = 128
+LEAST = 32  # steps before anything can be a spike
+BEHIND = 2  # the step before may still run where a step is queued, so it is left out of the limits
 
 
 class Records:
@@ -127,6 +136,80 @@ class Records:
             windows=shape.windows,
         )
         return flops / device_seconds / peak
+
+
+class BadSteps:
+    """Records steps and tells bad ones from sound ones, in a run that goes on after `step`.
+
+    The loss or the norm of a bad step is not finite, or is a spike: above the mean of the last
+    WINDOW steps and `train.spike_sigma` standard deviations, as in OLMo-core. The workers decide
+    before the update, on numbers that all of them have. A skipped step is a step of the run all the
+    same: its samples are used, the learning rate goes on, and Adam's count does not. The limits of
+    a step depend on the steps before it alone, also after a resume.
+    """
+
+    def __init__(self, job: Job, records: Records, *, step: int) -> None:
+        self._job, self._records = job, records
+        self._window = deque[tuple[float, float]](maxlen=WINDOW)  # loss and norm
+        self._waiting = deque[tuple[int, float, float]]()  # of the last BEHIND steps, with the step
+        self._limits: dict[int, tuple[float, float] | None] = {}
+        self._num_skipped = 0
+        if step:
+            from roll_sft.training.bad_batches import earlier_steps
+
+            self._num_skipped, sound = earlier_steps(records.folder, WINDOW + BEHIND)
+            self._waiting.extend(sound)
+
+    def begin(self, plan: StepPlan) -> StepPlan:
+        """The plan of a step that is queued now, with the limits above which it is skipped.
+
+        Raises `DataError` for a step without a supervised token.
+        """
+        if plan.supervised_tokens == 0:
+            raise DataError(
+                f"step {plan.step}: no token of its samples is supervised, as of"
+                f" {self._job.data.train.sample_name(plan.sample_ids[0])}; leave them out"
+            )
+        limits = self._limits[plan.step] = self._limits_of(plan.step)
+        if limits is None or self._job.config.train.on_spike == "record":
+            return plan
+        return replace(plan, limits=(limits[0] * plan.supervised_tokens, limits[1]))
+
+    def finish(self, plan: StepPlan, result: StepMetrics) -> float:
+        """Record a finished step; returns its seconds.
+
+        Raises `DivergedError` for one that ends the run.
+        """
+        loss, norm = result.loss_sum / result.supervised_tokens, result.grad_norm
+        limits, skipped = self._limits.pop(plan.step), None
+        is_above = limits is not None and (loss > limits[0] or norm > limits[1])
+        if is_above or not (math.isfinite(loss) and math.isfinite(norm)):
+            from roll_sft.training.bad_batches import take_bad
+
+            num = self._num_skipped
+            skipped = take_bad(self._job, self._records, plan, result, num_skipped=num)
+        self._records.step(plan, result, skipped=skipped)
+        if skipped is None:
+            self._waiting.append((plan.step, loss, norm))
+        else:
+            self._num_skipped += 1
+        return result.step_time_s
+
+    def _limits_of(self, step: int) -> tuple[float, float] | None:
+        while self._waiting and self._waiting[0][0] <= step - BEHIND:
+            self._window.append(self._waiting.popleft()[1:])
+        sigma = self._job.config.train.spike_sigma
+        if sigma is None or len(self._window) < LEAST:
+            return None
+        loss, norm = (_limit(values, sigma) for values in zip(*self._window, strict=True))
+        return loss, norm
+
+
+def _limit(values: Sequence[float], sigma: float) -> float:
+    """The mean of `values` and `sigma` standard deviations; the same in any order of them."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
+    return mean + sigma * math.sqrt(variance)
 
 
 @contextlib.contextmanager

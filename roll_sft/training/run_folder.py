@@ -1,9 +1,8 @@
 """The folder of a run: its lock, and its files of one JSON record per line.
 
 Promises: one run at a time holds a folder, with a lock that the kernel releases when the process
-dies; a run without `resume` finds no checkpoints there; a line is complete or absent; a resumed run
-has no line of a later step than its checkpoint, and lines cut from a log are set aside, not
-deleted; a number that is not finite is written as null.
+dies; a run without `resume` finds no checkpoints there; a line is complete or absent; a number that
+is not finite is written as null. `cut_logs.py` cuts the files where a run goes on.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from roll_sft.base.errors import ConfigError, ResourceError
-from roll_sft.base.files import aside_name, json_lines, set_aside, write_durably, writing
+from roll_sft.base.files import json_lines, write_durably, writing
 from roll_sft.base.text import redacted_tree
 from roll_sft.config.schema import RunConfig
 
@@ -130,34 +129,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
-    """Replace the logs of `folder` by the lines up to `step` of the run in `origin`.
-
-    `origin` is `folder` itself where a run resumes from its own checkpoint. Other lines of `folder`
-    move to files `.set_aside_<name>`. Raises `ResourceError` where the disk is full.
-    """
-    for name in LOGS:
-        path = folder / name
-        lines = list(_lines_until(origin / name, step)) if step else []
-        with writing(path):
-            _replace_lines(path, "".join(lines).encode())
-        if name == "steps.jsonl" and [json.loads(line)["step"] for line in lines] != [
-            *range(1, step + 1)
-        ]:
-            LOG.warning("%s: lines before step %d are missing", path, step + 1)
-
-
-def _replace_lines(path: Path, kept: bytes) -> None:
-    """Make `kept` the content of `path`; set aside the lines that it does not have."""
-    there = path.read_bytes() if path.exists() else b""
-    if there and not kept:
-        set_aside(path)
-    elif there != kept:
-        if lost := there.removeprefix(kept):
-            write_durably(aside_name(path), lost)
-        write_durably(path, kept)
-
-
 def losses(folder: Path, name: str | None) -> dict[int, float]:
     """The loss of validation set `name` by step, from `eval.jsonl`."""
     records = json_lines(folder / "eval.jsonl")
@@ -188,20 +159,6 @@ def _holder(folder: Path) -> str:
         return f" ({(folder / '.lock_holder').read_text()})"
     except OSError:
         return ""
-
-
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """The complete lines of `path` up to `step`; a killed run may have left half a line."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    return
-                yield line
-    except FileNotFoundError:
-        return
-    except (ValueError, LookupError, TypeError) as error:
-        LOG.warning("%s: cannot read a line (%s); leaving out the lines from there", path, error)
 
 
 def _refuse_checkpoints(folder: Path) -> None:

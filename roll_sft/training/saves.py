@@ -8,18 +8,18 @@ rank finds not to be finite is never published.
 
 import contextlib
 import logging
+import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from roll_sft.base.errors import CheckpointError, DivergedError, ResourceError, RollSftError
 from roll_sft.base.files import writing
-from roll_sft.checkpoint.manifest import check_complete
 from roll_sft.checkpoint.publish import publish_step, staging_folder
-from roll_sft.checkpoint.resume import LEFT_OVER, newest_until, origin_of, step_folders, step_of
+from roll_sft.checkpoint.resume import LEFT_OVER, origin_of, step_folders, step_of
 from roll_sft.config.schema import CheckpointConfig, RunConfig
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
@@ -109,36 +109,18 @@ class Saves:
                 self._group.finish_save()
             self._publish()
 
-    def way_back(self, sound_step: int) -> str:
-        """What to do after a divergence; publishes what is being written, if it is sound.
-
-        The state after `sound_step` is the last that is known to be.
-        """
+    def settle(self, sound_step: int) -> None:
+        """Publish what is being written, if it is of a state up to `sound_step`."""
         if self._writing is not None and self._writing.plan.step <= sound_step:
             try:
                 self.finish()
             except RollSftError as error:
                 LOG.warning("the checkpoint that was being written is lost: %s", error)
-        good = newest_until(self._checkpoints, sound_step)
-        lower = "lower train.learning_rate or train.max_grad_norm"
-        if good is None:
-            elsewhere = " with another output_dir or run_name" if self._own_folders() else ""
-            return f"no checkpoint before it is known to be good: {lower} and start anew{elsewhere}"
-        allowed = self._job.config.checkpoint.allow_changes
-        names = ",".join(dict.fromkeys([*allowed, "schedule", "optimizer"]))
-        return (
-            f"the last good checkpoint is {good.name}: {lower} and go back to it with resume={good}"
-            f" 'checkpoint.allow_changes=[{names}]'"
-        )
 
     def what_is_kept(self) -> str:
         """What the same command goes on from."""
-        folders = self._own_folders()
-        origin = folders[-1] if folders else origin_of(self._checkpoints)
-        return kept(origin)
-
-    def _own_folders(self) -> list[Path]:
-        return step_folders(self._checkpoints)
+        own = step_folders(self._checkpoints)
+        return kept(own[-1] if own else origin_of(self._checkpoints))
 
     def _staging(self, step: int) -> Path:
         with writing(self._checkpoints, CheckpointError):
@@ -160,8 +142,11 @@ class Saves:
             from roll_sft.convert.each_save import hold
 
             hold(final, self._folder)
-        losses = run_folder.losses(self._folder, config.keep_best)
-        retain(self._checkpoints, config, losses=losses)
+        if len(step_folders(self._checkpoints)) > (config.keep_last or math.inf):
+            from roll_sft.training.retain import retain
+
+            losses = run_folder.losses(self._folder, config.keep_best)
+            retain(self._checkpoints, config, losses=losses)
 
 
 @contextlib.contextmanager
@@ -173,30 +158,6 @@ def _not_sound_after(plan: StepPlan) -> Iterator[None]:
         raise DivergedError(
             f"step {plan.step}: {error}, so no checkpoint is made of it", sound_step=plan.step - 1
         ) from error
-
-
-def retain(checkpoints: Path, config: CheckpointConfig, *, losses: Mapping[int, float]) -> None:
-    """Delete the checkpoints that `keep_last` and `keep_best` do not keep.
-
-    `losses` are those of the set that `keep_best` names, by step. Nothing is deleted unless the
-    newest is whole; a folder that cannot be deleted is logged and left.
-    """
-    folders = step_folders(checkpoints)
-    if config.keep_last is None or len(folders) <= config.keep_last:
-        return
-    try:
-        check_complete(folders[-1])
-    except CheckpointError as error:
-        LOG.error("no checkpoint is deleted: %s", error)
-        return
-    steps = {step_of(path): path for path in folders}
-    kept = set(folders[-config.keep_last :])
-    known = [step for step in steps if step in losses]
-    if config.keep_best is not None and known:
-        kept.add(steps[min(known, key=lambda step: (losses[step], step))])
-    for folder in folders:
-        if folder not in kept:
-            _delete(folder)
 
 
 def check_room(
@@ -263,13 +224,3 @@ def _most_added(size: int, *, coming: int, there: list[int], config: CheckpointC
 
 def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _delete(folder: Path) -> None:
-    # Renamed first: a half deleted folder must never have the name of a step.
-    doomed = folder.with_name(f".deleted_{folder.name}")
-    try:
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        LOG.warning("could not delete old checkpoint %s (%s); continuing", folder, error)

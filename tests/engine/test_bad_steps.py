@@ -20,7 +20,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.in_process import prepare_job
-from roll_sft.training.bad_steps import BEHIND, LEAST, WINDOW, BadSteps
+from roll_sft.training.records import BEHIND, LEAST, WINDOW, BadSteps
 from tests import parity
 from tests.doors import write_rows
 from tests.local_run import Fault, Run, spoil_gradient

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import RunConfig
 from roll_sft.data.tokens.cache import TokenSet
-from roll_sft.data.tokens.verify import verifying
 from roll_sft.job.in_process import prepare_job
+from roll_sft.job.job import verifying
 from tests.fuzz import reader
 from tests.fuzz.case import Case, run_config
 from tests.fuzz.mutate import ODD_TEXTS, changed, damaged, odd_value

@@ -26,7 +26,8 @@ from roll_sft.config.schema import CheckpointConfig
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
 from roll_sft.training import saves
-from roll_sft.training.saves import check_room, retain
+from roll_sft.training.retain import retain
+from roll_sft.training.saves import check_room
 from tests import parity
 
 SHARD = "__0_0.distcp"

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from roll_sft.base.errors import CheckpointError, DataError
 from roll_sft.runtime import rank_faults
-from roll_sft.runtime.worker import RankError, WorkerAddress, device_index
+from roll_sft.runtime.rank_faults import RankError
+from roll_sft.runtime.worker import WorkerAddress, device_index
 
 ADDRESS = WorkerAddress(3, host="gpu-7", ip="10.0.0.7", node_id="ab12", pid=4711)
 

@@ -17,7 +17,7 @@ from roll_sft.tracking.journal import (
     safe_name,
 )
 from roll_sft.tracking.system_metrics import SystemMetrics
-from roll_sft.training.run_folder import cut_logs
+from roll_sft.training.cut_logs import cut_logs
 
 NOT_NUMBERS = {"step", "sample_ids_sha256"}
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"

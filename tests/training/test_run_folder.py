@@ -14,6 +14,7 @@ from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.base.files import json_lines
 from roll_sft.config.build import build_config
 from roll_sft.training import run_folder
+from roll_sft.training.cut_logs import cut_logs
 from roll_sft.training.run_folder import JsonLines, claimed, output_folder, write_json
 
 HOLD = """
@@ -105,7 +106,7 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
         (tmp_path / name).write_text("".join(lines) + '{"step": 5, "los')
     eval_lines = [{"step": step, "name": name, "loss": 1.0} for step in (2, 4) for name in "ab"]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in eval_lines))
-    run_folder.cut_logs(tmp_path, step=3, origin=tmp_path)
+    cut_logs(tmp_path, step=3, origin=tmp_path)
     lines = JsonLines(tmp_path / "steps.jsonl")
     lines.write({"step": 4})
     lines.close()
@@ -114,9 +115,9 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
         assert [json.loads(line)["step"] for line in text.splitlines()] == steps
     assert run_folder.losses(tmp_path, "b") == {2: 1.0}
     assert caplog.text == ""
-    run_folder.cut_logs(tmp_path, step=9, origin=tmp_path)
+    cut_logs(tmp_path, step=9, origin=tmp_path)
     assert "steps.jsonl: lines before step 10 are missing" in caplog.text
-    run_folder.cut_logs(tmp_path, step=0, origin=tmp_path)
+    cut_logs(tmp_path, step=0, origin=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         f".set_aside_{name}.jsonl{number}"
         for name in ("steps", "samples", "eval")
@@ -133,11 +134,11 @@ def test_logs_of_another_run_take_the_place_of_what_is_there_which_is_kept(tmp_p
         (tmp_path / folder).mkdir()
         line = json.dumps({"step": 1, "train_loss": loss}) + "\n"
         (tmp_path / folder / "steps.jsonl").write_text(line)
-    run_folder.cut_logs(tmp_path / "own", step=1, origin=tmp_path / "origin")
+    cut_logs(tmp_path / "own", step=1, origin=tmp_path / "origin")
     assert next(json_lines(tmp_path / "own" / "steps.jsonl"))["train_loss"] == 1.0
     kept = list(json_lines(tmp_path / "own" / ".set_aside_steps.jsonl"))
     assert kept[0]["train_loss"] == 2.0
-    run_folder.cut_logs(tmp_path / "own", step=1, origin=tmp_path / "own")
+    cut_logs(tmp_path / "own", step=1, origin=tmp_path / "own")
     assert len(list((tmp_path / "own").iterdir())) == 2, "a cut that cuts nothing keeps a copy"
 
 
@@ -186,7 +187,7 @@ def write_until_full(folder, kind):
         elif kind == "config":
             run_folder.write_config(folder, "x" * 999)
         else:
-            run_folder.cut_logs(folder / "own", step=9, origin=folder / "origin")
+            cut_logs(folder / "own", step=9, origin=folder / "origin")
     except ResourceError as error:
         (folder / "message").write_text(f"{written}|{str(error)[:200]}")
 

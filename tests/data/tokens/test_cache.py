@@ -14,7 +14,6 @@ from roll_sft.base.errors import DataError
 from roll_sft.data.chat.chat import ChatTokenizer, TokenizedSample
 from roll_sft.data.rows.columns import ColumnKeys
 from roll_sft.data.rows.conversation import Conversation, Message
-from roll_sft.data.tokens import verify
 from roll_sft.data.tokens.build_shard import SourceOptions, ready
 from roll_sft.data.tokens.cache import (
     ARRAYS,
@@ -26,7 +25,8 @@ from roll_sft.data.tokens.cache import (
     TokenSet,
 )
 from roll_sft.data.tokens.prepare import CachePlace, Source, prepare_sources
-from roll_sft.data.tokens.verify import verifying
+from roll_sft.job import job
+from roll_sft.job.job import verifying
 from tests.tiny import tiny_tokenizer
 
 OPTIONS = SourceOptions(ColumnKeys(), sequence_length=512, on_bad_row="skip", max_bad_fraction=0.5)
@@ -219,6 +219,6 @@ def test_a_block_that_ends_early_waits_for_no_tokens(tmp_path: Path) -> None:
         read.append(where)
         time.sleep(0.2)
 
-    with patch.object(verify, "check_arrays", slowly), verifying([folder] * 50):
+    with patch.object(job, "check_arrays", slowly), verifying([folder] * 50):
         pass
-    assert len(read) <= 2 * verify._VERIFIERS
+    assert len(read) <= 2 * job._VERIFIERS
