@@ -19,8 +19,8 @@ CONSTRAINTS := constraints/$(PINS).txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
-# Side by side in up to four processes: see LANES in tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
+# Side by side in three processes, also on two cores: some tests wait. See LANES in tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 GPU_PYTHON ?= python3
 FAKE_GPU_PYTHON ?= $(BIN)/python
 RUNTIME := $(VENV)/.runtime

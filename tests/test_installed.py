@@ -155,6 +155,7 @@ def test_the_demo_runs_from_the_wheel_in_an_environment_of_its_own(tmp_path: Pat
     assert "recipes/" in command("completion", "bash")
 
 
+@pytest.mark.long
 def test_the_lines_of_the_readme_run_and_leave_the_process_as_it_was(
     site: Path, place: Path
 ) -> None:

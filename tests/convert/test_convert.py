@@ -130,7 +130,7 @@ sys.exit(command.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("source", ["model", "megatron"])
+@pytest.mark.parametrize("source", [pytest.param("model", marks=pytest.mark.long), "megatron"])
 def test_a_killed_conversion_leaves_no_model_and_is_done_again(
     source: str, home: Path, tmp_path: Path
 ) -> None:

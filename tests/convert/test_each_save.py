@@ -16,6 +16,7 @@ assets, arguments, door = doors.assets, doors.arguments, doors.door
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_save_is_exported_and_a_revision_on_the_hub(arguments, tmp_path):
     folder = tmp_path / "run"
     keys = [f"output_dir={folder}", "train.max_steps=6", "train.save_steps=2"]

@@ -115,6 +115,7 @@ def check_within_one_percent(config: RunConfig, pool: RankPool, *, steps: int) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bf16_stays_within_one_percent_of_fp32_over_twenty_steps_of_the_demo(
     pool: RankPool, tmp_path: Path
 ) -> None:

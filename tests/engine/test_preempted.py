@@ -41,7 +41,12 @@ def keys_of(run: Run) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("where", "is_async"), [("step", True), ("evaluation", False), ("save", True)]
+    ("where", "is_async"),
+    [
+        ("step", True),
+        pytest.param("evaluation", False, marks=pytest.mark.long),
+        pytest.param("save", True, marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     where: str, is_async: bool, run: Run, undisturbed: Run

@@ -58,6 +58,7 @@ def test_the_demonstration_is_green_and_leaves_logs_alone(tmp_path: Path) -> Non
     assert left == {".lock", "logs"}
 
 
+@pytest.mark.long
 def test_a_fault_in_the_workers_is_red_and_the_last_line_names_where(folder: Path) -> None:
     outcome = command(
         faulty_worker.__name__,

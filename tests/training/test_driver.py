@@ -433,7 +433,8 @@ def test_token_cache_that_vanishes_ends_the_run_with_its_name_and_the_exit_code_
     ("number", "is_repeated"),
     [
         (signal.SIGTERM, False),
-        (signal.SIGINT, True),  # Ctrl-C, and again after a while
+        # Ctrl-C, and again after a while
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_the_group_of_the_driver_saves_and_a_second_one_ends_at_once(

@@ -75,6 +75,7 @@ def shards_of(output: Path) -> dict[str, Any]:
     return {name: found for name, found in files.items() if name.endswith(".distcp")}
 
 
+@pytest.mark.long
 def test_a_run_whose_workers_are_killed_ends_as_an_undisturbed_one(
     start: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
