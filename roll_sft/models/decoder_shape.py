@@ -2,7 +2,7 @@
 
 Promise: a setting that no family builds is refused by name, never ignored. These are other
 activations, attention dropout, quantized weights, layers that differ from each other, and rotary
-scalings other than Llama 3's. transformers' own functions compute the rotary frequencies: Megatron
+scalings other than Llama 3's. The rotary frequencies are transformers' to the last bit: Megatron
 derives them from a base, and fixes parts of Llama 3's scaling, its original length among them.
 """
 
@@ -139,10 +139,7 @@ def _rotary(config: "PreTrainedConfig") -> tuple[list[str], tuple[float, ...]]:
     theta = rope.get("rope_theta")
     is_default = rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
     if is_default and isinstance(theta, int | float) and 0 < theta < 1e38:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # slow to import
-
-        default = LlamaRotaryEmbedding.compute_default_rope_parameters
-        return [], tuple(default(cast("LlamaConfig", config))[0].tolist())
+        return [], default_frequencies(theta, _head_dim(cast("DecoderConfig", config)))
     from roll_sft.models.rotary import rotary_problems, rotary_table  # where it is scaled alone
 
     if problems := rotary_problems(rope):
@@ -151,3 +148,14 @@ def _rotary(config: "PreTrainedConfig") -> tuple[list[str], tuple[float, ...]]:
     # A plain decoder has no factor on cos and sin, so one other than 1 would be ignored.
     assert factor == 1.0, f"rotary attention factor {factor} of {rope['rope_type']} is not 1"
     return [], frequencies
+
+
+def default_frequencies(theta: float, width: int) -> tuple[float, ...]:
+    """Inverse frequencies of a rotation of `width` columns without a scaling, exact float32 values.
+
+    By the operations of transformers, whose function lies in files that take seconds to import.
+    """
+    import torch  # a reader of shapes needs it here alone
+
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return tuple((1.0 / theta**exponents).tolist())

@@ -1,18 +1,19 @@
 """Rotary embeddings that are scaled, partial, or of one kind for each kind of layer.
 
-transformers' own functions compute all numbers; here are the rules for what they are given. They
+transformers' own functions compute what is scaled; here are the rules for what they are given. They
 only warn of bad values, and then fail or divide by zero.
 """
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from roll_sft.base.text import shown
+from roll_sft.models.decoder_shape import default_frequencies
 
 if TYPE_CHECKING:
-    from transformers import Glm4Config, Olmo3Config, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
 # Keys of each rope_type that must be positive numbers.
 _POSITIVE = {
@@ -96,21 +97,16 @@ def rotary_table(
     Of a `config` without `rotary_problems`; `layer_type` names its entry in nested
     `rope_parameters`. The frequencies are half as many as the columns that are rotated.
     """
-    # slow to import
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
-    from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
-
     rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-    if rope["rope_type"] != "default":
-        named = {} if layer_type is None else {"layer_type": layer_type}
-        found = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"), **named)
-    elif layer_type is None:  # in no table; every family's own copy equals one of these
-        of_flat = Glm4RotaryEmbedding.compute_default_rope_parameters
-        found = of_flat(cast("Glm4Config", config))
-    else:
-        of_nested = Olmo3RotaryEmbedding.compute_default_rope_parameters
-        found = of_nested(cast("Olmo3Config", config), layer_type=layer_type)
+    if rope["rope_type"] == "default":
+        head_dim = getattr(config, "head_dim", None)
+        width = head_dim or config.hidden_size // config.num_attention_heads
+        partial = rope.get("partial_rotary_factor", 1.0) if layer_type is None else 1.0
+        return default_frequencies(rope["rope_theta"], int(width * partial)), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # slow to import
+
+    named = {} if layer_type is None else {"layer_type": layer_type}
+    found = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"), **named)
     frequencies, factor = found
     assert frequencies.dtype == torch.float32, f"rotary frequencies are {frequencies.dtype}"
     return tuple(frequencies.tolist()), float(factor)
