@@ -7,6 +7,7 @@ when it is complete and, if asked for, compared with the source.
 
 import contextlib
 import ctypes
+import functools
 import io
 import math
 import mmap
@@ -208,8 +209,12 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if start < stop:
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)  # each call makes a class, which takes as long as a block
 
 
 _Placing: TypeAlias = Callable[[str], tuple[str, tuple[int, ...], tuple[int, ...]]]

@@ -54,8 +54,8 @@ from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 
-_BLOCK_NUMBERS = 1 << 17  # of a weight, merged at once: they stay in the cache of a core
-_NUM_THREADS = len(os.sched_getaffinity(0))
+_BLOCK_NUMBERS = 1 << 18  # of a weight, merged at once: they stay in the cache of a core
+_NUM_THREADS = max(1, len(os.sched_getaffinity(0)) - 1)  # beside the one that writes
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
