@@ -259,7 +259,7 @@ class _Tee:
     def write(self, data: memoryview) -> int:
         """Called by torch.save: once with the tensor's own memory, else with a few bytes."""
         view = memoryview(data).cast("B")
-        if self._awaited is None or not _is_memory_of(self._awaited[0], view):
+        if self._awaited is None or _address(view) != self._awaited[0].data_ptr():
             self._small += view
             return self._put(view)
         self.data_start = self.position
@@ -293,9 +293,5 @@ class _Tee:
             self._hash.update(item[0])
 
 
-def _is_memory_of(tensor: torch.Tensor, view: memoryview) -> bool:
-    """Whether `view` is the memory of `tensor`."""
-    if view.nbytes != tensor.nbytes:  # most writes are a few bytes, and end here
-        return False
-    address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data) if view.nbytes else 0
-    return address == tensor.data_ptr()
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data) if view.nbytes else 0
