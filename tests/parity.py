@@ -15,8 +15,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
     LlamaConfig,
@@ -62,6 +64,22 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "head_dim": 24,
     },
+    "deepseekv3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 28,
+        "kv_lora_rank": 20,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+    },
     "gptoss": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -96,6 +114,34 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Kind -> what it has beside a base.
+ROPE: dict[str, dict[str, Any]] = {
+    "llama3": {  # an original length that Megatron's own scaling would take for 8192
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "glm4moe": {"partial_rotary_factor": 0.5},
+    "gptoss": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+    "deepseekv3": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
 def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
     """Configuration of a tiny model; `kind` is a family, `-tied`, or what else is special."""
     family, _, variant = kind.partition("-")
@@ -113,15 +159,8 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         "pad_token_id": None,  # transformers would not train that row, which text may use here
         "rope_parameters": {"rope_type": "default", "rope_theta": 70_000.0},
     }
-    if family == "llama3":  # an original length that Megatron's own scaling would take for 8192
-        shared["rope_parameters"] = {
-            "rope_type": "llama3",
-            "rope_theta": 70_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
+    rope = shared["rope_parameters"] | ROPE.get(family, {})
+    shared["rope_parameters"] = rope
     if family == "qwen3":
         shared["head_dim"] = 24
     if variant == "wide":  # inputs of whole blocks of NF4, also where two tensor ranks cut them
@@ -132,20 +171,13 @@ def model_config(kind: str, *, num_layers: int) -> PreTrainedConfig:
         return FAMILIES[family](**shared)
     if family in EXPERTS:
         shared |= EXPERTS[family]
-    if family == "glm4moe":
-        shared["rope_parameters"] = {**shared["rope_parameters"], "partial_rotary_factor": 0.5}
+    if variant == "plain":  # no vector of queries, no scaling, halves of a head rotated together
+        plain = {"rope_type": "default", "rope_theta": 70_000.0}
+        shared |= {"q_lora_rank": None, "rope_interleave": False, "rope_parameters": plain}
     if family == "gptoss":
-        shared["rope_parameters"] = {
-            "rope_type": "yarn",
-            "rope_theta": 70_000.0,
-            "factor": 4.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 64,
-        }
         shared["max_position_embeddings"] = 256
     classes: dict[str, type[PreTrainedConfig]] = {
+        "deepseekv3": DeepseekV3Config,
         "glm4moe": Glm4MoeConfig,
         "gptoss": GptOssConfig,
         "mixtral": MixtralConfig,
@@ -178,9 +210,29 @@ def write_model(folder: Path, *, kind: str = "qwen2", num_layers: int = 4) -> Pa
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.2)
-    model.save_pretrained(folder)
+    # transformers writes published layouts, each expert by itself, or its own.
+    model.save_pretrained(folder, save_original_format=not kind.endswith("-fused"))
+    if kind.endswith("-mtp"):
+        add_prediction_layer(folder, config)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def add_prediction_layer(folder: Path, config: PreTrainedConfig) -> None:
+    """Give the model in `folder` a layer for multi-token prediction, as published files have it."""
+    tensors = load_file(folder / "model.safetensors")
+    last, ours = (f"model.layers.{config.num_hidden_layers - 1 + each}." for each in (0, 1))
+    layer = {
+        ours + name.removeprefix(last): torch.randn_like(each)
+        for name, each in tensors.items()
+        if name.startswith(last)
+    }
+    for name, sizes in (("enorm", (64,)), ("hnorm", (64,)), ("eh_proj", (64, 128))):
+        layer[f"{ours}{name}.weight"] = torch.randn(sizes)
+    for name in ("embed_tokens", "shared_head.head"):
+        layer[f"{ours}{name}.weight"] = tensors["model.embed_tokens.weight"].clone()
+    layer[f"{ours}shared_head.norm.weight"] = torch.randn(64)
+    save_file(tensors | layer, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_rows(path: Path, *, num_rows: int = NUM_ROWS) -> Path:
@@ -319,10 +371,10 @@ def reference_steps(
     for step in range(1, job.total_steps + 1):
         plan = job.planner.step(step)
         optimizer.zero_grad()
-        total = 0.0
-        if balance_coefficient(job):
-            total = balanced_backward(job, model, plan.sample_ids, plan.supervised_tokens)
-        for index in () if balance_coefficient(job) else plan.sample_ids:
+        total, z_loss = 0.0, 0.0
+        if is_balanced := bool(balance_coefficient(job) or job.config.moe.z_loss_coef):
+            total, z_loss = balanced_backward(job, model, plan.sample_ids, plan.supervised_tokens)
+        for index in () if is_balanced else plan.sample_ids:
             before(step, int(index))
             loss_sum = token_losses(model, *job.data.train.sample(index)).sum()
             (loss_sum / plan.supervised_tokens).backward()
@@ -332,6 +384,8 @@ def reference_steps(
             group["lr"] = job.schedule.at(step)
         optimizer.step()
         steps.append({"loss": total / plan.supervised_tokens, "grad_norm": float(grad_norm)})
+        if job.config.moe.z_loss_coef:
+            steps[-1]["z_loss"] = z_loss
     return steps
 
 
@@ -343,10 +397,10 @@ def balance_coefficient(job: Job) -> float:
 
 def balanced_backward(
     job: Job, model: Any, sample_ids: Sequence[int], supervised_tokens: int
-) -> float:
-    """Backward of the loss and the auxiliary loss of one forward over all samples, padded.
+) -> tuple[float, float]:
+    """Backward of the loss, the auxiliary loss and the z-loss of one forward over all samples.
 
-    Returns the sum of the samples' losses.
+    Returns the sum of the samples' losses, and the z-loss without its coefficient.
     """
     samples = [job.data.train.sample(index) for index in sample_ids]
     longest = max(tokens.size for tokens, _ in samples)
@@ -362,8 +416,10 @@ def balanced_backward(
         losses.append(F.cross_entropy(output.logits[row, rows], labels, reduction="sum"))
     loss_sum = torch.stack(losses).sum()
     loss = loss_sum / supervised_tokens + balance_coefficient(job) * output.aux_loss
-    loss.backward()
-    return loss_sum.item()
+    logits = torch.cat([each[mask.flatten() == 1] for each in output.router_logits])
+    z_loss = logits.logsumexp(-1).square().mean()
+    (loss + job.config.moe.z_loss_coef * z_loss).backward()
+    return loss_sum.item(), z_loss.item()
 
 
 def model_logits(model: torch.nn.Module) -> torch.Tensor:
@@ -405,6 +461,8 @@ def engine_run(
                     **dict(zip(TOLD, told, strict=False)),
                 }
             )
+            if metrics.experts is not None and metrics.experts.expert_z_loss is not None:
+                steps[-1]["z_loss"] = metrics.experts.expert_z_loss
     if checkpoint is not None:
         engine.save(checkpoint)
     return steps or None

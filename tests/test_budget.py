@@ -96,6 +96,7 @@ BY_NEED = {
     "roll_sft/engine/sampling.py": "evaluation.prompts",
     "roll_sft/engine/without_compiler.py": "a run without GPUs",
     "roll_sft/evaluation/": "evaluation.prompts",
+    "roll_sft/engine/latent_attention.py": "a model with latent attention",
     "roll_sft/engine/load_state.py": "a run that goes on from a checkpoint",
     "roll_sft/engine/lora.py": "lora.rank above 0",
     "roll_sft/engine/low_rank.py": "lora.rank above 0",

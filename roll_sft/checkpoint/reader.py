@@ -61,6 +61,11 @@ class Reader:
         """Whether parameter `name` is stored."""
         return self._place(name)[0] in self._index.keys
 
+    def kept(self, prefix: str) -> dict[str, Shape]:
+        """What follows `prefix` in the names of stored tensors that begin with it, and shapes."""
+        names = sorted(key for key in self._index.keys if key.startswith(prefix))
+        return {name.removeprefix(prefix): self._index.stored(name)[1] for name in names}
+
     def shape(self, name: str) -> Shape:
         """Shape of parameter `name`."""
         return self._stored(name).shape_of_one

@@ -28,7 +28,9 @@ ABBREVIATIONS = {
     "world_size": "parallel.num_workers",
 }
 # Names kept for later versions: whole sections, and keys of sections that exist.
-RESERVED = frozenset({"moe.z_loss_coef", "moe.dispatcher", "parallel.expert_tensor_parallel_size"})
+RESERVED = frozenset(
+    {"moe.dispatcher", "moe.mtp_loss_coef", "parallel.expert_tensor_parallel_size"}
+)
 # Choices kept for later versions -> what to use today.
 RESERVED_CHOICES = {
     ("model.dtype", "fp16"): "bf16, which needs no loss scaling",

@@ -16,10 +16,17 @@ class MoeConfig:
         at_least=0,
         at_most=1e6,
     )
+    z_loss_coef: float = key(
+        0.0,
+        "Coefficient of the routers' z-loss: the mean square of their logits' log-sum-exp, over"
+        " layers and real tokens.",
+        at_least=0,
+        at_most=1e6,
+    )
     router_bias_update_rate: float = key(
         0.0,
-        "Step of an expert's score bias, up below the mean load and down above it; GLM-4.5 has"
-        " such biases.",
+        "Step of an expert's score bias, up below the mean load and down above it; GLM-4.5 and"
+        " DeepSeek-V3 have them.",
         at_least=0,
         at_most=1,
     )

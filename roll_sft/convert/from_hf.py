@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,14 +30,21 @@ from roll_sft.checkpoint.tensors import Piece, Writer, take_parts, write
 from roll_sft.convert.new_folder import new_folder
 from roll_sft.models.assets import asset_files, check_assets, config_of, copy_file
 from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite, rounded
+from roll_sft.models.fused_experts import MARK, FusedExperts
 from roll_sft.models.json_files import write_json
 from roll_sft.models.model_folder import check_source
+from roll_sft.models.prediction import kept_of
 from roll_sft.models.safetensors_in import SafetensorsSource, StoredSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
-from roll_sft.models.weight_map import GatedMLP, SingleTensor, VocabSplit, WeightMapping
+from roll_sft.models.weight_map import (
+    GatedMLP,
+    SingleTensor,
+    VocabSplit,
+    WeightMapping,
+    WeightTable,
+)
 
 MAX_FILE_BYTES = 5_000_000_000
 _IN_USE = 6  # tensors that `write` may still be hashing
@@ -61,12 +69,13 @@ def import_model(
     config = load_hf_config(str(model), trust_remote_code=False)
     family = family_of(config)
     shape = family.shape(config)
-    source = family.opened(SafetensorsSource(model))
+    files = SafetensorsSource(model)
+    source = family.opened(files)
     check_source(family, shape, source=source)
     check_assets(model)
     wanted = DTYPES[dtype] if dtype else None
     stored = wanted or source.dtype("model.norm.weight")
-    mappings = family.weights(shape)
+    mappings = family.weights(shape) | kept_of(files)
     place = partial(_place, shape=shape)
     dtypes = _dtypes(mappings, source, wanted, place)
     with new_folder(output, kind="checkpoint", marker=MANIFEST, replace=replace) as folder:
@@ -74,14 +83,15 @@ def import_model(
             copy_file(model / name, folder / ASSETS / name)
         if getattr(config, "quantization_config", None) is not None:
             write_json(folder / ASSETS / "config.json", config_of(model))
-        groups = list(_groups(family, shape, dtype=stored))
+        groups = list(_groups(mappings, dtype=stored))
         for rank, names in enumerate(groups):
             group = {name: mappings[name] for name in names}
+            mark = [fused_mark()] if rank == 0 and isinstance(source, FusedExperts) else []
             try:
                 with one_thread():
                     write(
                         folder,
-                        _pieces(group, place, source=source, dtypes=dtypes),
+                        chain(mark, _pieces(group, place, source=source, dtypes=dtypes)),
                         objects=_objects(names, place),
                         writer=Writer(rank, len(groups), optimizer_step=None),
                     )
@@ -114,11 +124,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _groups(family: Family, shape: ModelShape, *, dtype: torch.dtype) -> Iterator[list[str]]:
+def fused_mark() -> Piece:
+    """Says that the model's files hold all experts of a layer in one tensor."""
+    return Piece(MARK, (1,), (0,), torch.ones(1, dtype=torch.float32, device="cpu"))
+
+
+def _groups(mappings: WeightTable, *, dtype: torch.dtype) -> Iterator[list[str]]:
     """Megatron parameter names, file by file."""
     names: list[str] = []
     room = MAX_FILE_BYTES
-    for name, mapping in family.weights(shape).items():
+    for name, mapping in mappings.items():
         num_bytes = sum(map(math.prod, mapping.hf_shapes.values())) * dtype.itemsize
         if num_bytes > room and names:
             yield names

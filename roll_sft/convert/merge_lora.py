@@ -41,6 +41,7 @@ from roll_sft.models.assets import (
 )
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError
+from roll_sft.models.fused_experts import FusedExperts, fused_table
 from roll_sft.models.model_folder import check_source
 from roll_sft.models.nf4 import (
     DequantizedSource,
@@ -49,10 +50,12 @@ from roll_sft.models.nf4 import (
     quantized_weights,
 )
 from roll_sft.models.peft_folder import BASE
+from roll_sft.models.prediction import kept_of
 from roll_sft.models.random_weights import SEEDED, RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.weight_map import WeightTable
 
 _BLOCK_NUMBERS = 1 << 18  # of a weight, merged at once: they stay in the cache of a core
 _NUM_THREADS = max(1, len(os.sched_getaffinity(0)) - 1)  # beside the one that writes
@@ -125,8 +128,9 @@ def merge(
     chosen = DTYPES[dtype] if dtype else _dtype_of(source)
     if _is_quantized(stored, dequantize=dequantize):
         source = _dequantized(stored, source, family, shape)
-    in_fp32 = names_in_fp32(family.weights(shape))
-    plan = plan_shards(family.hf_shapes(shape), dtype=chosen, in_fp32=in_fp32)
+    table, source = _in_layout_of(source, family.weights(shape), base)
+    shapes = {name: size for each in table.values() for name, size in each.hf_shapes.items()}
+    plan = plan_shards(shapes, dtype=chosen, in_fp32=names_in_fp32(table))
     rounding = _Rounding()
     with (
         new_folder(output, kind="model", marker="config.json", replace=replace) as folder,
@@ -172,6 +176,18 @@ def _base_source(
     source = family.opened(SafetensorsSource(base))
     check_source(family, shape, source=source)
     return source
+
+
+def _in_layout_of(
+    source: TensorSource, table: WeightTable, base: Path
+) -> tuple[WeightTable, TensorSource]:
+    """What is written, in the layout of the files in `base`, and where it is read."""
+    if isinstance(source, RandomSource):
+        return table, source
+    files = SafetensorsSource(base)
+    is_fused = isinstance(source, FusedExperts)
+    table = (fused_table(table) if is_fused else table) | kept_of(files)
+    return table, files if is_fused else source
 
 
 def _is_quantized(stored: StoredAdapter, *, dequantize: bool) -> bool:

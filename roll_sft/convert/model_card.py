@@ -37,6 +37,7 @@ _TRAIN_KEYS = (
 )  # fmt: skip
 _DATA_KEYS = ("sequence_length", "packing", "train_on", "shuffle")
 _LORA_KEYS = ("rank", "alpha", "dropout", "use_rslora", "init", "quantize_base")
+_EXPERT_KEYS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
 _COUNTS = ("rows", "kept", "tokens", "supervised_tokens")
 _TEMPLATE = """\
 ---
@@ -47,6 +48,10 @@ _TEMPLATE = """\
 
 {{ base }}, fine-tuned with roll_sft on Megatron-Core: step {{ step }} of the run, exported in
 {{ dtype }}. Written with {{ versions | join(", ") }}.
+{%- if adapts_experts %}
+
+LoRA adapted attention, dense layers and shared experts; routed experts and routers are the base's.
+{%- endif %}
 {%- if sources %}
 
 ## Data
@@ -94,6 +99,7 @@ class _Run:
     losses: tuple[tuple[int, float], ...] = ()  # (step, train loss)
     validation: tuple[tuple[str, int, float], ...] = ()  # (set, step, loss), the newest of each
     is_adapter: bool = False  # the folder holds one, and no whole model
+    has_experts: bool = False
 
 
 def write_card(
@@ -106,7 +112,12 @@ def write_card(
     if manifest.state.step == 0:
         return
     home = checkpoint.resolve().parents[1]
-    run = replace(_read_run(home, until=manifest.state.step), is_adapter=is_adapter)
+    model = _read(checkpoint / ASSETS / "config.json", json.loads)
+    run = replace(
+        _read_run(home, until=manifest.state.step),
+        is_adapter=is_adapter,
+        has_experts=not _EXPERT_KEYS.isdisjoint(model),
+    )
     source = _metadata_of(checkpoint / ASSETS / CARD)
     try:
         text = _render(run, home, folder=folder, manifest=manifest, source=source, dtype=dtype)
@@ -185,6 +196,7 @@ def _render(
         metadata=Markup(_metadata(run, home, source=source, hub_id=hub_id)),
         run_name=_cell(run.name),
         base=base,
+        adapts_experts=run.has_experts and "lora" in manifest.state.facts,
         step=manifest.state.step,
         dtype=dtype,
         versions=[f"{name} {version}" for name, version in manifest.versions.items()],

@@ -29,10 +29,12 @@ from roll_sft.models.assets import asset_files, check_assets
 from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError, check_finite
+from roll_sft.models.fused_experts import MARK, fused_table
+from roll_sft.models.prediction import KEPT, kept_weights
 from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
-from roll_sft.models.weight_map import WeightMapping
+from roll_sft.models.weight_map import WeightMapping, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -155,10 +157,10 @@ def _is_shard(name: str) -> bool:
 
 def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None:
     """Write assets and tensors into `folder`, while beside it every file is hashed."""
-    family, shape = source.family, source.shape
-    in_fp32 = names_in_fp32(family.weights(shape))
-    plan = plan_shards(family.hf_shapes(shape), dtype=dtype, in_fp32=in_fp32)
     reader = _opened(source, dtype=dtype)
+    table = _table(reader, source)
+    shapes = {name: shape for each in table.values() for name, shape in each.hf_shapes.items()}
+    plan = plan_shards(shapes, dtype=dtype, in_fp32=names_in_fp32(table))
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
     with _verified_beside(source.folder, shards), one_thread():
         try:
@@ -207,18 +209,29 @@ def _hf_tensors(
 
     A part is to be used before the next is asked for: all are read into the same memory.
     """
-    # A tied head has no tensors: its embedding is exported.
-    table = {n: m for n, m in source.family.weights(source.shape).items() if m.hf_shapes}
+    table = _table(reader, source)
     in_parts = {
         n for n, m in table.items() if isinstance(reader, Reader) and isinstance(m, ROW_WISE)
     }
     whole = [reader.num_bytes(name) for name in table if name not in in_parts]
     scratch = torch.empty(max(2 * _PART_BYTES, *whole), dtype=torch.uint8)
+    if isinstance(reader, Reader) and reader.has(MARK):
+        reader.read(MARK)  # so that all of the checkpoint is read
     for name, mapping in table.items():
         if isinstance(reader, Reader) and name in in_parts:
             yield from _parts(reader, name, mapping, scratch)
         else:
             yield from mapping.to_hf(reader.read(name, scratch=scratch)).items()
+
+
+def _table(reader: "Reader | WholeModel", source: _Source) -> WeightTable:
+    """Every parameter of the export. A tied head is none: its embedding is exported."""
+    table = {n: m for n, m in source.family.weights(source.shape).items() if m.hf_shapes}
+    if not isinstance(reader, Reader):
+        return table
+    if reader.has(MARK):
+        table = fused_table(table)
+    return table | kept_weights(reader.kept(KEPT))
 
 
 def _parts(

@@ -26,16 +26,23 @@ _LINEAR_LAYERS = (
     ("self_attention", "proj"),
     ("mlp", "fc1"),
     ("mlp", "fc2"),
+    ("mlp.shared_experts", "fc1"),
+    ("mlp.shared_experts", "fc2"),
 )
 
 
 def linear_layers(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """Each linear layer of the layers: its weight's name, its owner, its name there."""
+    """Each linear layer of the layers: its weight's name, its owner, its name there.
+
+    Those of routed experts are left out.
+    """
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        modules = dict(layer.named_modules())
         for owner, name in _LINEAR_LAYERS:
             leaf = f"linear_{name}"
-            weight = f"decoder.layers.{layer.layer_number - 1}.{owner}.{leaf}.weight"
-            yield weight, getattr(layer, owner), leaf
+            if hasattr(modules.get(owner), leaf):  # a layer with experts has no MLP
+                weight = f"decoder.layers.{layer.layer_number - 1}.{owner}.{leaf}.weight"
+                yield weight, modules[owner], leaf
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class Engine:
             return None
         from roll_sft.engine.experts import Experts
 
-        return Experts(self.chunks, source.shape, self.config, is_plain=self._recipe is None)
+        return Experts(self.chunks, source, self.config, recipe=self._recipe)
 
     def train_step(self, work: RankWork) -> StepMetrics | None:
         """One optimizer step; `work` is this rank's share of the global batch.
@@ -221,10 +221,11 @@ class Engine:
             check_written(pieces)
             tensors.write(folder, pieces, objects=state.objects, writer=writer)
 
+        pieces = [*state.written(), *(self._experts.kept() if self._experts else ())]
         if self._background is None:
-            write(state.written())
+            write(pieces)
         else:
-            self._background.begin(state.written(), write)
+            self._background.begin(pieces, write)
 
     def is_saved(self) -> bool:
         """Whether every save that began is on disk. Raises `CheckpointError`."""

@@ -29,20 +29,24 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import MegatronModule, ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_attr_wrapped_model
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.expert_load import ExpertLoad
 from roll_sft.base.layout import ParallelLayout
+from roll_sft.checkpoint.tensors import Piece
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.data.steps.batch import zigzag_indices
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.engine.layers import LayerConfig, SwiGLU, layer_spec
 from roll_sft.engine.micro_batch import Indices, MicroBatch
+from roll_sft.engine.router_z_loss import RouterZLoss
 from roll_sft.engine.state import EXPERTS
 from roll_sft.models.experts import ExpertShape
+from roll_sft.models.fused_experts import MARK, FusedExperts
+from roll_sft.models.prediction import kept_of, kept_source
 from roll_sft.models.shape import ModelShape
+from roll_sft.models.source import ModelSource
 
 LOCAL = ".local_experts."
 
@@ -133,6 +137,7 @@ class Router(MegatronModule):
             self.score_bias = torch.nn.Parameter(scores, requires_grad=False)
         self._experts = experts
         self.balance: Callable[..., torch.Tensor] | None = None  # of this layer
+        self.penalized: Callable[..., torch.Tensor] | None = None  # by the z-loss
 
     def set_layer_number(self, layer_number: int) -> None:
         """The layer's index in the model, from 1; called by Megatron."""
@@ -148,9 +153,13 @@ class Router(MegatronModule):
         """
         rows = hidden.flatten(0, 1)
         if self._experts.has_sigmoid:
-            scores = F.linear(rows.float(), self.weight.float()).sigmoid()
+            logits = F.linear(rows.float(), self.weight.float())
         else:
-            scores = F.linear(rows, self.weight, self.bias).softmax(dim=-1, dtype=torch.float32)
+            logits = F.linear(rows, self.weight, self.bias)
+        if self.penalized is not None:
+            logits = self.penalized(logits, padding_mask)
+        is_sigmoid = self._experts.has_sigmoid
+        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1, dtype=torch.float32)
         chosen = self._chosen(scores.detach())
         is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
         if padding_mask is not None:
@@ -185,13 +194,6 @@ class Router(MegatronModule):
             self.score_bias.data = bias.to(self.score_bias.device)
         return self
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """Megatron's checkpoint entry: the same on every tensor rank."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
-
 
 class _AddGradient(torch.autograd.Function):
     """Scores as they are, whose gradient gets that of the auxiliary loss."""
@@ -213,14 +215,15 @@ class Experts:
     """The experts of this rank's model: the marks of their parameters, and their load."""
 
     def __init__(
-        self, chunks: list[GPTModel], shape: ModelShape, config: RunConfig, *, is_plain: bool
+        self, chunks: list[GPTModel], source: ModelSource, config: RunConfig, *, recipe: Any
     ) -> None:
         """Mark the parameters of `chunks`, which are not wrapped yet.
 
-        Raises `ConfigError` for data with weights, where the loss `is_plain` no more.
+        Raises `ConfigError` for data with weights, where the loss of the `recipe` is not plain.
         """
+        self._source, shape = source, source.shape
         assert shape.experts is not None, f"{shape.architecture} has no experts"
-        if not is_plain:
+        if recipe is not None and recipe.terms is not None:
             raise ConfigError(
                 f"data.train: rows have weights, and {shape.architecture} has experts, which this"
                 " version trains by the plain loss; remove that column"
@@ -228,6 +231,7 @@ class Experts:
         self._experts, self._layout = shape.experts, layout_of(config.parallel)
         coefficient = config.moe.aux_loss_coef
         self._coefficient = shape.experts.aux_loss_coef if coefficient is None else coefficient
+        self._has_adapters = config.lora.rank > 0
         self._bias_rate = config.moe.router_bias_update_rate
         recompute = config.train.recompute
         self._is_recomputed = recompute == "full" or "mlp" in recompute
@@ -243,8 +247,13 @@ class Experts:
         routers = [module for module in modules if isinstance(module, Router)]
         num_dense = shape.experts.num_dense_layers
         self._routers = {router.layer_number - 1 - num_dense: router for router in routers}
+        self._z_loss: RouterZLoss | None = None
+        if config.moe.z_loss_coef:
+            self._z_loss = RouterZLoss(config.moe.z_loss_coef, num_layers=size[1])
         for layer, router in self._routers.items():
             router.balance = functools.partial(self._balance, layer)
+            if self._z_loss is not None:
+                router.penalized = self._z_loss.penalized
         for chunk in chunks:
             self._mark(chunk)
 
@@ -258,6 +267,20 @@ class Experts:
         for name, parameter in chunk.named_parameters():
             if EXPERTS in name:
                 setattr(parameter, "allreduce", not is_apart)  # noqa: B010 -- a mark
+
+    def kept(self) -> list[Piece]:
+        """This rank's share of what a checkpoint keeps of the model's files, and no rank trains."""
+        files, rank = kept_source(self._source), dist.get_rank()
+        table = {} if files is None or self._has_adapters else kept_of(files)
+        pieces = []
+        for key, mapping in list(table.items())[rank :: dist.get_world_size()]:
+            assert files is not None, "what is kept comes from files"
+            tensor = mapping.local(files, tensor_rank=0, tensor_size=1).contiguous()
+            pieces.append(Piece(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor))
+        is_first = rank == 0 and not self._has_adapters
+        if is_first and isinstance(self._source.tensors, FusedExperts):
+            pieces.append(Piece(MARK, (1,), (0,), torch.ones(1)))
+        return pieces
 
     def marked(
         self, batches: list[MicroBatch], indices: Indices, tokens: TokenSet, context_rank: int
@@ -293,6 +316,10 @@ class Experts:
             sum(int((~batch.padding).sum()) for batch in batches if batch.padding is not None),
         ]
         self._gradient, self._is_counting = None, True
+        if self._z_loss is not None:
+            tokens = torch.tensor(self._tokens, dtype=torch.float64, device=self._totals.device)
+            dist.all_reduce(tokens)
+            self._z_loss.begin(tokens / self._ranks_of_a_pack)
         if self._coefficient == 0:
             return
         with torch.no_grad():
@@ -322,12 +349,18 @@ class Experts:
             expert_max_over_mean=float((per_layer.amax(1) / per_layer.mean(1)).max()),
             dropped_tokens=round(float(pairs - self._counts.sum())),
             tokens_per_expert=tuple(int(count) for count in self._counts),
+            expert_z_loss=None if self._z_loss is None else self._z_loss.mean(),
         )
 
     @property
     def _counts(self) -> torch.Tensor:
         """Tokens of all layers on each expert, float64 [E]."""
         return self._totals[0].sum(0)
+
+    @property
+    def _ranks_of_a_pack(self) -> int:
+        """Ranks that have the same micro-batches, but for context ranks, which have parts."""
+        return self._layout.tensor_size * self._layout.pipeline_size
 
     @property
     def _rows(self) -> torch.Tensor:
@@ -354,8 +387,7 @@ class Experts:
         # Tensor ranks have parts of the sequence, and stages layers of their own.
         dist.all_reduce(both)
         self._totals, self._is_counting = both[:-2].view_as(self._totals), False
-        # Both have the same micro-batches.
-        self._tokens = list(both[-2:] / (self._layout.tensor_size * self._layout.pipeline_size))
+        self._tokens = list(both[-2:] / self._ranks_of_a_pack)
 
 
 def global_name(name: str, *, num_experts: int) -> str:

@@ -57,8 +57,11 @@ class KeyValueCache:
         value: torch.Tensor,
         segments: Segments,
     ) -> torch.Tensor:
-        """`query` [T, H, E], `key` and `value` [T, G, E], rotated -> [T, H * E], same dtype."""
-        keys, values = self._of(attention, key)
+        """`query` [T, H, E], `key` and `value` [T, G, E], rotated -> [T, H * E], same dtype.
+
+        Values may have another width than queries and keys, which the output then has.
+        """
+        keys, values = self._of(attention, key, value)
         for kept, states in ((keys, key), (values, value)):
             kept[self._sequences, :, self._positions] = states[: len(self._sequences)]
         if self._num_keys is None:
@@ -73,14 +76,16 @@ class KeyValueCache:
         )
 
     def _of(
-        self, attention: "PackedAttention", like: torch.Tensor
+        self, attention: "PackedAttention", *like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = id(attention)
         if layer not in self._layers:
             num_sequences, length = self._size
-            size = num_sequences, like.shape[1], length, like.shape[2]
             # Zeros: what a mask hides is multiplied by 0, and must be finite.
-            self._layers[layer] = like.new_zeros(size), like.new_zeros(size)
+            key, value = (
+                each.new_zeros(num_sequences, each.shape[1], length, each.shape[2]) for each in like
+            )
+            self._layers[layer] = key, value
         return self._layers[layer]
 
     def _mask(self, style: Style) -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from roll_sft.engine.fused import run_compiled
 from roll_sft.models.shape import ModelShape
@@ -64,13 +63,6 @@ class RMSNorm(torch.nn.RMSNorm):
         rows = values.reshape(-1, values.shape[-1])
         normed: torch.Tensor = run_compiled(normed_rows, [rows], weight, self.eps)
         return normed.view(values.shape)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """Megatron's checkpoint entry: the same on every tensor rank."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
 
 
 class SwiGLU(MegatronModule):
@@ -133,6 +125,10 @@ def layer_spec(shape: ModelShape, *, core_attention: Any) -> ModuleSpec:
         from roll_sft.engine.other_norms import use_other_norms
 
         use_other_norms(layer, shape)
+    if latent := shape.variation and shape.variation.latent:
+        from roll_sft.engine.latent_attention import use_latents
+
+        use_latents(layer, latent)
     if shape.experts is not None:
         from roll_sft.engine.experts import expert_spec
 

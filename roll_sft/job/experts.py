@@ -38,11 +38,7 @@ def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             f"parallel.tensor_model_parallel_size: {tensor_size} does not divide the model's"
             f" shared_expert_intermediate_size {experts.shared_ffn_hidden_size}; choose a divisor"
         )
-    if config.lora.rank:
-        yield (
-            f"lora.rank: {config.lora.rank}, and adapters of {shape.architecture}, which has"
-            " experts, are not in this version; set lora.rank=0"
-        )
+    yield from _adapter_problems(config, shape)
     for key in config.train.changed_keys:
         yield (
             f"train.{key}: {shape.architecture} has experts, which this version trains by the plain"
@@ -50,16 +46,36 @@ def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         )
 
 
+def _adapter_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    """What is asked of adapters that a model with experts does not have in this version."""
+    lora, rate = config.lora, config.moe.router_bias_update_rate
+    if not lora.rank:
+        return
+    if shape.variation is not None and shape.variation.latent is not None:
+        yield (
+            f"lora.rank: {lora.rank}, and adapters of {shape.architecture}, whose attention has"
+            " latent heads, are not in this version; set lora.rank=0"
+        )
+    if lora.quantize_base != "none":
+        yield (
+            f"lora.quantize_base: {lora.quantize_base}, and {shape.architecture} has experts, which"
+            " this version does not hold in 4 bits; set lora.quantize_base=none"
+        )
+    if rate:
+        yield (
+            f"moe.router_bias_update_rate: {rate}, and with lora.rank={lora.rank} the model itself"
+            " is not trained; set it to 0"
+        )
+
+
 def _balance_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     """What is asked of the balance of experts that routers of `shape` do not have."""
     moe, experts = config.moe, shape.experts
     rate = moe.router_bias_update_rate
-    if experts is None and moe.aux_loss_coef is not None:
-        yield (
-            f"moe.aux_loss_coef: {moe.aux_loss_coef}, and {shape.architecture} has no experts;"
-            " leave it out"
-        )
-    elif experts is not None and experts.has_sigmoid and moe.aux_loss_coef:
+    for key, value in (("aux_loss_coef", moe.aux_loss_coef), ("z_loss_coef", moe.z_loss_coef)):
+        if experts is None and value is not None and (value or key == "aux_loss_coef"):
+            yield f"moe.{key}: {value}, and {shape.architecture} has no experts; leave it out"
+    if experts is not None and experts.has_sigmoid and moe.aux_loss_coef:
         yield (
             f"moe.aux_loss_coef: {moe.aux_loss_coef}, and the routers of {shape.architecture} have"
             " no softmax, of which that loss is made; balance its experts by"

@@ -150,9 +150,12 @@ def adapter_problems(family: Family, shape: ModelShape, lora: LoraConfig) -> Ite
     known = _linear_names(family, shape)
     for name in lora.target_modules:
         if name not in (*known, ALL_LINEAR):
+            of_experts = (
+                "" if shape.experts is None else " with adapters (routed experts have none)"
+            )
             yield (
-                f"lora.target_modules: {shown(name)} is no projection of {shape.architecture};"
-                f" choose of {', '.join(known)}, or {ALL_LINEAR}"
+                f"lora.target_modules: {shown(name)} is no projection of {shape.architecture}"
+                f"{of_experts}; choose of {', '.join(known)}, or {ALL_LINEAR}"
             )
     if lora.modules_to_save and shape.tie_word_embeddings:
         yield (
@@ -171,7 +174,13 @@ def _linear_names(family: Family, shape: ModelShape) -> list[str]:
 
 
 def _linear_modules(name: str, mapping: WeightMapping) -> Iterator[str]:
-    """The Hugging Face linear modules in the parameter `name`."""
+    """The Hugging Face linear modules in the parameter `name`.
+
+    Routed experts and routers have none: in transformers 5 they are tensors of a layer, which PEFT
+    reaches by target_parameters alone, and servers ignore such adapters.
+    """
+    if ".mlp.experts." in name or ".mlp.router." in name:
+        return
     is_matrix = isinstance(mapping, QKV | GatedMLP | FusedRows) or (
         isinstance(mapping, SingleTensor) and len(mapping.shape) == 2
     )

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     )
 
     ExpertConfig: TypeAlias = (
-        Glm4MoeConfig | GptOssConfig | MixtralConfig | OlmoeConfig | Qwen2MoeConfig
-        | Qwen3MoeConfig
+        Glm4MoeConfig | GptOssConfig | MixtralConfig | OlmoeConfig
+        | Qwen2MoeConfig | Qwen3MoeConfig
     )  # fmt: skip
 
 MOST, WIDEST, LARGEST = 2**16, 2**20, 1e6  # far above the values of every published model

@@ -1,12 +1,10 @@
 """GLM-4.5 models: sigmoid routers with a bias for the choice, shared experts, dense first layers.
 
-Half of each head is rotated. Refused by name: what no family builds. The layers for multi-token
-prediction that published files have behind the last layer are left out.
+Half of each head is rotated. Refused by name: what no family builds.
 """
 
-import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from roll_sft.models.expert_weights import experts_of, router_and_experts, shared_expert
 from roll_sft.models.experts import ExpertShape
@@ -20,19 +18,18 @@ from roll_sft.models.family import (
     pre_mlp_norm,
 )
 from roll_sft.models.fused_experts import split_experts
+from roll_sft.models.prediction import without_prediction
 from roll_sft.models.safetensors_in import SafetensorsSource, StoredSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.variation import LayerAttention, Variation
 from roll_sft.models.weight_map import WeightTable
 
 if TYPE_CHECKING:
-    from transformers import Glm4MoeConfig, PreTrainedConfig
+    from transformers import DeepseekV3Config, Glm4MoeConfig, PreTrainedConfig
 
     from roll_sft.models.decoder_shape import DecoderConfig
 
-LOG = logging.getLogger(__name__)
 _ARCHITECTURE = "Glm4MoeForCausalLM"
-_PREDICTION = ".eh_proj.weight"  # what a layer for multi-token prediction alone has
 
 
 def glm4_moe_shape(config: "PreTrainedConfig") -> ModelShape:
@@ -66,64 +63,45 @@ def glm4_moe_shape(config: "PreTrainedConfig") -> ModelShape:
         qk_norm="head" if config.use_qk_norm else "none",
         rotary_inv_freq=frequencies,
         variation=Variation((layer,) * shape.num_layers),
-        experts=_experts(config),
+        experts=sigmoid_experts(config),
     )
 
 
-def _experts(config: "Glm4MoeConfig") -> ExpertShape:
+def sigmoid_experts(config: "DeepseekV3Config | Glm4MoeConfig") -> ExpertShape:
+    """Experts of routers of this kind, of a `config` without problems."""
+    groups: Any = config
     return ExpertShape(
         num_experts=config.n_routed_experts,
-        experts_per_token=config.num_experts_per_tok,
+        experts_per_token=groups.num_experts_per_tok,
         ffn_hidden_size=config.moe_intermediate_size,
-        is_normalized=config.norm_topk_prob,
+        is_normalized=bool(config.norm_topk_prob),
         aux_loss_coef=0.0,  # the bias balances the load
         shared_ffn_hidden_size=config.n_shared_experts * config.moe_intermediate_size,
         has_sigmoid=True,
-        num_groups=config.n_group,
-        groups_per_token=config.topk_group,
+        num_groups=groups.n_group,
+        groups_per_token=groups.topk_group,
         weight_scale=config.routed_scaling_factor,
-        num_dense_layers=config.first_k_dense_replace,
+        num_dense_layers=groups.first_k_dense_replace,
     )
 
 
 def glm4_moe_weights(shape: ModelShape) -> WeightTable:
     """Every parameter of Megatron's GPTModel for `shape`, with the layer's global index."""
     norms = (head_norms,) if shape.qk_norm == "head" else ()
-    parts = (pre_attention_norm, attention, *norms, pre_mlp_norm, _mlp_or_experts)
+    parts = (pre_attention_norm, attention, *norms, pre_mlp_norm, mlp_or_experts)
     return decoder_weights(shape, layer_parts=parts)
 
 
-def _mlp_or_experts(shape: ModelShape, *, layer: int) -> WeightTable:
+def mlp_or_experts(shape: ModelShape, *, layer: int) -> WeightTable:
+    """The MLP of the first layers, and the experts of the others with their shared expert."""
     if layer < experts_of(shape).num_dense_layers:
         return mlp(shape, layer=layer)
     table = router_and_experts(shape, layer=layer)
     return table | shared_expert(shape, layer=layer, module="shared_experts")
 
 
-class WithoutPrediction(SafetensorsSource):
-    """The files of a model without its layers for multi-token prediction."""
-
-    def names(self) -> frozenset[str]:
-        """Every tensor of the other layers."""
-        names = super().names()
-        layers = tuple(
-            name.removesuffix(_PREDICTION) + "." for name in names if name.endswith(_PREDICTION)
-        )
-        return frozenset(name for name in names if not name.startswith(layers))
-
-
-def without_prediction(source: SafetensorsSource) -> StoredSource:
-    """`source`, without its layers for multi-token prediction if it has such."""
-    if not any(name.endswith(_PREDICTION) for name in source.names()):
-        return source
-    LOG.warning(
-        "model.path: the layers for multi-token prediction of %s are neither trained nor exported",
-        source,
-    )
-    return WithoutPrediction(str(source))
-
-
-def _opened(source: SafetensorsSource) -> StoredSource:
+def opened(source: SafetensorsSource) -> StoredSource:
+    """`source` without layers for multi-token prediction, one tensor for each expert."""
     return split_experts(without_prediction(source))
 
 
@@ -131,5 +109,5 @@ GLM4_MOE = Family(
     architecture=_ARCHITECTURE,
     shape=glm4_moe_shape,
     weights=glm4_moe_weights,
-    opened=_opened,
+    opened=opened,
 )

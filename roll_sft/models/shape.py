@@ -100,11 +100,13 @@ class ModelShape:
 
     def _num_layer_matrices(self, *, is_active: bool) -> int:
         """Weights of the matrices of all layers."""
-        width = self.num_layers * (self._qkv_width + self.attention_width)
-        width += (self.num_layers - self.num_expert_layers) * 3 * self.ffn_hidden_size
+        attention = self.hidden_size * (self._qkv_width + self.attention_width)
+        if latent := self.variation and self.variation.latent:
+            attention = latent.num_weights(self.hidden_size, self.num_attention_heads)
+        width = (self.num_layers - self.num_expert_layers) * 3 * self.ffn_hidden_size
         if self.experts is not None:
             width += self.num_expert_layers * self.experts.width(is_active=is_active)
-        return self.hidden_size * width
+        return self.num_layers * attention + self.hidden_size * width
 
     @property
     def _num_embedding_parameters(self) -> int:

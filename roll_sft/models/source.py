@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _PLACES = {  # architecture -> module of this folder, and the name in it
+    "DeepseekV3ForCausalLM": ("deepseek_v3", "DEEPSEEK_V3"),
     "Gemma2ForCausalLM": ("gemma", "GEMMA2"),
     "Gemma3ForCausalLM": ("gemma", "GEMMA3"),
     "Glm4ForCausalLM": ("glm4", "GLM4"),

@@ -25,6 +25,38 @@ class LayerAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentHeads:
+    """The widths of attention whose queries, keys and values are projections of smaller vectors.
+
+    A token has one vector of `key_value_rank` numbers, of which the keys and values of all heads
+    are made, and one key of `rotated` columns that all heads share. A head's query and key have
+    these columns and `plain` others, its value has `value` columns. Queries are made of a vector of
+    `query_rank` numbers, or with None of the hidden state.
+    """
+
+    key_value_rank: int
+    rotated: int
+    plain: int
+    value: int
+    query_rank: int | None = None
+
+    @property
+    def num_norms(self) -> int:
+        """Weights of the norms of both vectors of a layer."""
+        return self.key_value_rank + (self.query_rank or 0)
+
+    def num_weights(self, hidden_size: int, num_heads: int) -> int:
+        """Weights of the matrices of a layer's attention."""
+        head, rank = self.rotated + self.plain, self.query_rank
+        of_query = num_heads * head * hidden_size
+        if rank is not None:
+            of_query = rank * (hidden_size + num_heads * head)
+        down = (self.key_value_rank + self.rotated) * hidden_size
+        up = num_heads * (self.plain + self.value) * self.key_value_rank
+        return of_query + down + up + num_heads * self.value * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
 class Variation:
     """Settings of a family beside those of a plain decoder; the defaults are a plain decoder's.
 
@@ -34,6 +66,7 @@ class Variation:
     c * tanh(score / c). A norm with `norm_adds_one` multiplies by 1 + weight.
     With `has_sinks` each query head has a learnable score beside those of the keys, which takes a
     share of the softmax and has no value. `has_output_bias` is a bias on what leaves attention.
+    `latent` says that attention has heads of that kind, and `rotated` columns before the others.
     `embedding_multiplier` multiplies what enters the first layer; if `rounds_embedding_multiplier`,
     rounded to the dtype of the weights, inside the embedding. `residual_multiplier` multiplies the
     outputs of attention and MLP before they are added. Logits are divided by `logits_divisor`, and
@@ -47,6 +80,7 @@ class Variation:
     norm_adds_one: bool = False
     has_sinks: bool = False
     has_output_bias: bool = False
+    latent: LatentHeads | None = None
     activation: Activation = "silu"
     embedding_multiplier: float = 1.0
     rounds_embedding_multiplier: bool = False
@@ -59,7 +93,8 @@ class Variation:
     def of(cls, values: dict[str, Any]) -> "Variation":
         """What `dataclasses.asdict` made `values` of."""
         layers = tuple(LayerAttention(**each) for each in values["layers"])
-        return cls(**{**values, "layers": layers})
+        latent = values.get("latent") and LatentHeads(**values["latent"])
+        return cls(**{**values, "layers": layers, "latent": latent})
 
     @property
     def windows(self) -> dict[int, int]:
@@ -67,8 +102,9 @@ class Variation:
         return dict(Counter(layer.window for layer in self.layers if layer.window is not None))
 
     def num_biases(self, hidden_size: int, num_heads: int) -> int:
-        """Biases behind attention and sinks of a layer."""
-        return self.has_output_bias * hidden_size + self.has_sinks * num_heads
+        """Biases behind attention, sinks, and norms of latent vectors of a layer."""
+        of_latent = 0 if self.latent is None else self.latent.num_norms
+        return self.has_output_bias * hidden_size + self.has_sinks * num_heads + of_latent
 
     def problems(self, sequence_length: int) -> Iterator[str]:
         """What samples of up to `sequence_length` tokens ask for that is not implemented."""

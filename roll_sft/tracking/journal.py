@@ -51,6 +51,7 @@ STEP_NAMES = {
 RECIPE_NAMES = {name: f"train/{name}" for name in TOLD}
 EXPERT_NAMES = {  # field of ExpertLoad, likewise
     "expert_aux_loss": "experts/aux_loss",
+    "expert_z_loss": "experts/z_loss",
     "expert_max_over_mean": "experts/max_over_mean",
     "dropped_tokens": "experts/dropped_tokens",
 }

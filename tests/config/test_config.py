@@ -387,7 +387,7 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
 @pytest.mark.parametrize(
     "key",
     [
-        "moe.z_loss_coef",
+        "moe.mtp_loss_coef",
         "moe.dispatcher",
         "parallel.expert_tensor_parallel_size",
     ],

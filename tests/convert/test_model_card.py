@@ -68,6 +68,20 @@ def card_of(checkpoint: Path, folder: Path) -> ModelCard:
     return ModelCard((folder / "README.md").read_text())
 
 
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_the_card_of_adapters_says_that_routed_experts_have_none(
+    has_lora: bool, tmp_path: Path
+) -> None:
+    checkpoint = write_run(tmp_path / "run")
+    (checkpoint / "hf_assets" / "config.json").write_text('{"num_local_experts": 8}')
+    facts = {"lora": {"rank": 4}} if has_lora else {}
+    manifest = dataclasses.replace(MANIFEST, state=dataclasses.replace(STATE, facts=facts))
+    (tmp_path / "hf").mkdir()
+    write_card(checkpoint, tmp_path / "hf", manifest=manifest, dtype="bf16", is_adapter=has_lora)
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert ("routed experts and routers are the base's" in text) == has_lora
+
+
 @pytest.mark.parametrize("has_matplotlib", [True, False])
 def test_the_card_tells_of_the_run_up_to_the_checkpoint(
     has_matplotlib: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

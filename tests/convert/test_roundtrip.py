@@ -33,6 +33,27 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline_model_parallel_size": 2,
     },
 }
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "EP2": {"num_workers": 2, "expert_model_parallel_size": 2},
+    "TP2xEP2": {
+        "num_workers": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+    },
+    "TP2": {"num_workers": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "EP2xPP2": {
+        "num_workers": 4,
+        "pipeline_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+}
+# As published, with a layer for multi-token prediction, where the family has one.
+WITH_PREDICTION = ("deepseekv3", "glm4moe")
+EXPERT_KINDS = tuple(
+    kind + "-mtp" * (kind in WITH_PREDICTION)
+    for kind in (*parity.EXPERTS, "deepseekv3-plain", "mixtral-fused", "glm4moe-fused")
+)
 KINDS = ("qwen2", "qwen2-tied", "qwen2-one_kv_head", "qwen3", "llama3", "mistral", "olmo2")
 
 
@@ -62,13 +83,31 @@ def test_every_tensor_comes_back_as_it_was(
     layout: str, pool: RankPool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     kinds = [*KINDS, *families_at(layout, every=request.config.getoption("--all-layouts"))]
+    check_roundtrip(kinds, LAYOUTS[layout], pool, tmp_path)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_every_tensor_of_a_model_with_experts_comes_back_as_it_was(
+    layout: str, pool: RankPool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    kinds = list(EXPERT_KINDS)
+    if not request.config.getoption("--all-layouts"):  # one layout, which cuts all there is
+        kinds = ["deepseekv3-mtp", "mixtral-fused"] if layout == "TP2xEP2" else []
+    if kinds:
+        check_roundtrip(kinds, EXPERT_LAYOUTS[layout], pool, tmp_path)
+
+
+def check_roundtrip(
+    kinds: list[str], layout: dict[str, Any], pool: RankPool, tmp_path: Path
+) -> None:
+    """Each of `kinds`, saved by an engine of `layout` as it was loaded, and exported."""
     for kind in kinds:
         parity.write_model(tmp_path / kind / "model", kind=kind)
     parity.write_rows(tmp_path / "rows.jsonl")
     config = parity.parity_config(
         tmp_path,
-        parallel=LAYOUTS[layout],
-        model={"path": str(tmp_path / KINDS[0] / "model")},
+        parallel=layout,
+        model={"path": str(tmp_path / kinds[0] / "model")},
         checkpoint={"save_optimizer": False},
     )
     folders = {kind: tmp_path / "out" / kind / ".staging_00000008" for kind in kinds}

@@ -13,32 +13,33 @@ from tests.engine.test_expert_parity import LAYOUTS, LOSS_TOLERANCE, NORM_TOLERA
 from tests.pool import RankPool
 
 pytestmark = pytest.mark.slow
-HALF = 4  # steps of 8
+NUM_STEPS = 8
 
 
 class Case(NamedTuple):
     kind: str
-    saved: str
-    resumed: str
+    layouts: tuple[str, ...]  # each for an equal share of the steps
 
 
 # Layers that differ, biases of scores, experts in one tensor; axes that come and go.
-SUBSET = [Case("glm4moe", "EP2", "PP2")]
+SUBSET = [Case("glm4moe", ("EP2", "PP2"))]
 ALL = [
     *SUBSET,
-    Case("glm4moe", "TP2xEP2+SP", "1"),
-    Case("gptoss", "PP2", "EP2"),
-    Case("gptoss", "EP4", "TP2xEP2+SP"),
-    Case("qwen3moe", "TP2xPP2xEP2+SP", "EP4"),
-    Case("qwen2moe", "EP2", "EP2xPP2"),
-    Case("qwen3moe", "EP2", "EP2"),
+    Case("glm4moe", ("TP2xEP2+SP", "1")),
+    Case("gptoss", ("PP2", "EP2")),
+    Case("gptoss", ("EP4", "TP2xEP2+SP")),
+    Case("qwen3moe", ("TP2xPP2xEP2+SP", "EP4")),
+    Case("qwen2moe", ("EP2", "EP2xPP2")),
+    Case("qwen3moe", ("EP2", "EP2")),
+    Case("deepseekv3", ("EP2", "PP2", "TP2xEP2+SP", "1")),
+    Case("mixtral", ("1", "EP2xPP2", "TP2+SP", "CP2xEP2")),
 ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = ALL if metafunc.config.getoption("--all-layouts") else SUBSET
-        metafunc.parametrize("case", cases, ids=lambda case: "-".join(case))
+        metafunc.parametrize("case", cases, ids=lambda case: "-".join((case.kind, *case.layouts)))
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +66,19 @@ def test_a_run_goes_on_from_another_layout_as_transformers_would(
         (steps,) = [rank for rank in ranks if rank is not None]
         return steps
 
-    job = prepare_job(parity.parity_config(home, parallel=dict(LAYOUTS[case.saved])))
-    first = run(LAYOUTS[case.saved], last=HALF)
-    folder = parity.published(job, tmp_path / "checkpoints" / f".staging_{HALF:08d}", HALF)
-    steps = first + run(LAYOUTS[case.resumed], loads=folder)
+    steps, folder, share = list[dict[str, float]](), None, NUM_STEPS // len(case.layouts)
+    for part, layout in enumerate(case.layouts, start=1):
+        last = part * share
+        job = prepare_job(parity.parity_config(home, parallel=dict(LAYOUTS[layout])))
+        steps += run(LAYOUTS[layout], loads=folder, last=last)
+        folder = parity.published(job, tmp_path / "checkpoints" / f".staging_{last:08d}", last)
     wanted, _ = parity.reference_run(job)
     for key, tolerance in (
         ("loss", LOSS_TOLERANCE[parity.balance_coefficient(job) > 0]),
         ("grad_norm", NORM_TOLERANCE),
     ):
         assert parity.worst(steps, wanted, key) < tolerance
-    if case.saved == case.resumed:
-        (tmp_path / "checkpoints" / ".staging_00000008").rename(tmp_path / "resumed")
-        assert steps == run(LAYOUTS[case.saved])
+    if len(set(case.layouts)) == 1:
+        assert folder is not None
+        folder.rename(tmp_path / "resumed")
+        assert steps == run(LAYOUTS[case.layouts[0]])

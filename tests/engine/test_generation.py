@@ -113,6 +113,7 @@ ALL = [
     *(Case(kind, "1") for kind in FAMILIES),
     Case("gemma2", "TP2+SP"),
     Case("olmo3", "PP2"),
+    Case("deepseekv3", "TP2+SP"),
     Case("qwen2-one_kv_head", "TP2"),
 ]
 SUBSET = [Case("qwen2-tied", "TP2xPP2"), Case("gemma2", "TP2+SP"), Case("qwen3moe", "EP2")]

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from transformers import Glm4MoeConfig, Qwen2Config, Qwen2MoeConfig
+from transformers import DeepseekV3Config, Glm4MoeConfig, Qwen2Config, Qwen2MoeConfig
 
 from roll_sft.config.build import build_config
 from roll_sft.job.experts import expert_problems
@@ -26,6 +26,15 @@ SIGMOID = Glm4MoeConfig(
     n_routed_experts=8,
     moe_intermediate_size=40,
     architectures=["Glm4MoeForCausalLM"],
+)
+LATENT = DeepseekV3Config(
+    **SIZES | {"num_key_value_heads": 4},
+    rope_parameters=DEFAULT_ROPE,
+    n_routed_experts=8,
+    n_group=4,
+    topk_group=4,
+    first_k_dense_replace=1,
+    architectures=["DeepseekV3ForCausalLM"],
 )
 DENSE = Qwen2Config(**SIZES, rope_parameters=DEFAULT_ROPE, architectures=["Qwen2ForCausalLM"])
 EP = "expert_model_parallel_size"
@@ -59,9 +68,16 @@ EP = "expert_model_parallel_size"
             {"moe": {"aux_loss_coef": 0.1}},
             r"aux_loss_coef: 0\.1, .*router_bias_update_rate",
         ),
-        (EXPERTS, {"lora": {"rank": 8}}, r"lora\.rank: 8\b.* lora\.rank=0"),
+        (LATENT, {"lora": {"rank": 8}}, r"lora\.rank: 8\b.* latent .*lora\.rank=0"),
+        (EXPERTS, {"lora": {"rank": 8, "quantize_base": "nf4"}}, "quantize_base: nf4, .*=none"),
+        (
+            SIGMOID,
+            {"lora": {"rank": 8}, "moe": {"router_bias_update_rate": 0.1}},
+            r"update_rate: 0\.1, .*set it to 0",
+        ),
         (EXPERTS, {"train": {"z_loss_coef": 0.1}}, r"train\.z_loss_coef\b.* leave it out"),
         (DENSE, {"parallel": {EP: 2, "num_workers": 2}}, f"{EP}: 2, .* set it to 1"),
+        (DENSE, {"moe": {"z_loss_coef": 0.1}}, r"moe\.z_loss_coef: 0\.1, .* leave it out"),
         (DENSE, {"moe": {"aux_loss_coef": 0.1}}, r"moe\.aux_loss_coef: 0\.1, .* leave it out"),
     ],
 )

@@ -82,6 +82,30 @@ def test_all_linear_is_every_projection_of_every_layer() -> None:
     assert [each.rpartition(".")[2] for each in modules] == names * 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "beside_attention"),
+    [
+        ("qwen3moe", []),
+        ("qwen2moe", [f"mlp.shared_expert.{each}_proj" for each in ("gate", "up", "down")]),
+    ],
+)
+def test_routed_experts_and_routers_have_no_adapters(
+    kind: str, beside_attention: list[str]
+) -> None:
+    config = parity.model_config(kind, num_layers=1)
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    family = family_of(config)
+    shape = family.shape(config)
+    weights = adapted_weights(family, shape, LoraConfig(rank=4))
+    modules = [module for weight in weights.values() for module in weight.modules]
+    attention = [f"self_attn.{each}_proj" for each in "qkvo"]
+    assert [each.partition("layers.0.")[2] for each in modules] == attention + beside_attention
+    if not beside_attention:
+        lora = LoraConfig(rank=4, target_modules=["gate_proj"])
+        (problem,) = adapter_problems(family, shape, lora)
+        assert "routed experts have none" in problem
+
+
 def test_what_is_trained_is_counted_as_its_formula_says() -> None:
     _, shape = model()
     lora = LoraConfig(rank=4, modules_to_save=["lm_head"])

@@ -28,7 +28,9 @@ def folder_of(kind: str, folder: Path) -> Path:
     return parity.write_model(folder / kind, kind=kind, num_layers=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "deepseekv3-mtp", "mixtral-fused", "glm4moe-fused", "deepseekv3-fused"]
+)
 def test_a_model_survives_the_way_to_a_checkpoint_and_back(kind: str, tmp_path: Path) -> None:
     model = folder_of(kind, tmp_path)
     import_model(model, tmp_path / "checkpoint", dtype=None, replace=False)

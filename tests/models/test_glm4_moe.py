@@ -1,6 +1,5 @@
 """GLM-4.5: what its routers and layers are, what is left out of its files, and what is refused."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +57,19 @@ def test_what_is_not_implemented_is_refused_by_name(
         GLM4_MOE.shape(config_from_disk(tmp_path, {**ON_DISK, **written}))
 
 
-def test_biases_of_scores_stay_in_fp32_and_layers_for_prediction_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = parity.write_model(tmp_path / "model", kind="glm4moe", num_layers=2)
+def test_biases_of_scores_stay_in_fp32_and_layers_for_prediction_are_kept(tmp_path: Path) -> None:
+    model = parity.write_model(tmp_path / "model", kind="glm4moe-mtp", num_layers=2)
     kept = {
         name: each if "e_score" in name else each.bfloat16()
         for name, each in load_file(model / "model.safetensors").items()
     }
-    behind = {
-        f"model.layers.2.{name}.weight": torch.ones(4, 4).bfloat16()
-        for name in ("eh_proj", "enorm", "self_attn.q_proj", "shared_head.head")
-    }
-    save_file(kept | behind, model / "model.safetensors")
-    with caplog.at_level(logging.WARNING):
-        import_model(model, tmp_path / "checkpoint", dtype=None, replace=False)
-    assert "multi-token prediction" in caplog.text
+    save_file(kept, model / "model.safetensors")
+    import_model(model, tmp_path / "checkpoint", dtype=None, replace=False)
     export(tmp_path / "checkpoint", tmp_path / "hf", dtype="bf16", replace=False)
     after = SafetensorsSource(tmp_path / "hf")
+    assert {"model.layers.2.eh_proj.weight", "model.layers.2.enorm.weight"} < after.names()
     assert after.names() == kept.keys()
     assert all(torch.equal(after.read(name), each) for name, each in kept.items())
-    assert after.dtype("model.layers.1.mlp.gate.e_score_correction_bias") == torch.float32
+    for layer in (1, 2):
+        name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        assert after.dtype(name) == torch.float32

@@ -56,7 +56,7 @@ def with_more(record: StepRecord, result: StepMetrics, *, skipped: str | None) -
     """
     line = asdict(record)
     if result.experts is not None:
-        line |= asdict(result.experts)
+        line |= {name: each for name, each in asdict(result.experts).items() if each is not None}
     elif result.told:
         means = [value / result.supervised_tokens for value in result.told]
         line |= zip(TOLD, means, strict=True)
