@@ -18,8 +18,7 @@ class MoeConfig:
     )
     z_loss_coef: float = key(
         0.0,
-        "Coefficient of the routers' z-loss: the mean square of their logits' log-sum-exp, over"
-        " layers and real tokens.",
+        "Coefficient of the z-loss of routers, which keeps their logits small.",
         at_least=0,
         at_most=1e6,
     )

@@ -57,7 +57,7 @@ KEYS = {
     " early_stopping_min_delta",
     "lora.": "rank alpha dropout target_modules use_rslora modules_to_save init adapter_path"
     " quantize_base",
-    "moe.": "aux_loss_coef router_bias_update_rate",
+    "moe.": "aux_loss_coef z_loss_coef router_bias_update_rate",
     "evaluation.": "prompts metric_fn metric_modules max_new_tokens temperature top_p top_k"
     " deadline_s",
     "evaluation.prompts.": "path name split samples",
@@ -395,6 +395,12 @@ def test_a_reserved_choice_is_refused_as_not_available(key: str, value: object) 
 def test_a_reserved_key_is_refused_as_one_of_a_later_version(key: str) -> None:
     (problem,) = problems({key: 1})
     assert problem == f"{key}: not in this version; leave it out"
+
+
+def test_a_negative_coefficient_of_the_routers_is_refused() -> None:
+    (problem,) = problems({"moe.z_loss_coef": -1})
+    assert problem.startswith("moe.z_loss_coef: -1.0")
+    assert "at least 0" in problem
 
 
 def test_a_reserved_key_in_the_wrong_section_is_named() -> None:
