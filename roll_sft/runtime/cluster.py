@@ -45,6 +45,13 @@ MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
 KILL_TIMEOUT_S = 2.0
 SILENT_WAIT_S = 3.0  # a longer wait for resources is logged
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+SETTINGS = {
+    "enable_metrics_collection": False,  # it answers without a token
+    # The raylet asks its own object store before that listens, and by default again a second later.
+    # As long as before in all, more often.
+    "raylet_client_connect_timeout_milliseconds": 20,
+    "raylet_client_num_connect_attempts": 500,
+}
 
 
 @contextlib.contextmanager
@@ -202,7 +209,7 @@ def _start(config: RunConfig) -> None:
                 address="local",
                 num_cpus=max(cores, num_cpus),
                 include_dashboard=False,
-                _system_config={"enable_metrics_collection": False},  # it answers without a token
+                _system_config=SETTINGS,
                 **QUIET,
             )
     except (OSError, RuntimeError, ValueError, RayError) as error:
