@@ -128,6 +128,8 @@ def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
     if started.done():
         ray.shutdown()
         return
+    from roll_sft.runtime.joining import mute_ray
+
     mute_ray()
     ends = time.monotonic() + KILL_TIMEOUT_S
     while not started.done() and time.monotonic() < ends:
@@ -235,16 +237,6 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = kept
-
-
-def mute_ray() -> None:
-    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
-
-    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
-    """
-    sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _make_token_private() -> None:

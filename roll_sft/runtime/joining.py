@@ -5,7 +5,9 @@ Promises: an address where nothing listens is refused at once, and one that cann
 """
 
 import contextlib
+import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -15,7 +17,7 @@ from ray.exceptions import RayError
 
 from roll_sft.base.errors import ConfigError, ResourceError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address, on_device
-from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm, mute_ray
+from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm
 
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 30.0
@@ -42,6 +44,16 @@ def with_device_of_cluster(config: RunConfig) -> RunConfig:
     with connected(config):
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     return on_device(config, "cuda" if has_gpus else "cpu")
+
+
+def mute_ray() -> None:
+    """Discard the line that Ray writes to stderr at each attempt, and keep Python's stderr.
+
+    The last line on stderr names the cause, and the thread that tries to join cannot be stopped.
+    """
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _join(address: str) -> None:
