@@ -244,6 +244,7 @@ def _doctor(arguments: list[str]) -> int:
 
     if rest:
         return run.main(rest, action=action)
+    run.be_quiet()
     try:  # no configuration: what every run needs
         action(RunConfig(), "")
     except RollSftError as error:

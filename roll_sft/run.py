@@ -55,6 +55,8 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "WANDB_ERROR_REPORTING": "false",
+    # Otherwise Ray hides a node's GPUs from actors that ask for none, and warns that it does.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +54,13 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("home")
-    with served(assets.parent) as port:
+def trained(assets: Path) -> Iterator[Run]:
+    # pytest's own folders have names that are too long for Ray's sockets.
+    with (
+        tempfile.TemporaryDirectory(prefix="home", dir="/tmp") as name,
+        served(assets.parent) as port,
+    ):
+        folder = Path(name)
         (assets.parent / OF_REFERENCE).symlink_to(assets)
         url = f"http://127.0.0.1:{port}/{OF_REFERENCE}/rows.jsonl"
         password = f"http://me:{OF_URL}@127.0.0.1:{port}/{assets.name}/rows.jsonl"
@@ -85,13 +91,13 @@ def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             while program.poll() is None:
                 found |= listening(psutil.Process(program.pid))
                 time.sleep(0.3)
-    return Run(
-        folder,
-        program.returncode,
-        (folder / "console").read_text(),
-        {ip for ip, _ in found},
-        len(found),
-    )
+        yield Run(
+            folder,
+            program.returncode,
+            (folder / "console").read_text(),
+            {ip for ip, _ in found},
+            len(found),
+        )
 
 
 def test_a_clean_run_ends_with_0_and_alarms_nobody(trained: Run) -> None:

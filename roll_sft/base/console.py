@@ -19,21 +19,21 @@ CLOCK = "%H:%M:%S "
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 
 
-class _TerminalHandler(logging.Handler):
-    """Prints above the live line. The terminal wraps long lines, so that paths copy whole."""
+class _Handler(logging.Handler):
+    """Prints to the stderr of the moment: the one of the start may be replaced and closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = Text(time.strftime(CLOCK, time.localtime(record.created)), style="dim")
-        line.append(_message(record), style=f"not dim {STYLES.get(record.levelno, '')}")
+        moment, message = time.localtime(record.created), _message(record)
         try:
-            CONSOLE.print(line, soft_wrap=True)
+            if CONSOLE.is_terminal:  # which wraps long lines, so that paths copy whole
+                line = Text(time.strftime(CLOCK, moment), style="dim")
+                line.append(message, style=f"not dim {STYLES.get(record.levelno, '')}")
+                CONSOLE.print(line, soft_wrap=True)  # above the live line
+            else:
+                stream = sys.stdout if CONSOLE.is_jupyter else sys.stderr
+                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', moment)} {message}\n")
         except OSError:  # a terminal that is gone must not end a run
             self.handleError(record)
-
-
-class _PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {_message(record)}"
 
 
 def stdout_console() -> Console:
@@ -44,12 +44,8 @@ def stdout_console() -> Console:
 
 def set_up_logging() -> None:
     """Send the package's log to stderr; in a notebook, which paints that red, to stdout."""
-    handler: logging.Handler = _TerminalHandler()
-    if not CONSOLE.is_terminal:
-        handler = logging.StreamHandler(sys.stdout if CONSOLE.is_jupyter else None)
-        handler.setFormatter(_PlainFormatter())
     logger = logging.getLogger("roll_sft")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [_Handler()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 

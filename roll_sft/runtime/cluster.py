@@ -43,6 +43,7 @@ from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address
 LOG = logging.getLogger(__name__)
 MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
 KILL_TIMEOUT_S = 2.0
+LONGEST_FOLDER = 43  # bytes: 107 of a socket's name, less /session_DATE_PID/sockets/plasma_store
 SILENT_WAIT_S = 3.0  # a longer wait for resources is logged
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 SETTINGS = {
@@ -64,8 +65,6 @@ def connected(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster_address(config)
     if address is None:
         with starting(config) as started:
@@ -86,8 +85,6 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
     cluster that is still starting when the block ends is killed; `as_guest`, in a process that goes
     on after the run, it is waited for and ended.
     """
-    # Without this Ray hides the GPUs of the node from actors that ask for none, with a warning.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized() or cluster_address(config) is not None:
         yield lambda: None
         return
@@ -203,12 +200,18 @@ def _start(config: RunConfig) -> None:
         )
     if num_cpus > cores:
         LOG.warning("%d workers share %d cores of this machine", num_workers, cores)
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")) + "/ray"  # Ray's choice
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        from roll_sft.runtime.short_folder import short_folder
+
+        folder = short_folder()
     try:
         _make_token_private()
         with _on_loopback():
             # address="local" never joins a cluster that happens to run on this machine.
             ray.init(
                 address="local",
+                _temp_dir=folder,
                 num_cpus=max(cores, num_cpus),
                 include_dashboard=False,
                 _system_config=SETTINGS,
@@ -217,7 +220,7 @@ def _start(config: RunConfig) -> None:
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ResourceError(
             f"cluster: Ray does not start on this machine: {first_line(error)}; its logs are in"
-            " /tmp/ray/session_latest/logs"
+            f" {folder}/session_latest/logs"
         ) from error
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,9 @@ from safetensors.torch import save_file
 from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.models.hub import HubModel
 from roll_sft.models.model_folder import local_model
+from roll_sft.models.qwen import QWEN2
 from roll_sft.models.source import ModelSource
+from tests.parity import model_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -35,8 +36,6 @@ FILES = {
     "consolidated.safetensors": b"the weights again",
     "original/model.safetensors": b"and again",
 }
-
-SHAPE: Any = None  # weights are found without it
 
 
 class Hub(ThreadingHTTPServer):
@@ -128,7 +127,8 @@ def test_a_dry_run_needs_no_weights(hub: Hub) -> None:
 def test_tensors_travel_by_name_and_are_found_in_the_cache_of_the_node(hub: Hub) -> None:
     _, model = local_model("org/model", with_weights=True)
     assert model is not None
-    sent = pickle.dumps(ModelSource(SHAPE, hub=model))
+    shape = QWEN2.shape(model_config("qwen2", num_layers=1))
+    sent = pickle.dumps(ModelSource(shape, hub=model))
     hub.shutdown()  # a worker finds it without the network
     assert pickle.loads(sent).tensors.read("weight").tolist() == [0.0, 1.0, 2.0, 3.0]
 

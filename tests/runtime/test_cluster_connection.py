@@ -9,7 +9,8 @@ from roll_sft.base.errors import ConfigError, ResourceError
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import token_cache_folder
 from roll_sft.runtime import reaper
-from roll_sft.runtime.cluster import connected
+from roll_sft.runtime.cluster import LONGEST_FOLDER, connected
+from roll_sft.runtime.short_folder import short_folder
 from tests.runtime.ray_cluster import free_port
 
 # Prints what an own cluster is, then waits to be ended.
@@ -72,6 +73,23 @@ def test_workers_that_no_machine_can_hold_are_refused_before_ray_starts():
     with pytest.raises(ResourceError, match=r"parallel\.num_workers: 100000\b"), connected(config):
         pass
     assert not ray.is_initialized()
+
+
+def test_a_long_folder_for_ray_is_refused_before_ray_starts(monkeypatch):
+    folder = f"/tmp/{'x' * (LONGEST_FOLDER - len('/tmp//ray') + 1)}"
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = build_config({"parallel": {"num_workers": 1, "device": "cpu"}})
+    told = f"RAY_TMPDIR: '{folder}' has 40 bytes.*for 39; set"
+    with pytest.raises(ResourceError, match=told), connected(config):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_a_long_folder_for_temporary_files_is_left_to_others(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * LONGEST_FOLDER)))
+    assert short_folder() == "/tmp/ray"
 
 
 def test_tokens_lie_where_every_node_of_the_run_sees_them(monkeypatch):
@@ -183,7 +201,7 @@ def test_own_cluster_joins_nobody_is_private_and_is_gone_when_its_driver_is_kill
 ):
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").touch(mode=0o644)
-    own = program("-c", OWN_CLUSTER, HOME=str(tmp_path))
+    own = program("-c", OWN_CLUSTER, HOME=str(tmp_path), TMPDIR=str(tmp_path / ("x" * 40)))
     facts = own.json_line(timeout_s=60)
     assert facts["cpus"] == facts["cores"] + 2
     assert facts["address"].rpartition(":")[2] != cluster.address.rpartition(":")[2]

@@ -104,6 +104,19 @@ def test_without_a_terminal_a_line_is_plain_and_has_everything(
     assert re.fullmatch(rf"{stamp}warning: no such thing", warned)
 
 
+def test_a_line_goes_to_the_stderr_of_the_moment(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen(80)
+    terminal.CONSOLE = console.CONSOLE = Console(stderr=True)  # put back by the fixture
+    with monkeypatch.context() as at_the_start, io.StringIO() as earlier:
+        at_the_start.setattr("sys.stderr", earlier)
+        console.set_up_logging()
+    logging.getLogger("roll_sft.training.driver").warning("no such thing")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" warning: no such thing")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0:00:00"), (133, "0:02:13"), (3599.6, "1:00:00"), (97_200, "1 d 03:00:00")],
