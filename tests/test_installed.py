@@ -243,9 +243,20 @@ thread = threading.Thread(
 thread.start()
 thread.join()
 other = [first.folder != results[0].folder, len(results[0].history["train_loss"])]
+from pathlib import Path
+from roll_sft.base.errors import CheckpointError
+from safetensors.torch import load_file, save_file
+weights = Path("Qwen/Qwen2.5-0.5B/model.safetensors")
+tensors = load_file(weights)
+tensors["model.norm.weight"] = tensors["model.norm.weight"] / 0
+save_file(tensors, weights, metadata={"format": "pt"})
+try:  # an error of a worker, when Ray has been started
+    roll_sft.train(pairs[2:], config=config)
+except CheckpointError as error:
+    other.append("model.norm.weight" in str(error))
 """
     )
     tell = f'{CHECKS}facts["other"] = other\n{TELL}'
     found = json.loads(output_of(f"{STATE}{program}{tell}", site, place)[-1])
     assert (found["changed"], found["family"], found["ray"]) == ([], [], False)
-    assert found["other"] == [True, 2]
+    assert found["other"] == [True, 2, True]

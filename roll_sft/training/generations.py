@@ -25,6 +25,7 @@ from roll_sft.training.run_folder import JOB
 
 LOG = logging.getLogger(__name__)
 NAME = "generation"  # of its lines in eval.jsonl
+_LEAST_SCORING_S = 60.0  # a short deadline of answers must not cost what there is of them
 _SHOWN = 4  # metrics on the console
 
 
@@ -111,7 +112,7 @@ def _measured(
 ) -> tuple[list[str], dict[str, Any]]:
     """The texts of the answers, and the metrics of ours and of the user."""
     evaluation, references = job.config.evaluation, [each["reference"] for each in prompts]
-    timeout_s = evaluation.deadline_s
+    timeout_s = max(evaluation.deadline_s, _LEAST_SCORING_S)
     tokenizer = folder / ASSETS / "tokenizer.json"
     # The token that ends an answer is no part of it, and need not be a special one.
     ids = [each.ids[:-1] if each.is_stopped else each.ids for each in answers]
@@ -154,7 +155,7 @@ def _scored(task: Mapping[str, Any], tokenizer: Path, *, timeout_s: float) -> di
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            _warn(what, f"takes more than evaluation.deadline_s {timeout_s:g}")
+            _warn(what, f"takes more than {timeout_s:g} s")
             return None
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()

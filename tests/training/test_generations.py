@@ -71,6 +71,22 @@ def test_answers_and_metrics_are_written_and_a_broken_metric_costs_itself(
     assert stored[0]["ids"] == list(ids)
 
 
+@pytest.mark.long
+def test_a_deadline_costs_the_rest_of_the_answers_and_a_warning(
+    arguments: list[str], prompts: str, pool: RankPool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [*arguments, prompts, f"output_dir={folder}", "evaluation.max_new_tokens=12"]
+    command += ["train.global_batch_size=20", "checkpoint.hf_export=none"]
+    ((code, errors),) = pool.run(
+        main_job, ParallelLayout(1), [*command, "evaluation.deadline_s=0.000001"]
+    )
+    assert code == 0, errors
+    assert "4 of 4 answers were cut by evaluation.deadline_s 1e-06; raise it" in errors
+    for line in json_lines(folder / "generations.jsonl"):
+        assert line["metrics"]["output_tokens"] <= 1
+
+
 @pytest.mark.parametrize(
     ("more", "code", "named"),
     [
