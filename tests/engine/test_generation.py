@@ -192,7 +192,7 @@ def drawn_alone(home: Path, pool: RankPool) -> list[list[Generated]]:
 
 
 def drawn_request(seed: int) -> GenerationRequest:
-    return request(temperature=0.8, top_p=0.9, top_k=40, seed=seed)
+    return request(new_tokens=24, temperature=0.8, top_p=0.9, top_k=40, seed=seed)
 
 
 def test_drawn_answers_are_equal_at_every_layout(

@@ -110,7 +110,8 @@ def trained(config: RunConfig, requests: list[GenerationRequest]) -> tuple[list[
             before, held = everything(engine), held_bytes()
             for each in requests:
                 generate(engine, each)
-                assert held_bytes() == held, "generation holds memory"
+                # Less: the last pack's keys of dropout are let go.
+                assert held_bytes() <= held, "generation holds memory"
             for chunk in job.validation["held_out"].evaluation():
                 engine.evaluate("held_out", chunk.ranks[data_rank])
             after = everything(engine)
