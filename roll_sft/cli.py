@@ -135,6 +135,19 @@ def _parity(arguments: list[str]) -> int:
     return run.main(rest, action=action)
 
 
+def _rehearse(arguments: list[str]) -> int:
+    from roll_sft import run
+
+    _, rest = _parser("rehearse", "").parse_known_args(arguments)
+
+    def action(config: RunConfig, _composed_yaml: str) -> None:
+        from roll_sft.rehearsal import command
+
+        command.run(config)
+
+    return run.main(rest, action=action)
+
+
 def _preview(arguments: list[str]) -> int:
     from roll_sft import run
 
@@ -308,6 +321,7 @@ COMMANDS = {
     "generate": Command("its answers to a file of prompts", _generate),
     "push": Command("the exported model of a run to a repository of the hub", _push),
     "sync": Command("points of a run sent to trackers that missed them", _sync),
+    "rehearse": Command("faults in tiny runs on the layout of yours, and what follows", _rehearse),
     "doctor": Command("whether this machine, a cluster and a configuration are fit", _doctor),
     "completion": Command("a script for bash or zsh that completes keys", _completion),
     "import-config": Command("another trainer's configuration into ours", _import_config),

@@ -52,7 +52,7 @@ def restarted(
         while True:
             if failed.stop.is_asked():
                 raise PreemptedError(failed.stop.last_line()) from error
-            began = time.monotonic()
+            began, found = time.monotonic(), time.time()
             is_node_lost = regroup.is_node_lost(failed.slots)
             step = _step_of(failed, folder)
             pause_s = history.pause_after(error, step, wanted, is_node_lost=is_node_lost)
@@ -60,7 +60,7 @@ def restarted(
             time.sleep(pause_s)
             attempt = _next_attempt(failed, folder, wanted, placements=placements)
             record = {
-                "time": time.time(),
+                "time": found,
                 "step": step,
                 "cause": str(error),
                 "kind": "preemption" if is_node_lost else "failure",
