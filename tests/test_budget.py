@@ -112,6 +112,7 @@ BY_NEED = {
     "roll_sft/engine/logits.py": "a model that is no plain decoder",
     "roll_sft/engine/recompute.py": "norms that are recomputed",
     "roll_sft/engine/spikes.py": "train.on_spike=skip",
+    "roll_sft/engine/step_timer.py": "several data ranks",
     "roll_sft/engine/variation.py": "a model that is no plain decoder",
     "roll_sft/engine/varied_kernels.py": "a model that is no plain decoder",
     "roll_sft/job/expert_memory.py": "a model with experts",
@@ -157,6 +158,7 @@ BY_NEED = {
     "roll_sft/training/notebook.py": "a run in a notebook",
     "roll_sft/training/bad_batches.py": "bad steps, and a run that goes on",
     "roll_sft/training/preempted.py": "a run that is asked to end",
+    "roll_sft/training/stragglers.py": "several data ranks",
     "roll_sft/tracking/": "trackers",
 }
 # A small source is encoded quickly, too; without these the ids are the same. The sections `debug`,

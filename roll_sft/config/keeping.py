@@ -59,6 +59,13 @@ class GraceKey:
         at_least=1,
         at_most=1e7,
     )
+    straggler_factor: float | None = key(
+        1.5,
+        "A rank that takes so many times as long as the others in most of 20 steps is named; null"
+        " looks for none.",
+        above=1,
+        at_most=1e6,
+    )
 
 
 def seconds_of(duration: str) -> float | None:

@@ -251,6 +251,27 @@ def starts(runs: Sequence[RunFiles]) -> list[Table]:
     return tables
 
 
+def slow_ranks(runs: Sequence[RunFiles]) -> list[Table]:
+    """The ranks that were slower than the others, and since when."""
+    tables = []
+    for run in runs:
+        rows = [
+            [
+                _shown(line.get("step"), ",.0f"),
+                _shown(line.get("rank"), ".0f"),
+                printable(str(line.get("host"))),
+                printable(str(line.get("device"))),
+                _shown(line.get("times_as_long"), ".2f"),
+            ]
+            for line in run.stragglers[:MAX_LINES]
+        ]
+        title = f"Slow ranks of {run.name}" if len(runs) > 1 else "Slow ranks"
+        if rows:
+            columns = ["found after step", "rank", "host", "device", "times as long"]
+            tables.append(Table(title, columns, rows))
+    return tables
+
+
 def bad_batches(runs: Sequence[RunFiles]) -> list[Table]:
     """The samples of each step whose loss or gradient was not finite."""
     tables = []

@@ -25,6 +25,7 @@ def page_of(runs: Sequence[RunFiles]) -> str:
     states = [current_state(run) for run in runs]
     tables = [
         *facts.bad_batches(runs),
+        *facts.slow_ranks(runs),
         facts.configuration(runs),
         *facts.data(runs),
         facts.environment(runs),

@@ -25,7 +25,7 @@ from roll_sft.report.tail import Columns, Tail, number, parsed, step_of
 Array = NDArray[np.float64]
 STEPS, EVALS = "steps.jsonl", "eval.jsonl"
 GENERATIONS, BAD_BATCHES = "generations.jsonl", "bad_batches.jsonl"
-RESTARTS = "restarts.jsonl"
+RESTARTS, STRAGGLERS = "restarts.jsonl", "stragglers.jsonl"
 _MOST_KEYS = 2_000  # of a configuration
 _MOST_BYTES = 4 << 20  # of a file that is read whole
 
@@ -48,6 +48,7 @@ class RunFiles:
     bad_batches: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
     restarts: list[dict[str, Any]] = field(default_factory=list)
+    stragglers: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, str] = field(default_factory=dict)
     data: list[dict[str, Any]] = field(default_factory=list)
     packs: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class RunReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._steps = Columns()
-        names = (EVALS, GENERATIONS, BAD_BATCHES, STARTS, RESTARTS)
+        names = (EVALS, GENERATIONS, BAD_BATCHES, STARTS, RESTARTS, STRAGGLERS)
         self._lines: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         self._tails = [Tail(folder / STEPS, self._steps)]
         self._tails += [Tail(folder / name, lines) for name, lines in self._lines.items()]
@@ -104,6 +105,7 @@ class RunReader:
             bad_batches=self._with_step(BAD_BATCHES),
             starts=[line for line in starts if line.get("event") in ("start", "end")],
             restarts=list(self._lines[RESTARTS]),
+            stragglers=list(self._lines[STRAGGLERS]),
             config=config,
             data=_sources(_json(folder / "data_report.json")),
             packs=_json(folder / PACKS),

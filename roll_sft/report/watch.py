@@ -139,6 +139,9 @@ def _standing(run: RunFiles) -> list[str]:
         )
     if run.bad_batches:
         lines.append(f"bad batches: {len(run.bad_batches)}")
+    for line in run.stragglers[-3:]:
+        rank, host, device = (printable(str(line.get(key))) for key in ("rank", "host", "device"))
+        lines.append(f"slow: rank {rank} on {host} ({device})")
     return lines
 
 

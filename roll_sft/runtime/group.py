@@ -3,7 +3,12 @@
 `train_step` returns references at once, so that the driver can queue the next step; `wait_step`
 collects the results. A call sends one message to each worker, which holds plans and never tokens.
 Promises: an error names the rank and host that caused it; nothing waits past a deadline for a rank
+<<<<<<< HEAD
 that makes no progress; after `close` or `kill` no worker is left, stopped processes included.
+=======
+that makes no progress (see `watchdog`); after `close` or `kill` no worker is left, stopped
+processes included.
+>>>>>>> c82c42c ([training] name ranks that are slower than the others in most steps)
 """
 
 import contextlib
@@ -145,11 +150,10 @@ class WorkerGroup:
         """Ask every rank whether its part of the save is written; answered in order of calls."""
         return self._saving([actor.is_saved.remote() for actor in self._actors])
 
-    def answer_of(self, pending: Pending) -> bool | None:
-        """The answer to `is_saved`; None while not every rank has answered."""
-        references = pending.references
-        _ready, waited = ray.wait(references, num_returns=len(references), timeout=0)
-        return None if waited else all(self._collect(pending))
+    def answers_of(self, pending: Pending) -> list[Any] | None:
+        """The answers of all ranks, or None while not every rank has answered."""
+        _ready, late = ray.wait(pending.references, num_returns=len(self._actors), timeout=0)
+        return None if late else self._collect(pending)
 
     def finish_save(self) -> None:
         """Wait until every rank has written its part of the save."""
@@ -157,12 +161,14 @@ class WorkerGroup:
 
     def call(self, function: str, argument: Any, *, phase: str, deadline_s: float) -> list[Any]:
         """Call `function`, as "module:name", with each rank's engine and `argument`."""
+        return self._collect(self.ask(function, argument, phase=phase, deadline_s=deadline_s))
+
+    def ask(self, function: str, argument: Any, *, phase: str, deadline_s: float) -> Pending:
+        """`call` without a wait; `answers_of` has the answers."""
+        options: dict[str, Any] = {"phase": phase, "deadline_s": deadline_s}
         shared = ray.put(argument)
-        references = [
-            actor.call.remote(function, shared, phase=phase, deadline_s=deadline_s)
-            for actor in self._actors
-        ]
-        return self._collect(Pending(phase, deadline_s, references))
+        references = [actor.call.remote(function, shared, **options) for actor in self._actors]
+        return Pending(phase, deadline_s, references)
 
     def _saving(self, references: list[Any]) -> Pending:
         return Pending("checkpoint", self._config.cluster.checkpoint_timeout_s, references)

@@ -155,7 +155,7 @@ def _train(
 ) -> None:
     """Queue a step, collect the one before it; drain where something else is due."""
     train, pending = job.config.train, deque[tuple[StepPlan, Pending]]()
-    ahead, bad = STEPS_AHEAD, BadSteps(job, records, step=first_step - 1)
+    ahead, bad = STEPS_AHEAD, BadSteps(job, records, group, step=first_step - 1)
     plan = job.planner.step(first_step)
     for step in range(first_step, job.total_steps + 1):
         is_last = step == job.total_steps

@@ -11,15 +11,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from roll_sft.base import metrics
 from roll_sft.base.errors import DataError
 from roll_sft.base.metrics import EvalMetrics, StepMetrics, StepRecord
 from roll_sft.data.steps.plan import StepPlan
 from roll_sft.job.job import Job
+from roll_sft.runtime.group import WorkerGroup
 from roll_sft.training.run_folder import JsonLines
 from roll_sft.training.terminal import StepDisplay, step_display
+
+if TYPE_CHECKING:
+    from roll_sft.training.stragglers import Stragglers
 
 WINDOW = 128
 LEAST = 32  # steps before anything can be a spike
@@ -148,8 +152,9 @@ class BadSteps:
     a step depend on the steps before it alone, also after a resume.
     """
 
-    def __init__(self, job: Job, records: Records, *, step: int) -> None:
+    def __init__(self, job: Job, records: Records, group: WorkerGroup, *, step: int) -> None:
         self._job, self._records = job, records
+        self._stragglers = _stragglers(job, records, group)
         self._window = deque[tuple[float, float]](maxlen=WINDOW)  # loss and norm
         self._waiting = deque[tuple[int, float, float]]()  # of the last BEHIND steps, with the step
         self._limits: dict[int, tuple[float, float] | None] = {}
@@ -193,6 +198,8 @@ class BadSteps:
             self._waiting.append((plan.step, loss, norm))
         else:
             self._num_skipped += 1
+        if self._stragglers is not None:
+            self._stragglers.look(plan.step)
         return result.step_time_s
 
     def _limits_of(self, step: int) -> tuple[float, float] | None:
@@ -203,6 +210,15 @@ class BadSteps:
             return None
         loss, norm = (_limit(values, sigma) for values in zip(*self._window, strict=True))
         return loss, norm
+
+
+def _stragglers(job: Job, records: Records, group: WorkerGroup) -> "Stragglers | None":
+    """What looks for slow ranks, where several can be compared."""
+    if job.layout.data_size == 1 or job.config.cluster.straggler_factor is None:
+        return None
+    from roll_sft.training.stragglers import Stragglers
+
+    return Stragglers(job, records, group)
 
 
 def _limit(values: Sequence[float], sigma: float) -> float:

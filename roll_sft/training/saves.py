@@ -93,10 +93,10 @@ class Saves:
             begun.question = self._group.is_saved()
             return
         with _not_sound_after(begun.plan):
-            answer = self._group.answer_of(begun.question)
-        if answer:
+            answers = self._group.answers_of(begun.question)
+        if answers and all(answers):
             self._publish()
-        elif answer is not None:
+        elif answers:
             begun.question = None
             seconds = time.perf_counter() - begun.began
             if seconds > self._job.config.cluster.checkpoint_timeout_s:

@@ -198,9 +198,11 @@ class Records:
 
 
 def judge(records: Records, *, step: int = 0, **train: Any) -> BadSteps:
-    job = SimpleNamespace(config=build_config({"train": train}))
+    config = build_config({"train": train})
+    job = SimpleNamespace(config=config, layout=layout_of(config.parallel))
     job.data = SimpleNamespace(train=SimpleNamespace(sample_name=lambda index: f"rows:{index}"))
-    return BadSteps(cast(Any, job), cast(Any, records), step=step)
+    group = cast(Any, None)  # one data rank is compared with no other
+    return BadSteps(cast(Any, job), cast(Any, records), group, step=step)
 
 
 def take(bad: BadSteps, step: int, *, spike: float = 0.0) -> StepPlan:

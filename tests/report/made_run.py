@@ -105,6 +105,8 @@ def make_run(
     write_lines(
         folder / "restarts.jsonl", [{"step": num_steps // 2, "from_step": num_steps // 2 - 1}]
     )
+    slow = {"rank": 3, "host": "node-2", "device": "NVIDIA H100", "times_as_long": 1.8}
+    write_lines(folder / "stragglers.jsonl", [{"step": num_steps // 2, **slow}])
     write_lines(
         folder / "generations.jsonl",
         (

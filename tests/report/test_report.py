@@ -166,6 +166,7 @@ def test_torn_odd_and_hostile_files_neither_raise_nor_reach_the_markup(tmp_path:
     sample = {"step": 5, "prompt": messages, "output": HOSTILE, "reference": HOSTILE}
     write_lines(folder / "generations.jsonl", [sample, {"step": 5, "metrics": 7}])
     write_lines(folder / "bad_batches.jsonl", [{"step": 5, "samples": HOSTILE}])
+    write_lines(folder / "stragglers.jsonl", [{"step": HOSTILE, "host": HOSTILE, "device": [1]}])
     (folder / "config.yaml").write_text(f"run_name: {json.dumps(HOSTILE)}\nx: [*none\n")
     (folder / "data_report.json").write_text(json.dumps({"sources": [{"name": HOSTILE}, 1]}))
     (folder / "job" / "packs.json").write_text(
@@ -198,6 +199,12 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     ):
         assert cli.main(["report", *arguments]) == 2
         assert part in capsys.readouterr().err
+
+
+def test_slow_ranks_are_in_a_table(whole: Path) -> None:
+    page = told(Page(page_of([read_run(whole)])))
+    assert "Slow ranks" in page
+    assert "NVIDIA H100" in page
 
 
 def test_restarts_of_commands_and_of_workers_are_marked(whole: Path) -> None:

@@ -93,7 +93,7 @@ def test_one_message_goes_to_each_worker_for_each_verb(workers, monkeypatch, tmp
         ]
         * 4
     )
-    assert group.answer_of(question) is True
+    assert group.answers_of(question) == [True] * 4
     assert [each.step for each in metrics] == [1, 2, 3]
     assert (metrics[0].loss_sum, metrics[0].supervised_tokens) == (120.0, 60)
     assert evaluation == EvalMetrics(loss_sum=7.5, supervised_tokens=15)
