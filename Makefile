@@ -75,7 +75,7 @@ examples: $(TOOLS) ## the examples and the notebook, from an installed copy
 fuzz: $(TOOLS) ## spoilt configurations, data, checkpoints and models; ARGS="--cases 2000"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-soak: $(TOOLS) ## real runs that are stopped in every phase, and go on; takes some minutes
+soak: $(TOOLS) ## real runs under faults, and clean ones; takes half an hour; ARGS="chaos --seconds 600 --seed 7", stops or clean
 	PYTHONPATH=. $(BIN)/python -m tests.soak $(ARGS)
 
 mutate: $(TOOLS) ## small faults in packing, plan, masks, loss and metrics that no test notices; ARGS="packing --seconds 300"

@@ -132,6 +132,11 @@ class Program:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
+    @property
+    def process(self) -> psutil.Process:
+        """The program itself."""
+        return psutil.Process(self._process.pid)
+
     def signal(self, number: int, *, whole_group: bool = False) -> None:
         """Send a signal to the program, or as a terminal does to all in its group."""
         (os.killpg if whole_group else os.kill)(self._process.pid, number)

@@ -8,7 +8,7 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,8 @@ class Runs:
 
     folder: Path
 
-    def start(self, name: str) -> Program:
-        """The command of a run of that name."""
+    def start(self, name: str, *more: str) -> Program:
+        """The command of a run of that name, with `more` arguments."""
         rows = self.folder / "rows.jsonl"
         keys = {
             "output_dir": self.folder / name,
@@ -48,7 +48,7 @@ class Runs:
             "tracking.backends": "[jsonl]",
         }
         arguments = [f"{key}={value}" for key, value in keys.items()]
-        return Program("-m", "roll_sft.run", *arguments, folder=self.folder)
+        return Program("-m", "roll_sft.run", *arguments, *more, folder=self.folder)
 
     def lines(self, name: str) -> list[dict[str, object]]:
         """The lines of the steps of that run."""
@@ -84,7 +84,7 @@ PHASES: dict[str, Phase] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, _arguments: Sequence[str]) -> None:
     """Stop one run in each phase, twice."""
     write_model(folder / "model", kind="qwen2-tied", num_layers=2)
     write_rows(folder / "rows.jsonl", num_rows=40)
