@@ -61,5 +61,5 @@ def times(engine: Engine, _argument: None) -> tuple[str, list[float]]:
     timer: _Timer = config.finalize_model_grads_func
     if not timer._is_cuda:
         return "CPU", timer.take()
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{properties.name}, GPU-{properties.uuid}", timer.take()

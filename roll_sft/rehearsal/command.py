@@ -60,7 +60,8 @@ def _rehearse(config: RunConfig, folder: Path, parallel: ParallelConfig) -> dict
     assert config.model.path is not None, "check_config refuses a missing model.path"
     path, _ = local_model(config.model.path, with_weights=False)
     overrides = [*tiny.write_model(folder, Path(path), parallel), *_keys(config, parallel)]
-    runs, outcomes = Runs(folder, [f"data.cache_dir={folder / 'cache'}", *overrides]), {}
+    runs = Runs(folder, [f"data.cache_dir={folder / 'cache'}", *overrides])
+    outcomes: dict[str, Outcome] = {}
     LOG.info("rehearsing on %d ranks, beginning with a run without a fault", parallel.num_workers)
     try:
         runs.undisturbed()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import psutil
 import torch
@@ -18,22 +18,24 @@ from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import ParallelConfig, RunConfig
 from roll_sft.demo import demo
 
+Device: TypeAlias = Literal["cpu", "cuda"]
 RANK_GIB = 1.0  # memory of a rank on a CPU, most of it libraries
 RANKS_PER_CORE = 4
 HEAD_DIM, EXPERTS = 16, 4
 LENGTH = 256  # tokens of a sample
-# Settings of config.json that speak of the real tokenizer, weights or code.
-DROPPED = ("quantization_config", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id")
+DROPPED = ("quantization_config", "auto_map")  # of the real weights and their code
+# An absent one would be the family's own, beyond the tiny vocabulary.
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 LISTS_OF_LAYERS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
-def device_here(config: RunConfig) -> str:
+def device_here(config: RunConfig) -> Device:
     """The device of the rehearsal: this machine's GPUs where the configuration may take them."""
     return "cuda" if config.parallel.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def most_ranks(device: str) -> int:
+def most_ranks(device: Device) -> int:
     """How many ranks this machine holds."""
     if device == "cuda":
         return torch.cuda.device_count()
@@ -41,7 +43,7 @@ def most_ranks(device: str) -> int:
     return max(1, min(by_memory, RANKS_PER_CORE * len(os.sched_getaffinity(0))))
 
 
-def layout_for(parallel: ParallelConfig, *, most: int, device: str) -> ParallelConfig:
+def layout_for(parallel: ParallelConfig, *, most: int, device: Device) -> ParallelConfig:
     """`parallel` with two data-parallel ranks at most, and halved degrees until `most` ranks do."""
     names = (
         "tensor_model_parallel_size",
@@ -103,7 +105,8 @@ def tiny_config(given: Mapping[str, Any], parallel: ParallelConfig) -> dict[str,
         "topk_group": 1,
         "head_dim": HEAD_DIM,
     }
-    config = {key: value for key, value in given.items() if key not in DROPPED} | sizes
+    config = {key: value for key, value in given.items() if key not in DROPPED}
+    config |= {**sizes, **NO_TOKENS}
     config |= {key: value for key, value in smaller.items() if given.get(key) is not None}
     for key in LISTS_OF_LAYERS:
         if given.get(key):

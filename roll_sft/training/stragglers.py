@@ -53,7 +53,7 @@ class Stragglers:
         for rank in range(layout.world_size):
             replicas[layout.coordinate(rank).data_rank].append(rank)
         seconds = [_slowest([answers[rank][1] for rank in ranks]) for ranks in replicas]
-        slow = {}
+        slow: dict[int, tuple[float, float]] = {}
         if all(len(each) >= WINDOW // 2 for each in seconds):
             slow = slow_ones(seconds, factor=factor)
         for data_rank, (ratio, lag_s) in slow.items():

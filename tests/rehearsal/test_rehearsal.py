@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import ParallelConfig
@@ -32,6 +33,7 @@ LAYOUTS = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tiny_model_is_of_the_family_and_fits_the_layout(kind: str, tmp_path: Path) -> None:
     given = model_config(kind, num_layers=6)
+    given.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[given.model_type]]
     given.save_pretrained(tmp_path / "given")
     content = json.loads((tmp_path / "given" / "config.json").read_text())
     path = tmp_path / "config.json"
