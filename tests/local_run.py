@@ -121,8 +121,8 @@ class LocalGroup:
 
     def is_saved(self) -> None: ...
 
-    def answer_of(self, _question: None) -> bool:
-        return self._engine.is_saved()
+    def answers_of(self, _question: None) -> list[bool]:
+        return [self._engine.is_saved()]
 
     def finish_save(self) -> None:
         self._engine.finish_save()

@@ -97,8 +97,8 @@ class Workers:
     def is_saved(self) -> str:
         return "question"
 
-    def answer_of(self, _question: str) -> bool:
-        return self.is_written
+    def answers_of(self, _question: str) -> list[bool]:
+        return [self.is_written]
 
     def finish_save(self) -> None:
         self.events.append("finish")
