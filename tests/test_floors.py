@@ -40,7 +40,6 @@ FLOORS = (
     ("roll_sft/parity/", 7),
     ("roll_sft/preview/", 7),
     ("roll_sft/python_api/", 7),
-    ("roll_sft/rehearsal/", 7),
     ("roll_sft/report/", 7),
     ("roll_sft/tracking/", 7),
     ("roll_sft/training/", 7),
