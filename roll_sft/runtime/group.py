@@ -3,12 +3,7 @@
 `train_step` returns references at once, so that the driver can queue the next step; `wait_step`
 collects the results. A call sends one message to each worker, which holds plans and never tokens.
 Promises: an error names the rank and host that caused it; nothing waits past a deadline for a rank
-<<<<<<< HEAD
 that makes no progress; after `close` or `kill` no worker is left, stopped processes included.
-=======
-that makes no progress (see `watchdog`); after `close` or `kill` no worker is left, stopped
-processes included.
->>>>>>> c82c42c ([training] name ranks that are slower than the others in most steps)
 """
 
 import contextlib

@@ -13,6 +13,7 @@ from pathlib import Path
 from roll_sft.checkpoint.resume import step_folders, step_of
 from roll_sft.config.schema import RunConfig
 from roll_sft.training import run_folder
+from roll_sft.training.evaluations import losses_of
 
 LOG = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def is_stopped(config: RunConfig, folder: Path, *, step: int) -> bool:
 
 def why_stopped(config: RunConfig, folder: Path, *, step: int) -> str | None:
     """Why the run in `folder` ends after `step`; None if it goes on."""
-    losses = run_folder.losses(folder, config.train.early_stopping)
+    losses = losses_of(folder, config.train.early_stopping)
     known = {each: loss for each, loss in losses.items() if each <= step}
     patience, min_delta = (
         config.train.early_stopping_patience,
@@ -62,7 +63,7 @@ def checkpoint_to_export(config: RunConfig, folder: Path) -> Path | None:
     name = config.train.early_stopping
     if name is None or config.checkpoint.keep_best != name:
         return None
-    losses = run_folder.losses(folder, name)
+    losses = losses_of(folder, name)
     folders = step_folders(folder / run_folder.CHECKPOINTS)
     known = [each for each in folders if step_of(each) in losses]
     return min(known, key=lambda each: (losses[step_of(each)], step_of(each)), default=None)

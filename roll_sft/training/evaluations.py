@@ -1,10 +1,10 @@
-"""The line of `eval.jsonl` that an evaluation of a validation set becomes."""
+"""The lines of `eval.jsonl` that evaluations of a validation set become."""
 
 import math
 from pathlib import Path
 
+from roll_sft.base.files import json_lines
 from roll_sft.base.metrics import EvalMetrics, EvalRecord
-from roll_sft.training import run_folder
 
 MOST_NATS = 700.0  # past 709 a float overflows
 
@@ -17,7 +17,7 @@ def line_of(
     It has the parts of the set where there is more than one: several turns, or tool calls.
     """
     values = _means(result)
-    known = run_folder.losses(folder, name) | {step: values["loss"]}
+    known = losses_of(folder, name) | {step: values["loss"]}
     best_step = min(known, key=lambda each: (known[each], each))
     return EvalRecord(
         step=step,
@@ -44,3 +44,10 @@ def _means(result: EvalMetrics) -> dict[str, float]:
         "token_accuracy": result.correct_tokens / result.supervised_tokens,
         "supervised_tokens": result.supervised_tokens,
     }
+
+
+def losses_of(folder: Path, name: str | None) -> dict[int, float]:
+    """The loss of validation set `name` by step, from `eval.jsonl`."""
+    records = json_lines(folder / "eval.jsonl")
+    known = (each for each in records if each["name"] == name and "loss" in each)
+    return {each["step"]: each["loss"] for each in known}

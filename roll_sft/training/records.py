@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roll_sft.base import metrics
 from roll_sft.base.errors import DataError
@@ -21,9 +21,6 @@ from roll_sft.job.job import Job
 from roll_sft.runtime.group import WorkerGroup
 from roll_sft.training.run_folder import JsonLines
 from roll_sft.training.terminal import StepDisplay, step_display
-
-if TYPE_CHECKING:
-    from roll_sft.training.stragglers import Stragglers
 
 WINDOW = 128
 LEAST = 32  # steps before anything can be a spike
@@ -154,7 +151,11 @@ class BadSteps:
 
     def __init__(self, job: Job, records: Records, group: WorkerGroup, *, step: int) -> None:
         self._job, self._records = job, records
-        self._stragglers = _stragglers(job, records, group)
+        self._stragglers: Any = None  # where several ranks can be compared
+        if job.layout.data_size > 1 and job.config.cluster.straggler_factor is not None:
+            from roll_sft.training.stragglers import Stragglers
+
+            self._stragglers = Stragglers(job, records, group)
         self._window = deque[tuple[float, float]](maxlen=WINDOW)  # loss and norm
         self._waiting = deque[tuple[int, float, float]]()  # of the last BEHIND steps, with the step
         self._limits: dict[int, tuple[float, float] | None] = {}
@@ -210,15 +211,6 @@ class BadSteps:
             return None
         loss, norm = (_limit(values, sigma) for values in zip(*self._window, strict=True))
         return loss, norm
-
-
-def _stragglers(job: Job, records: Records, group: WorkerGroup) -> "Stragglers | None":
-    """What looks for slow ranks, where several can be compared."""
-    if job.layout.data_size == 1 or job.config.cluster.straggler_factor is None:
-        return None
-    from roll_sft.training.stragglers import Stragglers
-
-    return Stragglers(job, records, group)
 
 
 def _limit(values: Sequence[float], sigma: float) -> float:

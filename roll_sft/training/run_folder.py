@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from roll_sft.base.errors import ConfigError, ResourceError
-from roll_sft.base.files import json_lines, write_durably, writing
+from roll_sft.base.files import write_durably, writing
 from roll_sft.base.text import redacted_tree
 from roll_sft.config.schema import RunConfig
 
@@ -127,13 +127,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def losses(folder: Path, name: str | None) -> dict[int, float]:
-    """The loss of validation set `name` by step, from `eval.jsonl`."""
-    records = json_lines(folder / "eval.jsonl")
-    known = (each for each in records if each["name"] == name and "loss" in each)
-    return {each["step"]: each["loss"] for each in known}
 
 
 def write_json(path: Path, value: Any) -> None:

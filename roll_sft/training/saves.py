@@ -77,7 +77,8 @@ class Saves:
         self.finish()
         self._last_save = time.monotonic()
         began = time.perf_counter()
-        staging = self._staging(plan.step)
+        with writing(self._checkpoints, CheckpointError):
+            staging = staging_folder(self._checkpoints, plan.step)
         with _not_sound_after(plan):
             self._group.begin_save(staging)
         self._writing = _Writing(plan, staging, began)
@@ -122,10 +123,6 @@ class Saves:
         own = step_folders(self._checkpoints)
         return kept(own[-1] if own else origin_of(self._checkpoints))
 
-    def _staging(self, step: int) -> Path:
-        with writing(self._checkpoints, CheckpointError):
-            return staging_folder(self._checkpoints, step)
-
     def _publish(self) -> None:
         begun, self._writing = self._writing, None
         assert begun is not None, "nothing is being written"
@@ -143,9 +140,10 @@ class Saves:
 
             hold(final, self._folder)
         if len(step_folders(self._checkpoints)) > (config.keep_last or math.inf):
+            from roll_sft.training.evaluations import losses_of
             from roll_sft.training.retain import retain
 
-            losses = run_folder.losses(self._folder, config.keep_best)
+            losses = losses_of(self._folder, config.keep_best)
             retain(self._checkpoints, config, losses=losses)
 
 

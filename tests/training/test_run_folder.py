@@ -15,6 +15,7 @@ from roll_sft.base.files import json_lines
 from roll_sft.config.build import build_config
 from roll_sft.training import run_folder
 from roll_sft.training.cut_logs import cut_logs
+from roll_sft.training.evaluations import losses_of
 from roll_sft.training.run_folder import JsonLines, claimed, output_folder, write_json
 
 HOLD = """
@@ -113,7 +114,7 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
     for name, steps in (("steps", [1, 2, 3, 4]), ("samples", [1, 2, 3]), ("eval", [2, 2])):
         text = (tmp_path / f"{name}.jsonl").read_text()
         assert [json.loads(line)["step"] for line in text.splitlines()] == steps
-    assert run_folder.losses(tmp_path, "b") == {2: 1.0}
+    assert losses_of(tmp_path, "b") == {2: 1.0}
     assert caplog.text == ""
     cut_logs(tmp_path, step=9, origin=tmp_path)
     assert "steps.jsonl: lines before step 10 are missing" in caplog.text
