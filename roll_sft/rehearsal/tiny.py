@@ -90,7 +90,8 @@ def tiny_config(given: Mapping[str, Any], parallel: ParallelConfig) -> dict[str,
         "hidden_size": HEAD_DIM * heads,
         "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": groups,
+        # Latent attention has no groups.
+        "num_key_value_heads": heads if given.get("kv_lora_rank") else groups,
         "intermediate_size": 2 * HEAD_DIM * heads,
         "max_position_embeddings": max(LENGTH, int(given.get("max_position_embeddings", 0))),
     }
