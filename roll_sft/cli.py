@@ -265,6 +265,20 @@ def _doctor(arguments: list[str]) -> int:
     return 0
 
 
+def _submit(arguments: list[str]) -> int:
+    from roll_sft import run
+    from roll_sft.submit import command
+
+    run.be_quiet()
+    return command.main(arguments, compose=run.compose)
+
+
+def _cluster_files(arguments: list[str]) -> int:
+    from roll_sft.submit import cluster_files
+
+    return cluster_files.main(arguments)
+
+
 def _import_config(arguments: list[str]) -> int:
     from roll_sft.migrate import command
 
@@ -323,6 +337,8 @@ COMMANDS = {
     "sync": Command("points of a run sent to trackers that missed them", _sync),
     "rehearse": Command("faults in tiny runs on the layout of yours, and what follows", _rehearse),
     "doctor": Command("whether this machine, a cluster and a configuration are fit", _doctor),
+    "submit": Command("a run as a job of a Ray cluster; its status, logs and stop", _submit),
+    "cluster-files": Command("files for SLURM, Kubernetes, Ray's launcher, images", _cluster_files),
     "completion": Command("a script for bash or zsh that completes keys", _completion),
     "import-config": Command("another trainer's configuration into ours", _import_config),
 }

@@ -13,7 +13,7 @@ from roll_sft.config.schema import RunConfig
 
 SHELLS = ("bash", "zsh")
 # Commands that take the arguments of a run.
-_RUNS = ("train", "plan", "prepare", "preview", "parity", "doctor", "rehearse")
+_RUNS = ("train", "plan", "prepare", "preview", "parity", "doctor", "rehearse", "submit")
 _OF_BASH = Template("""\
 _roll_sft() {
   local word="$${COMP_WORDS[COMP_CWORD]}" before="$${COMP_WORDS[COMP_CWORD-1]}"

@@ -148,7 +148,11 @@ def _node_notices(config: RunConfig, stop: Stop) -> AbstractContextManager[None]
         return contextlib.nullcontext()
     from roll_sft.runtime.draining import watching
 
-    return watching(stop.ask)
+    def ask(reason: str, left_s: float) -> None:
+        stop.grace_s = min(stop.grace_s, left_s)
+        stop.ask(reason)
+
+    return watching(ask)
 
 
 def _check_ahead(config: RunConfig) -> None:

@@ -50,7 +50,7 @@ def test_every_command_option_and_key_exists(page: Path) -> None:
     for name, *words in fences.commands(page):
         assert name in cli.COMMANDS
         (own,) = re.findall(rf"^## roll-sft {name}$(.*?)(?=^## |\Z)", reference, re.M | re.S)
-        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        options = {word.partition("=")[0] for word in words if re.match("--.", word)}
         assert options <= OF_A_RUN | set(re.findall(r"--[a-z-]+", own))
         if name in RUNS:
             keys = {word.partition("=")[0] for word in words if re.match(r"[\w.]+=", word)}

@@ -41,6 +41,7 @@ FLOORS = (
     ("roll_sft/preview/", 7),
     ("roll_sft/python_api/", 7),
     ("roll_sft/report/", 7),
+    ("roll_sft/submit/", 7),
     ("roll_sft/tracking/", 7),
     ("roll_sft/training/", 7),
     ("roll_sft/", 8),

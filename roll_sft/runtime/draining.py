@@ -1,13 +1,15 @@
 """Notices that a node of the run leaves its cluster: a spot instance, or a node to be serviced.
 
-Autoscalers and `ray drain-node` tell Ray before they take a node away; the processes there go on
-until the deadline. Ray has no public call that says so, and the one here may be gone in another
-version: then a node that leaves is what it is without a notice, a node that fails.
+Autoscalers and `ray drain-node` tell Ray before they take a node away, and often when; the
+processes there go on until then. Ray has no public call that says so, and the one here may be gone
+in another version: then a node that leaves is what it is without a notice, a node that fails.
 """
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import ray
@@ -19,18 +21,21 @@ LOOK_EVERY_S = 2.0
 
 
 @contextlib.contextmanager
-def watching(ask: Callable[[str], None]) -> Iterator[None]:
-    """Call `ask` with the reason once a node with an actor of ours is to leave, during the block.
+def watching(ask: Callable[[str, float], None]) -> Iterator[None]:
+    """Call `ask` once a node with an actor of ours is to leave, during the block.
 
-    The process may join the cluster in the block, and leave it again.
+    It is given the reason, and the seconds until then (infinite where Ray was not told). The
+    process may join the cluster in the block, and leave it again.
     """
     done = threading.Event()
 
     def look() -> None:
         while not done.wait(LOOK_EVERY_S):
-            node = _leaving_node() if ray.is_initialized() else None
-            if node is not None:
-                ask(f"node {node} leaves the cluster")
+            leaving = _leaving_node() if ray.is_initialized() else None
+            if leaving is not None:
+                node, left_s = leaving
+                when = "" if math.isinf(left_s) else f" in {left_s:.0f} s"
+                ask(f"node {node} leaves the cluster{when}", left_s)
                 return
 
     thread = threading.Thread(target=look, name="draining nodes", daemon=True)
@@ -42,18 +47,23 @@ def watching(ask: Callable[[str], None]) -> Iterator[None]:
         thread.join()
 
 
-def _leaving_node() -> str | None:
-    """The address of a node that is to leave and has an actor of this process, if there is one."""
+def _leaving_node() -> tuple[str, float] | None:
+    """The first node to leave that has an actor of this process: its address, and in how long."""
     get = getattr(state, "get_draining_nodes", None)
     try:
-        leaving = set(get()) if get is not None else set()
-        if not leaving:
+        deadlines: dict[str, int] = get() if get is not None else {}  # ms since 1970, 0 for none
+        if not deadlines:
             return None
         job = ray.get_runtime_context().get_job_id()
         actors = state.actor_table(None, actor_state_name="ALIVE").values()
-        leaving &= {each["Address"]["NodeID"] for each in actors if each["JobID"] == job}
+        used = {each["Address"]["NodeID"] for each in actors if each["JobID"] == job}
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        return next((addresses.get(node_id, node_id[:8]) for node_id in sorted(leaving)), None)
+        leaving = [
+            (addresses.get(node, node[:8]), max(0.0, at / 1e3 - time.time()) if at else math.inf)
+            for node, at in deadlines.items()
+            if node in used
+        ]
     except (RayError, RuntimeError, OSError) as error:  # the head is gone; the run sees it itself
         LOG.debug("cannot ask for nodes that leave: %s", error)
         return None
+    return min(leaving, key=lambda each: each[1], default=None)

@@ -96,7 +96,9 @@ class Nodes:
 
     def join(self, *, cpus: int = 1, before: Sequence[str] = ()) -> Node:
         """One more node; `before` runs its command."""
-        return self._start(cpus, [f"--address={self.address}"], before)
+        # In one folder a node would unpack a job's files over those of another, as no machine does.
+        folder = self._folder / str(len(self.nodes))
+        return self._start(cpus, [f"--address={self.address}", f"--temp-dir={folder}"], before)
 
     def _start(self, cpus: int, options: list[str], before: Sequence[str]) -> Node:
         node = Node(secrets.token_hex(8))

@@ -1,6 +1,7 @@
-"""Runs on three nodes, of which one is lost."""
+"""Runs on three nodes, of which one is lost, is about to leave, or shares no storage."""
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,25 @@ def told(label: str, run: Run, lost_at: float) -> dict[str, Any]:
     return restart
 
 
+@pytest.mark.parametrize("raylet_alone", [True, False], ids=["raylet", "machine"])
+def test_a_run_that_loses_a_node_goes_on_with_the_nodes_that_are_left(
+    raylet_alone: bool, cluster: Nodes, run: Any
+) -> None:
+    many = {"train__max_steps": 60}  # the head takes some seconds to miss a raylet
+    clean = run("clean", **many)
+    assert clean.ended().code == 0, clean.errors
+    hit = run("hit", **many)
+    hit.wait_for_step(6)
+    node_to_lose(cluster).kill(raylet_alone=raylet_alone)
+    lost_at = time.time()
+    assert hit.ended().code == 0, hit.errors
+    steps = [[line[key] for key in EXACT] for line in hit.steps]
+    assert steps == [[line[key] for key in EXACT] for line in clean.steps]
+    restart = told("same number of workers", hit, lost_at)
+    assert (restart["kind"], restart["num_workers"]) == ("preemption", 2)
+    assert restart["from_step"] >= 4
+
+
 def test_an_elastic_run_goes_on_with_fewer_workers_and_the_same_losses(
     cluster: Nodes, run: Any
 ) -> None:
@@ -129,3 +149,61 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_the_same_losses(
     assert "2 workers in place of 3" in hit.errors
     (told_once,) = {each for each in hit.errors.splitlines() if "in place of" in each}
     assert told_once
+
+
+def test_a_run_that_is_not_elastic_waits_for_a_node_and_then_says_what_is_missing(
+    cluster: Nodes, run: Any
+) -> None:
+    hit = run("hit", parallel__num_workers=3, parallel__placement_timeout_s=5)
+    hit.wait_for_step(5)
+    node_to_lose(cluster).kill()
+    outcome = hit.ended()
+    doors.refused(outcome, 4, "parallel.num_workers: 3 workers need 3 x (1 CPU)")
+
+
+def test_a_node_that_is_to_leave_ends_the_run_with_a_save_and_the_same_command_goes_on(
+    cluster: Nodes, run: Any
+) -> None:
+    many = {"train__max_steps": 300}  # a notice takes some seconds to arrive
+    clean = run("clean", **many)
+    assert clean.ended().code == 0, clean.errors
+    hit = run("hit", **many)
+    hit.wait_for_step(5)
+    drained = node_to_lose(cluster)
+    cluster.drain(drained, deadline_s=60)
+    asked_at = time.time()
+    outcome = hit.ended()
+    assert outcome.code == 75, outcome.stderr
+    assert "leaves the cluster in " in outcome.last_line
+    assert "the same command goes on from it" in outcome.last_line
+    kept = len(hit.steps)
+    print("drain: saved and ended", round(time.time() - asked_at, 1), "s after the notice")
+    assert 5 <= kept < 300
+    drained.kill()
+    again = run("hit", **many)
+    assert again.ended().code == 0, again.errors
+    assert f"with step {kept + 1}" in again.errors
+    steps = [[line[key] for key in EXACT] for line in again.steps]
+    assert steps == [[line[key] for key in EXACT] for line in clean.steps]
+
+
+def test_a_node_without_the_shared_cache_is_named_before_training(
+    assets: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "runs" / "cache"
+    cache.mkdir(parents=True)
+    elsewhere = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+    elsewhere.append(str(cache))
+    if subprocess.run([*elsewhere, "true"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    with ray_nodes() as nodes:
+        nodes.head()
+        nodes.join()
+        nodes.join(before=elsewhere)
+        run = Run(nodes, assets, tmp_path / "runs" / "blind", parallel__num_workers=3)
+        try:
+            outcome = run.ended()
+        finally:
+            run.close()
+    doors.refused(outcome, 4, "data.cache_dir: ", "is not visible on ")
+    assert not run.log.exists()

@@ -1,0 +1,86 @@
+"""The SLURM script on two nodes: it trains, saves before the limit, requeues and goes on."""
+
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import doors, test_killed
+from tests.runtime.ray_cluster import wait_until
+from tests.slurm import Batch, Slurm, may_make_nodes, slurm
+from tests.training.test_driver import arguments_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+assets = doors.assets
+lines_of = test_killed.lines_of
+SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm.sh"
+EXACT = ("step", "epoch", "train_loss", "grad_norm", "learning_rate", "supervised_tokens")
+STEPS = 40
+
+
+@pytest.fixture
+def nodes() -> Iterator[Slurm]:
+    if not may_make_nodes():
+        pytest.skip("no namespaces may be made here")
+    short = tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp")  # of sockets' names
+    with short as folder, slurm(Path(folder), num_nodes=2) as cluster:
+        yield cluster
+
+
+def start(nodes: Slurm, assets: Path, output: Path, **overrides: object) -> Batch:
+    keys: dict[str, object] = {
+        "train__max_steps": STEPS,
+        "train__num_train_epochs": 30,
+        "train__global_batch_size": 4,
+        "checkpoint__hf_export": "none",
+        "data__validation": "[]",
+        "tracking__backends": "[jsonl]",
+    }
+    arguments = arguments_of(assets, output, **{**keys, **overrides})
+    resources = "--num-cpus=1 --object-store-memory=80000000"
+    return nodes.sbatch(SCRIPT, *arguments, PYTHON=sys.executable, RAY_START=resources)
+
+
+def test_a_job_saves_before_its_limit_is_requeued_and_goes_on(
+    nodes: Slurm, assets: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "runs" / "first"
+    log = output / "steps.jsonl"
+    batch = start(nodes, assets, output)
+    wait_until(
+        lambda: batch.is_over() or (log.exists() and log.read_text().count("\n") >= 3),
+        timeout_s=240,
+        what="steps",
+    )
+    assert not batch.is_over(), batch.log
+    batch.signal(signal.SIGUSR1)
+    assert batch.wait(timeout_s=120) == 75, batch.log
+    assert "ended by SIGUSR1: " in batch.log
+    assert nodes.requeued() == ["7"]
+    assert "slurm.sh: node2: Ray ended after" in batch.log
+    assert nodes.left("raylet", "gcs_server", "roll_sft.run") == []
+    kept = len(lines_of(log))
+    assert 3 <= kept < STEPS
+    again = start(nodes, assets, output)
+    assert again.wait(timeout_s=300) == 0, again.log
+    assert f"with step {kept + 1}" in again.log
+    assert nodes.requeued() == ["7"]
+    hosts = {re.findall(r"on (\S+), pid", path.read_text())[0] for path in output.glob("logs/*")}
+    assert hosts == {"node1", "node2"}, "a worker on each node"
+    whole = start(nodes, assets, tmp_path / "runs" / "whole")
+    assert whole.wait(timeout_s=300) == 0, whole.log
+    steps, wanted = (
+        [[line[key] for key in EXACT] for line in lines_of(path)]
+        for path in (log, tmp_path / "runs" / "whole" / "steps.jsonl")
+    )
+    assert steps == wanted
+
+
+def test_another_exit_code_ends_the_job(nodes: Slurm, assets: Path, tmp_path: Path) -> None:
+    batch = start(nodes, assets, tmp_path / "out", data__train="[{path: /no/such.jsonl}]")
+    assert batch.wait(timeout_s=240) == 3, batch.log
+    assert nodes.requeued() == []
