@@ -34,7 +34,11 @@ LANES = (
     (
         "tests/runtime/",
         "tests/test_cluster.py",
+        "tests/submit/",
+    ),
+    (
         "tests/training/test_driver.py",
+        "tests/training/test_nodes.py",
         "tests/training/test_restarts.py",
         "tests/test_killed.py",
     ),

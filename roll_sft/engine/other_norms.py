@@ -125,9 +125,20 @@ class PostNormMLP(MLP):
         if kwargs.get("ffn_hidden_size") is None:  # Megatron gives it to an MLP of its own alone
             kwargs["ffn_hidden_size"] = config.ffn_hidden_size
         super().__init__(config, *args, **kwargs)
-        self.post_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_layernorm = NormInMLP(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `MLP`: [N, 1, D] and no bias."""
         output, bias = super().forward(*args, **kwargs)
         return self.post_layernorm(output), bias
+
+
+class NormInMLP(RMSNorm):
+    """A norm that makes its checkpoint entry, as an MLP of Megatron's asks of its parts."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint entry: the same on every tensor rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)

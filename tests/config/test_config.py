@@ -67,7 +67,7 @@ KEYS = {
     "export.push_to_hub.": "repo_id private revision what",
     "tracking.": "backends mlflow_uri experiment",
     "cluster.": "address prepare_timeout_s setup_timeout_s step_timeout_s checkpoint_timeout_s"
-    " max_restarts elastic grace_s",
+    " max_restarts elastic grace_s straggler_factor",
     "debug.": "faults",
     "debug.faults.": "kind where step rank",
 }

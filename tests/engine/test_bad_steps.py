@@ -123,6 +123,7 @@ SKIP = {"train.on_nan": "skip", "train.save_steps": 2}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_skipped_step_is_a_step_of_the_run_and_resume_is_exact(run: Run, tmp_path: Path) -> None:
     code, last = run(SKIP, fault=Fault(3, gradient=INFINITE))
     assert code == 0, last

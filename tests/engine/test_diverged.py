@@ -84,6 +84,7 @@ def test_the_advice_of_a_run_that_diverges_later_goes_on(run: Run) -> None:
     assert all(map(math.isfinite, losses))
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_makes_the_checkpoint_before_it_suspect(run: Run) -> None:
     code, last = run({}, fault=Fault(5, (("loss_sum", NAN),)))
     assert code == 5
@@ -109,6 +110,7 @@ def test_a_sound_checkpoint_that_is_being_written_is_published_first(run: Run) -
     assert "the last good checkpoint is step_00000002" in last
 
 
+@pytest.mark.long
 def test_a_suspect_checkpoint_that_is_being_written_is_not_published(run: Run) -> None:
     keys = {"checkpoint.async_save": True, "train.save_steps": 2}
     code, last = run(keys, fault=Fault(3, (("loss_sum", INFINITE),), save_s=0.5))

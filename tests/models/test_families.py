@@ -114,7 +114,7 @@ def merge(name: str, parts: list[torch.Tensor], shape: ModelShape) -> torch.Tens
 
 
 # Tested in test_expert_families.py, test_gpt_oss.py and test_glm4_moe.py.
-EXPERTS = ("Glm4Moe", "GptOss", "Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe")
+EXPERTS = ("DeepseekV3", "Glm4Moe", "GptOss", "Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe")
 
 
 def test_every_family_is_tested_here():
