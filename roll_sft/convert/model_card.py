@@ -50,7 +50,7 @@ _TEMPLATE = """\
 {{ dtype }}. Written with {{ versions | join(", ") }}.
 {%- if adapts_experts %}
 
-LoRA adapted attention, dense layers and shared experts; routed experts and routers are the base's.
+Routed experts and routers have no adapters: they are the base's.
 {%- endif %}
 {%- if sources %}
 

@@ -23,6 +23,9 @@ from roll_sft.models.source import family_named
 from roll_sft.models.weight_map import QKV, GatedMLP, SingleTensor, VocabSplit, WeightMapping
 
 _PREFIX = "base_model.model."
+# Of these models PEFT 0.21 takes the names of MLP projections for the routed experts', shared
+# experts and dense layers too: no adapter_config.json has it load adapters of the latter.
+_ATTENTION_ALONE = frozenset({"Glm4MoeForCausalLM"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def adapted_weights(
     found = {}
     for name, mapping in family.weights(shape).items():
         modules = tuple(
-            module for module in _linear_modules(name, mapping) if _is_targeted(module, lora)
+            module for module in _linear_modules(name, mapping, shape) if _is_targeted(module, lora)
         )
         if modules:
             found[name] = AdaptedWeight(mapping, modules)
@@ -168,18 +171,20 @@ def _linear_names(family: Family, shape: ModelShape) -> list[str]:
     modules = (
         module
         for name, mapping in family.weights(shape).items()
-        for module in _linear_modules(name, mapping)
+        for module in _linear_modules(name, mapping, shape)
     )
     return list(dict.fromkeys(map(_leaf, modules)))
 
 
-def _linear_modules(name: str, mapping: WeightMapping) -> Iterator[str]:
+def _linear_modules(name: str, mapping: WeightMapping, shape: ModelShape) -> Iterator[str]:
     """The Hugging Face linear modules in the parameter `name`.
 
     Routed experts and routers have none: in transformers 5 they are tensors of a layer, which PEFT
     reaches by target_parameters alone, and servers ignore such adapters.
     """
     if ".mlp.experts." in name or ".mlp.router." in name:
+        return
+    if ".mlp." in name and shape.architecture in _ATTENTION_ALONE:
         return
     is_matrix = isinstance(mapping, QKV | GatedMLP | FusedRows) or (
         isinstance(mapping, SingleTensor) and len(mapping.shape) == 2

@@ -79,7 +79,7 @@ def test_the_card_of_adapters_says_that_routed_experts_have_none(
     (tmp_path / "hf").mkdir()
     write_card(checkpoint, tmp_path / "hf", manifest=manifest, dtype="bf16", is_adapter=has_lora)
     text = (tmp_path / "hf" / "README.md").read_text()
-    assert ("routed experts and routers are the base's" in text) == has_lora
+    assert ("Routed experts and routers have no adapters" in text) == has_lora
 
 
 @pytest.mark.parametrize("has_matplotlib", [True, False])
