@@ -91,10 +91,10 @@ fake-gpu: $(if $(filter file,$(origin FAKE_GPU_PYTHON)),$(RUNTIME)) ## the engin
 	$(FAKE_GPU_PYTHON) -m tools.fake_gpu $(ARGS)
 
 audit: $(AUDITING) ## known vulnerabilities, secrets in the tree, licences; ARGS="--skip vulnerabilities" without a network
-	$(BIN)/python tools/audit.py $(ARGS)
+	$(BIN)/python -m tools.audit $(ARGS)
 
 release-check: $(AUDITING) $(RELEASING) ## whether the tree can be released: version, changelog, wheel, docs, audit; ARGS="--skip clean"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python tools/release_check.py $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m tools.release_check $(ARGS)
 
 bench: $(RUNTIME) ## every benchmark, one JSON line for each measure, kept in benchmarks/results; QUICK=1
 	@status=0; for benchmark in $(sort $(wildcard benchmarks/*.py)); do \

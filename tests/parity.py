@@ -48,31 +48,27 @@ from tests.pool import RankPool
 from tests.tiny import tiny_tokenizer
 
 NUM_ROWS, SAMPLES_PER_STEP, EPOCHS = 24, 7, 2
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
 # Kind -> its experts; narrower than the MLP of other kinds, and the loss of their load is telling.
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 40, "router_aux_loss_coef": 0.3},
     "glm4moe": {
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 40,
-        "n_shared_experts": 2,
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 1.7,
-        "first_k_dense_replace": 1,
+        **SIGMOID,
         "use_qk_norm": True,
         "attention_bias": True,
         "head_dim": 24,
     },
     "deepseekv3": {
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 40,
-        "n_shared_experts": 2,
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 1.7,
-        "first_k_dense_replace": 1,
+        **SIGMOID,
         "num_key_value_heads": 4,
         "q_lora_rank": 28,
         "kv_lora_rank": 20,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import doors, test_killed
+from tests.exact import exact
 from tests.runtime.ray_cluster import wait_until
 from tests.slurm import Batch, Slurm, may_make_nodes, slurm
 from tests.training.test_driver import arguments_of
@@ -18,7 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 assets = doors.assets
 lines_of = test_killed.lines_of
 SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm.sh"
-EXACT = ("step", "epoch", "train_loss", "grad_norm", "learning_rate", "supervised_tokens")
 STEPS = 40
 
 
@@ -74,8 +74,7 @@ def test_a_job_saves_before_its_limit_is_requeued_and_goes_on(
     whole = start(nodes, assets, tmp_path / "runs" / "whole")
     assert whole.wait(timeout_s=300) == 0, whole.log
     steps, wanted = (
-        [[line[key] for key in EXACT] for line in lines_of(path)]
-        for path in (log, tmp_path / "runs" / "whole" / "steps.jsonl")
+        exact(lines_of(path)) for path in (log, tmp_path / "runs" / "whole" / "steps.jsonl")
     )
     assert steps == wanted
 

@@ -1,12 +1,11 @@
 """`make audit`: known vulnerabilities, secrets in the tree, and licences of what is installed.
 
-    python tools/audit.py [--skip vulnerabilities|secrets|licences ...]
+    python -m tools.audit [--skip vulnerabilities|secrets|licences ...]
 
 Each part prints its findings, one a line, and a last line with the count. A part that cannot be
 done, as without a network, is a finding too: leave it out by name with --skip.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from tools.parts import run_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICE_TIMEOUT_S = 15
@@ -61,22 +62,7 @@ def main() -> int:
         "secrets": secrets,
         "licences": licences,
     }
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--skip", action="append", default=[], choices=parts, metavar="PART")
-    skipped = parser.parse_args().skip
-    num_found = 0
-    for name, find in parts.items():
-        if name in skipped:
-            print(f"{name}: left out, as asked for")
-            continue
-        findings = list(find())
-        num_found += len(findings)
-        print(
-            "\n".join(
-                [*(f"{name}: {finding}" for finding in findings), f"{name}: {len(findings)} found"]
-            )
-        )
-    return 1 if num_found else 0
+    return run_parts(parts, description=(__doc__ or "").splitlines()[0])
 
 
 def vulnerabilities() -> Iterator[str]:

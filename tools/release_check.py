@@ -1,11 +1,10 @@
 """`make release-check`: whether the tree can be released as the version that it names.
 
-    python tools/release_check.py [--skip clean|audit|... ...]
+    python -m tools.release_check [--skip clean|audit|... ...]
 
 Each part prints what is wrong, one a line, and a last line with the count. Nothing is published.
 """
 
-import argparse
 import datetime
 import re
 import subprocess
@@ -18,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import roll_sft
+from tools.parts import run_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.compile(r"\d+\.\d+\.\d+((a|b|rc)\d+)?")
@@ -42,18 +42,7 @@ def main() -> int:
         "docs": docs,
         "audit": audit,
     }
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--skip", action="append", default=[], choices=parts, metavar="PART")
-    skipped = parser.parse_args().skip
-    num_found = 0
-    for name, find in parts.items():
-        findings = [] if name in skipped else list(find())
-        num_found += len(findings)
-        state = "left out, as asked for" if name in skipped else f"{len(findings)} found"
-        print(
-            "\n".join([*(f"{name}: {each}" for each in findings), f"{name}: {state}"]), flush=True
-        )
-    return 1 if num_found else 0
+    return run_parts(parts, description=(__doc__ or "").splitlines()[0])
 
 
 def uncommitted() -> Iterator[str]:
@@ -158,7 +147,7 @@ def docs() -> Iterator[str]:
 
 def audit() -> Iterator[str]:
     """What `make audit` finds."""
-    done = _python("tools/audit.py")
+    done = _python("-m", "tools.audit")
     if done.returncode:
         yield from (line for line in done.stdout.splitlines() if not line.endswith(" 0 found"))
 

@@ -7,14 +7,13 @@ when it is complete and, if asked for, compared with the source.
 
 import contextlib
 import ctypes
-import functools
 import io
 import math
 import mmap
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
@@ -227,7 +226,7 @@ def _advise(tensor: torch.Tensor, advice: int) -> None:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
-@functools.cache
+@cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)  # each call makes a class, which takes as long as a block
 

@@ -55,7 +55,7 @@ from roll_sft.models.random_weights import SEEDED, RandomSource
 from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
-from roll_sft.models.weight_map import WeightTable
+from roll_sft.models.weight_map import WeightTable, hf_shapes
 
 _BLOCK_NUMBERS = 1 << 18  # of a weight, merged at once: they stay in the cache of a core
 _NUM_THREADS = max(1, len(os.sched_getaffinity(0)) - 1)  # beside the one that writes
@@ -129,8 +129,7 @@ def merge(
     if _is_quantized(stored, dequantize=dequantize):
         source = _dequantized(stored, source, family, shape)
     table, source = _in_layout_of(source, family.weights(shape), base)
-    shapes = {name: size for each in table.values() for name, size in each.hf_shapes.items()}
-    plan = plan_shards(shapes, dtype=chosen, in_fp32=names_in_fp32(table))
+    plan = plan_shards(hf_shapes(table), dtype=chosen, in_fp32=names_in_fp32(table))
     rounding = _Rounding()
     with (
         new_folder(output, kind="model", marker="config.json", replace=replace) as folder,

@@ -34,7 +34,7 @@ from roll_sft.models.prediction import KEPT, kept_weights
 from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
-from roll_sft.models.weight_map import WeightMapping, WeightTable
+from roll_sft.models.weight_map import WeightMapping, WeightTable, hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -159,8 +159,7 @@ def _write_weights(source: _Source, folder: Path, *, dtype: torch.dtype) -> None
     """Write assets and tensors into `folder`, while beside it every file is hashed."""
     reader = _opened(source, dtype=dtype)
     table = _table(reader, source)
-    shapes = {name: shape for each in table.values() for name, shape in each.hf_shapes.items()}
-    plan = plan_shards(shapes, dtype=dtype, in_fp32=names_in_fp32(table))
+    plan = plan_shards(hf_shapes(table), dtype=dtype, in_fp32=names_in_fp32(table))
     shards = {name: facts for name, facts in source.manifest.files.items() if _is_shard(name)}
     with _verified_beside(source.folder, shards), one_thread():
         try:

@@ -72,8 +72,9 @@ def _balance_problems(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     """What is asked of the balance of experts that routers of `shape` do not have."""
     moe, experts = config.moe, shape.experts
     rate = moe.router_bias_update_rate
-    for key, value in (("aux_loss_coef", moe.aux_loss_coef), ("z_loss_coef", moe.z_loss_coef)):
-        if experts is None and value is not None and (value or key == "aux_loss_coef"):
+    asked = {"aux_loss_coef": moe.aux_loss_coef, "z_loss_coef": moe.z_loss_coef or None}
+    for key, value in asked.items():
+        if experts is None and value is not None:
             yield f"moe.{key}: {value}, and {shape.architecture} has no experts; leave it out"
     if experts is not None and experts.has_sigmoid and moe.aux_loss_coef:
         yield (

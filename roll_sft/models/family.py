@@ -21,6 +21,7 @@ from roll_sft.models.weight_map import (
     TiedHead,
     VocabSplit,
     WeightTable,
+    hf_shapes,
 )
 
 if TYPE_CHECKING:
@@ -44,15 +45,7 @@ class Family:
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, Shape]:
         """Every Hugging Face tensor of the family, in the order an export writes them."""
-        shapes: dict[str, Shape] = {}
-        for mapping in self.weights(shape).values():
-            assert shapes.keys().isdisjoint(mapping.hf_shapes), f"{mapping} has a tensor of another"
-            shapes |= mapping.hf_shapes
-        return shapes
-
-    def hf_names(self, shape: ModelShape) -> frozenset[str]:
-        """Names of every Hugging Face tensor of the family."""
-        return frozenset(self.hf_shapes(shape))
+        return hf_shapes(self.weights(shape))
 
 
 class LayerPart(Protocol):

@@ -251,6 +251,15 @@ class GatedMLP:
         }
 
 
+def hf_shapes(table: WeightTable) -> dict[str, Shape]:
+    """Every Hugging Face tensor of `table`, in the order an export writes them."""
+    shapes: dict[str, Shape] = {}
+    for mapping in table.values():
+        assert shapes.keys().isdisjoint(mapping.hf_shapes), f"{mapping} has a tensor of another"
+        shapes |= mapping.hf_shapes
+    return shapes
+
+
 def hf_names(mapping: WeightMapping) -> list[str]:
     """The Hugging Face tensors that `mapping` reads, in the order in which its rows begin."""
     return [mapping.embedding.name] if isinstance(mapping, TiedHead) else list(mapping.hf_shapes)

@@ -159,7 +159,7 @@ def _module_outputs(model: Any, task: ParityTask) -> dict[str, torch.Tensor]:
 
     Of each module but the head, whose output is as wide as the vocabulary.
     """
-    names = task.source.family.hf_names(task.source.shape) - {"lm_head.weight"}
+    names = task.source.family.hf_shapes(task.source.shape).keys() - {"lm_head.weight"}
     modules = {name: name.removesuffix(".weight") for name in names if name.endswith(".weight")}
     parts: dict[str, list[torch.Tensor]] = {}
     length = 0  # of the sample

@@ -16,6 +16,7 @@ from rich.table import Table
 from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import WorkerError
 from roll_sft.config.schema import ParallelConfig, RunConfig
+from roll_sft.job.layouts import DEGREES
 from roll_sft.models.model_folder import local_model
 from roll_sft.rehearsal import tiny
 from roll_sft.rehearsal.faults import (
@@ -76,17 +77,7 @@ def _rehearse(config: RunConfig, folder: Path, parallel: ParallelConfig) -> dict
 
 def _keys(config: RunConfig, parallel: ParallelConfig) -> list[str]:
     """Overrides: the layout, and what of the configuration decides how a run is kept."""
-    names = (
-        "num_workers",
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "sequence_parallel",
-        "use_distributed_optimizer",
-        "device",
-    )
+    names = (*DEGREES, "use_distributed_optimizer")
     layout = [f"parallel.{name}={_written(getattr(parallel, name))}" for name in names]
     return [
         *layout,

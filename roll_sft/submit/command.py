@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from roll_sft.base.errors import ConfigError, RollSftError, report
 from roll_sft.config.schema import RunConfig
 from roll_sft.submit.package import stage
+from roll_sft.training.run_folder import output_folder
 
 if TYPE_CHECKING:  # Ray takes a second to import
     from roll_sft.runtime.jobs import JobServer
@@ -111,12 +112,7 @@ def _submit(options: argparse.Namespace, words: list[str], *, compose: Compose) 
     if composed is None:
         return 0
     config, _ = composed
-    output = Path(config.output_dir or f"outputs/{config.run_name}")
-    if not output.is_absolute():
-        raise ConfigError(
-            f"output_dir: {str(output)!r} is relative, and would lie in a temporary folder of the"
-            " job; give an absolute path that all nodes share"
-        )
+    output_folder(config, in_job=True)
     variables.setdefault(
         "RAY_JOB_STOP_WAIT_TIME_S", str(math.ceil(config.cluster.grace_s / GRACE_SHARE))
     )

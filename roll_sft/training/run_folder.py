@@ -33,13 +33,13 @@ EVALUATION_DUE = ".evaluation_due"  # the step after which a run was stopped bef
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def output_folder(config: RunConfig) -> Path:
+def output_folder(config: RunConfig, *, in_job: bool = False) -> Path:
     """The folder of a run, `outputs/<run_name>` by default.
 
-    Raises `ConfigError` for a relative path under a Ray job.
+    Raises `ConfigError` for a relative path under a Ray job, or `in_job`, which will be one.
     """
     folder = Path(config.output_dir or f"outputs/{config.run_name}")
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not folder.is_absolute():
+    if (in_job or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ) and not folder.is_absolute():
         raise ConfigError(
             f"output_dir: {str(folder)!r} is relative, and under a Ray job it would lie in a"
             " temporary package folder; give an absolute path that all nodes share"

@@ -33,7 +33,7 @@ def test_the_first_layers_are_dense_and_half_of_each_head_is_rotated(tmp_path: P
     assert shape.experts is not None
     assert (shape.num_expert_layers, shape.experts.shared_ffn_hidden_size) == (3, 80)
     assert len(shape.rotary_inv_freq) == shape.head_dim // 4
-    names = GLM4_MOE.hf_names(shape)
+    names = GLM4_MOE.hf_shapes(shape).keys()
     assert "model.layers.0.mlp.gate_proj.weight" in names
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in names
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.exact import EXACT
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program
 
 STEPS, SAVE_STEPS, EVAL_STEPS = 24, 6, 4
-SAME = ("step", "epoch", "train_loss", "grad_norm", "learning_rate", "sample_ids_sha256")
 SIGNALS = itertools.cycle((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
 
 
@@ -125,4 +125,4 @@ def _stop(runs: Runs, name: str, phase: str, is_there: Phase, *, whole_group: bo
 def _same_steps(mine: list[dict[str, object]], theirs: list[dict[str, object]]) -> None:
     assert len(mine) == len(theirs) == STEPS
     for one, other in zip(mine, theirs, strict=True):
-        assert [one[key] for key in SAME] == [other[key] for key in SAME], (one, other)
+        assert [one[key] for key in EXACT] == [other[key] for key in EXACT], (one, other)

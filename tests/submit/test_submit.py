@@ -18,6 +18,7 @@ from roll_sft.base.errors import ConfigError
 from roll_sft.runtime import jobs
 from roll_sft.submit import package
 from tests import doors, test_killed
+from tests.exact import exact
 from tests.outcome import Outcome
 from tests.runtime.ray_cluster import Program
 from tests.runtime.ray_nodes import Nodes, ray_nodes
@@ -25,7 +26,6 @@ from tests.runtime.ray_nodes import Nodes, ray_nodes
 assets = doors.assets
 ROOT = Path(__file__).parents[2]
 lines_of = test_killed.lines_of
-EXACT = ("step", "epoch", "train_loss", "grad_norm", "learning_rate", "supervised_tokens")
 
 
 def written(folder: Path, *names: str) -> None:
@@ -239,8 +239,8 @@ def test_a_stopped_job_saves_and_the_same_submission_goes_on_with_the_same_losse
     again = submitted(cluster, tmp_path, *arguments)
     assert again.code == 0, again.stdout
     assert f"step_{kept:08d}, with step {kept + 1}" in again.stdout
-    steps = [[line[key] for key in EXACT] for line in lines_of(log)]
-    assert steps == [[line[key] for key in EXACT] for line in lines_of(whole / "steps.jsonl")]
+    steps = exact(lines_of(log))
+    assert steps == exact(lines_of(whole / "steps.jsonl"))
 
 
 @pytest.mark.long

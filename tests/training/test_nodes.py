@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests import doors, test_killed
+from tests.exact import EXACT, exact
 from tests.outcome import Outcome
 from tests.runtime.ray_cluster import Program
 from tests.runtime.ray_nodes import Node, Nodes, ray_nodes
@@ -20,8 +21,6 @@ assets = doors.assets
 lines_of = test_killed.lines_of
 
 STEPS = 14
-EXACT = ("step", "epoch", "train_loss", "grad_norm", "learning_rate", "supervised_tokens")
-EXACT += ("total_tokens", "sample_ids_sha256")
 RELATIVE = {"train_loss": 1e-6, "grad_norm": 5e-5}  # promise 1, on another layout
 
 
@@ -119,8 +118,8 @@ def test_a_run_that_loses_a_node_goes_on_with_the_nodes_that_are_left(
     node_to_lose(cluster).kill(raylet_alone=raylet_alone)
     lost_at = time.time()
     assert hit.ended().code == 0, hit.errors
-    steps = [[line[key] for key in EXACT] for line in hit.steps]
-    assert steps == [[line[key] for key in EXACT] for line in clean.steps]
+    steps = exact(hit.steps)
+    assert steps == exact(clean.steps)
     restart = told("same number of workers", hit, lost_at)
     assert (restart["kind"], restart["num_workers"]) == ("preemption", 2)
     assert restart["from_step"] >= 4
@@ -183,8 +182,8 @@ def test_a_node_that_is_to_leave_ends_the_run_with_a_save_and_the_same_command_g
     again = run("hit", **many)
     assert again.ended().code == 0, again.errors
     assert f"with step {kept + 1}" in again.errors
-    steps = [[line[key] for key in EXACT] for line in again.steps]
-    assert steps == [[line[key] for key in EXACT] for line in clean.steps]
+    steps = exact(again.steps)
+    assert steps == exact(clean.steps)
 
 
 def test_a_node_without_the_shared_cache_is_named_before_training(

@@ -15,6 +15,7 @@ from roll_sft.runtime import group
 from roll_sft.runtime.faults import happened
 from roll_sft.training import supervisor
 from tests import doors
+from tests.exact import exact
 from tests.leftovers import check_nothing_left
 from tests.runtime.light import LightWorker
 from tests.runtime.ray_cluster import two_nodes
@@ -24,9 +25,6 @@ pytestmark = pytest.mark.slow
 assets, door = test_driver.assets, test_driver.door
 lines_of = test_driver.lines_of
 
-# What an undisturbed run on the same layout has to the last bit.
-EXACT = ("step", "epoch", "train_loss", "grad_norm", "learning_rate", "supervised_tokens")
-EXACT += ("total_tokens", "sample_ids_sha256")
 Start = Callable[..., int]
 
 
@@ -84,8 +82,8 @@ def test_a_run_whose_workers_are_killed_ends_as_an_undisturbed_one(
     capfd.readouterr()
     faults = ("kind: kill, rank: 1, step: 4", "kind: kill, rank: 0, step: 6, where: checkpoint")
     assert start(killed, *faults) == 0
-    steps = [[line[key] for key in EXACT] for line in lines_of(killed / "steps.jsonl")]
-    assert steps == [[line[key] for key in EXACT] for line in lines_of(clean / "steps.jsonl")]
+    steps = exact(lines_of(killed / "steps.jsonl"))
+    assert steps == exact(lines_of(clean / "steps.jsonl"))
     assert lines_of(killed / "samples.jsonl") == lines_of(clean / "samples.jsonl")
     losses = [(line["step"], line["loss"]) for line in lines_of(killed / "eval.jsonl")]
     assert losses == [(line["step"], line["loss"]) for line in lines_of(clean / "eval.jsonl")]
