@@ -45,7 +45,10 @@ class Family:
 
     def hf_shapes(self, shape: ModelShape) -> dict[str, Shape]:
         """Every Hugging Face tensor of the family, in the order an export writes them."""
-        return hf_shapes(self.weights(shape))
+        table = self.weights(shape)
+        shapes, number = hf_shapes(table), sum(len(each.hf_shapes) for each in table.values())
+        assert len(shapes) == number, "two parameters have the same tensor"
+        return shapes
 
 
 class LayerPart(Protocol):

@@ -253,11 +253,7 @@ class GatedMLP:
 
 def hf_shapes(table: WeightTable) -> dict[str, Shape]:
     """Every Hugging Face tensor of `table`, in the order an export writes them."""
-    shapes: dict[str, Shape] = {}
-    for mapping in table.values():
-        assert shapes.keys().isdisjoint(mapping.hf_shapes), f"{mapping} has a tensor of another"
-        shapes |= mapping.hf_shapes
-    return shapes
+    return {name: shape for each in table.values() for name, shape in each.hf_shapes.items()}
 
 
 def hf_names(mapping: WeightMapping) -> list[str]:
