@@ -13,10 +13,11 @@ import pytest
 
 from roll_sft.base.files import json_lines
 from roll_sft.runtime.faults import happened
+from tests.exact import exact
 from tests.leftovers import check_nothing_left
 from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program
-from tests.soak.stops import SAME, STEPS, Runs, has_child
+from tests.soak.stops import STEPS, Runs, has_child
 
 pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -58,9 +59,7 @@ def finish(program: Program, *, code: int) -> None:
 
 
 def check_same(runs: Runs, name: str) -> None:
-    mine, theirs = (
-        [[line[key] for key in SAME] for line in runs.lines(each)] for each in (name, "whole")
-    )
+    mine, theirs = (exact(runs.lines(each)) for each in (name, "whole"))
     assert len(mine) == STEPS
     assert mine == theirs
 
