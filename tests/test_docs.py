@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tools import cli_reference
@@ -45,20 +45,27 @@ def _text(node: ast.AST) -> str | None:
     return None
 
 
-def _messages() -> Iterator[list[str]]:
+@cache
+def _messages() -> list[list[str]]:
     """Every text of the program that may be a message, in the parts between its values."""
+    found = []
     for path in sorted((ROOT / "roll_sft").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if id(node) in alone:  # a docstring
+                continue
             parts = (_text(node) or "").split("\0")
             if sum(map(len, parts)) >= 12 and any(" " in each.strip() for each in parts):
-                yield parts
+                found.append(parts)
+    return found
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     entries = re.findall(r"^### (.*)\n\n```text\n(.*)\n```$", page, flags=re.MULTILINE)
     assert len(entries) == page.count("\n### ") > 40
-    messages = list(_messages())
+    messages = _messages()
     for title, line in entries:
         assert any(title in part for parts in messages for part in parts), f"no message: {title}"
         assert title in line
@@ -68,3 +75,8 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_source() -> None:
                 pattern = ".+?".join(map(re.escape, parts))
                 printed.update(*(range(*match.span()) for match in re.finditer(pattern, line)))
         assert len(printed) > 0.6 * len(line), f"no message of the source prints: {line}"
+
+
+def test_no_message_names_a_page_that_an_installed_copy_does_not_have() -> None:
+    named = [parts for parts in _messages() if any("docs/" in each for each in parts)]
+    assert named == []

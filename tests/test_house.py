@@ -41,6 +41,7 @@ def test_every_package_folder_is_declared():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {
         "roll_sft.cluster",
         "roll_sft.conf",
+        "roll_sft.constraints",
     }
 
 

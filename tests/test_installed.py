@@ -120,7 +120,7 @@ def test_the_wheel_holds_what_a_user_needs_and_nothing_else(site: Path) -> None:
     wanted = set(release_check.resources())
     assert {name for name in packed if ".dist-info/" not in name} == wanted
     beginnings = {name.partition("/")[2].partition("/")[0] for name in wanted}
-    assert beginnings >= {"conf", "cluster", "data", "report"}
+    assert beginnings >= {"conf", "cluster", "constraints", "data", "report"}
 
 
 @pytest.mark.long
@@ -149,6 +149,7 @@ def test_the_demo_runs_from_the_wheel_in_an_environment_of_its_own(tmp_path: Pat
         return done.stdout
 
     assert command("--version") == f"roll-sft {roll_sft.__version__}\n"
+    assert "ok    pins: as in py3" in command("doctor", "--seconds", "0.2")
     command("train", "--config-name", "demo", "train.max_steps=3")
     assert (place / "work" / "outputs" / "demo" / "hf" / "model.safetensors").is_file()
     assert command("report", "outputs/demo")

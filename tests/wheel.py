@@ -21,7 +21,7 @@ def built_wheel(folder: Path) -> Path:
     """Build the wheel in the empty `folder`, of a copy of the tree; returns its file."""
     tree = folder / "tree"
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("roll_sft", "conf", "cluster"):
+    for name in ("roll_sft", "conf", "cluster", "constraints"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)

@@ -26,6 +26,7 @@ RESOURCES = {
     "roll_sft": ("**/*.py", "**/*.jinja"),
     "conf": ("**/*.yaml", "__init__.py"),
     "cluster": ("*",),
+    "constraints": ("py*.txt",),
 }
 
 

@@ -57,7 +57,7 @@ def look(config: RunConfig, *, seconds: float) -> Iterator[Finding]:
     if config.model.path is not None and config.data.train:
         yield _sample(config)
     if cluster_address(config) is None:
-        yield Finding("ports", "ok", "a run here listens on 127.0.0.1 alone; see docs/security.md")
+        yield Finding("ports", "ok", "a run here listens on 127.0.0.1 alone")
         yield from look_at_nodes([_devices(seconds)])
         return
     from roll_sft.runtime.survey import survey

@@ -37,7 +37,7 @@ def _sum_of(node: dict[str, Any], where: str) -> Iterator[Finding]:
         return
     name = f"all-reduce{where}"
     if "error" in total:
-        remedy = "set NCCL_DEBUG=INFO and run it again; see docs/gpu.md"
+        remedy = "set NCCL_DEBUG=INFO and run it again; it names what NCCL could not use"
         yield Finding(name, "fail", total["error"], remedy)
     else:
         yield Finding(name, "ok", f"{total['gb_s']:.3g} GB/s over {total['ranks']} ranks")

@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 from roll_sft.doctor.finding import Finding
 
 _PROJECT = "roll_sft"
+_PACKAGE = Path(__file__).resolve().parents[1]
 _WATCHED = ("torch", "megatron-core", "ray", "transformers", "safetensors", "tokenizers", "mlflow")
 _TESTED_PYTHONS = ((3, 11), (3, 12))
 
@@ -53,27 +54,31 @@ def _requirements() -> list[Requirement]:
     except importlib.metadata.PackageNotFoundError:
         import tomllib
 
-        text = (_checkout() / "pyproject.toml").read_text(encoding="utf-8")
+        text = (_PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
         return [Requirement(each) for each in tomllib.loads(text)["project"]["dependencies"]]
 
 
 def _pins() -> Iterator[Finding]:
-    """Packages of other versions than the tested ones; a checkout has the list of these."""
-    file = _checkout() / "constraints" / f"py{sys.version_info[0]}{sys.version_info[1]}.txt"
-    if not file.is_file():
+    """Packages of other versions than the tested ones."""
+    name = f"py{sys.version_info[0]}{sys.version_info[1]}.txt"
+    places = (_PACKAGE / "constraints", _PACKAGE.parent / "constraints")  # installed, a checkout
+    file = next((folder / name for folder in places if (folder / name).is_file()), None)
+    if file is None:
         return
     lines = file.read_text(encoding="utf-8").splitlines()
     pinned = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;+]+)", "\n".join(lines), re.MULTILINE))
     watched = {canonicalize_name(name) for name in _WATCHED}
-    other = [
-        f"{name} {_version(name)} (tested {version})"
+    other = {
+        name: version
         for name, version in pinned.items()
         if canonicalize_name(name) in watched
         and _version(name) is not None
         and str(_version(name)).partition("+")[0] != version
-    ]
+    }
     if other:
-        yield Finding("pins", "warn", ", ".join(other), f"pip install -c {file} roll_sft")
+        found = (f"{name} {_version(name)} (tested {pin})" for name, pin in other.items())
+        wanted = " ".join(f"{name}=={pin}" for name, pin in other.items())
+        yield Finding("pins", "warn", ", ".join(found), f"pip install {wanted}")
     else:
         yield Finding("pins", "ok", f"as in {file.name}")
 
@@ -83,7 +88,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _checkout() -> Path:
-    return Path(__file__).resolve().parents[2]

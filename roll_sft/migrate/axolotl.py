@@ -46,6 +46,7 @@ NOT_NEEDED = {
     "lora_qkv_kernel": "adapters have kernels of their own here",
     "lora_o_kernel": "adapters have kernels of their own here",
     "lora_embedding_kernel": "adapters have kernels of their own here",
+    "special_tokens.pad_token": "packs are padded with any token, which no loss covers",
 }
 UNSUPPORTED = {
     "base_model_config": "give the model's own folder as model.path",
@@ -65,7 +66,7 @@ UNSUPPORTED = {
     "cosine_constant_lr_ratio": "choose train.lr_scheduler_type=wsd",
     "early_stopping_patience": "set train.early_stopping to a validation set, and its patience",
     "activation_offloading": "set train.recompute",
-    "lora_target_parameters": "routed experts have no adapters by parameter; see docs/families.md",
+    "lora_target_parameters": "routed experts have no adapters here; leave it out",
     "peft_use_dora": "not LoRA; leave it out",
     "loraplus_*": "set train.learning_rate_factors",
     "relora*": "not LoRA; leave it out",
@@ -101,6 +102,13 @@ _FIELDS = {
 }
 _OF_SOURCE = {"path", "data_files", "split", "type", "ds_type", "field", "roles_to_train"}
 _OF_SOURCE |= {"train_on_eos", "train_on_eot", "chat_template", *_FIELDS}
+_OF_SOURCE |= {"message_property_mappings"}
+# What messages call role and content, as both are read here.
+_KNOWN_NAMES = (
+    None,
+    {"role": "from", "content": "value"},
+    {"role": "role", "content": "content"},
+)
 
 
 def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
@@ -197,6 +205,7 @@ def _refuse_parts(draft: Draft, about: dict[str, Any], where: str) -> None:
         ("roles_to_train", (None, ["assistant"], ["gpt", "assistant"]), "see data.train_on"),
         ("train_on_eos", (None, "turn", "all"), "each trained turn ends with its token"),
         ("train_on_eot", (None, "turn", "all"), "each trained turn ends with its token"),
+        ("message_property_mappings", _KNOWN_NAMES, "rename the properties in the rows"),
     ):
         if about.get(name) not in known:
             draft.cannot(f"{where}.{name}", about[name], why)
@@ -252,7 +261,7 @@ def _kernels(draft: Draft, given: Given) -> None:
     else:
         meanings.dtype_flags(draft, given)
     names = ("flash_attention", "sdp_attention", "flex_attention", "xformers_attention")
-    meanings.attention(draft, given, "attn_implementation")
+    meanings.attention(draft, given, "attn_implementation", "attention")
     for name, kernel in zip(names, ("flash", "sdpa", "auto", "auto"), strict=True):
         if given.take(name) not in OFF:
             draft.set("model.attention_backend", kernel, f"{name}: true")

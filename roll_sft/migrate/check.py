@@ -41,24 +41,25 @@ def comparison(
         yours = total_theirs * batch.rows * (batch.packed_tokens or mean_tokens)
         rows.append(("tokens of the run, at most", f"{yours:.4g}", f"{mine:.4g}"))
     schedule = Schedule.of(train, total_steps=total_ours)
+    rival = Schedule.of(train, total_steps=total_theirs)
     for step in _marks(schedule):
-        rate = _their_rate(schedule, step)
-        rows.append((f"learning rate of step {step}", f"{rate:.4g}", f"{schedule.at(step):.4g}"))
+        rate = f"{_their_rate(rival, step):.4g}" if step <= total_theirs else "-"
+        rows.append((f"learning rate of step {step}", rate, f"{schedule.at(step):.4g}"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     yield "plan of both:"
     for row in rows:
         cells = zip(row, widths, strict=True)
         yield "  " + "  ".join(cell.ljust(width) for cell, width in cells).rstrip()
-    yield from _remarks(draft.rival, batch, schedule, theirs=theirs, ours=ours)
+    yield from _remarks(draft.rival, batch, schedule, theirs=total_theirs, ours=total_ours)
 
 
 def _remarks(
     rival: str, batch: Batch, schedule: Schedule, *, theirs: int, ours: int
 ) -> Iterator[str]:
-    if ours == theirs + 1 and batch.drops_last:
+    if ours > theirs and batch.drops_last:
         yield (
-            f"  {rival} leaves out the last, short batch of an epoch; it is trained here"
-            " (train.max_steps ends a run earlier)"
+            f"  {rival} leaves out the last, short batch of an epoch, which is trained here;"
+            f" train.max_steps={theirs} makes the steps and their rates equal"
         )
     elif ours != theirs:
         yield f"  the steps differ: {theirs} there, {ours} here"

@@ -16,6 +16,7 @@ from roll_sft.migrate.draft import OFF, Draft, shown_value
 from roll_sft.migrate.given import WORLD, Given, read_given
 from roll_sft.migrate.meanings import is_secret
 from roll_sft.migrate.pages import as_yaml, nested, report_lines
+from roll_sft.migrate.splits import settle_splits
 
 # Name on the command line -> module of this folder.
 TRAINERS = {
@@ -64,12 +65,15 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
         draft = imported(options.file, trainer=options.trainer, gpus=options.gpus)
         config = built(draft)
         _write(draft, options.file, options.output)
-        sys.stdout.write("".join(f"{line}\n" for line in report_lines(draft)))
+        lines = [*report_lines(draft)]
         if options.check:
             from roll_sft.migrate.check import comparison
 
-            lines = comparison(draft, config, options.samples, options.mean_tokens)
-            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            lines += comparison(draft, config, options.samples, options.mean_tokens)
+        if options.output is not None:
+            folder, name = options.output.parent, options.output.stem
+            lines.append(f"next: roll-sft plan --config-dir {folder} --config-name {name}")
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
     except Exception as error:  # noqa: BLE001 -- the door: everything ends in an exit code
         return report(error)
     return 0
@@ -94,6 +98,7 @@ def imported(path: Path, *, trainer: str | None = None, gpus: int | None = None)
             f"{path}: a value has not the form that {module.NAME} gives it ({error}); mend it, then"
             " import"
         ) from error
+    settle_splits(draft)
     _account(given, draft, module)
     return draft
 
@@ -157,13 +162,14 @@ def _account(given: Given, draft: Draft, module: Any) -> None:
 
 
 def _tell_of_taken(given: Given, draft: Draft) -> None:
-    """Tell of keys that were read and left no line, such as a switch that is off."""
+    """Tell of keys that were read and left no line of their own, such as a switch that is off."""
     origins = [origin for _, origin in draft.lines.values()]
     told = "\n".join([*origins, *draft.unsupported, *draft.not_needed, *draft.notes])
-    for name in given.values:
-        if name in given.taken and name.rpartition(".")[2] not in told:
-            shown = f"{name}: {shown_value(given.values[name])}"
-            draft.not_needed[shown] = "read; it asks for what happens here anyway"
+    sections = [each for each in draft.not_needed if each.endswith(".*")]
+    for name in (each for each in given.values if each in given.taken):
+        is_told = any(fnmatch.fnmatchcase(name, section) for section in sections)
+        if not is_told and name.rpartition(".")[2] not in told:
+            draft.used.append(f"{name}: {shown_value(given.values[name])}")
 
 
 def _matching(name: str, patterns: dict[str, str]) -> str | None:

@@ -28,6 +28,7 @@ class Draft:
 
     rival: str
     lines: dict[str, tuple[Any, str]] = field(default_factory=dict)  # our key -> value, origin
+    used: list[str] = field(default_factory=list)  # without a line of their own
     not_needed: dict[str, str] = field(default_factory=dict)  # their key -> why
     unsupported: dict[str, str] = field(default_factory=dict)  # their key -> why, what to do
     secrets: list[str] = field(default_factory=list)

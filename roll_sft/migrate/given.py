@@ -14,7 +14,7 @@ from roll_sft.base.text import shown
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^{}]*))?\}|(\w+))")  # an innermost one
 _CONFIG_FLAGS = ("--config", "--config_file", "--config-file")
 _MODULE = re.compile(r"openrlhf|verl|skyrl|roll")
 _MOST_BYTES = 4 * 1024**2
@@ -113,17 +113,18 @@ def _as_number(value: Any) -> Any:
 
 def _of_script(text: str, path: Path) -> Given:
     """The longest command of a script: `--key value`, `--flag`, `key=value`."""
+    home = str(Path.home())
     variables, commands = dict[str, str](), list[list[str]]()
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         try:
-            words = shlex.split(_expanded(line, variables), comments=True)
+            words = shlex.split(_expanded(line, {"HOME": home, **variables}), comments=True)
         except ValueError as error:
             raise ConfigError(f"{path}: {shown(line)} is no shell command ({error})") from None
         words = words[1:] if words[:1] == ["export"] else words
         while words and (assignment := _ASSIGNMENT.fullmatch(words[0])):
-            variables[assignment[1]] = assignment[2]
+            variables[assignment[1]] = re.sub(r"^~(?=/)", home, assignment[2])
             del words[0]
-        commands.append(words)
+        commands.append([re.sub(r"^~(?=/)", home, word) for word in words])
     command = max(commands, key=len, default=[])
     arguments = [index for index, word in enumerate(command) if _is_argument(word)]
     if not arguments:
@@ -187,6 +188,9 @@ def _expanded(text: str, variables: Mapping[str, str]) -> str:
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[3]
-        return variables.get(name, match[2] if match[2] is not None else match[0])
+        return variables.get(name, match[2] if match[2] is not None else f"${name}")
 
-    return _VARIABLE.sub(value, text)
+    before = None
+    while text != before:  # a default may hold variables
+        before, text = text, _VARIABLE.sub(value, text)
+    return text

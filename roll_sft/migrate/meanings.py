@@ -182,7 +182,8 @@ def trackers(draft: Draft, given: Given, *names: str, default: list[str]) -> Non
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     if wanted == ["all"]:
         wanted = ["tensorboard", "wandb", "mlflow"]
-    ours = ["jsonl", *(each for each in wanted if each not in ("console", "file", "jsonl", *OFF))]
+    files = ("console", "stdout", "file", "jsonl", *OFF)
+    ours = ["jsonl", *(each for each in wanted if each not in files)]
     origin = f"{name}: {shown_value(given.values[name])}" if name else f"{draft.rival}'s default"
     draft.set("tracking.backends", ours, origin)
 

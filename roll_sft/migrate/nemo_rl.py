@@ -24,6 +24,7 @@ NOT_NEEDED = {
     "policy.make_sequence_length_divisible_by": "packs are padded as the layout needs",
     "policy.refit_buffer_size_gb": "weights are not sent to another engine",
     "policy.logprob_*": "no log-probabilities beside the loss",
+    "policy.offload_optimizer_for_logprob": "no log-probabilities beside the loss",
     f"{_M}enabled": "training is Megatron-Core's here",
     f"{_D}enabled": "training is Megatron-Core's here",
     f"{_D}_v2": "training is Megatron-Core's here",
@@ -57,6 +58,8 @@ NOT_NEEDED = {
     "logger.num_val_samples_to_print": "evaluation.prompts are logged",
     "logger.swanlab*": "choose a tracker of tracking.backends",
     "logger.*.name": "run_name names the run",
+    "logger.*.run_name": "run_name names the run",
+    "logger.*.log_dir": "logs lie in the run's folder",
     "cluster.*": "workers are placed by Ray",
     "policy.max_grad_norm": "the optimizer's clip_grad decides",
 }
@@ -125,10 +128,11 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     _schedule(draft, given, is_megatron=is_megatron)
     _batch(draft, given)
     _saves(draft, given)
-    if is_megatron and given.take(f"{_M}peft.enabled"):
-        _lora(draft, given, f"{_M}peft.")
-    elif not is_megatron and given.take(f"{_D}lora_cfg.enabled"):
-        _lora(draft, given, f"{_D}lora_cfg.")
+    section = f"{_M}peft." if is_megatron else f"{_D}lora_cfg."
+    if given.take(f"{section}enabled"):
+        _lora(draft, given, section)
+    elif given.has_below(section.removesuffix(".")):
+        _leave(draft, given, section, "LoRA is off")
     _trackers(draft, given)
     meanings.run_folder(
         draft,
@@ -217,17 +221,17 @@ def _layout(draft: Draft, given: Given, gpus: int | None, *, is_megatron: bool) 
         meanings.recompute(draft, given, f"{_D}activation_checkpointing", default=False)
     if draft.value("parallel.tensor_model_parallel_size") == 1:
         draft.lines.pop("parallel.sequence_parallel", None)
-    _leave(draft, given, _D if is_megatron else _M)
+    _leave(draft, given, _D if is_megatron else _M, "this backend is off")
     meanings.nodes_of_file(
         draft, given, gpus, each="cluster.gpus_per_node", nodes="cluster.num_nodes"
     )
 
 
-def _leave(draft: Draft, given: Given, section: str) -> None:
-    """The section of the backend that is off."""
+def _leave(draft: Draft, given: Given, section: str, why: str) -> None:
+    """A section that says nothing where its switch is off."""
     for name in [each for each in given.left() if each.startswith(section)]:
         given.take(name)
-    draft.not_needed[f"{section}*"] = "this backend is off"
+    draft.not_needed[f"{section}*"] = why
 
 
 def _optimizer(draft: Draft, given: Given, *, is_megatron: bool) -> None:
@@ -252,7 +256,7 @@ def _optimizer(draft: Draft, given: Given, *, is_megatron: bool) -> None:
     if name is not None and not str(name).rpartition(".")[2].lower().startswith("adam"):
         draft.cannot("policy.optimizer.name", name, "AdamW is the only optimizer here")
     if is_megatron:
-        _leave(draft, given, "policy.optimizer.")
+        _leave(draft, given, "policy.optimizer.", "the optimizer of the other backend")
     for switch in ("foreach", "fused"):
         given.take(f"{section}{switch}")
 

@@ -61,6 +61,9 @@ def _flow(value: Any) -> str:
 def report_lines(draft: Draft) -> Iterator[str]:
     """What became of every key of theirs: mapped, not needed, unsupported, left out, unknown."""
     yield f"{draft.rival}: {len(draft.lines)} keys of ours set"
+    if draft.used:
+        yield "read for these keys, or off there:"
+        yield from (f"  {' '.join(each.split())}" for each in draft.used)
     for title, entries in (
         ("not needed", draft.not_needed),
         ("UNSUPPORTED, and what to do", draft.unsupported),

@@ -53,6 +53,8 @@ NOT_NEEDED = {
     "*.moe_layer_recompute": "train.recompute decides",
     "*.fsdp_size": "the distributed optimizer splits optimizer states",
     "*.param_dtype": "model.dtype decides",
+    "*.strategy_config.bf16": "model.dtype decides",
+    "*.use_remove_padding": "packs have no padding between samples",
     "*.reduce_dtype": "gradients are summed in fp32",
     "*.offload_policy": "states stay where they are",
     "*.reshard_after_forward": "weights are not split over data-parallel ranks",
@@ -104,7 +106,7 @@ def translate(given: Given, draft: Draft, *, gpus: int | None) -> None:
     _sources(draft, given)
     _layout(draft, given, gpus)
     meanings.dtype(draft, given, f"{_M}dtype", default="bf16")
-    meanings.attention(draft, given, f"{_M}attn_implementation")
+    meanings.attention(draft, given, f"{_M}attn_implementation", f"{_M}flash_attn")
     _training(draft, given)
     _lora(draft, given)
     meanings.trackers(draft, given, "track_with", default=["tensorboard"])
@@ -187,6 +189,8 @@ def _training(draft: Draft, given: Given) -> None:
     meanings.rows_by_device(draft, given, (each, accumulated), None, drops_last=True)
     if packing and tokens:
         draft.set("train.micro_batch_tokens", int(tokens), f"packs of {tokens} tokens")
+    if given.take(f"{_S}save_only_model") not in OFF:
+        draft.set("checkpoint.save_optimizer", False, "save_only_model: true")
     if given.take(f"{_A}save_hf_model") not in OFF:
         draft.set("checkpoint.hf_export", "every_save", "save_hf_model: true")
 

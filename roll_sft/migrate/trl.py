@@ -10,6 +10,7 @@ from roll_sft.migrate.draft import OFF, Draft
 from roll_sft.migrate.given import Given
 
 NAME = "TRL"
+_READERS = ("json", "parquet", "arrow")  # paths of `datasets` that say how `data_files` are read
 NOT_NEEDED = hf_arguments.NOT_NEEDED | {
     "dataset_streaming": "data is always streamed",
     "streaming": "data is always streamed",
@@ -37,7 +38,7 @@ UNSUPPORTED = hf_arguments.UNSUPPORTED | {
     "dataset_kwargs*": "rows of token ids are not read; give texts",
     "eos_token": "the chat template decides how a turn ends",
     "activation_offloading": "set train.recompute",
-    "lora_target_parameters": "routed experts have no adapters by parameter; see docs/families.md",
+    "lora_target_parameters": "routed experts have no adapters here; leave it out",
     "use_dora": "not LoRA; leave it out",
     "load_in_8bit": "set lora.quantize_base=nf4",
     "trackio_space_id": "choose a tracker of tracking.backends",
@@ -96,13 +97,15 @@ def _sources(draft: Draft, given: Given) -> None:
     if isinstance(mixture, list):
         entries = []
         for index, each in enumerate(mixture):
-            entry: dict[str, Any] = {"path": str(each.get("path"))}
+            path, files = each.get("path"), each.get("data_files")
+            is_file = path in _READERS and isinstance(files, str)
+            entry: dict[str, Any] = {"path": str(files if is_file else path)}
             for theirs, ours in (("split", "split"), ("fraction", "weight")):
                 if each.get(theirs) is not None:
                     entry[ours] = each[theirs]
             entries.append(entry)
             for key in ("name", "data_dir", "data_files"):
-                if each.get(key) is not None:
+                if each.get(key) is not None and not (is_file and key == "data_files"):
                     draft.cannot(
                         f"datasets[{index}].{key}", each[key], "join it to the path of the source"
                     )

@@ -14,6 +14,7 @@ NOT_NEEDED = {
     "train.trainer_kwargs*": "training is Megatron-Core's here",
     "train.rollout_logging_dir": "nothing is sampled to train on",
     "train.minibatch_size": "packs hold as many samples as fit",
+    "train.orchestrator": "nothing is sampled to train on",
     "train.entity_name": "set WANDB_ENTITY",
     "train.group_name": "set WANDB_RUN_GROUP",
     "train.logging_dir": "logs lie in the run's folder",

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="roll-sft cluster-files",
         description="Copies of the files that make a cluster: SLURM, Kubernetes, Ray's launcher,"
-        " images, and machines without any of these (docs/clusters.md).",
+        " images, and machines without any of these.",
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="to copy them to")

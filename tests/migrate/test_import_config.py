@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from roll_sft import run
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import RunConfig
+from roll_sft.data.rows.files import find_files
 from roll_sft.data.steps.learning_rate import Schedule
 from roll_sft.migrate import command
 from roll_sft.migrate.check import _their_rate, comparison
@@ -357,9 +358,12 @@ def test_every_key_is_accounted_for(name: str, folder: Path) -> None:
     draft = command.imported(folder / name, gpus=GPUS.get(name))
     told = [origin for _, origin in draft.lines.values()]
     told += [*draft.unsupported, *draft.not_needed, *draft.notes, *draft.secrets, *draft.unknown]
+    told += draft.used
     given = read_given(folder / name)
+    sections = [each.removesuffix("*") for each in draft.not_needed if each.endswith(".*")]
     for key in given.values:
-        assert any(key.rpartition(".")[2] in line for line in told), key
+        is_told = any(key.rpartition(".")[2] in line for line in told)
+        assert is_told or key.startswith(tuple(sections)), key
     if name != "trl.yaml":
         assert not draft.unknown
 
@@ -419,6 +423,49 @@ def test_a_bad_file_is_refused_in_one_line(text: str, message: str, tmp_path: Pa
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         command.imported(tmp_path / "x.yaml")
+
+
+def test_a_split_is_one_that_the_source_has(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "plain/rows.jsonl", "split/train.jsonl", "split/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    known = {
+        "rows.jsonl": [{}],
+        "plain": [{}],
+        "split": [{"split": "train"}],
+        "trl-lib/Capybara": [{"split": "train"}],
+    }
+    for path, wanted in known.items():
+        place = path if "/" in path else tmp_path / path
+        text = f"model_name_or_path: m\ndataset_name: {place}\neval_strategy: steps\n"
+        (tmp_path / "x.yaml").write_text(f"{text}per_device_train_batch_size: 1")
+        draft = command.imported(tmp_path / "x.yaml", gpus=1)
+        assert draft.lines["data.train"][0] == [{"path": str(place)} | each for each in wanted]
+        is_told = f"split of {place}: test" in draft.unsupported
+        assert is_told == (draft.lines["data.validation"][0] == []) == (wanted == [{}])
+        if place != path:  # of no hub
+            assert find_files(str(place), **wanted[0])
+
+
+def test_the_first_rows_of_a_split_become_a_number_of_samples(tmp_path: Path) -> None:
+    text = "base_model: m\nlearning_rate: 1e-5\ndatasets:\n"
+    text += "- {path: a/b, split: 'train[:20%]'}\n- {path: a/c, split: 'test[:500]'}\n"
+    (tmp_path / "x.yaml").write_text(text)
+    draft = command.imported(tmp_path / "x.yaml", gpus=1)
+    share, count = draft.lines["data.train"][0]
+    assert share == {"path": "a/b", "split": "train", "weight": 0.2}
+    assert count == {"path": "a/c", "split": "test", "samples": 500}
+
+
+def test_variables_of_a_script_may_hold_others(tmp_path: Path) -> None:
+    lines = ["NAME=${NAME:-a/b}", "MODEL=${MODEL:-${HOME}/models/${NAME}}", "ROWS=~/rows.parquet"]
+    lines += ["torchrun -m verl.trainer.sft_trainer model.path=$MODEL data.train_files=$ROWS \\"]
+    lines += ["trainer.default_local_dir=$OUTSIDE/${ELSE}"]
+    (tmp_path / "x.sh").write_text("\n".join(lines))
+    values = read_given(tmp_path / "x.sh").values
+    assert values["model.path"] == f"{Path.home()}/models/a/b"
+    assert values["data.train_files"] == f"{Path.home()}/rows.parquet"
+    assert values["trainer.default_local_dir"] == "$OUTSIDE/$ELSE"
 
 
 def test_an_output_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,7 @@ def test_a_demo_runs_by_either_command_where_the_project_is_not_installed(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_stopped_job_saves_and_the_same_submission_goes_on_with_the_same_losses(
     cluster: Nodes, tmp_path: Path
 ) -> None:
