@@ -51,7 +51,7 @@ check: $(TOOLS) ## format, lint, types, and the floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_floors.py
+	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_imports.py
 
 fmt: $(TOOLS) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix-only --quiet .
