@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch is imported, here and in every process that a test starts: pools of threads that wait
@@ -14,6 +15,9 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.pool import RankPool
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run: what hypothesis finds by chance belongs in an @example.
 settings.register_profile("house", derandomize=True, deadline=None)

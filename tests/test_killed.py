@@ -75,8 +75,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "trained" in metafunc.fixturenames:
         is_full = metafunc.config.getoption("--all-layouts")
-        more = ["adapters", pytest.param("experts", marks=pytest.mark.long)] if is_full else []
-        metafunc.parametrize("trained", ["model", *more])
+        more = [pytest.param(each, marks=pytest.mark.long) for each in ("model", "experts")]
+        metafunc.parametrize("trained", ["adapters", *more] if is_full else more)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(

@@ -67,6 +67,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint
     assert [line["step"] for line in run.lines("steps.jsonl")] == [1]
 
 
+@pytest.mark.long
 def test_the_advice_of_a_run_that_diverges_later_goes_on(run: Run) -> None:
     assert run({"train.max_steps": 2})[0] == 0
     keys = {"train.learning_rate": 1e-2, "checkpoint.allow_changes": "[schedule]"}

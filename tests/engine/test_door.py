@@ -128,6 +128,7 @@ def test_the_gpu_checks_run_on_a_cpu_as_far_as_they_can() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
     script = ROOT / "benchmarks" / "gpu" / "step.py"
     result = run([*TORCHRUN, str(script), "--device", "cpu"])

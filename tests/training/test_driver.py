@@ -301,6 +301,7 @@ def test_mlflow_has_the_run_beside_the_folder_with_what_steps_jsonl_has(run):
     assert artifacts == {"config.yaml", "data_report.json", "loss.png", "model"}
 
 
+@pytest.mark.long
 def test_a_run_stops_early_tells_its_terms_and_exports_its_best_checkpoint(
     assets, door, tmp_path, capfd
 ):
