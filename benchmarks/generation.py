@@ -106,16 +106,17 @@ def _theirs(
         mask[row, LONGEST - len(prompt) :] = 1
 
     def answer() -> list[list[int]]:
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            use_cache=caches,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        with torch._C.DisableTorchFunction():  # the mode of our `cpu_backend` would slow it
+            output = model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                use_cache=caches,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         answers: list[list[int]] = output[:, LONGEST:].tolist()
         return answers
 

@@ -46,7 +46,9 @@ MOST_SEQUENCES = 64  # of a batch
 def generate(engine: "Engine", request: GenerationRequest) -> list[Generated] | None:
     """Answers to this replica's share of the prompts; see `Decoder.answers`. Collective."""
     decoder = Decoder(engine.chunks, engine.shape, engine.config, engine.frequencies)
-    with engine.inference():
+    # On a CPU each call of torch, down to a shape, passes through the mode of `cpu_backend`. No
+    # forward pass needs it.
+    with engine.inference(), torch._C.DisableTorchFunction():
         return decoder.answers(request)
 
 

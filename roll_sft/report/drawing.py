@@ -17,11 +17,13 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from roll_sft.report.curves import Curve
 
 NUM_COLORS = 8
 WIDTH, HEIGHT = 4.4, 2.3  # inches of 72 units
+LABEL_TOP = 0.17  # inches
 # Stand-in -> variable of the style sheet.
 _COLORS = {f"#0102{number:02x}": f"var(--c{number})" for number in range(NUM_COLORS)}
 _LINE, _INK, _BAD = "#030100", "#030101", "#030102"
@@ -45,7 +47,9 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "xtick.major.size": 0,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "xtick.major.size": 0,  # else room is left for the marks
     "ytick.major.size": 0,
     "path.simplify": True,
     "text.parse_math": False,
@@ -162,7 +166,9 @@ def _svg(plot: Callable[[Any], None], *, name: str, height: float) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    # The page's own font. matplotlib writes one property, newer versions size and family apart.
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font-family: [^;\"]*; ", "", text)
     referred = set(re.findall(r'(?:url\(|href=")#(\w+)', text))
     text = re.sub(r' id="([^"]*)"', lambda got: got[0] if got[1] in referred else "", text)
     text = re.sub(r"#0[123]0[12]\w\w", lambda found: _VARIABLES.get(found[0], found[0]), text)
@@ -194,6 +200,10 @@ def _axes() -> Any:
     axes = figure.add_axes((0.125, 0.2, 0.8, 0.7))
     axes.grid(visible=True)
     axes.set_axisbelow(True)
+    # A fixed place, in inches, saves a second layout of all tick labels.
+    place = blended_transform_factory(axes.transAxes, figure.dpi_scale_trans)
+    axes.xaxis.set_label_coords(0.5, LABEL_TOP, place)
+    axes.yaxis.set_label_coords(0, 0.5)
     return axes
 
 

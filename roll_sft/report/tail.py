@@ -70,7 +70,7 @@ class Columns:
         """Forget all lines."""
         self._size = 0
         self._columns: dict[str, array[float]] = {}
-        self.experts: dict[int, list[float]] = {}  # the greatest step -> tokens of each expert
+        self._load: tuple[int, list[Any]] = -1, []  # the greatest step, tokens of each expert
 
     def append(self, line: dict[str, Any], /) -> None:
         """Take one more line."""
@@ -83,12 +83,19 @@ class Columns:
             column = self._columns.get(key)
             if column is None:
                 column = self._columns[key] = array("d")
-            column.extend([math.nan] * (self._size - len(column)))
-            column.append(number(value))
+            if len(column) < self._size:
+                column.extend([math.nan] * (self._size - len(column)))
+            column.append(value if type(value) is float else number(value))
         self._size += 1
         load = line.get("tokens_per_expert")
-        if isinstance(load, list) and load and step >= max(self.experts, default=0):
-            self.experts = {step: [number(value) for value in load]}
+        if isinstance(load, list) and load and step >= self._load[0]:
+            self._load = step, load
+
+    @property
+    def experts(self) -> dict[int, list[float]]:
+        """The greatest step that tells it -> tokens of each expert."""
+        step, load = self._load
+        return {step: [number(value) for value in load]} if load else {}
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         """Key -> float64 [n], in the order of steps, NaN where a line has no number."""

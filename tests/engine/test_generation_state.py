@@ -56,14 +56,21 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def held_bytes() -> int:
-    """Of all tensors that live in this process."""
+    """Of all tensors that live in this process, but for those that Megatron keeps to use again.
+
+    Under sequence parallelism Megatron gathers a pack into a buffer, which stays as large as the
+    longest pack so far, of a training step as of an answer.
+    """
+    from megatron.core.parallel_state import get_global_memory_buffer
+
     gc.collect()
+    kept = {each.data_ptr() for each in get_global_memory_buffer().buffer.values()}
     storages = {}
     for each in gc.get_objects():
         if issubclass(type(each), torch.Tensor) and each.device.type == "cpu":
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(size for place, size in storages.items() if place not in kept)
 
 
 def everything(engine: Any) -> dict[str, Any]:
