@@ -13,12 +13,11 @@ from roll_sft.models.variation import LatentHeads, LayerAttention, Variation
 from roll_sft.models.weight_map import SingleTensor, WeightTable
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV3Config, Glm4MoeConfig, PreTrainedConfig
+    from transformers import DeepseekV3Config, PreTrainedConfig
 
     from roll_sft.models.decoder_shape import DecoderConfig
 
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
-_NUMBERS = ("n_group", "topk_group", "num_experts_per_tok", "first_k_dense_replace")
 _WIDEST = 2**17  # far above the values of every published model
 
 
@@ -28,17 +27,11 @@ def deepseek_v3_shape(config: "PreTrainedConfig") -> ModelShape:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
     from roll_sft.models.decoder_shape import decoder_shape, own_config
-    from roll_sft.models.expert_config import expert_problems, group_problems
+    from roll_sft.models.expert_config import sigmoid_problems
     from roll_sft.models.rotary import rotary_problems, rotary_table
 
     config = own_config(config, DeepseekV3Config, architecture=_ARCHITECTURE)
-    problems = [
-        f"{key} null (must be a number)" for key in _NUMBERS if getattr(config, key) is None
-    ]
-    if not problems:
-        glm, number = cast("Glm4MoeConfig", config), config.n_routed_experts
-        problems = expert_problems(glm, num_experts=number)
-        problems += group_problems(glm, num_experts=number)
+    problems = sigmoid_problems(config)
     problems += rotary_problems(dict(config.rope_parameters or {}), types=("default", "yarn"))
     problems += _latent_problems(config)
     shape = decoder_shape(

@@ -9,6 +9,7 @@ from roll_sft.base.text import shown
 
 if TYPE_CHECKING:
     from transformers import (
+        DeepseekV3Config,
         Glm4MoeConfig,
         GptOssConfig,
         MixtralConfig,
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
     )
 
     ExpertConfig: TypeAlias = (
-        Glm4MoeConfig | GptOssConfig | MixtralConfig | OlmoeConfig
+        DeepseekV3Config | Glm4MoeConfig | GptOssConfig | MixtralConfig | OlmoeConfig
         | Qwen2MoeConfig | Qwen3MoeConfig
     )  # fmt: skip
 
+_NUMBERS = ("n_group", "topk_group", "num_experts_per_tok", "first_k_dense_replace")
 MOST, WIDEST, LARGEST = 2**16, 2**20, 1e6  # far above the values of every published model
 
 
 def expert_problems(config: "ExpertConfig", *, num_experts: int) -> list[str]:
     """Value and rule of each setting of experts that cannot be built."""
     problems, chosen = list[str](), config.num_experts_per_tok
+    assert chosen is not None, "`sigmoid_problems` refuses none"
     if not 2 <= num_experts <= MOST:
         problems.append(f"number of experts {num_experts} (must be from 2 to {MOST})")
     for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
@@ -45,23 +48,29 @@ def expert_problems(config: "ExpertConfig", *, num_experts: int) -> list[str]:
     return problems
 
 
-def group_problems(config: "Glm4MoeConfig", *, num_experts: int) -> list[str]:
-    """Value and rule of each setting of groups of experts, and of layers without experts."""
-    groups, chosen, problems = config.n_group, config.topk_group, list[str]()
+def sigmoid_problems(config: "DeepseekV3Config | Glm4MoeConfig") -> list[str]:
+    """`expert_problems`, and those of groups of experts and of layers without experts."""
+    num_experts = config.n_routed_experts
+    given = {key: getattr(config, key) for key in _NUMBERS}
+    missing = [f"{key} null (must be a number)" for key in _NUMBERS if given[key] is None]
+    if missing:
+        return missing
+    problems = expert_problems(config, num_experts=num_experts)
+    groups, chosen, per_token, num_dense = given.values()
     if not 1 <= groups <= num_experts or num_experts % groups:
         problems.append(f"n_group {groups} (must divide the {num_experts} experts)")
     elif groups > 1 and num_experts // groups < 2:  # a group is judged by its two best
         problems.append(f"n_group {groups} (must leave 2 of {num_experts} experts to each group)")
     elif not 1 <= chosen <= groups:
         problems.append(f"topk_group {chosen} (must be from 1 to n_group {groups})")
-    elif config.num_experts_per_tok > (within := chosen * num_experts // groups):
+    elif per_token > (within := chosen * num_experts // groups):
         problems.append(
-            f"num_experts_per_tok {config.num_experts_per_tok} (must be at most {within}, the"
-            f" experts of topk_group {chosen} groups)"
+            f"num_experts_per_tok {per_token} (must be at most {within}, the experts of topk_group"
+            f" {chosen} groups)"
         )
-    if not 0 <= config.first_k_dense_replace < config.num_hidden_layers:
+    if not 0 <= num_dense < config.num_hidden_layers:
         problems.append(
-            f"first_k_dense_replace {config.first_k_dense_replace} (must be from 0 to"
+            f"first_k_dense_replace {num_dense} (must be from 0 to"
             f" {config.num_hidden_layers - 1}, one below num_hidden_layers)"
         )
     if not 1 <= config.n_shared_experts <= MOST:

@@ -37,15 +37,14 @@ def glm4_moe_shape(config: "PreTrainedConfig") -> ModelShape:
     from transformers import Glm4MoeConfig  # slow to import
 
     from roll_sft.models.decoder_shape import decoder_shape, own_config
-    from roll_sft.models.expert_config import expert_problems, group_problems
+    from roll_sft.models.expert_config import sigmoid_problems
     from roll_sft.models.rotary import partial_problems, rotary_problems, rotary_table
 
     config = own_config(config, Glm4MoeConfig, architecture=_ARCHITECTURE)
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    problems = expert_problems(config, num_experts=config.n_routed_experts)
-    problems += group_problems(config, num_experts=config.n_routed_experts)
+    problems = sigmoid_problems(config)
     problems += rotary_problems(dict(config.rope_parameters or {}), partial=True)
     if not problems:
         problems += partial_problems(config, head_dim)
