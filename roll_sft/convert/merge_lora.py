@@ -1,6 +1,6 @@
 """A base model and an adapter of it -> one model folder, as PEFT's `merge_and_unload` makes it.
 
-    python -m roll_sft.convert.merge_lora --adapter FOLDER --base FOLDER --output FOLDER
+    python -m roll_sft.convert.merge_lora --adapter FOLDER --base MODEL --output FOLDER
         [--dequantize] [--replace]
 
 The adapter is a PEFT folder or a checkpoint of a run with `lora.rank`. One tensor is in memory at a
@@ -42,7 +42,7 @@ from roll_sft.models.assets import (
 from roll_sft.models.family import Family
 from roll_sft.models.finite import NotFiniteError
 from roll_sft.models.fused_experts import FusedExperts, fused_table
-from roll_sft.models.model_folder import check_source
+from roll_sft.models.model_folder import check_source, local_model
 from roll_sft.models.nf4 import (
     DequantizedSource,
     block_problems,
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
         prog=program, description="An adapter merged into its base model.", allow_abbrev=False
     )
     parser.add_argument("--adapter", type=Path, required=True, help="a PEFT or a step folder")
-    parser.add_argument("--base", type=Path, required=True, help="the folder of the base model")
+    parser.add_argument("--base", required=True, help="the base model: a folder, or a hub id")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: that of the base")
     parser.add_argument(
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     try:
         told = merge(
             options.adapter,
-            options.base,
+            Path(local_model(options.base, with_weights=True)[0]),
             options.output,
             dtype=options.dtype,
             dequantize=options.dequantize,
@@ -121,7 +121,9 @@ def merge(
     `output` that is in the way.
     """
     if not (base / "config.json").is_file():
-        raise ConfigError(f"--base: '{base}' has no config.json; give the folder of the base model")
+        raise ConfigError(
+            f"--base: '{base}' has no config.json; give the folder of the base model, or its hub id"
+        )
     family, shape = base_shape(base)
     stored = stored_adapter(adapter, family, shape)
     source = _base_source(stored, base, family, shape)

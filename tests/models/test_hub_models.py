@@ -24,7 +24,7 @@ from roll_sft.models.hub import HubModel
 from roll_sft.models.model_folder import local_model
 from roll_sft.models.qwen import QWEN2
 from roll_sft.models.source import ModelSource
-from tests.parity import model_config
+from tests.parity import model_config, write_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -173,3 +173,18 @@ def test_a_folder_comes_before_a_hub_id(
     monkeypatch.chdir(tmp_path)
     assert local_model("org/model", with_weights=True) == (str(tmp_path / "org" / "model"), None)
     assert not hub.requests
+
+
+def test_an_adapter_is_merged_into_a_base_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from roll_sft.convert import merge_lora
+    from tests import lora
+
+    base = write_model(tmp_path / "base", num_layers=1)
+    adapter = lora.write_adapter(base, tmp_path / "adapter", r=2, target_modules="all-linear")
+    hub.files = {path.name: path.read_bytes() for path in base.iterdir()}
+    for name, model in (("hub", "org/model"), ("folder", str(base))):
+        words = ["--adapter", str(adapter), "--base", model, "--output", str(tmp_path / name)]
+        assert merge_lora.main(words) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hub", "folder")]
+    assert weights[0] == weights[1]
