@@ -21,6 +21,7 @@ import psutil
 from roll_sft.base.errors import CheckpointError, DivergedError, PreemptedError
 from roll_sft.base.files import json_lines
 from roll_sft.checkpoint.resume import step_folders, step_of
+from roll_sft.report import RESTARTS
 
 STEPS, SAVE_STEPS, EVAL_STEPS = 24, 6, 8
 SIGNAL_AFTER = 8  # steps, of which some are not saved yet
@@ -176,7 +177,7 @@ class Runs:
 
 
 def _restarted(output: Path, happened: float) -> Outcome:
-    restarts = [*json_lines(output / "restarts.jsonl")]
+    restarts = [*json_lines(output / RESTARTS)]
     if len(restarts) != 1:
         raise RehearsalError(f"{len(restarts)} restarts followed one fault")
     (restart,) = restarts

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import redacted
-from roll_sft.report import PACKS, STARTS
+from roll_sft.report import PACKS, RESTARTS, STARTS, STRAGGLERS
 from roll_sft.report.tail import Columns, Tail, number, parsed, step_of
 
 Array = NDArray[np.float64]
 STEPS, EVALS = "steps.jsonl", "eval.jsonl"
 GENERATIONS, BAD_BATCHES = "generations.jsonl", "bad_batches.jsonl"
-RESTARTS, STRAGGLERS = "restarts.jsonl", "stragglers.jsonl"
 _MOST_KEYS = 2_000  # of a configuration
 _MOST_BYTES = 4 << 20  # of a file that is read whole
 

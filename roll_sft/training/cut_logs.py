@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from roll_sft.base.files import aside_name, set_aside, write_durably, writing
+from roll_sft.report import STRAGGLERS
 from roll_sft.training.run_folder import LOGS
 
 LOG = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def cut_logs(folder: Path, *, step: int, origin: Path) -> None:
     `origin` is `folder` itself where a run resumes from its own checkpoint. Other lines of `folder`
     move to files `.set_aside_<name>`. Raises `ResourceError` where the disk is full.
     """
-    for name in LOGS:
+    for name in (*LOGS, STRAGGLERS):
         path = folder / name
         lines = list(_lines_until(origin / name, step)) if step else []
         with writing(path):

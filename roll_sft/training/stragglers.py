@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from statistics import median, median_low
 
 from roll_sft.job.job import Job
+from roll_sft.report import STRAGGLERS
 from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.training.records import Records
 
 LOG = logging.getLogger(__name__)
 WINDOW = 20  # steps
 LEAST_LAG_S = 0.02  # in a step; less is the noise of the machine
-FILE = "stragglers.jsonl"
 TIMES = "roll_sft.engine.step_timer:times"
 
 
@@ -87,7 +87,7 @@ class Stragglers:
             "times_as_long": ratio,
             "lag_s": lag_s,
         }
-        self._records.open(self._records.folder / FILE).write(line)
+        self._records.open(self._records.folder / STRAGGLERS).write(line)
 
 
 def slow_ones(

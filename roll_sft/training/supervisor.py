@@ -26,6 +26,7 @@ from roll_sft.checkpoint.resume import AUTO, Start, find_checkpoint, start_from
 from roll_sft.config.schema import RunConfig
 from roll_sft.job.job import Job
 from roll_sft.job.prepared import read_prepared
+from roll_sft.report import RESTARTS
 from roll_sft.runtime import regroup
 from roll_sft.runtime.cluster import reserved
 from roll_sft.training import run_folder
@@ -33,7 +34,6 @@ from roll_sft.training.driver import Attempt
 from roll_sft.training.run_folder import JsonLines
 
 LOG = logging.getLogger(__name__)
-RESTARTS = "restarts.jsonl"  # one line for each restart, also of those that failed
 MOST_FAILURES_OF_A_STEP = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 TAIL_BYTES = 1 << 16  # of steps.jsonl: more than one line

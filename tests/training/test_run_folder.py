@@ -102,7 +102,7 @@ def test_folder_with_checkpoints_is_never_written_over(tmp_path):
 
 
 def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
-    for name in ("steps.jsonl", "samples.jsonl"):
+    for name in ("steps.jsonl", "samples.jsonl", "stragglers.jsonl"):
         lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
         (tmp_path / name).write_text("".join(lines) + '{"step": 5, "los')
     eval_lines = [{"step": step, "name": name, "loss": 1.0} for step in (2, 4) for name in "ab"]
@@ -111,7 +111,12 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
     lines = JsonLines(tmp_path / "steps.jsonl")
     lines.write({"step": 4})
     lines.close()
-    for name, steps in (("steps", [1, 2, 3, 4]), ("samples", [1, 2, 3]), ("eval", [2, 2])):
+    for name, steps in (
+        ("steps", [1, 2, 3, 4]),
+        ("samples", [1, 2, 3]),
+        ("stragglers", [1, 2, 3]),
+        ("eval", [2, 2]),
+    ):
         text = (tmp_path / f"{name}.jsonl").read_text()
         assert [json.loads(line)["step"] for line in text.splitlines()] == steps
     assert losses_of(tmp_path, "b") == {2: 1.0}
@@ -121,7 +126,7 @@ def test_logs_are_cut_to_a_step_and_a_torn_line_is_left_out(tmp_path, caplog):
     cut_logs(tmp_path, step=0, origin=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         f".set_aside_{name}.jsonl{number}"
-        for name in ("steps", "samples", "eval")
+        for name in ("steps", "samples", "stragglers", "eval")
         for number in ("", "_1")
     }
     set_aside = (tmp_path / ".set_aside_steps.jsonl").read_text()
