@@ -35,7 +35,7 @@ from roll_sft.training.run_folder import JsonLines
 
 LOG = logging.getLogger(__name__)
 MOST_FAILURES_OF_A_STEP = 3
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+PAUSE_S = 2.0  # before a step is tried again that has failed twice
 TAIL_BYTES = 1 << 16  # of steps.jsonl: more than one line
 
 
@@ -108,14 +108,14 @@ class _History:
         if self.failures > most:
             reason = f"the workers were restarted {most} times (cluster.max_restarts), and failed"
             raise _last(error, reason)
-        return min(FIRST_PAUSE_S * 2.0 ** (times - 1), LONGEST_PAUSE_S)
+        return PAUSE_S if times > 1 else 0.0
 
     def told(self, config: RunConfig, pause_s: float) -> str:
         """Which restart follows."""
         most = config.cluster.max_restarts
         which = f"restart {self.failures} of {most}" if self.failures else "restart"
         lost = f" ({self.node_losses} for lost nodes)" if self.node_losses else ""
-        return f"{which}{lost} in {pause_s:g} s"
+        return f"{which}{lost}{f' in {pause_s:g} s' if pause_s else ''}"
 
 
 def _last(error: WorkerError, reason: str) -> WorkerError:
