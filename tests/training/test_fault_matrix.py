@@ -69,7 +69,8 @@ def planted(runs: Runs, name: str, fault: str) -> tuple[float, float, int]:
     deadlines = [f"cluster.{each}_timeout_s={DEADLINE_S}" for each in ("step", "checkpoint")]
     # The set-up loads libraries, which takes long where many tests share a machine.
     deadlines.append(f"cluster.setup_timeout_s={3 * DEADLINE_S}")
-    finish(runs.start(name, f"debug.faults=[{{{fault}}}]", *deadlines), code=0)
+    keys = [*deadlines, f"debug.faults=[{{{fault}}}]", "checkpoint.hf_export=none"]
+    finish(runs.start(name, *keys), code=0)
     mark = happened(runs.folder / name, 0)
     assert mark.exists(), "the fault did not happen"
     (restart,) = json_lines(runs.folder / name / "restarts.jsonl")
