@@ -146,6 +146,7 @@ BY_NEED = {
     "roll_sft/runtime/shortfall.py": "resources that a cluster lacks",
     "roll_sft/runtime/joining.py": "a cluster that others started",
     "roll_sft/runtime/preparation.py": "data prepared by a cluster",
+    "roll_sft/runtime/killed_start.py": "a run that ends while its cluster starts",
     "roll_sft/runtime/short_folder.py": "a folder for temporary files with a long name",
     "roll_sft/runtime/store_gate.py": "ranks on several nodes",
     "roll_sft/training/evaluations.py": "a validation set",

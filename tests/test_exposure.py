@@ -1,5 +1,6 @@
 """What a run on one machine shows to others: the ports that it opens, and the words it writes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ class Run:
     console: str
     listening: set[str]  # addresses that its processes listened at
     num_ports: int
+    of_ray: dict[str, bytes]  # what Ray had written, shortly before the end
 
 
 def listening(process: psutil.Process) -> set[tuple[str, int]]:
@@ -87,9 +89,11 @@ def trained(assets: Path) -> Iterator[Run]:
                 stdout=console,
                 stderr=subprocess.STDOUT,
             )
-            found = set[tuple[str, int]]()
+            found, of_ray = set[tuple[str, int]](), dict[str, bytes]()
             while program.poll() is None:
                 found |= listening(psutil.Process(program.pid))
+                with contextlib.suppress(OSError):  # a file that goes while it is read
+                    of_ray |= doors.contents(folder / "ray")
                 time.sleep(0.3)
         yield Run(
             folder,
@@ -97,6 +101,7 @@ def trained(assets: Path) -> Iterator[Run]:
             (folder / "console").read_text(),
             {ip for ip, _ in found},
             len(found),
+            of_ray,
         )
 
 
@@ -110,13 +115,18 @@ def test_a_clean_run_ends_with_0_and_alarms_nobody(trained: Run) -> None:
     assert [line for line in found if "cores of this machine" not in line] == []
 
 
+def test_ray_leaves_no_folder(trained: Run) -> None:
+    assert [*(trained.folder / "ray").rglob("session_*")] == []
+
+
 def test_nothing_listens_beyond_this_machine(trained: Run) -> None:
     assert trained.num_ports > 8, "Ray, the store and gloo listen"
     assert {ip.removeprefix("::ffff:") for ip in trained.listening} <= {"127.0.0.1", "::1"}
 
 
 def test_no_secret_is_in_anything_that_a_run_writes(trained: Run) -> None:
-    written = doors.contents(trained.folder)
+    assert any("raylet" in name for name in trained.of_ray), sorted(trained.of_ray)
+    written = trained.of_ray | doors.contents(trained.folder)
     for name in ("run/config.yaml", "run/data_report.json", "mlflow.db", "run/hf/README.md"):
         assert name in written, sorted(written)
     for secret in (*SECRETS.values(), OF_URL, OF_REFERENCE):

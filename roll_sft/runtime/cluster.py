@@ -3,7 +3,8 @@
 Assumes Linux. Promises:
 - a cluster of our own never is one that happens to run, lets in nobody without its token, and ends
   with the process; its processes have sessions of their own, so that a signal to the group of the
-  driver reaches the driver alone; SIGTERM keeps its handler. `runtime/joining.py` joins;
+  driver reaches the driver alone, and its folder goes with it; SIGTERM keeps its handler.
+  `runtime/joining.py` joins;
 - workers that the cluster can never hold are refused at once, and within `placement_timeout_s`
   where other jobs hold the resources, both with a table;
 - ranks of one tensor-parallel group share a bundle, which lies on one node; ranks are numbered node
@@ -19,7 +20,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -42,7 +42,6 @@ from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address
 
 LOG = logging.getLogger(__name__)
 MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
-KILL_TIMEOUT_S = 2.0
 LONGEST_FOLDER = 43  # bytes: 107 of a socket's name, less /session_DATE_PID/sockets/plasma_store
 SILENT_WAIT_S = 3.0  # a longer wait for resources is logged
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -94,6 +93,8 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
         try:
             with kept_sigterm(), _in_own_sessions():
                 _start(config)
+            family = psutil.Process().children(recursive=True)
+            watch([process for process in family if process not in others])
             started.set_result(None)
         except ResourceError as error:
             started.set_exception(error)
@@ -106,13 +107,8 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
         others = psutil.Process().children(recursive=True)
         threading.Thread(target=start, name="ray.init", daemon=True).start()
 
-        def finish() -> None:
-            started.result()
-            family = psutil.Process().children(recursive=True)
-            watch([process for process in family if process not in others])
-
         try:
-            yield finish
+            yield started.result
         finally:
             if as_guest:  # Ray would end this process some time after its start was killed
                 wait([started])
@@ -125,16 +121,9 @@ def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
     if started.done():
         ray.shutdown()
         return
-    from roll_sft.runtime.joining import mute_ray
+    from roll_sft.runtime.killed_start import kill_start
 
-    mute_ray()
-    ends = time.monotonic() + KILL_TIMEOUT_S
-    while not started.done() and time.monotonic() < ends:
-        for process in psutil.Process().children(recursive=True):
-            if process not in others:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        wait([started], timeout=0.1)
+    kill_start(started, others)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ class Program:
     def __init__(self, *arguments: str, folder: Path, environment: dict[str, str] | None = None):
         self._mark = secrets.token_hex(8)
         self._output, self._errors = folder / "stdout.txt", folder / "stderr.txt"
-        self._family: set[psutil.Process] = set()
+        self._family, self._began = set[psutil.Process](), time.time()
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         with self._output.open("w") as output, self._errors.open("w") as errors:
             self._process = subprocess.Popen(
@@ -156,9 +156,12 @@ class Program:
         return json.loads(self.output.partition("\n")[0])
 
     def wait(self, *, timeout_s: float) -> int:
-        """The exit code, once the program and all that it started are gone."""
+        """The exit code, once the program and all that it started are gone, Ray's folder too."""
         code = self._process.wait(timeout_s)
         wait_until(lambda: not self.left, timeout_s=15.0, what="no process is left")
+        folder = Path(tempfile.gettempdir(), "ray")
+        sessions = folder.glob(f"session_*_{self._process.pid}")
+        assert [path for path in sessions if path.stat().st_ctime > self._began] == []
         return code
 
     @property
