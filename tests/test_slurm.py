@@ -51,11 +51,14 @@ def test_a_job_saves_before_its_limit_is_requeued_and_goes_on(
     output = tmp_path / "runs" / "first"
     log = output / "steps.jsonl"
     batch = start(nodes, assets, output)
-    wait_until(
-        lambda: batch.is_over() or (log.exists() and log.read_text().count("\n") >= 3),
-        timeout_s=240,
-        what="steps",
-    )
+    try:
+        wait_until(
+            lambda: batch.is_over() or (log.exists() and log.read_text().count("\n") >= 3),
+            timeout_s=240,
+            what="steps",
+        )
+    finally:
+        print(batch.log)  # pytest shows it where the test fails
     assert not batch.is_over(), batch.log
     batch.signal(signal.SIGUSR1)
     assert batch.wait(timeout_s=120) == 75, batch.log

@@ -152,6 +152,8 @@ def _server(address: str) -> "JobServer":
         )
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, which reads it then
+    # Ray's client prefers this variable, and then RAY_ADDRESS, to the address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
     from roll_sft.runtime.jobs import JobServer
 
     return JobServer(address.rstrip("/"))

@@ -20,7 +20,7 @@ from roll_sft.submit import package
 from tests import doors, test_killed
 from tests.exact import exact
 from tests.outcome import Outcome
-from tests.runtime.ray_cluster import Program
+from tests.runtime.ray_cluster import Program, wait_until
 from tests.runtime.ray_nodes import Nodes, ray_nodes
 
 assets = doors.assets
@@ -119,8 +119,13 @@ def submit(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
     ],
 )
 def test_what_cannot_be_submitted_is_refused_in_one_line(
-    arguments: list[str], said: str, assets: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    said: str,
+    assets: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # --address wins over it
     if "--" in arguments:
         rows = f"data.train=[{{path: {assets / 'rows.jsonl'}}}]"
         arguments = [*arguments, f"model.path={assets / 'model'}", rows]
@@ -314,7 +319,7 @@ def test_a_log_is_whole_where_the_connection_is_lost(cluster: Nodes, tmp_path: P
             follower.wait_until(
                 lambda aim=aim: f"line {aim}\n" in follower.output, timeout_s=60, what="lines"
             )
-            follower.wait_until(relay.cut, timeout_s=20, what="a connection to cut")
+            wait_until(relay.cut, timeout_s=20, what="a connection to cut")  # cuts it once
         assert follower.wait(timeout_s=60) == 3, follower.errors
     finally:
         follower.close()
