@@ -29,6 +29,7 @@ from roll_sft.runtime.group import WorkerGroup
 from roll_sft.tracking.trackers import tracked
 from roll_sft.training import driver
 from roll_sft.training.records import open_records
+from roll_sft.training.stop import Stop
 
 PAIRS = measures.pairs(7)
 TRACKERS = ["mlflow", "tensorboard", "wandb"]
@@ -80,7 +81,8 @@ def _steps(
     with open_records(job, folder) as records, _recording(job, folder):
         records.begin()
         started, cpu = time.perf_counter(), time.process_time()
-        driver.train(job, group, records, folder=folder)
+        stop = Stop(job.config, grace_s=1.0)
+        driver.train(job, group, records, folder=folder, first_step=1, stop=stop)
         seconds = (time.perf_counter() - started) / job.total_steps
         return seconds, (time.process_time() - cpu) / job.total_steps
 

@@ -55,7 +55,7 @@ header.sample b { font-size: 1rem; } header.sample span { color: var(--soft); }
 .legend .c, .tokens .c { color: var(--control); background: var(--control-ground);
   font-weight: 600; }
 .legend .c.l, .tokens .c.l { background: var(--trained); box-shadow: inset 0 -2px 0 var(--edge); }
-.legend span { padding: 0 .4rem; border-radius: 3px; }
+.legend [class] { padding: 0 .4rem; border-radius: 3px; }
 table { width: 100%; border-collapse: collapse; background: var(--card); font-size: .9rem;
   border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
