@@ -18,9 +18,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
+import torch
 from shared import measures
 
 from roll_sft.base.metrics import StepMetrics
@@ -32,7 +34,7 @@ from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
 from roll_sft.runtime import group as group_module
 from roll_sft.runtime.cluster import connected, reserved
-from roll_sft.runtime.group import WorkerGroup
+from roll_sft.runtime.group import Pending, WorkerGroup
 from roll_sft.runtime.worker import StoreAddress, Worker
 from roll_sft.training import driver
 from roll_sft.training.records import open_records
@@ -108,6 +110,11 @@ class EmptyEngine:
 
     def __init__(self, *, is_reporting: bool) -> None:
         self._is_reporting = is_reporting
+        # What the driver's look for slow ranks asks for.
+        config = SimpleNamespace(finalize_model_grads_func=lambda: None)
+        weight = torch.zeros(1)
+        self.chunks = [SimpleNamespace(config=config, parameters=lambda: iter((weight,)))]
+        self.on_micro_batch = lambda: None
         self.busy_s = 0.0
         self.times: list[tuple[float, float]] = []
 
@@ -138,6 +145,9 @@ class EmptyWorker(Worker):
     def setup(self, store: StoreAddress, inputs: Any) -> None:
         reporting_rank = layout_of(self._spec.config.parallel).reporting_rank
         self._engine: Any = EmptyEngine(is_reporting=self._spec.rank == reporting_rank)
+
+    def no_op(self) -> None:
+        """What a step is measured against."""
 
     def keep_busy(self, seconds: float) -> list[tuple[float, float]]:
         """Let each step take `seconds` from now on; returns the times of those before."""
@@ -185,7 +195,8 @@ def _round_trips(group: WorkerGroup) -> float:
     """Seconds of one empty round trip."""
     started = time.perf_counter()
     for _ in range(ROUNDS):
-        group.no_op()
+        references = [actor.no_op.remote() for actor in group._actors]
+        group._collect(Pending("no-op", 60.0, references))
     return (time.perf_counter() - started) / ROUNDS
 
 

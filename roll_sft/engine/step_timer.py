@@ -7,17 +7,18 @@ events are put into the stream, and are read after the step, which has waited fo
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from roll_sft.engine.engine import Engine
+if TYPE_CHECKING:
+    from roll_sft.engine.engine import Engine
 
 
 class _Timer:
     """Stands in for Megatron's function that reduces the gradients at the end of a step."""
 
-    def __init__(self, engine: Engine, reduce: Callable[..., object]) -> None:
+    def __init__(self, engine: "Engine", reduce: Callable[..., object]) -> None:
         self._reduce, self._beat = reduce, engine.on_micro_batch
         self._is_cuda = next(engine.chunks[0].parameters()).is_cuda
         self._begun: Any = None
@@ -50,7 +51,7 @@ class _Timer:
         return event
 
 
-def times(engine: Engine, _argument: None) -> tuple[str, list[float]]:
+def times(engine: "Engine", _argument: None) -> tuple[str, list[float]]:
     """This rank's device, and the seconds of each step since the last call.
 
     The first call begins to measure.

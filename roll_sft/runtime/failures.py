@@ -172,10 +172,8 @@ def stack_in(log: str) -> list[str]:
 
     They come from the last stacks that a deadline wrote to `log`; without any the list is empty.
     """
-    _before, marker, dump = log.rpartition("Timeout (")
-    for thread in (
-        re.split(r"^(?:Current t|T)hread 0x.*$", dump, flags=re.MULTILINE) if marker else []
-    ):
+    _before, *threads = re.split(r"^(?:Current t|T)hread 0x.*$", log, flags=re.MULTILINE)
+    for thread in reversed(threads):
         frames = list(_frames(thread))
         if any("roll_sft/runtime/worker.py" in frame for frame in frames):
             return frames

@@ -9,6 +9,7 @@ that makes no progress; after `close` or `kill` no worker is left, stopped proce
 import contextlib
 import itertools
 import logging
+import pickle
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,6 @@ LOG = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 3.0  # time for a worker to write its stacks after the deadline
 CLOSE_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 1.0
-NO_OP_TIMEOUT_S = 60.0
 CHUNKS_AHEAD = 2  # chunks of an evaluation that are queued at the workers
 
 
@@ -112,8 +112,9 @@ class WorkerGroup:
 
         A rank also builds the batch of the `following` step while this one runs.
         """
-        works = [
-            plan.work_for(data_rank, learning_rate=learning_rate, following=following)
+        shared: dict[str, Any] = {"learning_rate": learning_rate, "following": following}
+        works = [  # as bytes, since Ray's own pickling takes longer than an empty message
+            pickle.dumps(plan.work_for(data_rank, **shared))
             for data_rank in range(self._layout.data_size)
         ]
         references = [
@@ -167,11 +168,6 @@ class WorkerGroup:
 
     def _saving(self, references: list[Any]) -> Pending:
         return Pending("checkpoint", self._config.cluster.checkpoint_timeout_s, references)
-
-    def no_op(self) -> None:
-        """One empty call to every worker; benchmarks measure the driver against it."""
-        references = [actor.no_op.remote() for actor in self._actors]
-        self._collect(Pending("no-op", NO_OP_TIMEOUT_S, references))
 
     def close(self) -> None:
         """Let the workers leave their process groups, then end them; an error is only logged."""

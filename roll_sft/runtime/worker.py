@@ -12,6 +12,8 @@ import gc
 import importlib
 import logging
 import os
+import pickle
+import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -188,8 +190,9 @@ class Worker:
             gc.freeze()
             return gpu
 
-    def train_step(self, work: "RankWork") -> StepMetrics | None:
-        """One optimizer step."""
+    def train_step(self, pickled: bytes) -> StepMetrics | None:
+        """One optimizer step of a pickled `RankWork`."""
+        work: RankWork = pickle.loads(pickled)
         with self._phase(f"step {work.step}", self._spec.config.cluster.step_timeout_s):
             return self._engine.train_step(work)
 
@@ -225,9 +228,6 @@ class Worker:
         with self._phase("teardown", self._spec.config.cluster.setup_timeout_s):
             self._resources.close()
 
-    def no_op(self) -> None:
-        """Do nothing; benchmarks measure the driver against it."""
-
     def _port_to(self, store: StoreAddress) -> int:
         """The port of this node's loopback that leads to the store."""
         if store.node_id == self._address.node_id:
@@ -246,7 +246,7 @@ class Worker:
             try:
                 yield
             finally:
-                faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def beat(self) -> None:
         """Show that this rank makes progress: its deadline begins again."""
@@ -254,8 +254,7 @@ class Worker:
         if now - self._last_beat < min(BEAT_EVERY_S, self._deadline_s / 10):
             return
         self._last_beat = now
-        # faulthandler's thread needs no GIL, so it also shows a rank that never releases it.
-        faulthandler.dump_traceback_later(self._deadline_s, repeat=True, file=self._log)
+        signal.setitimer(signal.ITIMER_REAL, self._deadline_s, self._deadline_s)
         with contextlib.suppress(OSError):  # a sign that is lost ends no step
             os.utime(beat_path(self._spec.logs, self._spec.rank))
 
@@ -351,6 +350,8 @@ def _open_log(spec: WorkerSpec, address: WorkerAddress) -> TextIO:
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     faulthandler.enable(file=log)
+    # At a deadline. It needs no GIL, so it also shows a rank that never releases it.
+    faulthandler.register(signal.SIGALRM, file=log)
     handler = logging.StreamHandler(log)
     handler.setFormatter(
         _LogFormatter(f"%(asctime)s {address.host} rank {spec.rank} %(levelname)s %(message)s")

@@ -19,10 +19,9 @@ NODE = (
 )
 DUMP = """
 2026 vm rank 0 INFO step 3
-Timeout (0:00:05)!
 Thread 0x00007f0 [ray_print] (most recent call first):
   File "/usr/lib/python3.12/threading.py", line 324 in wait
-Thread 0x00007f1 (most recent call first):
+Current thread 0x00007f1 (most recent call first):
 {frames}
   File "/site-packages/roll_sft/runtime/worker.py", line 155 in train_step
   File "/site-packages/ray/_private/worker.py", line 1069 in main_loop
@@ -79,7 +78,7 @@ def test_rank_without_a_stack_gives_no_sign_of_life():
 def test_log_of_a_rank_is_read_from_its_last_start_on(tmp_path):
     addresses = [WorkerAddress(0, "vm", "1.2.3.4", "n", pid) for pid in (11, 12)]
     lines = [
-        f"{started_line(addresses[0])}\nTimeout (of the run before)\n",
+        f"{started_line(addresses[0])}\nThread 0x00007f0 (of the run before)\n",
         "x" * 2 * failures.LOG_TAIL_BYTES,
         f"{started_line(addresses[1])}\nhere\n",
     ]
