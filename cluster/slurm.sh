@@ -76,6 +76,7 @@ trap 'ask_to_save "the job is pre-empted"' TERM
 on_each_node='
   name="${SLURMD_NODENAME:-$(hostname)}"
   echo "slurm.sh: $name: starting Ray"
+  trap : TERM # Ray gets it, too: say when it has ended
   "$@"
   code=$?
   echo "slurm.sh: $name: Ray ended after $SECONDS s, with $code"
@@ -113,6 +114,11 @@ for _ in $(seq 15); do
   sleep 1
 done
 kill "$step" 2>/dev/null || true
+for _ in $(seq 30); do
+  kill -0 "$step" 2>/dev/null || break
+  sleep 1
+done
+kill -KILL "$step" 2>/dev/null || true
 step_code=0
 wait "$step" || step_code=$?
 # A step that ends with 0 and no run is a head of Ray that did not start.

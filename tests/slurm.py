@@ -28,10 +28,11 @@ while :; do sleep 1000 & wait; done
 """
 SRUN = """
 import json, os, signal, socket, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 server = socket.socket(socket.AF_UNIX)
 server.connect(os.environ["SLURM_STAND_IN"])
 stream = server.makefile("rw")
+# Passed on to the tasks, which srun waits for.
+signal.signal(signal.SIGTERM, lambda *_: server.shutdown(socket.SHUT_WR))
 words = sys.argv[1:]
 command = words[next(i for i, word in enumerate(words) if not word.startswith("--")):]
 print(json.dumps({"command": command, "environment": dict(os.environ)}), file=stream, flush=True)

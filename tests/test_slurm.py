@@ -11,7 +11,7 @@ import pytest
 
 from tests import doors, test_killed
 from tests.exact import exact
-from tests.runtime.ray_cluster import wait_until
+from tests.runtime.ray_cluster import Program, wait_until
 from tests.slurm import Batch, Slurm, may_make_nodes, slurm
 from tests.training.test_driver import arguments_of
 
@@ -31,7 +31,7 @@ def nodes() -> Iterator[Slurm]:
         yield cluster
 
 
-def start(nodes: Slurm, assets: Path, output: Path, **overrides: object) -> Batch:
+def arguments(assets: Path, output: Path, **overrides: object) -> list[str]:
     keys: dict[str, object] = {
         "train__max_steps": STEPS,
         "train__num_train_epochs": 30,
@@ -40,9 +40,22 @@ def start(nodes: Slurm, assets: Path, output: Path, **overrides: object) -> Batc
         "data__validation": "[]",
         "tracking__backends": "[jsonl]",
     }
-    arguments = arguments_of(assets, output, **{**keys, **overrides})
+    return arguments_of(assets, output, **{**keys, **overrides})
+
+
+def start(nodes: Slurm, assets: Path, output: Path, **overrides: object) -> Batch:
+    words = arguments(assets, output, **overrides)
     resources = "--num-cpus=1 --object-store-memory=80000000"
-    return nodes.sbatch(SCRIPT, *arguments, PYTHON=sys.executable, RAY_START=resources)
+    return nodes.sbatch(SCRIPT, *words, PYTHON=sys.executable, RAY_START=resources)
+
+
+def plain_run(*words: str, folder: Path) -> int:
+    """The exit code of a run of the same layout, without SLURM."""
+    program = Program("-m", "roll_sft.run", *words, folder=folder)
+    try:
+        return program.wait(timeout_s=200)
+    finally:
+        program.close()
 
 
 def test_a_job_saves_before_its_limit_is_requeued_and_goes_on(
@@ -74,12 +87,9 @@ def test_a_job_saves_before_its_limit_is_requeued_and_goes_on(
     assert nodes.requeued() == ["7"]
     hosts = {re.findall(r"on (\S+), pid", path.read_text())[0] for path in output.glob("logs/*")}
     assert hosts == {"node1", "node2"}, "a worker on each node"
-    whole = start(nodes, assets, tmp_path / "runs" / "whole")
-    assert whole.wait(timeout_s=300) == 0, whole.log
-    steps, wanted = (
-        exact(lines_of(path)) for path in (log, tmp_path / "runs" / "whole" / "steps.jsonl")
-    )
-    assert steps == wanted
+    whole = tmp_path / "runs" / "whole"
+    assert plain_run(*arguments(assets, whole), folder=tmp_path) == 0
+    assert exact(lines_of(log)) == exact(lines_of(whole / "steps.jsonl"))
 
 
 def test_another_exit_code_ends_the_job(nodes: Slurm, assets: Path, tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ def _logits_of_megatron(
     # Late, so that a conversion needs no Megatron-Core.
     import torch.distributed as dist
 
+    from roll_sft.engine.environment import silence_warnings
+
+    silence_warnings()
     from roll_sft.engine import build
     from roll_sft.engine.attention import describe_pack
     from roll_sft.engine.attention_kernels import sdpa

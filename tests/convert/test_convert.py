@@ -74,9 +74,12 @@ def test_megatron_core_loads_what_a_model_was_converted_to(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_every_tensor_is_as_it_was(kind: str, home: Path, tmp_path: Path) -> None:
+def test_there_and_back_every_tensor_is_as_it_was(
+    kind: str, home: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     paths = [str(home / kind / "megatron"), "--output", str(tmp_path / "hf"), "--verify"]
     assert command.main(paths) == 0
+    assert [each.message for each in recwarn if each.category is UserWarning] == []
     source = load_file(home / kind / "model" / "model.safetensors")
     back = load_file(tmp_path / "hf" / "model.safetensors")
     assert back.keys() == source.keys()
