@@ -256,7 +256,8 @@ def _chart(
     named = [each for each in curves if not each.is_faint]
     columns, rows = _table(named)
     key, title, unit, text = words
-    svg = drawing.lines(curves, name=key, bad=bad, restarts=again, is_log=is_log)
+    span = [step for run in runs for step in (*run.step[:1], *run.step[-1:])]
+    svg = drawing.lines(curves, name=key, bad=bad, restarts=again, span=span, is_log=is_log)
     return Chart(key, title, unit, text, svg, legend, columns, rows, marks)
 
 

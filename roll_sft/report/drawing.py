@@ -62,11 +62,19 @@ def lines(
     name: str,
     bad: Sequence[float] = (),
     restarts: Sequence[float] = (),
+    span: Sequence[float] = (),
     is_log: bool = False,
 ) -> str:
-    """The SVG of `curves` over steps, with the steps `bad` and `restarts` marked."""
+    """The SVG of `curves` over steps, with the steps `bad` and `restarts` marked.
+
+    The steps in `span` are on the axis, too, so that charts above each other have one axis.
+    """
 
     def plot(axes: Any) -> None:
+        if len(span):
+            axes.update_datalim([(step, 0) for step in span], updatey=False)
+        if not any(each.y.any() for each in curves):  # else the axis would have negative numbers
+            axes.set_ylim(-0.06, 1.06)
         for each in curves:
             _line(axes, each)
         for step in restarts:
