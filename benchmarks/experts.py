@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_throughput import PACKAGES, ROWS, STEPS, WARM_UP, bare_steps, engine_of, our_steps
+import trainer_overhead
+from cpu_throughput import PACKAGES, ROWS, WARM_UP, bare_steps, engine_of, our_steps
 from shared import chat_data, measures
-from trainer_overhead import _bare_steps, _our_steps
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-PAIRS = measures.pairs(5)
+PAIRS, STEPS = measures.pairs(5), measures.size(3, quick=2)
 
 
 def main() -> None:
@@ -64,7 +64,8 @@ def over_transformers(folder: Path, kind: str, coefficient: float) -> None:
 def over_megatron(folder: Path, kind: str) -> None:
     """CPU seconds of our step over those of Megatron's schedule and optimizer."""
     with engine_of(folder, "moe.aux_loss_coef=0") as (engine, job):
-        ours, bare = _our_steps(engine, job), _bare_steps(engine, job)
+        ours = trainer_overhead.our_steps(engine, job, STEPS)
+        bare = trainer_overhead.bare_steps(engine, job, STEPS)
         ours()
         bare()
         ratios = []

@@ -32,7 +32,7 @@ GOAL = 1.01
 def main() -> None:
     """Measures and prints one JSON line."""
     with tempfile.TemporaryDirectory() as folder, _engine(Path(folder)) as (engine, job):
-        ours, bare = _our_steps(engine, job), _bare_steps(engine, job)
+        ours, bare = our_steps(engine, job, STEPS), bare_steps(engine, job, STEPS)
         ours()
         bare()
         ratios = []
@@ -52,8 +52,9 @@ def main() -> None:
     )
 
 
-def _our_steps(engine: Any, job: Job) -> Callable[[], None]:
-    plans = [job.planner.step(step) for step in _steps()]
+def our_steps(engine: Any, job: Job, num_steps: int) -> Callable[[], None]:
+    """A function that makes the first steps of the run."""
+    plans = [job.planner.step(step) for step in range(1, num_steps + 1)]
     works = [
         plan.work_for(0, learning_rate=1e-4, following=following)
         for plan, following in zip(plans, [*plans[1:], plans[0]], strict=True)
@@ -66,13 +67,14 @@ def _our_steps(engine: Any, job: Job) -> Callable[[], None]:
     return run
 
 
-def _bare_steps(engine: Any, job: Job) -> Callable[[], None]:
+def bare_steps(engine: Any, job: Job, num_steps: int) -> Callable[[], None]:
+    """A function that makes the same steps by Megatron's schedule and optimizer alone."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from roll_sft.engine.optimizer import update
 
     forward_backward = get_forward_backward_func()
-    batches = [_tensors(engine, job, step) for step in _steps()]
+    batches = [_tensors(engine, job, step) for step in range(1, num_steps + 1)]
 
     def forward_step(iterator: Iterator[Any], model: Any) -> Any:
         inputs, options, count = next(iterator)
@@ -118,10 +120,6 @@ def _tensors(engine: Any, job: Job, step: int) -> list[Any]:
         count = torch.tensor(pack.num_supervised, dtype=torch.int)
         packs.append(((pack.tokens_T, pack.positions_T, None), options, count))
     return packs
-
-
-def _steps() -> range:
-    return range(1, STEPS + 1)
 
 
 def _cpu_seconds(run: Callable[[], None]) -> float:
