@@ -89,6 +89,7 @@ def _run(config: RunConfig, folder: Path, command: Command) -> None:
     checkpoint = find_checkpoint(config, checkpoints)
     with contextlib.ExitStack() as cluster:
         with preparing(config, folder / JOB) as prepared:
+            _check_ahead(config)  # before Ray: what a tracker starts here is not Ray's
             # Heavy imports meanwhile, Ray's among them, and its start.
             from roll_sft.runtime.cluster import starting
 
@@ -99,7 +100,6 @@ def _run(config: RunConfig, folder: Path, command: Command) -> None:
             from roll_sft.training.summary import show_summary
 
             clock.passed("imports")
-            _check_ahead(config)
             prepared()
         job = replace(Job.of(read_prepared(config, folder / JOB)), metric_fn=command.metric_fn)
         start = start_from(checkpoint, job.state, allowed=config.checkpoint.allow_changes)
