@@ -14,12 +14,14 @@ import pytest
 
 from roll_sft import cli
 from roll_sft.base.errors import ConfigError
+from roll_sft.base.files import json_lines
 from roll_sft.checkpoint.resume import Start
 from roll_sft.config.build import build_config
 from roll_sft.tracking import recorder, trackers
 from roll_sft.tracking.journal import DOCUMENTED_NAMES, STEP_NAMES
 from roll_sft.tracking.run_facts import DataInput, RunFacts
 from roll_sft.tracking.run_record import read_note
+from tests import doors
 from tests.runtime.ray_cluster import wait_until
 from tests.tracking.event_files import (
     tensorboard,
@@ -27,6 +29,8 @@ from tests.tracking.event_files import (
     wandb_exits,
     wandb_history,
 )
+
+assets, arguments = doors.assets, doors.arguments
 
 ALL = ["mlflow", "tensorboard", "wandb"]
 FACTS = RunFacts(
@@ -365,6 +369,23 @@ def test_a_signal_to_all_processes_leaves_the_last_line_to_us(folder):
     assert len(lost) <= 1
     assert all(line.startswith("Weights & Biases: ") for line in lost)
     assert all(f"`roll-sft sync {folder}` sends it" in line for line in lost)
+
+
+@pytest.mark.long
+def test_wandb_holds_a_real_run_whole_and_the_same_command_again_is_silent(arguments, tmp_path):
+    """Its service starts beside Ray, and outlives it."""
+    folder = tmp_path / "run"
+    command = [*arguments, "tracking.backends=[wandb]", f"output_dir={folder}"]
+    command += ["train.max_steps=2", "train.global_batch_size=4", "checkpoint.hf_export=none"]
+    for _ in range(2):
+        outcome = doors.process(
+            tmp_path, *command, WANDB_MODE="offline", RAY_TMPDIR=f"/tmp/r{os.getpid()}"
+        )
+        assert outcome.code == 0, outcome.stderr
+        assert not [word for word in ("Traceback", "Weights") if word in outcome.stderr]
+    assert read_note(folder / ".wandb_run").is_finished
+    losses = [line["train_loss"] for line in json_lines(folder / "steps.jsonl")]
+    assert [value for _, value in wandb_history(folder)["train/loss"]] == losses
 
 
 @pytest.mark.slow
