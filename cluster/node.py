@@ -109,7 +109,7 @@ def start_node(name: str, options: list[str], *, makes_token: bool) -> int:
             stop_node(name)
             return 4
         time.sleep(0.2)
-    print(f"node {name!r} runs; `{Path(sys.argv[0])} stop --name {name}` ends it; log {log}")
+    print(f"node {name!r} runs; `python {sys.argv[0]} stop --name {name}` ends it; log {log}")
     return 0
 
 

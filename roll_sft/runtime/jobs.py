@@ -89,8 +89,14 @@ class JobServer:
                 except RuntimeError as error:
                     if "already exists" in str(error):  # the answer to an earlier try was lost
                         return
-                    if "try again later" not in str(error) or time.monotonic() > ends:
+                    if "try again later" not in str(error):
                         raise
+                    if time.monotonic() > ends:
+                        raise ResourceError(
+                            f"{self.address}: no node takes jobs after {AGENT_TIMEOUT_S:g} s; where"
+                            " another Ray holds port 52365 of the head, start it with"
+                            " --dashboard-agent-listen-port of another"
+                        ) from error
                 except ConnectionError:
                     if time.monotonic() > ends:
                         raise
