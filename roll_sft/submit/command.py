@@ -193,6 +193,8 @@ def _about_job(verb: str, arguments: list[str]) -> int:
     if verb == "stop":
         return _stop(server, options.job_id)
     jobs = server.jobs() if options.job_id is None else [server.job(options.job_id)]
+    if not jobs:
+        _tell(f"{server.address} has no jobs")
     for job in jobs:
         code = "" if job.driver_exit_code is None else f"  exit code {job.driver_exit_code}"
         sys.stdout.write(f"{job.submission_id}  {job.status.value}{code}\n")
