@@ -16,8 +16,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.pool import RankPool
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+# A shell that starts the tests in the background has them ignore Ctrl-C, `nohup` the end of the
+# terminal, and their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples on every run: what hypothesis finds by chance belongs in an @example.
 settings.register_profile("house", derandomize=True, deadline=None)

@@ -117,6 +117,7 @@ for name in ("ray", "omegaconf", "pyarrow"):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_gpu_checks_run_on_a_cpu_as_far_as_they_can() -> None:
     script = ROOT / "tests" / "gpu" / "check.py"
     # Compiled code has tests of its own, and takes a compiler's time.

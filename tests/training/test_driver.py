@@ -404,6 +404,7 @@ def test_killed_worker_ends_the_run_with_one_line_that_names_it(
     assert recorded == list(range(1, len(recorded) + 1))
 
 
+@pytest.mark.long
 def test_token_cache_that_vanishes_ends_the_run_with_its_name_and_the_exit_code_of_data(
     assets, door, meanwhile, tmp_path, capfd
 ):
