@@ -14,7 +14,8 @@ from roll_sft.base.text import shown
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^{}]*))?\}|(\w+))")  # an innermost one
+_NAME = re.compile(r"\$(\w+)")
+_BRACED = re.compile(r"\$\{(\w+)(?::-([^{}]*))?\}")  # an innermost one
 _CONFIG_FLAGS = ("--config", "--config_file", "--config-file")
 _MODULE = re.compile(r"openrlhf|verl|skyrl|roll")
 _MOST_BYTES = 4 * 1024**2
@@ -187,10 +188,11 @@ def _expanded(text: str, variables: Mapping[str, str]) -> str:
     """`text` with the variables that the script sets; others stay as they are."""
 
     def value(match: re.Match[str]) -> str:
-        name = match[1] or match[3]
-        return variables.get(name, match[2] if match[2] is not None else f"${name}")
+        default = match[2] if match.re is _BRACED else None
+        return variables.get(match[1], f"${match[1]}" if default is None else default)
 
-    before = None
-    while text != before:  # a default may hold variables
-        before, text = text, _VARIABLE.sub(value, text)
+    # Names without braces first: what a variable holds is not expanded again, as in a shell.
+    before, text = None, _NAME.sub(value, text)
+    while text != before:  # a default may hold defaults
+        before, text = text, _BRACED.sub(value, text)
     return text

@@ -18,7 +18,7 @@ from roll_sft.data.steps.learning_rate import Schedule
 from roll_sft.migrate import command
 from roll_sft.migrate.check import _their_rate, comparison
 from roll_sft.migrate.draft import Draft
-from roll_sft.migrate.given import read_given
+from roll_sft.migrate.given import _expanded, read_given
 
 FILES: dict[str, str] = {
     "trl.yaml": """
@@ -503,3 +503,17 @@ def _at(config: RunConfig, key: str) -> Any:
 
 def _fields(source: Any) -> dict[str, Any]:
     return {name: getattr(source, name) for name in ("path", "name", "split", "weight", "samples")}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("$PATH:/c", "/b:$PATH:/c"),
+        ("${PATH}:/c", "/b:$PATH:/c"),
+        ("${NONE:-$PATH}", "/b:$PATH"),
+        ("${NONE:-${MORE:-${PATH}}}", "/b:$PATH"),
+        ("${NONE:-x${MORE:-y}}$MORE", "xy$MORE"),
+    ],
+)
+def test_what_a_variable_of_a_script_holds_is_not_expanded_again(text: str, wanted: str) -> None:
+    assert _expanded(text, {"PATH": "/b:$PATH"}) == wanted
