@@ -124,7 +124,11 @@ class Engine:
         )
         self._is_reporter = dist.get_rank() == self._layout.reporting_rank
         self.on_micro_batch: Callable[[], object] = bool  # called as each one begins
-        self._background = _background_writer() if config.checkpoint.async_save else None
+        self._background: BackgroundWriter | None = None
+        if config.checkpoint.async_save:
+            from roll_sft.checkpoint import background
+
+            self._background = background.BackgroundWriter()
         torch.cuda.reset_peak_memory_stats()
         self._ahead = BuildAhead(lambda indices: self.build(self._data.train, indices))
         if checkpoint is not None:
@@ -367,19 +371,22 @@ class Engine:
         if self._recipe is not None:
             self._recipe.begin_pack(batch)
         pack = batch.pack
-        losses = model(
-            pack.tokens_T,
-            pack.positions_T,
-            None,
-            packed_seq_params=describe_pack(
-                batch.segments,
+        # On a CPU each call of torch passes through the mode of `cpu_backend`; no forward needs it.
+        is_cpu = self._device.type == "cpu"
+        with torch._C.DisableTorchFunction() if is_cpu else contextlib.nullcontext():
+            losses = model(
+                pack.tokens_T,
                 pack.positions_T,
-                frequencies=self.frequencies,
-                token_keys=batch.token_keys,
-            ),
-            **loss_arguments(batch.rows),
-            **({} if self._experts is None else self._experts.arguments(batch, model)),
-        )
+                None,
+                packed_seq_params=describe_pack(
+                    batch.segments,
+                    pack.positions_T,
+                    frequencies=self.frequencies,
+                    token_keys=batch.token_keys,
+                ),
+                **loss_arguments(batch.rows),
+                **({} if self._experts is None else self._experts.arguments(batch, model)),
+            )
 
         def loss(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             # No collective here: data ranks may differ in their number of micro-batches.
@@ -390,9 +397,3 @@ class Engine:
             return loss_sum, count, loss_sum.detach()
 
         return losses, loss
-
-
-def _background_writer() -> "BackgroundWriter":
-    from roll_sft.checkpoint.background import BackgroundWriter
-
-    return BackgroundWriter()
