@@ -1,4 +1,8 @@
-"""Models with experts against transformers + AdamW, step by step, at every layout."""
+"""Models with experts against transformers + AdamW, step by step, at every layout.
+
+Steps are compared with transformers in float64: in float32 the kernels of a CPU decide which expert
+gets a token where two scores are all but equal, in transformers as well.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def reference(
-    home: Path, z_loss: float, aux_loss: float | None, dtype: torch.dtype = torch.float32
+    home: Path, z_loss: float, aux_loss: float | None, dtype: torch.dtype
 ) -> tuple[list[dict[str, float]], torch.Tensor]:
     config = parity.parity_config(home, moe={"z_loss_coef": z_loss, "aux_loss_coef": aux_loss})
     return parity.reference_run(prepare_job(config), dtype)
@@ -132,8 +136,8 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
         moe={"z_loss_coef": case.z_loss, "aux_loss_coef": case.aux_loss},
     )
     job = prepare_job(config)
-    wanted, logits = reference(home, case.z_loss, case.aux_loss)
-    _, exact = reference(home, case.z_loss, case.aux_loss, torch.float64)
+    _, logits = reference(home, case.z_loss, case.aux_loss, torch.float32)
+    wanted, exact = reference(home, case.z_loss, case.aux_loss, torch.float64)
     staging = tmp_path / "checkpoints" / ".staging_00000008"
     staging.mkdir(parents=True)
     ranks = pool.run(parity.engine_run, layout_of(config.parallel), config, staging)
@@ -168,7 +172,7 @@ def test_a_data_rank_with_fewer_samples_keeps_no_other_waiting(
         samples = [sum(map(len, rank)) for rank in job.planner.step(step).ranks]
         assert (min(samples), max(samples), sum(samples)) == (1, 2, 5)
     (steps,) = [rank for rank in pool.run(parity.engine_run, job.layout, config, None) if rank]
-    wanted, _ = parity.reference_run(job)
+    wanted, _ = parity.reference_run(job, torch.float64)
     assert parity.worst(steps, wanted, "loss") < LOSS_TOLERANCE[True]
     assert parity.worst(steps, wanted, "grad_norm") < NORM_TOLERANCE
 
