@@ -85,7 +85,7 @@ def _measure(
 
 
 def _ours(engine: Any, prompts: tuple[tuple[int, ...], ...]) -> Callable[[], list[list[int]]]:
-    from roll_sft.engine.generate import generate
+    from roll_sft.engine.generation.generate import generate
 
     request = GenerationRequest(prompts, (), NEW_TOKENS)
 

@@ -34,9 +34,9 @@ from roll_sft.convert.merge_lora import merge
 from roll_sft.job.in_process import prepare_job
 from roll_sft.job.job import Job
 from roll_sft.job.lora import base_shape
-from roll_sft.models.adapter import adapter_shapes, num_trained_by
-from roll_sft.models.json_files import write_json
-from roll_sft.models.peft_folder import CONFIG, WEIGHTS, config_of
+from roll_sft.models.adapters.adapter import adapter_shapes, num_trained_by
+from roll_sft.models.adapters.peft_folder import CONFIG, WEIGHTS, config_of
+from roll_sft.models.files.json_files import write_json
 from roll_sft.run import compose
 
 RANK, LENGTH, ROWS = 16, 512, 400
@@ -123,7 +123,7 @@ def _show_bytes(engine: Any, job: Job) -> None:
 
 def _show_quantized_bytes(job: Job) -> None:
     """Bytes of the layers' projections in NF4, over those in bf16."""
-    from roll_sft.models.nf4 import quantized_part, quantized_weights
+    from roll_sft.models.adapters.nf4 import quantized_part, quantized_weights
 
     lora = replace(job.config.lora, quantize_base="nf4")
     source, found, in_bf16 = job.source.tensors, 0, 0

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from roll_sft.models.safetensors_in import Shape, TensorSource
+from roll_sft.models.files.safetensors_in import Shape, TensorSource
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from roll_sft.config.schema import RunConfig
-from roll_sft.engine.lora_dropout import TokenDropout, token_keys
+from roll_sft.engine.adapters.lora_dropout import TokenDropout, token_keys
 from roll_sft.job.job import Job
 from tests import parity
 

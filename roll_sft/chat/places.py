@@ -13,9 +13,9 @@ import yaml
 from roll_sft.base.errors import ConfigError
 from roll_sft.base.text import shown
 from roll_sft.checkpoint.manifest import MANIFEST
-from roll_sft.models.json_files import read_object
-from roll_sft.models.model_folder import local_model
-from roll_sft.models.peft_folder import CONFIG as ADAPTER_CONFIG
+from roll_sft.models.adapters.peft_folder import CONFIG as ADAPTER_CONFIG
+from roll_sft.models.files.json_files import read_object
+from roll_sft.models.files.model_folder import local_model
 from roll_sft.training.run_folder import ADAPTER, CHECKPOINTS, MODEL
 
 

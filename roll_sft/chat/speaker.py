@@ -21,9 +21,9 @@ from transformers.utils import logging as library_logging
 from roll_sft.base.errors import ConfigError, DataError, first_line
 from roll_sft.chat.places import Place
 from roll_sft.data.chat.tokenizer import load_tokenizer
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.json_files import read_json
-from roll_sft.models.peft_folder import BASE
+from roll_sft.models.adapters.peft_folder import BASE
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.json_files import read_json
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Messages  # a text that is continued, or messages that are answered

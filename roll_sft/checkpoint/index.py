@@ -19,7 +19,7 @@ import torch
 
 from roll_sft.base.errors import CheckpointError
 from roll_sft.checkpoint.tensors import DTYPES, INDEX, Chunk, Piece, Shape
-from roll_sft.models.json_files import json_text
+from roll_sft.models.files.json_files import json_text
 
 _MOST_BYTES, _MOST_PARTS = 1 << 30, 50_000_000  # a part of a tensor has three lists
 

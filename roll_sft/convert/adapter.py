@@ -19,13 +19,20 @@ from roll_sft.config.lora import LoraConfig
 from roll_sft.convert.from_hf import DTYPES
 from roll_sft.convert.model_card import write_card
 from roll_sft.job.lora import tensor_problem
-from roll_sft.models.adapter import adapter_shapes
-from roll_sft.models.assets import asset_files, copy_file
+from roll_sft.models.adapters.adapter import adapter_shapes
+from roll_sft.models.adapters.peft_folder import (
+    BASE,
+    CONFIG,
+    WEIGHTS,
+    AdapterSource,
+    config_of,
+    read_lora,
+)
 from roll_sft.models.family import Family
-from roll_sft.models.json_files import read_json, write_json
-from roll_sft.models.peft_folder import BASE, CONFIG, WEIGHTS, AdapterSource, config_of, read_lora
-from roll_sft.models.safetensors_in import Shape
-from roll_sft.models.safetensors_out import ShardPlan, write_shards
+from roll_sft.models.files.assets import asset_files, copy_file
+from roll_sft.models.files.json_files import read_json, write_json
+from roll_sft.models.files.safetensors_in import Shape
+from roll_sft.models.files.safetensors_out import ShardPlan, write_shards
 from roll_sft.models.shape import ModelShape
 
 

@@ -27,14 +27,14 @@ from roll_sft.checkpoint.publish import versions_here, write_descriptions, write
 from roll_sft.checkpoint.reader import LAYERS, stored_name
 from roll_sft.checkpoint.tensors import Piece, Writer, take_parts, write
 from roll_sft.convert.new_folder import new_folder
-from roll_sft.models.assets import asset_files, check_assets, config_of, copy_file
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.finite import NotFiniteError, check_finite, rounded
-from roll_sft.models.fused_experts import MARK, FusedExperts
-from roll_sft.models.json_files import write_json
-from roll_sft.models.model_folder import check_source
+from roll_sft.models.files.assets import asset_files, check_assets, config_of, copy_file
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.finite import NotFiniteError, check_finite, rounded
+from roll_sft.models.files.json_files import write_json
+from roll_sft.models.files.model_folder import check_source
+from roll_sft.models.files.safetensors_in import SafetensorsSource, StoredSource, TensorSource
+from roll_sft.models.moe.fused_experts import MARK, FusedExperts
 from roll_sft.models.prediction import kept_of
-from roll_sft.models.safetensors_in import SafetensorsSource, StoredSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from roll_sft.models.weight_map import (

@@ -11,9 +11,9 @@ from roll_sft.checkpoint.manifest import Manifest
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.job.lora import check_fingerprint
 from roll_sft.models.family import Family
-from roll_sft.models.model_folder import check_source, local_model
+from roll_sft.models.files.model_folder import check_source, local_model
+from roll_sft.models.files.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.random_weights import SEEDED, RandomSource
-from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import WeightMapping
 

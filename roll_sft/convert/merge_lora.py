@@ -30,8 +30,16 @@ from roll_sft.convert.from_hf import DTYPES, one_thread
 from roll_sft.convert.model_card import write_card
 from roll_sft.convert.new_folder import new_folder
 from roll_sft.job.lora import base_shape, check_base, check_fingerprint
-from roll_sft.models.adapter import peft_name, scaling
-from roll_sft.models.assets import (
+from roll_sft.models.adapters.adapter import peft_name, scaling
+from roll_sft.models.adapters.nf4 import (
+    DequantizedSource,
+    block_problems,
+    library_problem,
+    quantized_weights,
+)
+from roll_sft.models.adapters.peft_folder import BASE
+from roll_sft.models.family import Family
+from roll_sft.models.files.assets import (
     MODEL_FILES,
     TEXT_FILES,
     TOKENIZER_CONFIG,
@@ -39,21 +47,13 @@ from roll_sft.models.assets import (
     check_assets,
     copy_file,
 )
-from roll_sft.models.family import Family
-from roll_sft.models.finite import NotFiniteError
-from roll_sft.models.fused_experts import FusedExperts, fused_table
-from roll_sft.models.model_folder import check_source, local_model
-from roll_sft.models.nf4 import (
-    DequantizedSource,
-    block_problems,
-    library_problem,
-    quantized_weights,
-)
-from roll_sft.models.peft_folder import BASE
+from roll_sft.models.files.finite import NotFiniteError
+from roll_sft.models.files.model_folder import check_source, local_model
+from roll_sft.models.files.safetensors_in import SafetensorsSource, TensorSource
+from roll_sft.models.files.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
+from roll_sft.models.moe.fused_experts import FusedExperts, fused_table
 from roll_sft.models.prediction import kept_of
 from roll_sft.models.random_weights import SEEDED, RandomSource
-from roll_sft.models.safetensors_in import SafetensorsSource, TensorSource
-from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import WeightTable, hf_shapes
 

@@ -21,7 +21,7 @@ import yaml
 from roll_sft.base.files import json_lines
 from roll_sft.checkpoint.manifest import ASSETS, Manifest
 from roll_sft.data.rows.file_lists import is_on_hub
-from roll_sft.models.hub import HUB_ID
+from roll_sft.models.files.hub import HUB_ID
 
 LOG = logging.getLogger(__name__)
 CARD = "README.md"

@@ -25,13 +25,13 @@ from roll_sft.checkpoint.resume import step_folders
 from roll_sft.convert.from_hf import DTYPES, ROW_WISE, one_thread
 from roll_sft.convert.model_card import write_card
 from roll_sft.convert.new_folder import new_folder
-from roll_sft.models.assets import asset_files, check_assets
-from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
-from roll_sft.models.finite import NotFiniteError, check_finite
-from roll_sft.models.fused_experts import MARK, fused_table
+from roll_sft.models.files.assets import asset_files, check_assets
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.finite import NotFiniteError, check_finite
+from roll_sft.models.files.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
+from roll_sft.models.moe.fused_experts import MARK, fused_table
 from roll_sft.models.prediction import KEPT, kept_weights
-from roll_sft.models.safetensors_out import names_in_fp32, plan_shards, write_hf_folder
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from roll_sft.models.weight_map import WeightMapping, WeightTable, hf_shapes
@@ -105,7 +105,7 @@ def export(
 def _export_adapter(source: _Source, output: Path, *, dtype: str | None, replace: bool) -> str:
     """Write the adapters of a checkpoint that holds no whole model."""
     from roll_sft.convert.adapter import export_adapter
-    from roll_sft.models.peft_folder import CONFIG
+    from roll_sft.models.adapters.peft_folder import CONFIG
 
     with new_folder(output, kind="adapter", marker=CONFIG, replace=replace) as folder:
         model = (source.family, source.shape)

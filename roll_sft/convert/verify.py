@@ -16,7 +16,7 @@ from roll_sft.base.errors import CheckpointError
 from roll_sft.base.layout import ParallelLayout
 from roll_sft.checkpoint.reader import Reader
 from roll_sft.config.schema import RunConfig, on_device
-from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.files.config_file import load_hf_config
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 
@@ -157,6 +157,6 @@ def _logits_of_megatron(
         )
     if shape.variation is None:
         return logits[0]
-    from roll_sft.engine.logits import changed_logits
+    from roll_sft.engine.variations.logits import changed_logits
 
     return changed_logits(logits[0], shape.variation.logits_divisor, shape.variation.logits_softcap)

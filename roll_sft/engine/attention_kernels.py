@@ -121,7 +121,7 @@ def _trial(
 ) -> list[torch.Tensor]:
     """Output [64, H, E] and the gradients of query, key and value, all fp32."""
     if heads.variation is not None:
-        from roll_sft.engine.varied_kernels import strictest
+        from roll_sft.engine.variations.varied_kernels import strictest
 
         kernel = strictest(kernel, heads.variation)
     # A whole sample, and the second chunk of a longer one, as context parallelism makes them.

@@ -33,7 +33,7 @@ from roll_sft.engine.attention_kernels import Kernel
 from roll_sft.engine.layers import LayerConfig, RMSNorm, layer_spec
 from roll_sft.engine.loss import HAS_OUTPUT_PROCESSOR, SupervisedGPTModel
 from roll_sft.models.family import Family
-from roll_sft.models.safetensors_in import TensorSource
+from roll_sft.models.files.safetensors_in import TensorSource
 from roll_sft.models.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -122,7 +122,7 @@ def _of_experts(shape: ModelShape, layout: ParallelLayout) -> dict[str, Any]:
     """The fields of a model with experts."""
     if shape.experts is None:
         return {}
-    from roll_sft.engine.experts import expert_settings
+    from roll_sft.engine.moe.experts import expert_settings
 
     return expert_settings(shape, layout)
 
@@ -155,13 +155,13 @@ def build_model(shape: ModelShape, config: LayerConfig, *, kernel: Kernel) -> li
     """This rank's parts of the model, one for each virtual stage, parameters uninitialised."""
     attention: Any = PackedAttention
     if shape.variation is not None:
-        from roll_sft.engine.variation import VariedAttention, use_settings
+        from roll_sft.engine.variations.variation import VariedAttention, use_settings
 
         attention = VariedAttention
         use_settings(config)
     layer = layer_spec(shape, core_attention=functools.partial(attention, kernel=kernel))
     if config.quantizes_base:
-        from roll_sft.engine.quantized import use_quantized_linears
+        from roll_sft.engine.adapters.quantized import use_quantized_linears
 
         use_quantized_linears(layer)
     virtual_size = config.virtual_pipeline_model_parallel_size
@@ -178,7 +178,7 @@ def _build_chunk(
 ) -> GPTModel:
     layers = [layer] * get_num_layers_to_build(config, vp_stage=stage)
     if shape.experts is not None and shape.experts.num_dense_layers:
-        from roll_sft.engine.experts import with_dense_layers
+        from roll_sft.engine.moe.experts import with_dense_layers
 
         layers = with_dense_layers(layers, shape, config, stage=stage)
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
@@ -199,7 +199,7 @@ def _build_chunk(
         position_embedding_type="none",  # our core attention rotates
     )
     if shape.variation is not None:
-        from roll_sft.engine.variation import use_multipliers
+        from roll_sft.engine.variations.variation import use_multipliers
 
         use_multipliers(model, shape.variation)
     if config.tensor_model_parallel_size == 1:
@@ -309,7 +309,7 @@ def named_parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, torch.nn.Par
                 layer: Any = chunk.decoder.layers[int(index)]
                 name = f"{prefix}{dot}{int(layer.layer_number) - 1}.{tail}"  # counts from 1
                 if ".local_experts." in name:
-                    from roll_sft.engine.experts import global_name
+                    from roll_sft.engine.moe.experts import global_name
 
                     name = global_name(name, num_experts=chunk.config.num_moe_experts or 0)
             yield name, parameter

@@ -43,8 +43,8 @@ from roll_sft.models.source import ModelSource
 
 if TYPE_CHECKING:
     from roll_sft.checkpoint.background import BackgroundWriter
-    from roll_sft.engine.experts import Experts
-    from roll_sft.engine.recipe import Recipe
+    from roll_sft.engine.moe.experts import Experts
+    from roll_sft.engine.recipes.recipe import Recipe
 
 
 class Readout:
@@ -139,7 +139,7 @@ class Engine:
         config, layers, data = self.config, self._transformer, self._data.train
         if not (config.trains_part or config.train.changed_keys or data.weights is not None):
             return None
-        from roll_sft.engine.recipe import prepared
+        from roll_sft.engine.recipes.recipe import prepared
 
         return prepared(self.chunks, source, config, layers=layers, data=data, is_new=is_new)
 
@@ -147,7 +147,7 @@ class Engine:
         """The load of experts, where the model has some."""
         if source.shape.experts is None:
             return None
-        from roll_sft.engine.experts import Experts
+        from roll_sft.engine.moe.experts import Experts
 
         return Experts(self.chunks, source, self.config, recipe=self._recipe)
 

@@ -122,15 +122,15 @@ def layer_spec(shape: ModelShape, *, core_attention: Any) -> ModuleSpec:
     (mlp.keywords["submodules"] if has_builder else mlp.submodules).activation_func = SwiGLU
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if shape.qk_norm == "projection" or shape.norm_placement != "pre":
-        from roll_sft.engine.other_norms import use_other_norms
+        from roll_sft.engine.variations.other_norms import use_other_norms
 
         use_other_norms(layer, shape)
     if latent := shape.variation and shape.variation.latent:
-        from roll_sft.engine.latent_attention import use_latents
+        from roll_sft.engine.variations.latent_attention import use_latents
 
         use_latents(layer, latent)
     if shape.experts is not None:
-        from roll_sft.engine.experts import expert_spec
+        from roll_sft.engine.moe.experts import expert_spec
 
         layer.submodules.mlp = expert_spec(shape)
     return layer

@@ -93,13 +93,13 @@ def supervised_losses(
     assert isinstance(weight, torch.Tensor), f"the head's weight is a {type(weight).__name__}"
     config = output_layer.config
     if context.factors is not None:
-        from roll_sft.engine.objective import objective_of_rows
+        from roll_sft.engine.recipes.objective import objective_of_rows
 
         return objective_of_rows(rows, weight, context, config=config)
     if config.variation is not None or context.hits is not None:
         softmax = _softmax_of(weight, vocab_size=context.vocab_size, is_compiled=config.is_compiled)
         if config.variation is not None:
-            from roll_sft.engine.logits import changed_softmax
+            from roll_sft.engine.variations.logits import changed_softmax
 
             softmax = changed_softmax(softmax, config)
         if context.hits is not None:

@@ -74,7 +74,7 @@ def update(
     if not math.isfinite(norm):
         return norm, False
     if limits is not None:
-        from roll_sft.engine.spikes import exceeds
+        from roll_sft.engine.recipes.spikes import exceeds
 
         if exceeds(optimizer, loss, norm, limits=limits):
             return norm, False

@@ -9,13 +9,13 @@ from typing import Any
 from roll_sft.base.errors import CheckpointError, ConfigError, refuse
 from roll_sft.config.lora import LoraConfig
 from roll_sft.config.schema import RunConfig
-from roll_sft.models.adapter import adapter_problems, adapter_shapes, target_names
-from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.adapters.adapter import adapter_problems, adapter_shapes, target_names
+from roll_sft.models.adapters.peft_folder import BASE, AdapterSource, read_lora
 from roll_sft.models.family import Family
-from roll_sft.models.json_files import read_json
-from roll_sft.models.peft_folder import BASE, AdapterSource, read_lora
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.json_files import read_json
+from roll_sft.models.files.safetensors_in import INDEX_FILE, SINGLE_FILE, Shape
 from roll_sft.models.random_weights import SEEDED
-from roll_sft.models.safetensors_in import INDEX_FILE, SINGLE_FILE, Shape
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource
 
@@ -51,7 +51,7 @@ def check_lora(config: RunConfig, family: Family, shape: ModelShape) -> None:
 def _quantization_problems(config: RunConfig, family: Family, shape: ModelShape) -> Iterator[str]:
     if config.lora.quantize_base == "none":
         return
-    from roll_sft.models.nf4 import block_problems, library_problem
+    from roll_sft.models.adapters.nf4 import block_problems, library_problem
 
     problem = library_problem()
     if problem and not config.dry_run:  # which may plan for another machine

@@ -1,7 +1,7 @@
 """What adapters add to a rank's memory, in numbers; `memory` turns them into bytes."""
 
 from roll_sft.config.schema import RunConfig, layout_of
-from roll_sft.models.adapter import adapted_weights, saved_weights
+from roll_sft.models.adapters.adapter import adapted_weights, saved_weights
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_named
 
@@ -34,7 +34,7 @@ def saved_by_quantization(
     """
     if config.lora.quantize_base == "none":
         return 0.0, 0.0
-    from roll_sft.models.nf4 import bytes_of, quantized_weights
+    from roll_sft.models.adapters.nf4 import bytes_of, quantized_weights
 
     layout = layout_of(config.parallel)
     saved, widest = 0.0, 0.0

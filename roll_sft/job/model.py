@@ -11,16 +11,16 @@ from roll_sft.base.errors import ConfigError, refuse
 from roll_sft.config.layout_checks import backend_problems, layout_problems
 from roll_sft.config.moe import MoeConfig
 from roll_sft.config.schema import RunConfig, on_device
-from roll_sft.models.assets import TrainedTokenizer, check_links, generation_of, save_assets
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.model_folder import check_source, local_model
+from roll_sft.models.files.assets import TrainedTokenizer, check_links, generation_of, save_assets
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.model_folder import check_source, local_model
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ModelSource, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from roll_sft.models.hub import HubModel
+    from roll_sft.models.files.hub import HubModel
 
 
 def located(config: RunConfig) -> "tuple[RunConfig, HubModel | None]":
@@ -32,7 +32,7 @@ def located(config: RunConfig) -> "tuple[RunConfig, HubModel | None]":
     model = config.model
     assert model.path is not None, "check_config refuses a missing model.path"
     if model.trust_remote_code:
-        from roll_sft.models.remote_code import check_code_is_here
+        from roll_sft.models.files.remote_code import check_code_is_here
 
         check_code_is_here(model.path, key="model.path")
         check_code_is_here(model.tokenizer_path or model.path, key="model.tokenizer_path")

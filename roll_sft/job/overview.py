@@ -122,7 +122,7 @@ def _model_table(overview: Overview) -> Table:
     table = _table("Model", "architecture", "parameters", "layers", "hidden", "dtype")
     parameters = f"{shape.num_parameters:,}"
     if shape.experts is not None:
-        from roll_sft.models.experts import num_active_parameters
+        from roll_sft.models.moe.experts import num_active_parameters
 
         parameters += f", {num_active_parameters(shape):,} active"
     if overview.config.trains_part:

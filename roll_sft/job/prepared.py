@@ -105,7 +105,7 @@ def _source(config: RunConfig, shape: ModelShape, *, hub: dict[str, str] | None)
         return ModelSource(shape, seed=config.seed)
     if hub is None:
         return ModelSource(shape, folder=config.model.path)
-    from roll_sft.models.hub import HubModel
+    from roll_sft.models.files.hub import HubModel
 
     return ModelSource(shape, hub=HubModel(**hub))
 

@@ -17,7 +17,7 @@ from roll_sft.config.schema import RunConfig, TrainConfig, layout_of
 from roll_sft.data.steps.objective import step_scale
 from roll_sft.data.tokens.cache import TokenSet
 from roll_sft.job.lora import base_facts, check_lora, lora_facts
-from roll_sft.models.adapter import num_trained_by
+from roll_sft.models.adapters.adapter import num_trained_by
 from roll_sft.models.family import Family
 from roll_sft.models.frozen import (
     freeze_problems,

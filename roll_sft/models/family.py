@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from roll_sft.models.safetensors_in import Shape
+from roll_sft.models.files.safetensors_in import Shape
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import (
     QKV,
@@ -27,7 +27,7 @@ from roll_sft.models.weight_map import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from roll_sft.models.safetensors_in import SafetensorsSource, StoredSource
+    from roll_sft.models.files.safetensors_in import SafetensorsSource, StoredSource
 
 
 @dataclass(frozen=True, slots=True)

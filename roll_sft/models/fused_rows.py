@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from roll_sft.models.family import attention, mlp
-from roll_sft.models.safetensors_in import Shape, TensorSource
+from roll_sft.models.files.safetensors_in import Shape, TensorSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import QKV, GatedMLP, WeightTable
 

@@ -6,7 +6,7 @@ them again, to the last bit unless it changes the dtype.
 
 from collections.abc import Iterable, Mapping
 
-from roll_sft.models.safetensors_in import SafetensorsSource, Shape, StoredSource
+from roll_sft.models.files.safetensors_in import SafetensorsSource, Shape, StoredSource
 from roll_sft.models.source import ModelSource
 from roll_sft.models.weight_map import SingleTensor, WeightTable
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from roll_sft.models.safetensors_in import Shape
+from roll_sft.models.files.safetensors_in import Shape
 
 SEEDED = "random weights of seed "  # and the seed: what such a source is called
 

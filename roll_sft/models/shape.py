@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from roll_sft.base.layout import round_up
 
 if TYPE_CHECKING:
-    from roll_sft.models.experts import ExpertShape
+    from roll_sft.models.moe.experts import ExpertShape
     from roll_sft.models.variation import Variation
 
 QKNorm: TypeAlias = Literal["none", "head", "projection"]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from roll_sft.models.family import Family
-    from roll_sft.models.hub import HubModel
-    from roll_sft.models.safetensors_in import TensorSource
+    from roll_sft.models.files.hub import HubModel
+    from roll_sft.models.files.safetensors_in import TensorSource
 
 
 _PLACES = {  # architecture -> module of this folder, and the name in it
@@ -64,7 +64,7 @@ class ModelSource:
     @property
     def tensors(self) -> "TensorSource":
         """The weights, opened. Raises what `SafetensorsSource` raises."""
-        from roll_sft.models.safetensors_in import SafetensorsSource
+        from roll_sft.models.files.safetensors_in import SafetensorsSource
 
         if self.opened is not None:
             return self.opened
@@ -85,7 +85,7 @@ class ModelSource:
 def family_named(architecture: str) -> "Family":
     """The family of one of `ARCHITECTURES`."""
     module, name = _PLACES[architecture]
-    family: Family = getattr(import_module(f"roll_sft.models.{module}"), name)
+    family: Family = getattr(import_module(f"roll_sft.models.families.{module}"), name)
     return family
 
 

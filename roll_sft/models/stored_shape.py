@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from roll_sft.models.experts import ExpertShape
+from roll_sft.models.moe.experts import ExpertShape
 from roll_sft.models.variation import Variation
 
 

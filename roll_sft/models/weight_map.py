@@ -18,7 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from roll_sft.base.layout import round_up
-from roll_sft.models.safetensors_in import Shape, TensorSource
+from roll_sft.models.files.safetensors_in import Shape, TensorSource
 
 
 class WeightMapping(Protocol):

@@ -23,8 +23,8 @@ from roll_sft.data.steps.batch import PackedBatch, zigzag_indices
 from roll_sft.engine import build
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
+from roll_sft.models.files.safetensors_in import Shape, TensorSource
 from roll_sft.models.fused_rows import FusedRows
-from roll_sft.models.safetensors_in import Shape, TensorSource
 from roll_sft.models.weight_map import QKV, GatedMLP, WeightMapping, hf_names
 from roll_sft.parity.measurement import RankParity, TensorError, TokenError, badness
 from roll_sft.parity.oracle import Reference, probed_columns, read_reference, write_reference

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from roll_sft.config.schema import RunConfig
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.safetensors_in import SafetensorsSource
 from roll_sft.models.source import ModelSource
 from roll_sft.parity.task import ParityTask
 

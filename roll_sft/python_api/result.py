@@ -114,7 +114,7 @@ class Result:
 
         from roll_sft.convert.new_folder import new_folder
         from roll_sft.convert.to_hf import export
-        from roll_sft.models.model_folder import local_model
+        from roll_sft.models.files.model_folder import local_model
 
         target, model = Path(output), self.model
         if model is None:

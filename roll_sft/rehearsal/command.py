@@ -17,7 +17,7 @@ from roll_sft.base.console import stdout_console
 from roll_sft.base.errors import WorkerError
 from roll_sft.config.schema import ParallelConfig, RunConfig
 from roll_sft.job.layouts import DEGREES
-from roll_sft.models.model_folder import local_model
+from roll_sft.models.files.model_folder import local_model
 from roll_sft.rehearsal import tiny
 from roll_sft.rehearsal.faults import (
     EVAL_STEPS,

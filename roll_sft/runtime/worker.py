@@ -34,7 +34,7 @@ from roll_sft.engine.environment import listen_at, set_variables, silence_warnin
 if TYPE_CHECKING:
     from roll_sft.data.steps.plan import RankWork
     from roll_sft.data.tokens.cache import TokenData
-    from roll_sft.models.hub import HubModel
+    from roll_sft.models.files.hub import HubModel
     from roll_sft.models.source import ModelSource
     from roll_sft.runtime.rank_faults import RankFault
     from roll_sft.runtime.store_gate import Gate

@@ -95,7 +95,7 @@ def _answers(
 ) -> list[Generated]:
     """The answers in the order of the prompts."""
     of_ranks = group.call(
-        "roll_sft.engine.generate:generate",
+        "roll_sft.engine.generation.generate:generate",
         request,
         phase=f"generation after step {step}",
         deadline_s=request.deadline_s + job.config.cluster.step_timeout_s,

@@ -15,8 +15,8 @@ from roll_sft.checkpoint.fingerprint import changes
 from roll_sft.config.lora import LoraConfig
 from roll_sft.convert.merge_lora import main, merge
 from roll_sft.job.lora import base_shape, check_lora, fingerprint, lora_facts
-from roll_sft.models import nf4
-from roll_sft.models.peft_folder import BASE, config_of
+from roll_sft.models.adapters import nf4
+from roll_sft.models.adapters.peft_folder import BASE, config_of
 from roll_sft.models.source import ModelSource
 from tests import parity
 from tests.convert.test_export import STATE

@@ -63,7 +63,7 @@ def engine_answers(
 ) -> list[list[Generated] | None]:
     """What this rank's engine answers to each request. In a pool."""
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.generate import generate
+    from roll_sft.engine.generation.generate import generate
 
     job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data)

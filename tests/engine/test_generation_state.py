@@ -102,7 +102,7 @@ def trained(config: RunConfig, requests: list[GenerationRequest]) -> tuple[list[
     import torch.distributed as dist
 
     from roll_sft.engine.engine import Engine
-    from roll_sft.engine.generate import generate
+    from roll_sft.engine.generation.generate import generate
 
     job = prepare_job(config)
     engine = Engine(config, source=job.source, data=job.data)

@@ -16,7 +16,7 @@ from roll_sft.checkpoint.reader import Reader
 from roll_sft.config.schema import layout_of
 from roll_sft.convert.merge_lora import merge
 from roll_sft.convert.to_hf import export
-from roll_sft.engine.lora_dropout import TokenDropout, token_keys
+from roll_sft.engine.adapters.lora_dropout import TokenDropout, token_keys
 from roll_sft.job.in_process import prepare_job
 from tests import parity
 from tests.engine.test_parity import LAYOUTS

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from roll_sft.engine.adapted_linear import FrozenDense
-from roll_sft.engine.low_rank import AdaptedProduct, AddedProduct, Projections, slices_of
+from roll_sft.engine.adapters.adapted_linear import FrozenDense
+from roll_sft.engine.adapters.low_rank import AdaptedProduct, AddedProduct, Projections, slices_of
 
 RANK, SCALE = 2, 0.75
 # Where each projection's outputs lie among 12: together, between those of others, in part.

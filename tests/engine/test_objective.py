@@ -30,7 +30,7 @@ def in_chunks(keys: dict[str, Any], is_compiled: bool) -> dict[str, Any]:
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     from roll_sft.engine.micro_batch import SupervisedRows
-    from roll_sft.engine.objective import Terms, objective_of_rows
+    from roll_sft.engine.recipes.objective import Terms, objective_of_rows
 
     hidden, weight, labels = inputs()
     width = WORDS // parallel_state.get_tensor_model_parallel_world_size()

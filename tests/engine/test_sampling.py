@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from roll_sft.base.generation import GenerationRequest
-from roll_sft.engine.sampling import drawn
+from roll_sft.engine.generation.sampling import drawn
 
 ROWS, VOCABULARY = 6, 50
 

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from roll_sft.data.steps.batch import zigzag_indices
-from roll_sft.engine import attention_kernels, attention_packages, varied_kernels
+from roll_sft.engine import attention_kernels, attention_packages
 from roll_sft.engine.micro_batch import segments_of
-from roll_sft.engine.varied_kernels import Style, attend_with_sinks, sdpa, strictest, styled
+from roll_sft.engine.variations import varied_kernels
+from roll_sft.engine.variations.varied_kernels import (
+    Style,
+    attend_with_sinks,
+    sdpa,
+    strictest,
+    styled,
+)
 from roll_sft.models.variation import LayerAttention, Variation
 
 LENGTHS = (16, 8, 24)

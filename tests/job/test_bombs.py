@@ -171,7 +171,7 @@ def test_what_is_not_hostile_is_prepared_under_the_same_limits(folder: Path) -> 
 
 
 def test_the_cache_of_the_hub_keeps_its_files_beside_the_folder(tmp_path: Path) -> None:
-    from roll_sft.models.assets import asset_files
+    from roll_sft.models.files.assets import asset_files
 
     blobs, snapshot = (tmp_path / "models--org--name" / each for each in ("blobs", "snapshots/1a"))
     blobs.mkdir(parents=True)

@@ -11,7 +11,7 @@ from roll_sft.config.schema import RunConfig, layout_of, on_device
 from roll_sft.job.layouts import Gpus, candidates, variants
 from roll_sft.job.memory import estimate
 from roll_sft.job.step_time import Work
-from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.files.config_file import load_hf_config
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 from roll_sft.run import compose, shipped_configurations

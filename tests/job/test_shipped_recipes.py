@@ -10,7 +10,7 @@ import pytest
 from roll_sft import stages
 from roll_sft.config.schema import RunConfig, on_device
 from roll_sft.job.memory import estimate
-from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.files.config_file import load_hf_config
 from roll_sft.models.source import family_of
 from roll_sft.run import compose, shipped_configurations
 from tests.job.test_presets import (

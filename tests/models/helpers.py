@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.safetensors_in import Shape
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.safetensors_in import Shape
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2053,

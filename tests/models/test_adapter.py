@@ -9,14 +9,14 @@ import torch
 
 from roll_sft.base.errors import CheckpointError, ConfigError
 from roll_sft.config.lora import LoraConfig
-from roll_sft.models.adapter import (
+from roll_sft.models.adapters.adapter import (
     AdaptedWeight,
     adapted_weights,
     adapter_problems,
     adapter_shapes,
     num_trained_by,
 )
-from roll_sft.models.peft_folder import CONFIG, WEIGHTS, AdapterSource, read_lora
+from roll_sft.models.adapters.peft_folder import CONFIG, WEIGHTS, AdapterSource, read_lora
 from roll_sft.models.source import family_of
 from roll_sft.models.weight_map import QKV, GatedMLP, SingleTensor, WeightMapping
 from tests import parity

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.assets import TrainedTokenizer, asset_files, save_assets
-from roll_sft.models.readers import widen
+from roll_sft.models.files.assets import TrainedTokenizer, asset_files, save_assets
+from roll_sft.models.files.readers import widen
 from tests.models.helpers import LLAMA3_ROPE
 from tests.tiny import tiny_tokenizer
 

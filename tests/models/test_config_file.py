@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.files.config_file import load_hf_config
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import family_of
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.deepseek_v3 import DEEPSEEK_V3
+from roll_sft.models.families.deepseek_v3 import DEEPSEEK_V3
 from tests.models.helpers import SIZES, config_from_disk
 
 ON_DISK = {

@@ -12,10 +12,10 @@ from transformers import Qwen3MoeConfig as Qwen3Moe
 from roll_sft.base.errors import ConfigError
 from roll_sft.convert.from_hf import import_model
 from roll_sft.convert.to_hf import export
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.experts import num_active_parameters
-from roll_sft.models.model_folder import check_source
-from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.model_folder import check_source
+from roll_sft.models.files.safetensors_in import SafetensorsSource
+from roll_sft.models.moe.experts import num_active_parameters
 from roll_sft.models.source import family_of
 from tests import parity
 from tests.models.helpers import DEFAULT_ROPE, SIZES

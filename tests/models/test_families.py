@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from roll_sft.models.family import Family
-from roll_sft.models.model_folder import check_source
-from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.files.model_folder import check_source
+from roll_sft.models.files.safetensors_in import SafetensorsSource
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.source import ARCHITECTURES, family_named, family_of
 from roll_sft.models.weight_map import SingleTensor

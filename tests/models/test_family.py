@@ -7,7 +7,7 @@ import torch
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.models.family import Family
-from roll_sft.models.model_folder import check_source
+from roll_sft.models.files.model_folder import check_source
 from roll_sft.models.shape import ModelShape
 from roll_sft.models.weight_map import GatedMLP, TiedHead, VocabSplit, WeightMapping
 from tests.models.helpers import MemorySource

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from roll_sft.models.finite import NotFiniteError, check_finite
+from roll_sft.models.files.finite import NotFiniteError, check_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

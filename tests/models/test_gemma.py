@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.gemma import GEMMA2, GEMMA3
+from roll_sft.models.families.gemma import GEMMA2, GEMMA3
 from tests.models.helpers import SIZES, config_from_disk
 
 GEMMA2_ON_DISK = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", **SIZES}

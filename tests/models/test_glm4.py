@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.glm4 import GLM4
+from roll_sft.models.families.glm4 import GLM4
 from tests.models.helpers import SIZES, config_from_disk
 
 ON_DISK = {

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from roll_sft.base.errors import ConfigError
 from roll_sft.convert.from_hf import import_model
 from roll_sft.convert.to_hf import export
-from roll_sft.models.glm4_moe import GLM4_MOE
-from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.families.glm4_moe import GLM4_MOE
+from roll_sft.models.files.safetensors_in import SafetensorsSource
 from tests import parity
 from tests.models.helpers import SIZES, config_from_disk
 

@@ -12,9 +12,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from roll_sft.base.errors import ConfigError
 from roll_sft.convert.from_hf import import_model
 from roll_sft.convert.to_hf import export
-from roll_sft.models.gpt_oss import GPT_OSS
-from roll_sft.models.model_folder import check_source
-from roll_sft.models.safetensors_in import SafetensorsSource
+from roll_sft.models.families.gpt_oss import GPT_OSS
+from roll_sft.models.files.model_folder import check_source
+from roll_sft.models.files.safetensors_in import SafetensorsSource
 from tests import parity
 from tests.models.helpers import SIZES, config_from_disk
 

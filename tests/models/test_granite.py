@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.granite import GRANITE
+from roll_sft.models.families.granite import GRANITE
 from tests.models.helpers import SIZES, config_from_disk
 
 ON_DISK = {"architectures": ["GraniteForCausalLM"], "model_type": "granite", **SIZES}

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from roll_sft.base.errors import ConfigError, ResourceError
-from roll_sft.models.hub import HubModel
-from roll_sft.models.model_folder import local_model
-from roll_sft.models.qwen import QWEN2
+from roll_sft.models.families.qwen import QWEN2
+from roll_sft.models.files.hub import HubModel
+from roll_sft.models.files.model_folder import local_model
 from roll_sft.models.source import ModelSource
 from tests.parity import model_config, write_model
 

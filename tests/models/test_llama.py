@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.llama import LLAMA
+from roll_sft.models.families.llama import LLAMA
 from tests.models.helpers import LLAMA3_ROPE, SIZES, config_from_disk
 
 ON_DISK = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES}

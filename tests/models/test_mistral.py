@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.mistral import MISTRAL
+from roll_sft.models.families.mistral import MISTRAL
 from tests.models.helpers import SIZES, config_from_disk
 
 ON_DISK = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **SIZES}

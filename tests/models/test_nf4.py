@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config
 
 from roll_sft.config.lora import LoraConfig
-from roll_sft.models import nf4
+from roll_sft.models.adapters import nf4
 from roll_sft.models.source import family_named
 from tests.models.helpers import DEFAULT_ROPE, MemorySource
 

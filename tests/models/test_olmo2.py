@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.olmo2 import OLMO2
+from roll_sft.models.families.olmo2 import OLMO2
 from tests.models.helpers import SIZES, MemorySource, config_from_disk
 
 ON_DISK = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", **SIZES}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.olmo3 import OLMO3
+from roll_sft.models.families.olmo3 import OLMO3
 from tests.models.helpers import SIZES, config_from_disk
 
 ON_DISK = {

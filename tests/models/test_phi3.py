@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.phi3 import PHI3
+from roll_sft.models.families.phi3 import PHI3
 from tests.families import LONG, SHORT
 from tests.models.helpers import SIZES, MemorySource, config_from_disk
 

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen3Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.qwen import QWEN2, QWEN3
+from roll_sft.models.families.qwen import QWEN2, QWEN3
 from roll_sft.models.source import family_of
 from tests.models.helpers import SIZES, config_from_disk, tiny_model
 

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from roll_sft.models.assets import TrainedTokenizer, save_assets
-from roll_sft.models.config_file import load_hf_config
-from roll_sft.models.safetensors_in import SafetensorsSource
-from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
+from roll_sft.models.files.assets import TrainedTokenizer, save_assets
+from roll_sft.models.files.config_file import load_hf_config
+from roll_sft.models.files.safetensors_in import SafetensorsSource
+from roll_sft.models.files.safetensors_out import plan_shards, write_hf_folder
 from roll_sft.models.source import family_of
 from tests import parity
 from tests.models import reading

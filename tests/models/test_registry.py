@@ -8,8 +8,8 @@ import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.config_file import load_hf_config
 from roll_sft.models.family import Family
+from roll_sft.models.files.config_file import load_hf_config
 from roll_sft.models.source import ARCHITECTURES, family_named, family_of
 from tests.models.helpers import LLAMA3_ROPE, SIZES
 

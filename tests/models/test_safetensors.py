@@ -18,12 +18,12 @@ from transformers import (
 
 from roll_sft.base.errors import CheckpointError, ConfigError
 from roll_sft.convert.new_folder import new_folder
-from roll_sft.models.assets import TrainedTokenizer, save_assets
-from roll_sft.models.model_folder import check_source
-from roll_sft.models.qwen import QWEN2
+from roll_sft.models.families.qwen import QWEN2
+from roll_sft.models.files.assets import TrainedTokenizer, save_assets
+from roll_sft.models.files.model_folder import check_source
+from roll_sft.models.files.safetensors_in import SafetensorsSource
+from roll_sft.models.files.safetensors_out import plan_shards, write_hf_folder
 from roll_sft.models.random_weights import RandomSource
-from roll_sft.models.safetensors_in import SafetensorsSource
-from roll_sft.models.safetensors_out import plan_shards, write_hf_folder
 from tests.tiny import tiny_tokenizer
 
 CONFIG = {

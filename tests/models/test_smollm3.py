@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roll_sft.base.errors import ConfigError
-from roll_sft.models.smollm3 import SMOLLM3
+from roll_sft.models.families.smollm3 import SMOLLM3
 from tests.models.helpers import SIZES, config_from_disk
 
 ON_DISK = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from roll_sft.models.qwen import QWEN2
+from roll_sft.models.families.qwen import QWEN2
 from roll_sft.models.source import ModelSource
 from roll_sft.models.weight_map import TiedHead, hf_names
 from roll_sft.parity.measurement import RankParity, TensorError, TokenError

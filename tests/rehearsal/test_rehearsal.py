@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from roll_sft.config.build import build_config
 from roll_sft.config.schema import ParallelConfig
 from roll_sft.job.model import model_problems
-from roll_sft.models.config_file import load_hf_config
+from roll_sft.models.files.config_file import load_hf_config
 from roll_sft.models.source import family_of
 from roll_sft.rehearsal import tiny
 from roll_sft.rehearsal.faults import Fault, Runs

@@ -12,7 +12,8 @@ from roll_sft.config.schema import layout_of
 from roll_sft.data.steps.packing import CostModel
 from roll_sft.data.steps.plan import Planner, PlanOptions
 from roll_sft.data.tokens.cache import TokenData
-from roll_sft.engine import fused, lora
+from roll_sft.engine import fused
+from roll_sft.engine.adapters import lora
 from roll_sft.engine.engine import Engine
 from roll_sft.engine.micro_batch import MicroBatch
 from roll_sft.engine.optimizer import make_optimizer_state

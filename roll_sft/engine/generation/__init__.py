@@ -1,0 +1,1 @@
+"""Answers of the model that trains, on one rank."""

@@ -1,0 +1,1 @@
+"""What a recipe changes on one rank beside a plain full fine-tune."""

@@ -1,0 +1,1 @@
+"""Adapters: their names, their folder, and a quantized base."""

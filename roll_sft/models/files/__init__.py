@@ -1,0 +1,1 @@
+"""The folder of a model: its files read, checked and written."""

@@ -1,0 +1,1 @@
+"""Experts: their shape, configuration and weights."""
