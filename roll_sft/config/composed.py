@@ -45,7 +45,9 @@ def schema() -> DictConfig:
     Without types: Hydra would stop at the first wrong one, and does not say where in a list it is.
     """
     node: DictConfig = OmegaConf.create(dataclasses.asdict(RunConfig()))
-    OmegaConf.set_struct(node.data.template_kwargs, False)  # its keys are the template's
+    for each in all_keys(RunConfig):
+        if isinstance(each.default, dict):  # a mapping, whose keys are the user's
+            OmegaConf.set_struct(OmegaConf.select(node, each.name), False)
     return node
 
 

@@ -530,6 +530,16 @@ def composition(name: str, overrides: list[str]) -> Any:
         return compose(name, overrides=overrides)
 
 
+@pytest.mark.parametrize(
+    "name", [key.name for key in all_keys(RunConfig) if isinstance(key.default, dict)]
+)
+def test_a_mapping_takes_keys_of_the_user_s(name: str) -> None:
+    values: Any = composition("base", [f"{name}={{embeddings: 0.5}}"])
+    for part in name.split("."):
+        values = values[part]
+    assert values == {"embeddings": 0.5}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_a_shipped_configuration_runs_once_model_and_data_are_given(name: str) -> None:
     overrides = ["model.path=m", "data.train=[{path: a.jsonl}]"]
