@@ -86,6 +86,20 @@ def test_every_error_of_the_command_line_is_code_2_without_a_traceback(
     assert contents(tmp_path) == {}
 
 
+def test_a_path_may_begin_at_the_user_s_home(door: Door, tmp_path: Path) -> None:
+    entry = "{path: ~/rows.jsonl, name: '~/rows'}"
+    typed = door(
+        f"data.train=[{entry}]", "model.path=~/models/m", "output_dir=~/out", "dry_run=true"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [base, _self_]\noutput_dir: ~/out\nmodel: {{path: ~/models/m}}\n"
+        f"data:\n  train: [{entry}]\ndry_run: true\n"
+    )
+    written = door("--config-dir=.", "--config-name=mine")
+    for done in (typed, written):
+        refused(done, 2, f"model.path: '{Path.home()}/models/m' is neither a folder nor a hub id")
+
+
 @pytest.mark.parametrize("text", ["2024_11_25", "1e3", "1_0", "true", "0.50", "nan"])
 def test_a_text_key_keeps_what_was_typed(door: Door, tmp_path: Path, text: str) -> None:
     entry = f"{{path: {text}, name: {text}, weight: 1e-1}}"

@@ -87,7 +87,7 @@ def test_a_job_saves_before_its_limit_is_requeued_and_goes_on(
     assert again.wait(timeout_s=300) == 0, again.log
     assert f"with step {kept + 1}" in again.log
     assert nodes.requeued() == ["7"]
-    hosts = {re.findall(r"on (\S+), pid", path.read_text())[0] for path in output.glob("logs/*")}
+    hosts = {re.findall(r"on (\S+) \(", path.read_text())[0] for path in output.glob("logs/*")}
     assert hosts == {"node1", "node2"}, "a worker on each node"
     whole = tmp_path / "runs" / "whole"
     assert plain_run(*arguments(assets, whole), folder=tmp_path) == 0

@@ -34,6 +34,12 @@ _NUMBERS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
 _LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
 # YAML 1.1 reads 010 as eight and 1:30 as ninety; the configuration reads ten, and refuses 1:30.
 _YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
+# Outside quotes, which Hydra's grammar asks for around a ~; a shell leaves that of `key=~/x` alone.
+_HOME = re.compile(r"""('(?:\\.|[^'])*'|"(?:\\.|[^"])*")|(?<=[=:,\[\s])~(?=/)""")
+_PATHS = frozenset(
+    ("output_dir", "model.path", "model.tokenizer_path", "data.train.path", "data.validation.path")
+    + ("data.cache_dir", "data.chat_template", "lora.adapter_path", "evaluation.prompts.path")
+)
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^\s,}]+)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
@@ -54,7 +60,7 @@ def schema() -> DictConfig:
 def resolved(composed: DictConfig) -> dict[str, Any]:
     """Plain values of `composed`, references resolved, over all defaults, which they may refer to.
 
-    What comes from the environment is written as its reference from now on.
+    A path that begins with ~/ begins with the user's home. What comes from the environment is written as its reference from now on.
     Raises `ConfigError` for a reference that leads nowhere.
     """
     given: Any = OmegaConf.to_container(composed, resolve=False)
@@ -66,7 +72,17 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
         name = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{name}: {reason}; mend the reference or write the value") from error
-    return dict(values)
+    return dict(_from_home(values, ""))
+
+
+def _from_home(values: Any, name: str) -> Any:
+    if isinstance(values, dict):
+        return {k: _from_home(each, f"{name}.{k}" if name else k) for k, each in values.items()}
+    if isinstance(values, list):
+        return [_from_home(each, name) for each in values]
+    if name in _PATHS and isinstance(values, str) and values.startswith("~/"):
+        return f"{Path.home()}{values[1:]}"
+    return values
 
 
 def stored_values(path: Path) -> dict[str, Any]:
@@ -93,12 +109,13 @@ def _environment_values(unresolved: Any) -> dict[str, str]:
 
 
 def override_as_typed(argument: str) -> str:
-    """The override `argument`, with quotes around numbers that a text key takes.
+    """The override `argument`, with quotes around numbers that a text key takes, and ~/ as a path.
 
     An unknown key of a known section gets Hydra's `++`, so that it is refused together with all
     other problems. What Hydra cannot parse is returned unchanged, for Hydra to refuse. Raises
     `ConfigError` for a key of the entries of a list, such as `data.train.path`.
     """
+    argument = _HOME.sub(lambda found: found[1] or str(Path.home()), argument)
     lexer = OverrideLexer(InputStream(argument))
     lexer.removeErrorListeners()
     parser: Any = OverrideParser(CommonTokenStream(lexer))
