@@ -37,8 +37,17 @@ _YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
 # Outside quotes, which Hydra's grammar asks for around a ~; a shell leaves that of `key=~/x` alone.
 _HOME = re.compile(r"""('(?:\\.|[^'])*'|"(?:\\.|[^"])*")|(?<=[=:,\[\s])~(?=/)""")
 _PATHS = frozenset(
-    "output_dir model.path model.tokenizer_path data.train.path data.validation.path"
-    " data.cache_dir data.chat_template lora.adapter_path evaluation.prompts.path".split()
+    [
+        "output_dir",
+        "model.path",
+        "model.tokenizer_path",
+        "data.train.path",
+        "data.validation.path",
+        "data.cache_dir",
+        "data.chat_template",
+        "lora.adapter_path",
+        "evaluation.prompts.path",
+    ]
 )
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^\s,}]+)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
