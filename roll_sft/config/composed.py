@@ -36,19 +36,16 @@ _LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
 _YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
 # Outside quotes, which Hydra's grammar asks for around a ~; a shell leaves that of `key=~/x` alone.
 _HOME = re.compile(r"""('(?:\\.|[^'])*'|"(?:\\.|[^"])*")|(?<=[=:,\[\s])~(?=/)""")
-_PATHS = frozenset(
-    [
+_PATHS = {
+    *(
         "output_dir",
         "model.path",
         "model.tokenizer_path",
         "data.train.path",
         "data.validation.path",
-        "data.cache_dir",
-        "data.chat_template",
-        "lora.adapter_path",
-        "evaluation.prompts.path",
-    ]
-)
+    ),
+    *("data.cache_dir", "data.chat_template", "lora.adapter_path", "evaluation.prompts.path"),
+}
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^\s,}]+)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
@@ -69,7 +66,8 @@ def schema() -> DictConfig:
 def resolved(composed: DictConfig) -> dict[str, Any]:
     """Plain values of `composed`, references resolved, over all defaults, which they may refer to.
 
-    A path that begins with ~/ begins with the user's home. What comes from the environment is written as its reference from now on.
+    A path that begins with ~/ begins with the user's home. What comes from the environment is
+    written as its reference from now on.
     Raises `ConfigError` for a reference that leads nowhere.
     """
     given: Any = OmegaConf.to_container(composed, resolve=False)
