@@ -36,16 +36,7 @@ _LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
 _YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
 # Outside quotes, which Hydra's grammar asks for around a ~; a shell leaves that of `key=~/x` alone.
 _HOME = re.compile(r"""('(?:\\.|[^'])*'|"(?:\\.|[^"])*")|(?<=[=:,\[\s])~(?=/)""")
-_PATHS = {
-    *(
-        "output_dir",
-        "model.path",
-        "model.tokenizer_path",
-        "data.train.path",
-        "data.validation.path",
-    ),
-    *("data.cache_dir", "data.chat_template", "lora.adapter_path", "evaluation.prompts.path"),
-}
+_PATH = re.compile(r"(path|_dir|chat_template)$")  # ends of the names of keys that hold one
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^\s,}]+)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
@@ -87,7 +78,8 @@ def _from_home(values: Any, name: str) -> Any:
         return {k: _from_home(each, f"{name}.{k}" if name else k) for k, each in values.items()}
     if isinstance(values, list):
         return [_from_home(each, name) for each in values]
-    if name in _PATHS and isinstance(values, str) and values.startswith("~/"):
+    is_path = name in _names() and _PATH.search(name)
+    if is_path and isinstance(values, str) and values.startswith("~/"):
         return f"{Path.home()}{values[1:]}"
     return values
 

@@ -53,7 +53,7 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     CudaToCpu().__enter__()
-    _yield_no_core_to_the_woken()
+    _finish_before_waking()
     _share_gloo_device()
 
 
@@ -66,7 +66,7 @@ def _all_to_all(exchange: Callable[..., Any], *tensors: torch.Tensor, **options:
     return exchange(*tensors, **options)
 
 
-def _yield_no_core_to_the_woken() -> None:
+def _finish_before_waking() -> None:
     """Let a thread that gloo wakes wait until the one that woke it has written its message.
 
     A sender holds its pair's lock while it writes. The peer that this wakes takes its core, and its
