@@ -6,6 +6,7 @@ Another tracker is one more module in this folder, which implements `Tracker`, a
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 FINISHED: Final = "FINISHED"
+# How long a tracker's thread keeps the interpreter from the training loop. Python's own 5 ms, which
+# a loop meets several times a step, add up to more than a short step.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class Request(NamedTuple):
@@ -106,6 +110,9 @@ def tracked(job: Job, folder: Path, *, start: Start) -> "Iterator[list[Recorder]
     run = RecordedRun(job.config, folder, continues=continues, start_step=start.step)
     record = RunRecord(folder, job.config.train.logging_steps, job.total_steps)
     opened = open_recorders(run, record, facts=lambda: record.facts(lambda: facts_of(job)))
+    interval_s = sys.getswitchinterval()
+    if opened:
+        sys.setswitchinterval(min(interval_s, SWITCH_INTERVAL_S))
     if start.step >= job.total_steps:
         for recorder, tracker in opened:
             if not tracker.was_finished():
@@ -121,6 +128,7 @@ def tracked(job: Job, folder: Path, *, start: Start) -> "Iterator[list[Recorder]
         record.close(status)
         for recorder, _ in opened:
             recorder.close(status)
+        sys.setswitchinterval(interval_s)
 
 
 def open_recorders(
