@@ -35,7 +35,8 @@ def install() -> None:
     cuda.current_device = _current_device
     cuda.synchronize = _nothing
     cuda.empty_cache = _nothing
-    cuda.manual_seed = torch.manual_seed
+    # torch.manual_seed also writes out the stack of its caller, once for each kind of device.
+    cuda.manual_seed = torch.default_generator.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
     cuda.current_stream = NullStream
