@@ -68,6 +68,13 @@ EXTRA = (
     "save_memory_blocking",
     "save_memory_asynchronous",
     "epoch_plan_bytes",
+    "tracker_overhead",
+    "generation",
+    "lora_step_over_full",
+    "lora_over_peft",
+    "merge_over_copy",
+    "qwen3_moe_over_transformers",
+    "qwen3_moe_over_megatron",
 )
 
 
