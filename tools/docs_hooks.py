@@ -1,17 +1,22 @@
-"""A hook of the documentation site: no line of a page ends within an option such as `--detach`."""
+"""A hook of the documentation site, for code within a line.
+
+Options and commands, such as `roll-sft`, stay on one line. In a table a bar is written with a
+backslash, which GitHub leaves out and Python-Markdown does not.
+"""
 
 import re
 from typing import Any
 
 _INLINE_CODE = re.compile(r"<code>([^<]*)</code>")
-_OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
+_HYPHENATED = re.compile(r"-{1,2}[A-Za-z][\w-]*|\w+(?:-\w+)+")
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with its options marked; site.css keeps them whole."""
-    return _INLINE_CODE.sub(_marked, html)
+    """The page with such words marked, for site.css, and bars without their backslash."""
+    return _INLINE_CODE.sub(_shown, html)
 
 
-def _marked(code: re.Match[str]) -> str:
-    text = _OPTION.sub(lambda option: f'<span class="option">{option[0]}</span>', code[1])
+def _shown(code: re.Match[str]) -> str:
+    text = code[1].replace(r"\|", "|")
+    text = _HYPHENATED.sub(lambda word: f'<span class="whole">{word[0]}</span>', text)
     return f"<code>{text}</code>"

@@ -15,12 +15,11 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 GPU = "GPU"
-SUITE = "the test suite: "
 # Of each measure its number, what it is, and the names of its lines or why it has none.
 MEASURES: tuple[tuple[int, str, tuple[str, ...] | str], ...] = (
     (1, "preparation, tokens per CPU second, over TRL's", ("prepare_over_trl",)),
     (2, "preparation over the tokenizer's encoder alone", ("prepare_over_encoder",)),
-    (3, "first step, cold, over preparing everything", "1: all is prepared first, see below"),
+    (3, "first step, cold, over preparing everything", "see below"),
     (
         4,
         "warm start, 1M rows, seconds; over that with 1k rows",
@@ -35,16 +34,16 @@ MEASURES: tuple[tuple[int, str, tuple[str, ...] | str], ...] = (
     (11, "our step over a bare Megatron-Core loop", ("trainer_overhead",)),
     (12, "driver and Ray per step over an empty round trip", ("driver_overhead",)),
     (13, "a worker's wait at 64 times the tokens", ("worker_idle_at_64_times_the_tokens",)),
-    (14, "the same at 16 workers, which share two cores", ("driver_at_16_workers",)),
+    (14, "driver and Ray at 16 workers, which share two cores", ("driver_at_16_workers",)),
     (15, "GPU idle between steps", GPU),
     (16, "step time at 1M rows over 1k", ("step_time_growth",)),
     (17, "driver's own memory, bytes a row", ("driver_bytes_a_row",)),
     (18, "head's peak memory over fp32 logits", ("masked_head_memory",)),
     (19, "head's time at 40 % masked over all rows", ("masked_head_time",)),
-    (20, "loss under any layout, packing and split", f"{SUITE}`make parity`, fp32 <= 1e-6"),
+    (20, "loss under any layout, packing and split", "`make parity`"),
     (21, "save over write + fsync of the same bytes", ("checkpoint_save",)),
     (22, "stall of an asynchronous save over a blocking one", ("checkpoint_stall",)),
-    (23, "resume, same layout: bitwise", f"{SUITE}`tests/checkpoint/test_resume.py`"),
+    (23, "resume, same layout: bitwise", "`make test`"),
     (
         24,
         "import over a file copy; export over one; import: memory over its bound; export: the same",
@@ -135,8 +134,7 @@ def _measures(known: dict[str, dict[str, Any]]) -> list[str]:
         if isinstance(names, str):
             if names == GPU:
                 names = "see below" if _gpu_lines() else "not measured: needs a GPU"
-                names += ", `make bench-gpu`"
-            rows.append(f"| {number} | {title} | {names} | | | | |")
+            rows.append(f"| {number} | {title} | | | | | {names} |")
             continue
         titles = title.split("; ") if len(names) > 1 else [title]
         rows += [
