@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from roll_sft.base.errors import refuse
@@ -40,14 +41,16 @@ SYNONYMS = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "float": "fp32
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 _TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_PATH = re.compile(r"(path|_dir|chat_template)$")  # ends of the names of keys that hold one
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:
     """The dataclasses with `values` over their defaults; every value is taken as it stands.
 
-    Raises one `ConfigError` with a line for each unknown key and each wrong type, and with what the
-    bounds of the other values refuse.
+    But for a path: one that begins with ~/ begins with the user's home. Raises one `ConfigError`
+    with a line for each unknown key and each wrong type, and with what the bounds of the other
+    values refuse.
     """
     problems: list[str] = []
     config: RunConfig = _section(RunConfig, values, name="", problems=problems)
@@ -179,6 +182,8 @@ def _converted(kind: Any, value: Any, *, name: str) -> Any:
         return dict(value)
     if choices := choices_of(kind):
         return _choice(choices, value, name=name)
+    if kind is str and _PATH.search(name) and str(value).startswith("~/"):
+        return f"{Path.home()}{value[1:]}"
     convert = {bool: _bool, int: _int, float: _float, str: _text}[kind]
     return convert(value)
 

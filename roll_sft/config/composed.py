@@ -36,7 +36,6 @@ _LONGEST_NUMBER = 100  # digits; Python refuses to read thousands of them
 _YAML_1_1 = re.compile(r"[+-]?(0[0-9_]+$|[0-9_]+:)")
 # Outside quotes, which Hydra's grammar asks for around a ~; a shell leaves that of `key=~/x` alone.
 _HOME = re.compile(r"""('(?:\\.|[^'])*'|"(?:\\.|[^"])*")|(?<=[=:,\[\s])~(?=/)""")
-_PATH = re.compile(r"(path|_dir|chat_template)$")  # ends of the names of keys that hold one
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^\s,}]+)")
 _YAML_TEXT = "tag:yaml.org,2002:str"
 _YAML_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
@@ -57,8 +56,7 @@ def schema() -> DictConfig:
 def resolved(composed: DictConfig) -> dict[str, Any]:
     """Plain values of `composed`, references resolved, over all defaults, which they may refer to.
 
-    A path that begins with ~/ begins with the user's home. What comes from the environment is
-    written as its reference from now on.
+    What comes from the environment is written as its reference from now on.
     Raises `ConfigError` for a reference that leads nowhere.
     """
     given: Any = OmegaConf.to_container(composed, resolve=False)
@@ -70,18 +68,7 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
         name = getattr(error, "full_key", None) or "configuration"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{name}: {reason}; mend the reference or write the value") from error
-    return dict(_from_home(values, ""))
-
-
-def _from_home(values: Any, name: str) -> Any:
-    if isinstance(values, dict):
-        return {k: _from_home(each, f"{name}.{k}" if name else k) for k, each in values.items()}
-    if isinstance(values, list):
-        return [_from_home(each, name) for each in values]
-    is_path = name in _names() and _PATH.search(name)
-    if is_path and isinstance(values, str) and values.startswith("~/"):
-        return f"{Path.home()}{values[1:]}"
-    return values
+    return dict(values)
 
 
 def stored_values(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def source_path(samples: Any, folder: Path, *, name: str) -> str:
     `DataError` for a sample of no known shape, `ResourceError` where the file cannot be written.
     """
     if isinstance(samples, str | Path):
-        return str(samples)
+        return os.path.expanduser(samples)
     rows = _rows(samples, name=name)
     digest, staging = hashlib.sha256(), folder / f".{os.getpid()}.{name}.tmp"
     with writing(staging):

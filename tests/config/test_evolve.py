@@ -7,6 +7,7 @@ import pytest
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import RunConfig, SourceConfig
+from roll_sft.python_api.samples import source_path
 
 CONFIG = RunConfig().evolve(model={"path": "m"}, data={"template_kwargs": {"thinking": True}})
 
@@ -20,6 +21,13 @@ def test_a_copy_has_the_changes_and_everything_else() -> None:
     assert changed.data == CONFIG.data
     assert CONFIG.seed == RunConfig().seed
     assert changed.evolve(seed=CONFIG.seed, train=CONFIG.train, model=CONFIG.model) == CONFIG
+
+
+def test_a_path_may_begin_at_the_user_s_home() -> None:
+    changed = CONFIG.evolve(model={"path": Path("~/m")}, data={"train": [{"path": "~/rows.jsonl"}]})
+    home = Path.home()
+    assert (changed.model.path, changed.data.train[0].path) == (f"{home}/m", f"{home}/rows.jsonl")
+    assert source_path(Path("~/rows.jsonl"), home, name="samples") == f"{home}/rows.jsonl"
 
 
 def test_a_list_replaces_and_a_mapping_adds() -> None:
