@@ -26,6 +26,7 @@ REPEAT_S = 1.0
 # The part of the grace that is kept for ending workers, cluster and trackers.
 CLOSE_S, MOST_CLOSE_SHARE = 5.0, 0.5
 AGAIN_S = 0.5
+IMPORT_S = 0.05  # between looks whether an import is over
 JOB_STOP_WAIT_S = 3.0  # `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, which is 3 by default
 
 
@@ -64,30 +65,40 @@ def interruption_named(stop: Stop) -> Iterator[None]:
 def noted_signals() -> Iterator[list[signal.Signals]]:
     """The signals that arrive while the block runs; each raises KeyboardInterrupt there."""
     signals: list[signal.Signals] = []
+    imports = _num_imports(sys._getframe())
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        signals.append(signal.Signals(number))
+    def note(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            signals.append(signal.Signals(number))
+        if _num_imports(frame) > imports:
+            _wake_at(time.monotonic() + IMPORT_S)
+            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
 
-    with _handled(SIGNALS, note) if _is_main_thread() else contextlib.nullcontext():
+    numbers = (*SIGNALS, signal.SIGALRM)
+    with _handled(numbers, note) if _is_main_thread() else contextlib.nullcontext():
         yield signals
 
 
 class _Handlers:
     """Turns signals into requests, and sees to it that a request is obeyed in time.
 
-    Handlers raise KeyboardInterrupt, because no other exception passes through `ray.get`.
+    Handlers raise KeyboardInterrupt, because no other exception passes through `ray.get`. They wait
+    for the end of an import: a module in C may swallow what is raised there, with a traceback.
     """
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
         self._first_at: float | None = None
         self._is_noted = self._is_interrupted = False
+        self._imports = 0  # around the block
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Signals and the limit of time are requests while the block runs."""
         stop, before = self._stop, signal.getitimer(signal.ITIMER_REAL)
+        self._imports = _num_imports(sys._getframe())
         with _handled(SIGNALS, self._on_signal), _handled((signal.SIGALRM,), self._on_alarm):
             if stop.limit is not None:
                 _wake_at(stop.limit)
@@ -111,7 +122,7 @@ class _Handlers:
         else:
             _wake_at(time.monotonic())
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
@@ -120,18 +131,31 @@ class _Handlers:
             if self._stop.second is not None:  # what ends the run hangs
                 self._leave(128 + number)
             self._stop.second = number
+            if self._waits_for_import(frame):
+                self._is_interrupted = False
+                return
             raise KeyboardInterrupt
 
-    def _on_alarm(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_alarm(self, _number: int, frame: FrameType | None) -> None:
         if not self._stop.is_asked():
             return
         if self._is_interrupted:
             if time.monotonic() >= self._stop.deadline:
                 self._leave(PreemptedError.exit_code)
             return
+        if self._waits_for_import(frame):
+            return
         self._is_interrupted, self._stop.is_late = True, self._stop.is_deferred
         _wake_at(self._stop.deadline)
         raise KeyboardInterrupt
+
+    def _waits_for_import(self, frame: FrameType | None) -> bool:
+        """Whether `frame` is within an import of the block; if so, SIGALRM comes again."""
+        now = time.monotonic()
+        if _num_imports(frame) <= self._imports or now >= self._stop.deadline:
+            return False
+        _wake_at(now + IMPORT_S)
+        return True
 
     def _leave(self, code: int) -> None:
         """End this process now; what it started ends with it."""
@@ -141,6 +165,15 @@ class _Handlers:
 
 def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def _num_imports(frame: FrameType | None) -> int:
+    """How many imports `frame` is within."""
+    number = 0
+    while frame is not None:
+        number += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return number
 
 
 @contextlib.contextmanager

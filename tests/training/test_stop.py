@@ -1,5 +1,6 @@
 """Requests to end a run: which signals are one, what they interrupt, and when the grace is over."""
 
+import importlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from roll_sft.config.build import build_config
 from roll_sft.config.keeping import seconds_of
 from roll_sft.config.schema import RunConfig
 from roll_sft.config.validate import check_config
-from roll_sft.signals import SIGNALS, stoppable
+from roll_sft.signals import SIGNALS, noted_signals, stoppable
 from roll_sft.training.stop import Stop
 
 LONG_S = 60.0  # of a sleep that a signal has to end
@@ -53,6 +55,35 @@ def test_a_signal_interrupts_what_has_nothing_to_save(number: signal.Signals) ->
     ):
         interrupt(stop, "what is prepared stays", number)
     assert [signal.getsignal(each) for each in (*SIGNALS, signal.SIGALRM)] == before
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+@pytest.mark.parametrize("is_command_known", [True, False])
+def test_a_signal_interrupts_no_import(
+    numbers: list[int], is_command_known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals_module, "REPEAT_S", 0.0)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"imported_{len(numbers)}_{is_command_known}"
+    (tmp_path / f"{name}.py").write_text(
+        "import time\nfrom tests.training.test_stop import send\n"
+        f"send(*{[int(each) for each in numbers]})\ntime.sleep(0.2)\nis_whole = True\n"
+    )
+
+    def work() -> None:
+        importlib.import_module(name)
+        time.sleep(LONG_S)
+
+    if is_command_known:
+        ended = pytest.raises((PreemptedError, SystemExit))
+        with ended as caught, stoppable(config()):
+            work()
+        assert isinstance(caught.value, SystemExit) == (len(numbers) == 2)
+    else:
+        with pytest.raises(KeyboardInterrupt), noted_signals() as noted:
+            work()
+        assert noted == numbers
+    assert sys.modules[name].is_whole
 
 
 def test_while_it_trains_signals_at_once_are_one_request_that_is_noted() -> None:
