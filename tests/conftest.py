@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported, here and in every process that a test starts: pools of threads that wait
@@ -9,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Before Ray is imported, which reads it then: the cluster of the tests asks for its token.
 os.environ["RAY_AUTH_MODE"] = "token"
 
+import absl.logging
 import pytest
 from hypothesis import settings
 from xdist.remote import Producer
@@ -20,6 +22,10 @@ from tests.pool import RankPool
 # terminal, and their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# absl's handler keeps the stderr of its import, and closes it where Hydra sets up logging and
+# stderr is another one by then: here it would close what pytest captures with.
+absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 # The same examples on every run: what hypothesis finds by chance belongs in an @example.
 settings.register_profile("house", derandomize=True, deadline=None)

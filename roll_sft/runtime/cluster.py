@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
     if ray.is_initialized() or cluster_address(config) is not None:
         yield lambda: None
         return
-    started, leaving = Future[None](), threading.Event()
+    started, leaving, folder = Future[None](), threading.Event(), _ray_folder()
 
     def start() -> None:
         try:
             with kept_sigterm(), _in_own_sessions():
-                _start(config)
+                _start(config, folder)
             family = psutil.Process().children(recursive=True)
             watch([process for process in family if process not in others])
             started.set_result(None)
@@ -103,7 +104,7 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
             raise
         leaving.wait()  # the kernel kills Ray's processes when the thread that started them ends
 
-    with _reaper() as watch:
+    with _reaper(folder) as watch:
         others = psutil.Process().children(recursive=True)
         threading.Thread(target=start, name="ray.init", daemon=True).start()
 
@@ -127,9 +128,11 @@ def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
 
 
 @contextlib.contextmanager
-def _reaper() -> Iterator[Callable[[list[psutil.Process]], None]]:
+def _reaper(folder: str) -> Iterator[Callable[[list[psutil.Process]], None]]:
     """Start `reaper.py`; the function given to the block tells it what to kill after us."""
-    command = [sys.executable, "-I", str(Path(__file__).with_name("reaper.py")), ray.__path__[0]]
+    earliest = f"{folder}/session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    reaper = str(Path(__file__).with_name("reaper.py"))
+    command = [sys.executable, "-I", reaper, ray.__path__[0], earliest]
     # In a session of its own, so that Ctrl-C in the driver's terminal does not end it.
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as program:
 
@@ -177,7 +180,17 @@ def _threads_with_sessions() -> set[int]:
     return threads
 
 
-def _start(config: RunConfig) -> None:
+def _ray_folder() -> str:
+    """Where Ray keeps the folders of clusters: its own choice, if sockets can have names there."""
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")) + "/ray"
+    if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+        return folder
+    from roll_sft.runtime.short_folder import short_folder
+
+    return short_folder()
+
+
+def _start(config: RunConfig, folder: str) -> None:
     num_workers = config.parallel.num_workers
     cores = len(os.sched_getaffinity(0))
     num_cpus = num_workers * config.parallel.cpus_per_worker
@@ -189,11 +202,6 @@ def _start(config: RunConfig) -> None:
         )
     if num_cpus > cores:
         LOG.warning("%d workers share %d cores of this machine", num_workers, cores)
-    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")) + "/ray"  # Ray's choice
-    if len(os.fsencode(folder)) > LONGEST_FOLDER:
-        from roll_sft.runtime.short_folder import short_folder
-
-        folder = short_folder()
     try:
         _make_token_private()
         with _on_loopback():

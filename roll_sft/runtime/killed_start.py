@@ -11,7 +11,6 @@ from concurrent.futures import Future, wait
 import psutil
 
 from roll_sft.runtime.joining import mute_ray
-from roll_sft.runtime.reaper import remove, session_folders
 
 KILL_TIMEOUT_S = 2.0
 
@@ -19,12 +18,10 @@ KILL_TIMEOUT_S = 2.0
 def kill_start(started: "Future[None]", others: Sequence[psutil.Process]) -> None:
     """Kill the children of this process but `others`, until the start has ended."""
     mute_ray()
-    ends, folders = time.monotonic() + KILL_TIMEOUT_S, set[str]()
+    ends = time.monotonic() + KILL_TIMEOUT_S
     while not started.done() and time.monotonic() < ends:
         for process in psutil.Process().children(recursive=True):
             if process not in others:
-                folders |= session_folders(process.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         wait([started], timeout=0.1)
-    remove(folders)

@@ -6,10 +6,11 @@ they report the end of the raylet to the head, which is gone, with a timeout of 
 line until its input ends, which happens when the driver ends for any reason, and then kills those
 processes that are still there, and all in the sessions that they lead: a raylet leads that of its
 workers, of which a stopped one ends by nothing else. Then it removes the folder of Ray's sockets
-and logs, which Ray leaves there for ever.
+and logs, which Ray leaves there for ever, also where the driver ended before it named a process.
 
-What runs no file of the folder of Ray, which is the argument, is left alone: the service of a
-tracker, or a process of a program that trains, may have been started beside Ray.
+What runs no file of the folder of Ray, the first argument, is left alone: the service of a tracker,
+or a process of a program that trains, may have been started beside Ray. The second is the path that
+Ray's folder would have if it were made now: session_TIME_PID, the driver's id at its end.
 """
 
 import contextlib
@@ -18,58 +19,66 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
-FOLDER = ("--session-dir", "--session_dir")  # options of Ray's processes
 MOST_TRIES, PAUSE_S = 20, 0.05  # to remove a folder in which a process that dies still writes
 
 
 def main() -> None:
     """Wait for the end of standard input, then kill the processes that it named."""
-    watched, folders = dict[int, str | None](), set[str]()
+    files, earliest = sys.argv[1], Path(sys.argv[2])
+    watched = dict[int, str | None]()
     for pid in map(int, sys.stdin):
-        if any(sys.argv[1] in word for word in _command(pid)):
+        if _names(pid, files):
             watched[pid] = start_time(pid)
-            folders |= session_folders(pid)
+    folders = _folders_from(earliest)
+    for pid in _others():  # a driver that was killed while Ray started named none
+        if _names(pid, files) and any(_names(pid, str(folder)) for folder in folders):
+            watched.setdefault(pid, start_time(pid))
     # Whoever has one of these ids now is another process than the one that was named.
     strangers = {pid for pid, started in watched.items() if start_time(pid) not in (None, started)}
-    for path in Path("/proc").glob("[0-9]*"):
-        pid, session = int(path.name), (_fields(int(path.name)) or [""] * 4)[3]
+    for pid in _others():
+        session = (_fields(pid) or [""] * 4)[3]
         named = {pid, int(session)} if session else {pid}
         if (named & watched.keys()) - strangers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    remove(folders)
+    for folder in folders:
+        _remove(folder)
 
 
-def session_folders(pid: int) -> set[str]:
-    """The folder of Ray's cluster that the process belongs to, by its command line."""
-    options = (word.partition("=") for word in _command(pid))
-    return {folder for name, _, folder in options if name in FOLDER}
+def _folders_from(earliest: Path) -> list[Path]:
+    """The folders of the driver's clusters from `earliest` on."""
+    driver = earliest.name.rpartition("_")[2]
+    found = earliest.parent.glob(f"session_*_{driver}")
+    return [folder for folder in found if folder.name >= earliest.name]
 
 
-def remove(folders: Iterable[str]) -> None:
-    """Remove folders of clusters that have ended, and Ray's link to the newest, if it is theirs."""
-    for folder in map(Path, folders):
-        latest = folder.with_name("session_latest")
-        with contextlib.suppress(OSError):
-            if latest.readlink() == folder:
-                latest.unlink()
-        for _ in range(MOST_TRIES):
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                break
-            time.sleep(PAUSE_S)
+def _remove(folder: Path) -> None:
+    """Remove the folder of a cluster that has ended, and Ray's link to the newest, if to it."""
+    latest = folder.with_name("session_latest")
+    with contextlib.suppress(OSError):
+        if latest.readlink() == folder:
+            latest.unlink()
+    for _ in range(MOST_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(PAUSE_S)
 
 
-def _command(pid: int) -> list[str]:
-    """The command line of the process; empty where there is none."""
+def _others() -> list[int]:
+    """The ids of all processes but this one."""
+    pids = {int(path.name) for path in Path("/proc").glob("[0-9]*")}
+    return [*(pids - {os.getpid()})]
+
+
+def _names(pid: int, path: str) -> bool:
+    """Whether the command line of the process names `path`, or something below it."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+        return path in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return []
-    return words.split("\0")
+        return False
 
 
 def start_time(pid: int) -> str | None:

@@ -1,5 +1,5 @@
+import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -168,18 +168,28 @@ def test_start_time_tells_a_process_from_its_successor():
     assert reaper.start_time(2**22 + 1) is None
 
 
-def test_the_reaper_ends_what_runs_files_of_ray_and_no_other_process(tmp_path):
-    theirs = tmp_path / "raylet"
-    theirs.symlink_to(shutil.which("sleep"))
-    with (
-        subprocess.Popen([theirs, "60"]) as raylet,
-        subprocess.Popen(["sleep", "60"]) as service,
-        subprocess.Popen([sys.executable, reaper.__file__, tmp_path], stdin=subprocess.PIPE) as it,
-    ):
-        it.communicate(f"{raylet.pid}\n{service.pid}\n".encode(), timeout=30)
-        assert raylet.wait(timeout=30) == -signal.SIGKILL
-        assert service.poll() is None
-        service.kill()
+def test_the_reaper_ends_what_runs_files_of_ray_and_removes_its_folders(tmp_path):
+    site, sessions, day = tmp_path / "site", tmp_path / "ray", "session_2026-11-05"
+    first, second = f"{day}_08-00-00_000007_12", f"{day}_08-00-01_000000_12"
+    kept = {f"{day}_07-59-59_999999_12", f"{day}_08-00-00_000007_112", "session_latest"}
+    for name in (*kept, first, second):
+        (sessions / name / "logs").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+
+        def start(*words):
+            command = [sys.executable, "-c", "import time; time.sleep(60)", *words]
+            program = stack.enter_context(subprocess.Popen(command))
+            stack.callback(program.kill)
+            return program
+
+        named, unnamed = start(site / "raylet"), start(site / "gcs", f"--dir={sessions / second}")
+        service, reader = start(), start(sessions / second / "logs")
+        command = [sys.executable, reaper.__file__, site, sessions / first]
+        told = f"{named.pid}\n{service.pid}\n".encode()
+        subprocess.run(command, input=told, timeout=30, check=True)
+        assert {each.wait(timeout=30) for each in (named, unnamed)} == {-signal.SIGKILL}
+        assert (service.poll(), reader.poll()) == (None, None)
+    assert {path.name for path in sessions.iterdir()} == kept
 
 
 @pytest.mark.slow
