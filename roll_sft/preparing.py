@@ -8,7 +8,6 @@ with its parent, and where its log has no new line for `cluster.prepare_timeout_
 """
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -26,7 +25,6 @@ from roll_sft.base.text import refer, references
 from roll_sft.config.schema import RunConfig, cluster_address
 from roll_sft.job.prepared import write_prepared
 
-_PR_SET_PDEATHSIG = 1  # prctl(2), Linux
 _END_TIMEOUT_S = 10.0
 
 
@@ -40,8 +38,9 @@ def preparing(config: RunConfig, folder: Path) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as stack:
         answer = stack.enter_context(os.fdopen(reader, "rb"))
         try:
+            program = ["roll_sft.base.child", str(os.getpid()), "roll_sft.preparing"]
             child = subprocess.Popen(
-                [sys.executable, "-m", "roll_sft.preparing", str(folder), str(writer)],
+                [sys.executable, "-m", *program, str(folder), str(writer)],
                 stdin=subprocess.PIPE,
                 pass_fds=[writer],
                 start_new_session=True,  # a signal to the group is for the parent to handle
@@ -101,7 +100,6 @@ def prepare_into(config: RunConfig, folder: Path) -> None:
 def main(arguments: list[str]) -> int:
     """The child; returns its exit code."""
     folder, writer = Path(arguments[0]), int(arguments[1])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     with os.fdopen(writer, "wb") as answer:
         try:
             set_up_logging()

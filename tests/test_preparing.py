@@ -89,6 +89,13 @@ def test_the_child_ends_with_its_parent(number: signal.Signals, tmp_path: Path) 
         parent.kill()
 
 
+def test_a_child_whose_parent_has_ended_ends_at_once() -> None:
+    program = "import signal, time\nfrom roll_sft.base.child import end_with_parent\n"
+    program += "end_with_parent('1', signal.SIGTERM)\ntime.sleep(60)"
+    ended = subprocess.run([sys.executable, "-c", program], timeout=30, check=False)
+    assert ended.returncode == -signal.SIGTERM
+
+
 def _content(path: Path) -> str:
     deadline = time.monotonic() + 120
     while not path.exists():

@@ -158,7 +158,8 @@ class _Exports:
     def _run(self, command: list[str]) -> str | None:
         """Run a module in the background; None, or why it failed."""
         deadline = time.monotonic() + self._config.cluster.checkpoint_timeout_s
-        program = [sys.executable, "-m", "roll_sft.convert.in_background", *command]
+        background = ["roll_sft.convert.in_background", str(os.getpid())]
+        program = [sys.executable, "-m", *background, *command]
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryFile() as said:
             self._process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """The exports of a run's checkpoints: which commands make them. They are processes of their own."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def _convert(command: list[str]) -> None:
     LOG.info("exporting %s", command[2])
     output = command[command.index("--output") + 1]
     child = subprocess.Popen(
-        [sys.executable, "-m", "roll_sft.base.child", *command],
+        [sys.executable, "-m", "roll_sft.base.child", str(os.getpid()), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

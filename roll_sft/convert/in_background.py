@@ -1,19 +1,19 @@
 """A module run as a background process: of low priority, and ended with the process that began it.
 
-python -m roll_sft.convert.in_background MODULE ARGUMENTS
+python -m roll_sft.convert.in_background PID MODULE ARGUMENTS    # PID is the parent's
 """
 
-import ctypes
 import os
 import runpy
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1  # prctl(2), Linux: at the end of the thread that began it
+from roll_sft.base.child import end_with_parent
+
 _NICENESS = 15
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(sys.argv[1], signal.SIGTERM)
     os.nice(_NICENESS)
-    del sys.argv[0]
+    del sys.argv[:2]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

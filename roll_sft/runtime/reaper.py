@@ -21,30 +21,43 @@ import sys
 import time
 from pathlib import Path
 
-MOST_TRIES, PAUSE_S = 20, 0.05  # to remove a folder in which a process that dies still writes
+PAUSE_S = 0.05
+MOST_ROUNDS = 40  # while a process that dies still writes into the folder
+# A raylet that was alone for a moment may have started an agent, which is not seen at once.
+ROUNDS_AFTER_A_KILL = 10
 
 
 def main() -> None:
-    """Wait for the end of standard input, then kill the processes that it named."""
+    """Wait for the end of standard input, then end what it named and what runs in the folders."""
     files, earliest = sys.argv[1], Path(sys.argv[2])
-    watched = dict[int, str | None]()
-    for pid in map(int, sys.stdin):
-        if _names(pid, files):
-            watched[pid] = start_time(pid)
-    folders = _folders_from(earliest)
-    for pid in _others():  # a driver that was killed while Ray started named none
-        if _names(pid, files) and any(_names(pid, str(folder)) for folder in folders):
-            watched.setdefault(pid, start_time(pid))
+    named = {pid: start_time(pid) for pid in map(int, sys.stdin) if _names(pid, files)}
+    is_killed = os.getppid() != int(earliest.name.rpartition("_")[2])
+    least = ROUNDS_AFTER_A_KILL if is_killed else 1
+    for number in range(1, MOST_ROUNDS + 1):
+        folders = _folders_from(earliest)
+        # A driver that was killed while Ray started named no process.
+        running = [pid for pid in _others() if _names(pid, files)]
+        inside = [pid for pid in running if any(_names(pid, str(each)) for each in folders)]
+        is_over = not _kill({pid: start_time(pid) for pid in inside} | named)
+        for folder in folders:
+            _remove(folder)
+        if number >= least and is_over and not any(folder.exists() for folder in folders):
+            break
+        time.sleep(PAUSE_S)
+
+
+def _kill(watched: dict[int, str | None]) -> bool:
+    """Kill the processes `watched`, id -> start, and their sessions; whether one was there."""
+    found = False
     # Whoever has one of these ids now is another process than the one that was named.
     strangers = {pid for pid, started in watched.items() if start_time(pid) not in (None, started)}
     for pid in _others():
-        session = (_fields(pid) or [""] * 4)[3]
-        named = {pid, int(session)} if session else {pid}
-        if (named & watched.keys()) - strangers:
+        state, _, _, session = (_fields(pid) or ["Z", "", "", "0"])[:4]
+        if state != "Z" and ({pid, int(session)} & watched.keys()) - strangers:
+            found = True
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    for folder in folders:
-        _remove(folder)
+    return found
 
 
 def _folders_from(earliest: Path) -> list[Path]:
@@ -60,11 +73,7 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if latest.readlink() == folder:
             latest.unlink()
-    for _ in range(MOST_TRIES):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            break
-        time.sleep(PAUSE_S)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _others() -> list[int]:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -284,7 +285,7 @@ def test_mlflow_has_the_run_beside_the_folder_with_what_steps_jsonl_has(run):
     assert (params["data.train"], params["data.validation"]) == ("chat", "held_out")
     assert not [key for key in params if key.startswith(("lora.", "evaluation.", "tracking."))]
     assert (tags["layout"], tags["device"]) == ("TP 1, PP 1, CP 1, DP 2", "2 x CPU")
-    assert tags["version.torch"] == torch.__version__
+    assert tags["version.torch"] == version("torch")
     assert tags["host"] == os.uname().nodename
     assert len(tags["mlflow.source.git.commit"]) == 40
     (source,) = json.loads((run / "data_report.json").read_text())["sources"]
