@@ -196,6 +196,16 @@ def test_three_trackers_hold_the_numbers_of_the_run_and_its_samples(folder, capl
         assert (note.step, note.is_finished) == (68, True)
 
 
+@pytest.mark.parametrize(
+    ("backends", "interval_s"), [(["tensorboard"], 0.0005), (["jsonl"], 0.005)]
+)
+def test_a_tracker_holds_the_interpreter_for_a_moment_alone(folder, backends, interval_s):
+    job = SimpleNamespace(config=build_config({"tracking": {"backends": backends}}), total_steps=9)
+    with trackers.tracked(job, folder, start=Start(0, None)):
+        assert sys.getswitchinterval() == pytest.approx(interval_s)
+    assert sys.getswitchinterval() == pytest.approx(0.005)
+
+
 def test_a_run_that_goes_on_is_one_record_in_each_without_a_double_step(folder, caplog):
     with pytest.raises(OSError, match="a crash"):
         recorded(folder, steps=range(1, 11), end=OSError("a crash"))
