@@ -120,7 +120,7 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
 def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
     """End the cluster. `ray.init` cannot be stopped, so one that is starting is killed."""
     if started.done():
-        ray.shutdown()
+        shut_down()
         return
     from roll_sft.runtime.killed_start import kill_start
 
@@ -145,9 +145,19 @@ def _reaper(folder: str) -> Iterator[Callable[[list[psutil.Process]], None]]:
         yield watch
 
 
+def shut_down() -> None:
+    """End the cluster of this process, or leave the one that it joined."""
+    with kept_sigterm():
+        ray.shutdown()
+
+
 @contextlib.contextmanager
 def kept_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block, in any thread: Ray sets its own in C++."""
+    """Restore the handler of SIGTERM after the block, in any thread.
+
+    Ray sets its own in C++ where it starts, and the default where it ends: a run that is asked to
+    end would be killed then.
+    """
     ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
     handler = ctypes.pythonapi.PyOS_getsig(signal.SIGTERM)
     try:

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from roll_sft.base.errors import ConfigError, ResourceError, first_line
 from roll_sft.config.schema import RunConfig, cluster_address, on_device
-from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm
+from roll_sft.runtime.cluster import QUIET, connected, kept_sigterm, shut_down
 
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 30.0
@@ -31,7 +31,7 @@ def joined(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        shut_down()
 
 
 def with_device_of_cluster(config: RunConfig) -> RunConfig:

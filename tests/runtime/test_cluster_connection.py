@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -200,6 +201,20 @@ def test_cluster_that_asks_for_a_token_is_joined_with_it_and_refused_without(clu
     for environment in ({}, wrong):
         line = join_of_another_process(program, cluster.address, **environment)
         assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in line
+
+
+@pytest.mark.slow
+def test_sigterm_keeps_its_handler_where_a_cluster_is_joined_and_left(cluster):
+    ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
+    earlier = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        mine = ctypes.pythonapi.PyOS_getsig(signal.SIGTERM)
+        assert mine is not None
+        with connected(build_config({"cluster": {"address": cluster.address}})):
+            assert ctypes.pythonapi.PyOS_getsig(signal.SIGTERM) == mine
+        assert ctypes.pythonapi.PyOS_getsig(signal.SIGTERM) == mine, "the default"
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 @pytest.mark.slow

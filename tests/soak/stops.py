@@ -19,7 +19,7 @@ from tests.parity import write_model, write_rows
 from tests.runtime.ray_cluster import Program
 
 STEPS, SAVE_STEPS, EVAL_STEPS = 24, 6, 4
-SIGNALS = itertools.cycle((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
+OTHERS = itertools.cycle((signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
 
 
 @dataclass(frozen=True)
@@ -85,29 +85,29 @@ PHASES: dict[str, Phase] = {
 
 
 def main(folder: Path, _arguments: Sequence[str]) -> None:
-    """Stop one run in each phase, twice."""
+    """Stop a run in each phase: by SIGTERM to it, and to its group, and by the other signals."""
     write_model(folder / "model", kind="qwen2-tied", num_layers=2)
     write_rows(folder / "rows.jsonl", num_rows=40)
     runs = Runs(folder)
     whole = runs.start("whole")
     assert whole.wait(timeout_s=600) == 0, whole.errors
     print("phase       to     signal   exit  seconds  steps lost")
-    for whole_group in (False, True):
-        name = "group" if whole_group else "pid"
+    for name in ("pid", "group", "others"):
         for phase, is_there in PHASES.items():
-            _stop(runs, name, phase, is_there, whole_group=whole_group)
+            number = next(OTHERS) if name == "others" else signal.SIGTERM
+            _stop(runs, name, phase, is_there, number=number)
         last = runs.start(name)
         assert last.wait(timeout_s=600) == 0, last.errors
         _same_steps(runs.lines(name), runs.lines("whole"))
         assert (folder / name / "hf" / "config.json").exists()
 
 
-def _stop(runs: Runs, name: str, phase: str, is_there: Phase, *, whole_group: bool) -> None:
-    program, number = runs.start(name), next(SIGNALS)
+def _stop(runs: Runs, name: str, phase: str, is_there: Phase, *, number: signal.Signals) -> None:
+    program = runs.start(name)
     try:
         program.wait_until(lambda: is_there(runs, name, program), timeout_s=300, what=phase)
         began = time.monotonic()
-        program.signal(number, whole_group=whole_group)
+        program.signal(number, whole_group=name == "group")
         code = program.wait(timeout_s=120)
         seconds = time.monotonic() - began
     finally:

@@ -174,6 +174,7 @@ def of_demo(output: Path, *, steps: int) -> list[str]:
         f"data.cache_dir={output.parent / 'cache'}",
         "parallel.tensor_model_parallel_size=1",
         "parallel.sequence_parallel=false",
+        "parallel.device=auto",  # as a user leaves it
         f"train.max_steps={steps}",
         "train.global_batch_size=4",
         "train.eval_steps=null",
