@@ -67,7 +67,7 @@ def look(config: RunConfig, *, seconds: float) -> Iterator[Finding]:
     except RollSftError as error:
         yield Finding("Ray cluster", "fail", str(error), "see `ray status` on its head")
         return
-    text = f"{cluster_address(config)} answers, with {len(nodes)} nodes"
+    text = f"{cluster_address(config)} answers; nodes: {len(nodes)}"
     yield Finding("Ray cluster", "ok", text)
     yield from look_at_nodes(nodes)
 

@@ -112,6 +112,12 @@ def free_port() -> int:
         return port
 
 
+def _heed_signals() -> None:
+    """As from a shell: what it starts in the background, or under `nohup`, ignores these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Program:
     """A Python program in a session of its own, with a mark, and all that it starts."""
 
@@ -128,8 +134,7 @@ class Program:
                 stderr=errors,
                 env={**inherited, "PYTHONPATH": str(ROOT), **(environment or {}), MARK: self._mark},
                 start_new_session=True,
-                # A suite that a shell started in the background ignores Ctrl-C, and so would this.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=_heed_signals,
             )
 
     @property
