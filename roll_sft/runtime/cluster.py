@@ -41,6 +41,7 @@ from ray.util.placement_group import (
 from roll_sft.base.errors import ResourceError, first_line
 from roll_sft.config.schema import ParallelConfig, RunConfig, cluster_address
 
+Watch = Callable[[list[psutil.Process]], None]
 LOG = logging.getLogger(__name__)
 MAX_CPUS_PER_CORE = 64  # each worker is a process of 0.5 GiB
 LONGEST_FOLDER = 43  # bytes: 107 of a socket's name, less /session_DATE_PID/sockets/plasma_store
@@ -97,52 +98,48 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
             family = psutil.Process().children(recursive=True)
             watch([process for process in family if process not in others])
             started.set_result(None)
-        except ResourceError as error:
+        except BaseException as error:  # also a fault: nobody may wait for the start for ever
             started.set_exception(error)
-        except BaseException as error:  # a fault: nobody may wait for the start for ever
-            started.set_exception(error)
-            raise
+            if not isinstance(error, ResourceError):
+                raise
         leaving.wait()  # the kernel kills Ray's processes when the thread that started them ends
 
-    with _reaper(folder) as watch:
+    with _reaper(folder, started) as watch:
         others = psutil.Process().children(recursive=True)
         threading.Thread(target=start, name="ray.init", daemon=True).start()
-
         try:
             yield started.result
         finally:
             if as_guest:  # Ray would end this process some time after its start was killed
                 wait([started])
-            _end(started, others)
+            if started.done():
+                shut_down()
+            else:  # `ray.init` cannot be stopped
+                from roll_sft.runtime.killed_start import kill_start
+
+                kill_start(started, others)
             leaving.set()
 
 
-def _end(started: "Future[None]", others: list[psutil.Process]) -> None:
-    """End the cluster. `ray.init` cannot be stopped, so one that is starting is killed."""
-    if started.done():
-        shut_down()
-        return
-    from roll_sft.runtime.killed_start import kill_start
-
-    kill_start(started, others)
-
-
 @contextlib.contextmanager
-def _reaper(folder: str) -> Iterator[Callable[[list[psutil.Process]], None]]:
+def _reaper(folder: str, started: "Future[None]") -> Iterator[Watch]:
     """Start `reaper.py`; the function given to the block tells it what to kill after us."""
     earliest = f"{folder}/session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
     reaper = str(Path(__file__).with_name("reaper.py"))
     command = [sys.executable, "-I", reaper, ray.__path__[0], earliest]
     # In a session of its own, so that Ctrl-C in the driver's terminal does not end it.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as program:
+    program = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    told: Any = program.stdin
 
-        def watch(processes: list[psutil.Process]) -> None:
-            assert program.stdin is not None, "the reaper is given a pipe"
-            pids = [process.pid for process in processes if process.pid != program.pid]
-            program.stdin.write("".join(f"{pid}\n" for pid in pids).encode())
-            program.stdin.flush()
+    def watch(processes: list[psutil.Process]) -> None:
+        told.write("".join(f"{process.pid}\n" for process in processes).encode())
+        told.flush()
 
+    try:
         yield watch
+    finally:
+        if started.done():  # otherwise its input ends with this process, and Ray's start with it
+            program.communicate(b"ended\n")  # reaper.ENDED
 
 
 def shut_down() -> None:
@@ -153,11 +150,7 @@ def shut_down() -> None:
 
 @contextlib.contextmanager
 def kept_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block, in any thread.
-
-    Ray sets its own in C++ where it starts, and the default where it ends: a run that is asked to
-    end would be killed then.
-    """
+    """Restore the handler of SIGTERM, in any thread: Ray sets one, and the default as it ends."""
     ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
     handler = ctypes.pythonapi.PyOS_getsig(signal.SIGTERM)
     try:
@@ -193,11 +186,11 @@ def _threads_with_sessions() -> set[int]:
 def _ray_folder() -> str:
     """Where Ray keeps the folders of clusters: its own choice, if sockets can have names there."""
     folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")) + "/ray"
-    if len(os.fsencode(folder)) <= LONGEST_FOLDER:
-        return folder
-    from roll_sft.runtime.short_folder import short_folder
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        from roll_sft.runtime.short_folder import short_folder
 
-    return short_folder()
+        return short_folder()
+    return folder
 
 
 def _start(config: RunConfig, folder: str) -> None:

@@ -7,6 +7,8 @@ line until its input ends, which happens when the driver ends for any reason, an
 processes that are still there, and all in the sessions that they lead: a raylet leads that of its
 workers, of which a stopped one ends by nothing else. Then it removes the folder of Ray's sockets
 and logs, which Ray leaves there for ever, also where the driver ended before it named a process.
+`ENDED` is the last line where the driver has ended Ray: otherwise it may start processes until it
+is gone itself.
 
 What runs no file of the folder of Ray, the first argument, is left alone: the service of a tracker,
 or a process of a program that trains, may have been started beside Ray. The second is the path that
@@ -25,14 +27,22 @@ PAUSE_S = 0.05
 MOST_ROUNDS = 40  # while a process that dies still writes into the folder
 # A raylet that was alone for a moment may have started an agent, which is not seen at once.
 ROUNDS_AFTER_A_KILL = 10
+ENDED = "ended"
+DRIVER_TIMEOUT_S = 10.0
 
 
 def main() -> None:
     """Wait for the end of standard input, then end what it named and what runs in the folders."""
     files, earliest = sys.argv[1], Path(sys.argv[2])
-    named = {pid: start_time(pid) for pid in map(int, sys.stdin) if _names(pid, files)}
-    is_killed = os.getppid() != int(earliest.name.rpartition("_")[2])
-    least = ROUNDS_AFTER_A_KILL if is_killed else 1
+    named, least = dict[int, str | None](), ROUNDS_AFTER_A_KILL
+    for line in map(str.strip, sys.stdin):
+        if line == ENDED:
+            least = 1
+        elif _names(int(line), files):
+            named[int(line)] = start_time(int(line))
+    driver, since = int(earliest.name.rpartition("_")[2]), time.monotonic()
+    while least > 1 and os.getppid() == driver and time.monotonic() < since + DRIVER_TIMEOUT_S:
+        time.sleep(PAUSE_S)
     for number in range(1, MOST_ROUNDS + 1):
         folders = _folders_from(earliest)
         # A driver that was killed while Ray started named no process.
