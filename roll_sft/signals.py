@@ -29,6 +29,8 @@ AGAIN_S = 0.5
 IMPORT_S = 0.05  # between looks whether an import is over
 JOB_STOP_WAIT_S = 3.0  # `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, which is 3 by default
 
+_waiting = set[int]()  # signals of `noted_signals` that wait for the end of an import
+
 
 @contextlib.contextmanager
 def stoppable(config: RunConfig) -> Iterator[Stop]:
@@ -36,6 +38,8 @@ def stoppable(config: RunConfig) -> Iterator[Stop]:
 
     A second signal raises `SystemExit` with 128 and its number.
     """
+    if _waiting:  # the handlers below would never hear of them
+        raise KeyboardInterrupt
     stop = Stop(config, grace_s=_grace_s(config))
     with _Handlers(stop).installed() if _is_main_thread() else contextlib.nullcontext():
         try:
@@ -71,6 +75,7 @@ def noted_signals() -> Iterator[list[signal.Signals]]:
         if number != signal.SIGALRM:
             signals.append(signal.Signals(number))
         if _num_imports(frame) > imports:
+            _waiting.add(number)
             _wake_at(time.monotonic() + IMPORT_S)
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -78,7 +83,12 @@ def noted_signals() -> Iterator[list[signal.Signals]]:
 
     numbers = (*SIGNALS, signal.SIGALRM)
     with _handled(numbers, note) if _is_main_thread() else contextlib.nullcontext():
-        yield signals
+        try:
+            yield signals
+        finally:
+            if _waiting:  # no alarm may come after its handler
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                _waiting.clear()
 
 
 class _Handlers:

@@ -86,6 +86,20 @@ def test_a_signal_interrupts_no_import(
     assert sys.modules[name].is_whole
 
 
+def test_a_signal_that_waits_for_an_import_is_not_lost_where_the_run_begins(tmp_path: Path) -> None:
+    (tmp_path / "brief.py").write_text(
+        f"from tests.training.test_stop import send\nsend({int(signal.SIGTERM)})\n"
+    )
+    with pytest.MonkeyPatch.context() as patch, noted_signals() as noted:
+        patch.syspath_prepend(tmp_path)
+        patch.setattr(signals_module, "IMPORT_S", LONG_S)
+        importlib.import_module("brief")
+        with pytest.raises(KeyboardInterrupt), stoppable(config()):
+            pass
+    assert noted == [signal.SIGTERM]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "the block has ended"
+
+
 def test_while_it_trains_signals_at_once_are_one_request_that_is_noted() -> None:
     def train() -> None:
         assert not stop.is_asked()
