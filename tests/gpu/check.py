@@ -3,7 +3,8 @@
 Checks every attention kernel that is installed against torch's SDPA, the engine against
 transformers in fp32, bf16 against fp32, a checkpoint's way back to transformers, that nothing of
 ours waits for the device within a step, that a run repeats itself and resumes to the bit, compiled
-code against plain, and adapters against peft. Prints a line for each and ends with 1 if any failed.
+code against plain, adapters against peft, and each family and recipe against the same on a CPU.
+Prints a line for each and ends with 1 if any failed.
 Speed is `benchmarks/gpu/step.py`'s. `--device cpu` runs what a CPU can, to try the script itself.
 """
 
@@ -30,9 +31,10 @@ from roll_sft.engine.process_groups import Rendezvous, process_groups
 from roll_sft.job.in_process import prepare_job
 from tests import parity, waits
 from tests.gpu.compiled_checks import check_compiled
+from tests.gpu.model_checks import check_models
 from tests.gpu.repeat_checks import check_repeats
 
-CHECKS = ("kernels", "engine", "waits", "repeats", "compiled", "lora")
+CHECKS = ("kernels", "engine", "waits", "repeats", "compiled", "lora", "models")
 KERNELS = {**PACKAGES, "varlen": attention_kernels.varlen, "sdpa": attention_kernels.sdpa}
 Results = Iterator[tuple[str, float, float]]  # of each: its name, its value, the largest allowed
 
@@ -59,6 +61,7 @@ def main() -> int:
             "repeats": lambda: check_repeats(device, inputs, backends=available(device)),
             "compiled": lambda: check_compiled(device, inputs),
             "lora": lambda: check_lora(device, inputs),
+            "models": lambda: check_models(device, inputs),
         }
         write_inputs(inputs)
         failures = sum(_failures(checks[name]) for name in options.only or checks)

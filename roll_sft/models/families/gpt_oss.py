@@ -61,8 +61,9 @@ def gpt_oss_shape(config: "PreTrainedConfig") -> ModelShape:
         is_normalized=True,  # as a softmax over the chosen
         aux_loss_coef=config.router_aux_loss_coef,
         has_biases=True,
-        gate_limit=config.swiglu_limit,
-        gate_slope=config.swiglu_alpha,
+        # Releases of transformers whose configuration has neither write these into the code.
+        gate_limit=getattr(config, "swiglu_limit", 7.0),
+        gate_slope=getattr(config, "swiglu_alpha", 1.702),
     )
     variation = Variation((), has_sinks=True, has_output_bias=True)
     shape = replace(shape, qkv_bias=True, experts=experts, variation=variation)
