@@ -82,10 +82,10 @@ mutate: $(TOOLS) ## small faults in packing, plan, masks, loss and metrics that 
 	$(BIN)/python tools/mutate.py $(ARGS)
 
 test-gpu: ## floors 0 to 2 on one GPU, with the python3 that has torch, megatron-core and transformers
-	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 tests/gpu/check.py $(ARGS)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 tests/gpu/check.py $(ARGS)
 
 bench-gpu: ## a training step on one GPU, as test-gpu
-	PYTHONPATH=. $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/gpu/step.py $(ARGS)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/gpu/step.py $(ARGS)
 
 fake-gpu: $(if $(filter file,$(origin FAKE_GPU_PYTHON)),$(RUNTIME)) ## the engine on fake CUDA tensors, with torch's CUDA build and no GPU; ARGS="7B TP2"
 	$(FAKE_GPU_PYTHON) -m tools.fake_gpu $(ARGS)
