@@ -7,18 +7,25 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from roll_sft.config.schema import RunConfig
 from roll_sft.engine.adapters.lora_dropout import TokenDropout, token_keys
 from roll_sft.job.job import Job
 from tests import parity
 
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # Of vLLM: the linear layers of a dense decoder, by the names before it fuses them, those that the
 # model itself fuses (its Phi-3 and GLM-4), and the ranks that `--max-lora-rank` may be.
@@ -97,6 +104,17 @@ def reference_run(
     with sample_dropout(model, job.config) as begin:
         steps = parity.reference_steps(job, model, optimizer, before=begin)
     return steps, peft_tensors(model), parity.model_logits(model)
+
+
+def reference_beside_nf4(
+    job: Job, adapter: Path, *, device: str
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
+    """`reference_run` on a base that bitsandbytes quantises on `device`."""
+    # On a CPU with AVX512_BF16 its layers would compute in bf16 once they evaluate.
+    with patch("bitsandbytes.nn.modules.has_avx512bf16", return_value=False):
+        return reference_run(
+            job, adapter, quantization_config=NF4, device_map=device, dtype=torch.float32
+        )
 
 
 @contextlib.contextmanager

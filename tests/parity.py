@@ -423,7 +423,7 @@ def model_logits(model: torch.nn.Module) -> torch.Tensor:
     """Logits [32, V] of a fixed input."""
     ids = torch.arange(32)[None] * 11 % 400
     with torch.no_grad():
-        return model(ids).logits[0]
+        return model(ids.to(next(model.parameters()).device)).logits[0].cpu()
 
 
 def engine_run(

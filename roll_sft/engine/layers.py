@@ -73,7 +73,8 @@ class SwiGLU(MegatronModule):
         # A view, not `pairs[:, 0]`: the backward of an index fills and copies the whole activation.
         rows = pairs.flatten(0, -2)
         activated: torch.Tensor = run_compiled(swiglu, [rows], self.config.activation_func)
-        return activated.view(*pairs.shape[:-1], -1)
+        # By name, not -1: an expert that gets no token has no number to tell the width from.
+        return activated.view(*pairs.shape[:-1], activated.shape[-1])
 
 
 def swiglu(

@@ -7,15 +7,17 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from roll_sft.base.errors import ConfigError
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.engine import fused
 from roll_sft.engine.fused import choose_compile, run_compiled
-from roll_sft.engine.layers import swiglu
+from roll_sft.engine.layers import SwiGLU, swiglu
 from tests import parity
 from tests.compiled import BOUNDS, FFN, FUNCTIONS, arguments, distance, flat, outcome
 from tests.pool import RankPool
@@ -113,6 +115,18 @@ def test_a_compiled_run_equals_the_plain_run(tmp_path: Path, pool: RankPool) -> 
     for left, right in zip(ours, theirs, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-6)
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5)
+
+
+def test_an_expert_that_gets_no_token_is_activated_too() -> None:
+    activation = SwiGLU(SimpleNamespace(activation_func=F.silu))
+    for length in (3, 0, 1):
+        (pairs,), _ = arguments("swiglu", length, torch.bfloat16)
+        pairs.requires_grad_()
+        activated = activation(pairs)
+        assert activated.shape == (length, FFN)
+        activated.sum().backward()
+        assert pairs.grad is not None
+        assert pairs.grad.shape == pairs.shape
 
 
 def test_without_a_compiler_it_is_one_line(

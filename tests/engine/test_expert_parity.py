@@ -60,6 +60,7 @@ class Case:
     overlaps: bool = False
     z_loss: float = 0.0
     aux_loss: float | None = None  # its coefficient, by default the model's
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ class Case:
         more = "" if self.recompute == "none" else f"-{self.recompute}"
         more += "-overlap" * self.overlaps + "-z" * bool(self.z_loss)
         more += "" if self.aux_loss is None else f"-aux{self.aux_loss}"
+        more += "-compiled" * self.compiled
         return f"{self.kind}-{self.layout}-{packing}-{self.capacity}x{more}"
 
 
@@ -87,6 +89,7 @@ ALL = [
     Case("gptoss", "EP2xPP2", aux_loss=0.0),
     Case("qwen2moe", "TP2xEP2+SP", aux_loss=0.0),
     Case("olmoe", "CP2xEP2", aux_loss=0.3),
+    *(Case(kind, "1", packing=False, compiled=True) for kind in ("olmoe", "gptoss", "qwen2moe")),
     Case("deepseekv3-plain", "1"),
     Case("deepseekv3-plain", "TP2xPP2xEP2+SP", recompute=["core_attn", "mlp", "layernorm"]),
 ]
@@ -131,6 +134,7 @@ def test_every_step_equals_transformers_and_so_does_the_exported_model(
     config = parity.parity_config(
         home,
         parallel={**LAYOUTS[case.layout], "overlap_param_gather": case.overlaps or None},
+        model={"compile": case.compiled},
         data={"packing": case.packing},
         train={"micro_batch_tokens": 200 * case.capacity, "recompute": case.recompute},
         moe={"z_loss_coef": case.z_loss, "aux_loss_coef": case.aux_loss},

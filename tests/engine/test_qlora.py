@@ -4,12 +4,11 @@ import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from roll_sft.config.schema import RunConfig, layout_of
 from roll_sft.convert.merge_lora import merge
@@ -27,12 +26,6 @@ pytestmark = pytest.mark.slow
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 5e-5
 ADAPTER_TOLERANCE, MERGED_TOLERANCE = 1e-5, 1e-5
-QUANTIZED = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,
-)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 4, "alpha": 8},
     "some": {"rank": 4, "alpha": 2, "target_modules": ["v_proj", "q_proj", "up_proj"]},
@@ -81,10 +74,7 @@ def reference(
     home: Path, name: str
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], torch.Tensor]:
     job = prepare_job(quantized_config(home, name))
-    options = {"quantization_config": QUANTIZED, "device_map": "cpu", "dtype": torch.float32}
-    # On a CPU with AVX512_BF16 its layers would compute in bf16 once they evaluate.
-    with patch("bitsandbytes.nn.modules.has_avx512bf16", return_value=False):
-        return lora.reference_run(job, adapter_of(home, name), **options)
+    return lora.reference_beside_nf4(job, adapter_of(home, name), device="cpu")
 
 
 def test_a_run_goes_on_to_the_last_bit(folder: Path, pool: RankPool, tmp_path: Path) -> None:

@@ -179,9 +179,9 @@ def check_waits(device: str, folder: Path) -> Results:
 
 
 def check_lora(device: str, folder: Path) -> Results:
-    """Ten steps of adapters in fp32 against peft, without and with dropout, where it is installed.
+    """Ten steps of adapters in fp32 against peft, and beside NF4 also against bitsandbytes.
 
-    `folder` holds what `write_inputs` writes.
+    `folder` holds what `write_inputs` writes. What is not installed is not checked.
     """
     if importlib.util.find_spec("peft") is None:
         print("not checked: lora (peft is not installed)", flush=True)
@@ -189,15 +189,29 @@ def check_lora(device: str, folder: Path) -> Results:
     from tests import lora
 
     shape = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    adapter = lora.write_adapter(folder / "model", folder / "adapter", **shape)
-    for dropout in (0.0, 0.2):
-        options, where = {"dropout": dropout}, {"device": device}
-        config = lora.lora_config(folder, adapter, lora=options, parallel=where)
-        wanted, _, _ = lora.reference_run(prepare_job(config), adapter)
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {
+        "adapters": (folder, {}),
+        "adapters with dropout": (folder, {"dropout": 0.2}),
+    }
+    if importlib.util.find_spec("bitsandbytes") is None:
+        print("not checked: adapters beside NF4 (bitsandbytes is not installed)", flush=True)
+    else:
+        home = parity.home_of(folder, "qwen2-wide")
+        cases["adapters beside NF4"] = home, {"quantize_base": "nf4"}
+    for what, (home, options) in cases.items():
+        adapter = home / "adapter"
+        if not adapter.exists():
+            lora.write_adapter(home / "model", adapter, **shape)
+        config = lora.lora_config(home, adapter, lora=options, parallel={"device": device})
+        job = prepare_job(config)
+        if "quantize_base" in options:  # on the device: its codes are not all those of a CPU
+            wanted, _, _ = lora.reference_beside_nf4(job, adapter, device=device)
+        else:
+            wanted, _, _ = lora.reference_run(job, adapter)
         steps = parity.engine_run(config, None) or []
         for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
             worst = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-            yield f"fp32 {key} of adapters with dropout {dropout} against peft", worst, bound
+            yield f"fp32 {key} of {what} against peft", worst, bound
 
 
 if __name__ == "__main__":

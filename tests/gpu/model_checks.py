@@ -4,7 +4,6 @@ The suite holds those of a CPU against transformers and peft. Each trains, evalu
 prompts on one engine; in half precision only the losses are compared.
 """
 
-import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,10 +42,6 @@ CASES: dict[str, Case] = {
     "recompute parts": ("mixtral", {"train": {"recompute": ["core_attn", "mlp", "layernorm"]}}),
     "adapters": ("qwen2", {"lora": ADAPTERS}),
     "adapters in experts": ("qwen3moe", {"lora": {"rank": 4, "alpha": 8}}),
-    "adapters beside NF4": (
-        "qwen2-wide",
-        {"lora": {"rank": 4, "alpha": 8, "quantize_base": "nf4"}},
-    ),
 }
 Outcome = tuple[list[dict[str, float]], EvalMetrics, list[tuple[int, ...]]]
 
@@ -56,15 +51,14 @@ def check_models(device: str, folder: Path) -> Iterator[tuple[str, float, float]
 
     `folder` holds what `check.write_inputs` writes. The runs of the CPU go beside those of the GPU.
     """
-    cases = {name: case for name, case in CASES.items() if _can_run(name, case)}
-    for kind in sorted({kind for kind, _ in cases.values()}):
+    for kind in sorted({kind for kind, _ in CASES.values()}):
         parity.home_of(folder, kind)
     with ThreadPoolExecutor(max_workers=6) as threads:
         wanted = {
             name: threads.submit(_on_cpu, _config(folder, case, device="cpu"))
-            for name, case in cases.items()
+            for name, case in CASES.items()
         }
-        for name, case in cases.items():
+        for name, case in CASES.items():
             try:
                 yield from _compared(name, _config(folder, case, device=device), wanted[name])
                 half = {"dtype": "bf16", "compile": device == "cuda"}
@@ -74,14 +68,6 @@ def check_models(device: str, folder: Path) -> Iterator[tuple[str, float, float]
             except Exception as error:  # noqa: BLE001 -- the other cases say more
                 print(f"     {name}: {type(error).__name__}: {error}", flush=True)
                 yield f"an error of {name}", 1, 0
-
-
-def _can_run(name: str, case: Case) -> bool:
-    needs_nf4 = "quantize_base" in case[1].get("lora", {})
-    if needs_nf4 and importlib.util.find_spec("bitsandbytes") is None:
-        print(f"not checked: {name} (bitsandbytes is not installed)", flush=True)
-        return False
-    return True
 
 
 def _config(
