@@ -35,6 +35,7 @@ def nodes_of(slots):
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused_at_once_with_a_table(joined):
+    wait_until(lambda: free_cpus() == ALL_CPUS, timeout_s=60, what="all CPUs are free")
     message, waits = refusal(joined(parallel={"num_workers": 5}))
     assert not waits
     *table, last = message.splitlines()
