@@ -86,6 +86,8 @@ def _nearest_key(name: str) -> str | None:
     real_section = re.sub(r"\[\d+\]", "", section)  # all entries of a list have the same keys
     known = list(all_names(RunConfig))
     siblings = [each for each in known if each.rpartition(".")[0] == real_section]
+    if siblings and leaf in (elsewhere := _by_leaf(known)):
+        return elsewhere[leaf]
     # In a known section only the last part is wrong, so only that is compared.
     nearby = (leaf, _by_leaf(siblings)) if siblings else (name, {each: each for each in known})
     for word, candidates in (nearby, (leaf, _by_leaf(known))):

@@ -161,6 +161,8 @@ def test_the_defaults_build_and_cannot_be_changed() -> None:
         ("train.max_step", "train.max_steps"),
         ("train.batch_size", "train.global_batch_size"),
         ("checkpoint.save_optimiser", "checkpoint.save_optimizer"),
+        ("checkpoint.save_steps", "train.save_steps"),
+        ("model.sequence_length", "data.sequence_length"),
         ("tracking.backend", "tracking.backends"),
         ("cluster.adress", "cluster.address"),
     ],
