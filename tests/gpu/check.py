@@ -210,8 +210,7 @@ def check_lora(device: str, folder: Path) -> Results:
             wanted, _, _ = lora.reference_run(job, adapter)
         steps = parity.engine_run(config, None) or []
         for key, bound in (("loss", 1e-5), ("grad_norm", 1e-4)):
-            worst = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, wanted, strict=True))
-            yield f"fp32 {key} of {what} against peft", worst, bound
+            yield f"fp32 {key} of {what} against peft", parity.worst(steps, wanted, key), bound
 
 
 if __name__ == "__main__":

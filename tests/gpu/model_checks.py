@@ -63,7 +63,7 @@ def check_models(device: str, folder: Path) -> Iterator[tuple[str, float, float]
                 yield from _compared(name, _config(folder, case, device=device), wanted[name])
                 half = {"dtype": "bf16", "compile": device == "cuda"}
                 steps = parity.engine_run(_config(folder, case, device=device, model=half), None)
-                error = _worst(steps or [], wanted[name].result()[0], "loss")
+                error = parity.worst(steps or [], wanted[name].result()[0], "loss")
                 yield f"bf16 loss of {name}", error, HALF_BOUND
             except Exception as error:  # noqa: BLE001 -- the other cases say more
                 print(f"     {name}: {type(error).__name__}: {error}", flush=True)
@@ -122,13 +122,9 @@ def _compared(
     name: str, config: RunConfig, wanted: "Future[Outcome]"
 ) -> Iterator[tuple[str, float, float]]:
     ours, theirs = outcome_of(config), wanted.result()
-    yield f"loss of {name}", _worst(ours[0], theirs[0], "loss"), LOSS_BOUND
-    yield f"grad_norm of {name}", _worst(ours[0], theirs[0], "grad_norm"), NORM_BOUND
+    yield f"loss of {name}", parity.worst(ours[0], theirs[0], "loss"), LOSS_BOUND
+    yield f"grad_norm of {name}", parity.worst(ours[0], theirs[0], "grad_norm"), NORM_BOUND
     evaluation = abs(ours[1].loss_sum / theirs[1].loss_sum - 1)
     yield f"evaluation of {name}", evaluation, LOSS_BOUND
     differing = sum(a != b for a, b in itertools.zip_longest(ours[2], theirs[2]))
     yield f"other answers of {name}", differing, 0
-
-
-def _worst(ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str) -> float:
-    return max(abs(a[key] / b[key] - 1) for a, b in zip(ours, theirs, strict=True))
