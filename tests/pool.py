@@ -5,12 +5,13 @@ its process groups, and returns the results by rank. An error on any rank is rai
 traceback.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,7 +46,8 @@ class RankPool:
     def run_alone(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` in one process, without process groups."""
         self._grow(1)
-        self._pipes[0].send((function, None, 0, "", args))
+        with self._alive(0):
+            self._pipes[0].send((function, None, 0, "", args))
         text, value = self._answer(0, function)
         if text:
             raise AssertionError(text)
@@ -57,7 +59,8 @@ class RankPool:
             store = str(Path(folder) / "store")
             pipes = self._pipes[: layout.world_size]
             for rank, pipe in enumerate(pipes):
-                pipe.send((function, layout, rank, store, args))
+                with self._alive(rank):
+                    pipe.send((function, layout, rank, store, args))
             answers = [self._answer(rank, function) for rank in range(layout.world_size)]
         errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
         if errors:
@@ -69,8 +72,21 @@ class RankPool:
             # Anew: a late answer would be taken for that to the next question.
             self.close()
             raise TimeoutError(f"rank {rank} did not answer {function}")
-        answer: tuple[str | None, Any] = self._pipes[rank].recv()
+        with self._alive(rank):
+            answer: tuple[str | None, Any] = self._pipes[rank].recv()
         return answer
+
+    @contextlib.contextmanager
+    def _alive(self, rank: int) -> Iterator[None]:
+        """Say how `rank` ended where it is not there, and have new ranks for the next test."""
+        try:
+            yield
+        except (EOFError, BrokenPipeError):
+            process = self._processes[rank]
+            process.join(timeout=10)
+            code = process.exitcode
+            self.close()
+            raise AssertionError(f"rank {rank} of the tests ended with {code}") from None
 
     def close(self) -> None:
         for process in self._processes:
