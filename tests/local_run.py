@@ -28,6 +28,7 @@ from roll_sft.data.steps.plan import StepPlan
 from roll_sft.engine.engine import Engine
 from roll_sft.job.job import Job
 from roll_sft.report import starts
+from roll_sft.runtime import cluster
 from roll_sft.training import driver, stop
 from tests.doors import prepares_here
 from tests.pool import RankPool
@@ -156,6 +157,9 @@ def main_job(arguments: Sequence[str], fault: Fault = Fault()) -> tuple[int, str
     def nothing(*_: object) -> Any:
         return contextlib.nullcontext()
 
+    def starts_nothing(*_: object, **__: object) -> Any:
+        return contextlib.nullcontext(lambda: None)
+
     def slowly(write: Callable[..., None]) -> Callable[..., None]:
         def late(*args: Any, **options: Any) -> None:
             time.sleep(fault.save_s)
@@ -171,6 +175,7 @@ def main_job(arguments: Sequence[str], fault: Fault = Fault()) -> tuple[int, str
         for name, stand_in in (("connected", nothing), ("reserved", nothing), ("workers", workers)):
             stack.enter_context(patch.object(driver, name, stand_in))
         stack.enter_context(patch.object(stages, "preparing", prepares_here))
+        stack.enter_context(patch.object(cluster, "starting", starts_nothing))
         stack.enter_context(patch.object(starts, "make_report", nothing))
         stack.enter_context(patch.object(tensors, "write", slowly(tensors.write)))
         CLOCK.hours = 0.0

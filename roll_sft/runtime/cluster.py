@@ -83,8 +83,8 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
     """Start the cluster that `connected` would start, in a thread, if it would start one.
 
     The block is given a function that waits for the start, and raises what `connected` does. A
-    cluster that is still starting when the block ends is killed; `as_guest`, in a process that goes
-    on after the run, it is waited for and ended.
+    cluster that is still starting when the block ends is waited for and ended. Where the block
+    raises it is killed; not `as_guest`, in a process that goes on all the same.
     """
     if ray.is_initialized() or cluster_address(config) is not None:
         yield lambda: None
@@ -109,8 +109,9 @@ def starting(config: RunConfig, *, as_guest: bool = False) -> Iterator[Callable[
         threading.Thread(target=start, name="ray.init", daemon=True).start()
         try:
             yield started.result
+            as_guest = True  # an export may follow
         finally:
-            if as_guest:  # Ray would end this process some time after its start was killed
+            if as_guest:  # Ray ends this process a minute after its start was killed
                 wait([started])
             if started.done():
                 shut_down()

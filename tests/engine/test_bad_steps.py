@@ -123,7 +123,6 @@ SKIP = {"train.on_nan": "skip", "train.save_steps": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_skipped_step_is_a_step_of_the_run_and_resume_is_exact(run: Run, tmp_path: Path) -> None:
     code, last = run(SKIP, fault=Fault(3, gradient=INFINITE))
     assert code == 0, last
@@ -147,7 +146,6 @@ def test_a_skipped_step_is_a_step_of_the_run_and_resume_is_exact(run: Run, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_more_skipped_steps_than_allowed_end_the_run(run: Run) -> None:
     keys = {**SKIP, "train.max_skipped_steps": 1}
     assert run(keys, fault=Fault(2, gradient=NAN, signals=(signal.SIGTERM,)))[0] == 75
@@ -158,7 +156,6 @@ def test_more_skipped_steps_than_allowed_end_the_run(run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_by_default_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nothing(
     run: Run,
 ) -> None:
@@ -224,7 +221,6 @@ def take(bad: BadSteps, step: int, *, spike: float = 0.0) -> StepPlan:
     return begun
 
 
-@pytest.mark.long
 def test_a_spike_is_recorded_and_trained_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -38,7 +38,7 @@ TOO_HIGH = 1e30
 @pytest.mark.parametrize(
     "is_async",
     [
-        pytest.param(False, marks=pytest.mark.long, id="blocking"),
+        pytest.param(False, id="blocking"),
         pytest.param(True, id="asynchronous"),
     ],
 )
@@ -56,7 +56,6 @@ def test_weights_that_overflow_are_neither_published_nor_exported(run: Run, is_a
     assert run.kept == [1, 2]
 
 
-@pytest.mark.long
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint(run: Run) -> None:
     fault = Fault(1, learning_rate=TOO_HIGH)
     code, last = run({**run.validation, "train.eval_steps": 1}, fault=fault)
@@ -67,7 +66,6 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint
     assert [line["step"] for line in run.lines("steps.jsonl")] == [1]
 
 
-@pytest.mark.long
 def test_the_advice_of_a_run_that_diverges_later_goes_on(run: Run) -> None:
     assert run({"train.max_steps": 2})[0] == 0
     keys = {"train.learning_rate": 1e-2, "checkpoint.allow_changes": "[schedule]"}
@@ -85,7 +83,6 @@ def test_the_advice_of_a_run_that_diverges_later_goes_on(run: Run) -> None:
     assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.long
 def test_a_loss_that_is_not_finite_makes_the_checkpoint_before_it_suspect(run: Run) -> None:
     code, last = run({}, fault=Fault(5, (("loss_sum", NAN),)))
     assert code == 5
@@ -101,7 +98,6 @@ def test_a_loss_that_is_not_finite_makes_the_checkpoint_before_it_suspect(run: R
     assert run.lines("bad_batches.jsonl") == []
 
 
-@pytest.mark.long
 def test_a_sound_checkpoint_that_is_being_written_is_published_first(run: Run) -> None:
     keys = {"checkpoint.async_save": True, "train.save_steps": 2}
     code, last = run(keys, fault=Fault(3, (("grad_norm", INFINITE),), save_s=0.5))
@@ -111,7 +107,6 @@ def test_a_sound_checkpoint_that_is_being_written_is_published_first(run: Run) -
     assert "the last good checkpoint is step_00000002" in last
 
 
-@pytest.mark.long
 def test_a_suspect_checkpoint_that_is_being_written_is_not_published(run: Run) -> None:
     keys = {"checkpoint.async_save": True, "train.save_steps": 2}
     code, last = run(keys, fault=Fault(3, (("loss_sum", INFINITE),), save_s=0.5))
@@ -120,7 +115,6 @@ def test_a_suspect_checkpoint_that_is_being_written_is_not_published(run: Run) -
     assert "no checkpoint before it is known to be good" in last
 
 
-@pytest.mark.long
 def test_an_interrupted_run_says_which_checkpoint_is_kept_and_goes_on(run: Run) -> None:
     code, last = run({}, fault=Fault(4, error=KeyboardInterrupt))
     assert (code, last) == (130, "interrupted")
@@ -130,9 +124,7 @@ def test_an_interrupted_run_says_which_checkpoint_is_kept_and_goes_on(run: Run) 
     assert [line["step"] for line in run.lines("steps.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("self_attn.q_proj.weight", marks=pytest.mark.long), "mlp.up_proj.weight"]
-)
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "mlp.up_proj.weight"])
 def test_a_number_that_is_none_in_the_given_model_is_named_by_its_tensor(
     name: str, folder: Path, run: Run, tmp_path: Path
 ) -> None:

@@ -44,8 +44,8 @@ def keys_of(run: Run) -> dict[str, Any]:
     ("where", "is_async"),
     [
         ("step", True),
-        pytest.param("evaluation", False, marks=pytest.mark.long),
-        pytest.param("save", True, marks=pytest.mark.long),
+        ("evaluation", False),
+        ("save", True),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
@@ -70,7 +70,6 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert losses == [(line["step"], line["loss"]) for line in undisturbed.lines("eval.jsonl")]
 
 
-@pytest.mark.long
 def test_a_run_that_is_stopped_in_its_last_step_evaluates_with_the_next_command(run: Run) -> None:
     keys = {**run.validation, "train.max_steps": 2, "checkpoint.hf_export": "final"}
     code, last = run(keys, fault=Fault(2, signals=(signal.SIGUSR1,)))
@@ -85,7 +84,6 @@ def test_a_run_that_is_stopped_in_its_last_step_evaluates_with_the_next_command(
     assert "it is finished" in run.errors
 
 
-@pytest.mark.long
 def test_a_grace_too_short_for_the_step_skips_the_save_and_says_so(run: Run) -> None:
     assert run({"train.max_steps": 2})[0] == 0
     keys = {"cluster.grace_s": 60, "checkpoint.allow_changes": "[schedule]"}
@@ -98,7 +96,6 @@ def test_a_grace_too_short_for_the_step_skips_the_save_and_says_so(run: Run) -> 
     assert run.kept == [1, 2, 3]
 
 
-@pytest.mark.long
 def test_a_run_without_checkpoints_says_what_is_lost(run: Run) -> None:
     code, last = run({"checkpoint.save": False}, fault=Fault(3, signals=TERM))
     assert (code, run.kept) == (75, [])
@@ -106,7 +103,6 @@ def test_a_run_without_checkpoints_says_what_is_lost(run: Run) -> None:
     assert last.startswith("ended by SIGTERM: checkpoint.save=false, so the steps until 4 are lost")
 
 
-@pytest.mark.long
 def test_the_limit_of_time_saves_and_ends(run: Run) -> None:
     keys = {"train.max_duration": "10h", "train.save_steps": "null"}
     code, last = run(keys, fault=Fault(3, hours=10))

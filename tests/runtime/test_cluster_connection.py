@@ -58,6 +58,18 @@ with starting(build_config({"parallel": {"num_workers": 2, "device": "cpu"}})):
 sys.exit("the cause")
 """
 
+# Begins to start an own cluster, needs none after all, and goes on for longer than Ray lets a
+# process that has lost its cluster, which here is two seconds.
+NOT_NEEDED = """
+import psutil, time
+from roll_sft.config.build import build_config
+from roll_sft.runtime.cluster import starting
+with starting(build_config({"parallel": {"num_workers": 2, "device": "cpu"}})):
+    while not any("gcs_server" in each.name() for each in psutil.Process().children()):
+        pass
+time.sleep(5)
+"""
+
 # Tries for a second to join a cluster, and ends as the doors do.
 JOIN = """
 import sys
@@ -267,3 +279,13 @@ def test_own_cluster_that_is_left_while_it_starts_is_gone_and_silent(program, tm
     leaving = program("-c", LEFT_IN_THE_MIDDLE, HOME=str(tmp_path))
     assert leaving.wait(timeout_s=60) == 1
     assert leaving.errors == "the cause\n"
+
+
+@pytest.mark.slow
+def test_a_process_goes_on_after_an_own_cluster_that_it_began_to_start_for_nothing(
+    program, tmp_path
+):
+    waits = {"RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    going_on = program("-c", NOT_NEEDED, HOME=str(tmp_path), **waits)
+    assert going_on.wait(timeout_s=60) == 0, "Ray has ended it"
+    assert going_on.errors == ""

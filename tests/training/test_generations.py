@@ -71,7 +71,6 @@ def test_answers_and_metrics_are_written_and_a_broken_metric_costs_itself(
     assert stored[0]["ids"] == list(ids)
 
 
-@pytest.mark.long
 def test_a_deadline_costs_the_rest_of_the_answers_and_a_warning(
     arguments: list[str], prompts: str, pool: RankPool, tmp_path: Path
 ) -> None:
