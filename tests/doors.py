@@ -44,7 +44,7 @@ def door(
     """`main` in this process, in an empty folder, without Ray; what it changes is put back."""
 
     def no_ray(*_: object, **__: object) -> None:
-        raise AssertionError("Ray was started")
+        raise RuntimeError("Ray was started")  # which is reported as a `ResourceError`
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()
