@@ -35,7 +35,6 @@ from roll_sft.runtime.worker import (
     WorkerAddress,
     WorkerSpec,
     beat_path,
-    nonce_path,
     setup_deadline_s,
 )
 
@@ -64,10 +63,11 @@ class WorkerGroup:
         self._config, self._checkpoint = config, checkpoint
         self._layout = layout_of(config.parallel)
         self._logs = logs
-        nonce = uuid.uuid4().hex
-        self._nonce = nonce_path(logs, nonce)
+        self._nonce = logs / f".shared_{uuid.uuid4().hex}"
         with writing(logs):
             logs.mkdir(parents=True, exist_ok=True)
+            for left in (*logs.glob(".shared_*"), *logs.glob(".beat_*")):  # by a killed driver
+                left.unlink(missing_ok=True)
             self._nonce.touch()
         worker = Worker
         if config.debug.faults:
@@ -82,10 +82,11 @@ class WorkerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     slots.group, placement_group_bundle_index=bundle
                 ),
-            ).remote(WorkerSpec(config, rank, slots.device, logs, nonce, checkpoint))
+            ).remote(WorkerSpec(config, rank, slots.device, logs, self._nonce, checkpoint))
             for rank, bundle in enumerate(slots.bundle_of_rank)
         ]
         self.addresses: tuple[WorkerAddress, ...] = ()
+        self._on_this_node: list[psutil.Process] = []
         self.gpus: tuple[Gpu, ...] = ()  # in order of rank; none on CPUs
 
     def start(self, source: ModelSource, data: TokenData) -> None:
@@ -96,6 +97,9 @@ class WorkerGroup:
             self.addresses = tuple(self._collect(Pending("start", deadline_s, started)))
         finally:
             self._nonce.unlink(missing_ok=True)
+        here = ray.get_runtime_context().get_node_id()
+        pids = [address.pid for address in self.addresses if address.node_id == here]
+        self._on_this_node = [*_processes(pids)]  # now: later an id may be another process's
         self._fetch_model(source)
         is_spread = len({address.node_id for address in self.addresses}) > 1
         stores = [actor.serve_store.remote(is_spread=is_spread) for actor in self._actors]
@@ -182,11 +186,9 @@ class WorkerGroup:
         """End the workers now; those on this node are gone when it returns."""
         for actor in self._actors:
             ray.kill(actor)
-        here = ray.get_runtime_context().get_node_id()
-        pids = [address.pid for address in self.addresses if address.node_id == here]
         # A stopped process reacts to SIGKILL alone, which Ray sends after five seconds; by then a
         # cluster of our own has ended, and nobody sends it.
-        _gone, stopped = psutil.wait_procs(_processes(pids), timeout=KILL_TIMEOUT_S)
+        _gone, stopped = psutil.wait_procs(self._on_this_node, timeout=KILL_TIMEOUT_S)
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -51,7 +51,7 @@ class WorkerSpec:
     rank: int
     device: str
     logs: Path
-    nonce: str  # names a file that the driver created in `logs`
+    nonce: Path  # a file of the driver's: who sees it sees its folder, not one of the same name
     checkpoint: Path | None = None  # resume from it
     references: Mapping[str, str] = field(default_factory=references)  # of the driver
 
@@ -312,13 +312,8 @@ def started_line(address: WorkerAddress) -> str:
     return f"{address} started"
 
 
-def nonce_path(logs: Path, nonce: str) -> Path:
-    """A file that shows a worker that it sees the driver's folder, not one of the same name."""
-    return logs / f".shared_{nonce}"
-
-
 def _check_shared(spec: WorkerSpec, address: WorkerAddress) -> None:
-    if not nonce_path(spec.logs, spec.nonce).exists():
+    if not spec.nonce.exists():
         raise ConfigError(
             f"output_dir: {str(spec.logs.parent)!r} on {address.host} is not the driver's folder;"
             " checkpoints need one that all nodes share, so give an output_dir on shared storage"

@@ -294,6 +294,16 @@ def test_close_is_bounded_where_a_worker_does_not_leave(workers, monkeypatch, ca
     wait_until(lambda: not any(map(is_alive, processes)), timeout_s=20, what="gone")
 
 
+def test_marks_that_a_killed_driver_left_go_with_the_next_workers(workers, tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in (".shared_0123", ".beat_07", "rank_07.log"):
+        (logs / name).touch()
+    workers().close()
+    assert [*logs.glob(".*")] == []
+    assert (logs / "rank_07.log").exists()
+
+
 def test_a_node_that_does_not_share_the_output_folder_stops_the_run(workers, tmp_path):
     group = workers(start=False)
     # As on a node whose disk is its own: the folder is there, the driver's file is not.
