@@ -4,6 +4,7 @@ Every message names the value, the rule and the remedy in one line. The doors pr
 traceback; anything that is not a `RollSftError` is a fault of ours and keeps its traceback.
 """
 
+import signal
 import sys
 import traceback
 from typing import ClassVar
@@ -11,6 +12,7 @@ from typing import ClassVar
 from roll_sft.base.text import printable
 
 FAULT = 1
+KILLED = "it was killed, by a signal or by the kernel for want of memory"
 LESS_MEMORY = (  # what helps where a GPU has too little
     "give fewer tokens to train.micro_batch_tokens, set train.recompute=full, or cut the model over"
     " more GPUs (`roll-sft plan --suggest` names layouts that fit)"
@@ -77,6 +79,12 @@ class PreemptedError(RollSftError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, or its type's name where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def why_ended(code: int, errors: str) -> str:
+    """Why a process ended with `code`, which wrote `errors` to stderr; -N is the signal N."""
+    lines = errors.strip().splitlines() or [f"exit code {code} without a message"]
+    return KILLED if code == -signal.SIGKILL else lines[-1]
 
 
 def of_user(error: BaseException) -> BaseException:

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from roll_sft.base.errors import CheckpointError
+from roll_sft.base.errors import CheckpointError, why_ended
 from roll_sft.base.files import writing
 from roll_sft.checkpoint.resume import step_folders, step_of
 from roll_sft.config.schema import RunConfig
@@ -183,10 +183,10 @@ class _Exports:
                     self._process.wait(LOOK_EVERY_S)
             code, self._process = self._process.returncode, None
             said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            errors = said.read().decode(errors="replace")
         if is_late:
             return f"took longer than {self._config.cluster.checkpoint_timeout_s:g} s"
-        return lines[-1] if code else None
+        return why_ended(code, errors) if code else None
 
     def _fail(self, name: str, reason: str) -> None:
         self._failed[name] = reason

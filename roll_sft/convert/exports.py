@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from roll_sft.base.errors import CheckpointError, DivergedError
+from roll_sft.base.errors import CheckpointError, DivergedError, why_ended
 from roll_sft.config.schema import RunConfig
 from roll_sft.convert.push import ADAPTER, MODEL
 
@@ -55,8 +55,7 @@ def _convert(command: list[str]) -> None:
             child.wait()  # before the lock of the run is released
             raise
     if child.returncode:
-        lines = errors.strip().splitlines() or ["no message"]
         kind = DivergedError if child.returncode == DivergedError.exit_code else CheckpointError
-        raise kind(f"the export to {output} failed: {lines[-1]}")
+        raise kind(f"the export to {output} failed: {why_ended(child.returncode, errors)}")
     told = "; ".join(told.strip().splitlines()[:-1])  # the last is the folder
     LOG.info("Hugging Face folder %s (%s)", output, told)

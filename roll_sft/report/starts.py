@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from roll_sft.base.errors import FAULT, PreemptedError, ResourceError, RollSftError, of_user
+from roll_sft.base import errors
 from roll_sft.base.files import json_lines
 from roll_sft.base.text import redacted
 from roll_sft.job.job import Job, micro_batch_tokens
@@ -59,7 +59,7 @@ def reported(job: Job, folder: Path, *, first_step: int | None) -> Iterator[None
     finally:
         with _never_fails():
             _add(folder, {"event": "end", "exit_code": code, "cause": cause})
-            if code < PreemptedError.exit_code:  # else there is no time
+            if code < errors.PreemptedError.exit_code:  # else there is no time
                 make_report(folder)
 
 
@@ -85,15 +85,15 @@ def packs_of(job: Job, step: int) -> dict[str, Any]:
 
 def outcome_of(error: BaseException) -> tuple[int, str]:
     """The exit code that the command ends with for `error`, and the cause in one text."""
-    error = of_user(error)
-    if isinstance(error, RollSftError):
+    error = errors.of_user(error)
+    if isinstance(error, errors.RollSftError):
         return error.exit_code, redacted(str(error))
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else FAULT
+        code = error.code if isinstance(error.code, int) else errors.FAULT
         return code, f"ended by signal {code - 128}" if code > 128 else f"ended with code {code}"
-    return FAULT, redacted(f"{type(error).__name__}: {error}")
+    return errors.FAULT, redacted(f"{type(error).__name__}: {error}")
 
 
 def make_report(folder: Path) -> None:
@@ -103,15 +103,15 @@ def make_report(folder: Path) -> None:
         command, capture_output=True, text=True, check=False, timeout=REPORT_TIMEOUT_S
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        LOG.warning("no report of %s: %s; `roll-sft report` tries again", folder, lines[-1])
+        why = errors.why_ended(done.returncode, done.stderr)
+        LOG.warning("no report of %s: %s; `roll-sft report` tries again", folder, why)
 
 
 @contextlib.contextmanager
 def _never_fails() -> Iterator[None]:
     try:
         yield
-    except (OSError, ResourceError, subprocess.SubprocessError) as error:
+    except (OSError, errors.ResourceError, subprocess.SubprocessError) as error:
         LOG.warning("a part of the report is missing: %s", error)
 
 

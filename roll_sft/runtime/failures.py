@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from roll_sft.base import errors
-from roll_sft.base.errors import RollSftError, WorkerError
+from roll_sft.base.errors import KILLED, RollSftError, WorkerError
 from roll_sft.runtime.rank_faults import RankError
 from roll_sft.runtime.worker import WorkerAddress, log_path, started_line
 
@@ -156,7 +156,7 @@ def _reason_of_death(failure: RayError, log: str) -> str:
         return f"it crashed ({crash[-1]})"
     detail = EXIT_DETAIL.search(str(failure))
     if detail and END_OF_FILE in detail.group(1):
-        return "it was killed, by a signal or by the kernel for want of memory"
+        return KILLED
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     # The error of an actor that could not be created holds a traceback; its last line is the cause.
     is_traceback = isinstance(failure, RayActorError) and failure.actor_init_failed

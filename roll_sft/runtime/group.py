@@ -29,14 +29,7 @@ from roll_sft.data.steps.plan import StepPlan
 from roll_sft.data.tokens.cache import TokenData
 from roll_sft.models.source import ModelSource
 from roll_sft.runtime.cluster import Slots
-from roll_sft.runtime.worker import (
-    Gpu,
-    Worker,
-    WorkerAddress,
-    WorkerSpec,
-    beat_path,
-    setup_deadline_s,
-)
+from roll_sft.runtime.worker import Gpu, Worker, WorkerAddress, WorkerSpec, setup_deadline_s
 
 LOG = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 3.0  # time for a worker to write its stacks after the deadline
@@ -192,8 +185,8 @@ class WorkerGroup:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        for rank in range(len(self._actors)):
-            beat_path(self._logs, rank).unlink(missing_ok=True)
+        for beat in self._logs.glob(".beat_*"):
+            beat.unlink(missing_ok=True)
 
     def _fetch_model(self, source: ModelSource) -> None:
         """Download a model of the hub: the first rank of each node does it for the node."""
