@@ -163,7 +163,11 @@ class Program:
     def wait(self, *, timeout_s: float) -> int:
         """The exit code, once the program and all that it started are gone, Ray's folder too."""
         code = self._process.wait(timeout_s)
-        wait_until(lambda: not self.left, timeout_s=15.0, what="no process is left")
+        try:
+            wait_until(lambda: not self.left, timeout_s=15.0, what="no process is left")
+        except AssertionError as late:
+            left = [each.as_dict(("pid", "ppid", "status", "cmdline")) for each in self.left]
+            raise AssertionError(f"{late}: {left}") from None
         folder = Path(tempfile.gettempdir(), "ray")
         sessions = folder.glob(f"session_*_{self._process.pid}")
         assert [path for path in sessions if path.stat().st_ctime > self._began] == []
