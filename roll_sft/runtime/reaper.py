@@ -28,6 +28,7 @@ MOST_ROUNDS = 40  # while a process that dies still writes into the folder
 # A raylet that was alone for a moment may have started an agent, which is not seen at once.
 ROUNDS_AFTER_A_KILL = 10
 ENDED = "ended"
+TITLE = "ray::"  # as in ray::DashboardAgent
 DRIVER_TIMEOUT_S = 10.0
 
 
@@ -46,8 +47,8 @@ def main() -> None:
     for number in range(1, MOST_ROUNDS + 1):
         folders = _folders_from(earliest)
         # A driver that was killed while Ray started named no process.
-        running = [pid for pid in _others() if _names(pid, files)]
-        inside = [pid for pid in running if any(_names(pid, str(each)) for each in folders)]
+        others = _others()
+        inside = [pid for pid in others if any(_is_inside(pid, files, each) for each in folders)]
         is_over = not _kill({pid: start_time(pid) for pid in inside} | named)
         for folder in folders:
             _remove(folder)
@@ -90,6 +91,23 @@ def _others() -> list[int]:
     """The ids of all processes but this one."""
     pids = {int(path.name) for path in Path("/proc").glob("[0-9]*")}
     return [*(pids - {os.getpid()})]
+
+
+def _is_inside(pid: int, files: str, folder: Path) -> bool:
+    """Whether the process is one of Ray's that belongs to the cluster in `folder`.
+
+    Its command line says so, or else an open file: an agent writes its title over the former.
+    """
+    if _names(pid, files):
+        return _names(pid, str(folder))
+    return _names(pid, TITLE) and any(folder in each.parents for each in _open_files(pid))
+
+
+def _open_files(pid: int) -> list[Path]:
+    try:
+        return [each.readlink() for each in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []
 
 
 def _names(pid: int, path: str) -> bool:

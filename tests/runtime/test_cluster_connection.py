@@ -189,19 +189,22 @@ def test_the_reaper_ends_what_runs_files_of_ray_and_removes_its_folders(tmp_path
         (sessions / name / "logs").mkdir(parents=True)
     with contextlib.ExitStack() as stack:
 
-        def start(*words):
+        def start(*words, **options):
             command = [sys.executable, "-c", "import time; time.sleep(60)", *words]
-            program = stack.enter_context(subprocess.Popen(command))
+            program = stack.enter_context(subprocess.Popen(command, **options))
             stack.callback(program.kill)
             return program
 
         named, unnamed = start(site / "raylet"), start(site / "gcs", f"--dir={sessions / second}")
+        log = stack.enter_context((sessions / second / "logs" / "agent.log").open("w"))
+        titled = start("ray::Agent", stderr=log)
+        reading = start("less", stderr=log)
         service, reader = start(), start(sessions / second / "logs")
         command = [sys.executable, reaper.__file__, site, sessions / first]
         told = f"{named.pid}\n{service.pid}\n".encode()
         subprocess.run(command, input=told, timeout=30, check=True)
-        assert {each.wait(timeout=30) for each in (named, unnamed)} == {-signal.SIGKILL}
-        assert (service.poll(), reader.poll()) == (None, None)
+        assert {each.wait(timeout=30) for each in (named, unnamed, titled)} == {-signal.SIGKILL}
+        assert (service.poll(), reader.poll(), reading.poll()) == (None, None, None)
     assert {path.name for path in sessions.iterdir()} == kept
 
 
