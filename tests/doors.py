@@ -37,6 +37,11 @@ def prepares_here(config: RunConfig, folder: Path) -> Iterator[Callable[[], None
     yield lambda: prepare_into(config, folder)
 
 
+def starts_nothing(*_: object, **__: object) -> Any:
+    """`cluster.starting` for a run that needs no Ray."""
+    return contextlib.nullcontext(lambda: None)
+
+
 @pytest.fixture
 def door(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -30,7 +30,7 @@ from roll_sft.job.job import Job
 from roll_sft.report import starts
 from roll_sft.runtime import cluster
 from roll_sft.training import driver, stop
-from tests.doors import prepares_here
+from tests.doors import prepares_here, starts_nothing
 from tests.pool import RankPool
 
 
@@ -156,9 +156,6 @@ def main_job(arguments: Sequence[str], fault: Fault = Fault()) -> tuple[int, str
 
     def nothing(*_: object) -> Any:
         return contextlib.nullcontext()
-
-    def starts_nothing(*_: object, **__: object) -> Any:
-        return contextlib.nullcontext(lambda: None)
 
     def slowly(write: Callable[..., None]) -> Callable[..., None]:
         def late(*args: Any, **options: Any) -> None:

@@ -53,7 +53,7 @@ OF_A_START = ("logs/", "job/", "starts.jsonl", "report.html", "loss.png")
 
 def without_ray(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Have the driver skip `names`, and no cluster start while data is prepared."""
-    monkeypatch.setattr(cluster, "starting", lambda *_, **__: contextlib.nullcontext(lambda: None))
+    monkeypatch.setattr(cluster, "starting", doors.starts_nothing)
     for name in names:
         monkeypatch.setattr(driver, name, lambda *_, **__: contextlib.nullcontext())
 
